@@ -1,0 +1,57 @@
+"""What differs between machines: attention kernels, threads, CPU process groups, DeepSpeed without a GPU."""
+
+import os
+
+import torch
+
+
+def attention_implementation(choice: str = "auto") -> str:
+    """Resolve `auto`: flash-attention 2 when installed on CUDA, `sdpa` on CUDA, plain matmul-softmax on CPU.
+
+    On CPU the backward pass of `sdpa` takes about twice the time of `eager` (see docs/performance.md).
+    """
+    if choice != "auto":
+        return choice
+    if not torch.cuda.is_available():
+        return "eager"
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        return "sdpa"
+    return "flash_attention_2"
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """True on the first process of the launch (also before the process group exists)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def prepare_cpu_deepspeed() -> None:
+    """Let DeepSpeed start on CPU without its 90 s build of the shared-memory collective; gloo takes its place."""
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    # A private table, and the only switch there is: absent in some release, the build merely takes its time again.
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def gradient_accumulation(global_batch_size: int, micro_batch_size: int, processes: int) -> int:
+    """Micro-batches per optimizer step that keep the global batch size on this many processes.
+
+    Raises:
+        ValueError: when it does not divide.
+    """
+    per_pass = micro_batch_size * processes
+    if global_batch_size % per_pass:
+        raise ValueError(
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
+            f"{processes} processes = {per_pass}: choose a micro_batch_size that divides {global_batch_size // processes}"
+        )
+    return global_batch_size // per_pass

@@ -1,0 +1,104 @@
+"""What every job on the Hugging Face `Trainer` shares: arguments, engine, log line, resume."""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from vqrae.common.distributed import gradient_accumulation, is_main_process, prepare_cpu_deepspeed, world_size
+from vqrae.common.run import RunDirectory, format_duration
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """How long and how fast a `Trainer` job learns."""
+
+    max_steps: int
+    """Optimizer steps."""
+    global_batch_size: int
+    """Samples of one optimizer step over all processes."""
+    micro_batch_size: int
+    """Samples of one forward pass on one process; accumulation is computed."""
+    learning_rate: float
+    warmup_steps: float = 0
+    """Steps, or a share of all steps when below 1."""
+    lr_scheduler_type: Literal["cosine", "constant_with_warmup", "linear"] = "cosine"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    bf16: bool = True
+    save_steps: int = 500
+    save_total_limit: int = 1
+    logging_steps: int = 10
+    dataloader_num_workers: int = 0
+    zero: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage; 0 is plain DDP."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further `TrainingArguments`, under their Hugging Face names."""
+
+
+def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, seed: int) -> TrainingArguments:
+    """`TrainingArguments` for this configuration on this machine."""
+    deepspeed = None
+    if config.zero:
+        prepare_cpu_deepspeed()
+        deepspeed = str(resources.files("vqrae.scripts") / "deepspeed" / f"zero{config.zero}.json")
+    named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    for ours in ("global_batch_size", "micro_batch_size", "zero", "extra"):
+        named.pop(ours)
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=gradient_accumulation(config.global_batch_size, config.micro_batch_size, world_size()),
+        deepspeed=deepspeed,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        save_strategy="steps",
+        ddp_find_unused_parameters=False,
+        **named,
+        **config.extra,
+    )
+
+
+class InstrumentCallback(TrainerCallback):
+    """One line per logging step with progress and time left; the same numbers in the run directory."""
+
+    def __init__(self, run: RunDirectory, name: str) -> None:
+        self.run, self.name = run, name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.rewind(state.global_step)
+        self._clock, self._first_step = time.time(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        done = state.global_step - self._first_step
+        seconds = (time.time() - self._clock) / max(done, 1)
+        samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size / max(seconds, 1e-9)
+        left = format_duration(seconds * (state.max_steps - state.global_step))
+        values = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+        self.run.log(state.global_step, {**values, "samples_per_second": samples})
+        if is_main_process():
+            numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+            print(
+                f"{self.name} {state.global_step}/{state.max_steps}  {numbers}  {samples:.0f} samples/s  {left} left", flush=True
+            )
+
+
+def run_trainer(trainer: Trainer) -> None:
+    """Train, continuing from the newest checkpoint in the output directory."""
+    output_dir = Path(str(trainer.args.output_dir))
+    checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)

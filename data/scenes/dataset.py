@@ -1,0 +1,99 @@
+"""Scenes as map-style data sets: index -> scene, the same on every machine and in every process."""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vqrae.data.scenes.language import Question, caption, questions
+from vqrae.data.scenes.scene import Scene, SceneSampler, render
+from vqrae.data.scenes.sprites import load_sprites
+
+Split = Literal["train", "validation"]
+Item = Literal["image", "pair", "detailed_pair", "conversation"]
+_SPLIT_SEED = {"train": 0, "validation": 1}
+_LANGUAGE_SEED = 7  # a stream of its own: asking a question never changes a picture
+
+
+class SceneDataset(Dataset):
+    """Scenes drawn from `(seed, split, index)`.
+
+    Training scenes hold no held-out combination; every second validation scene (the odd indices) holds at least one.
+
+    Args:
+        split: `train` or `validation`, disjoint by seed.
+        size: number of scenes; rendering is on the fly, so a million costs nothing.
+        item: what `dataset[i]` returns: `image` -> {image}, `pair` -> {image, caption}, `detailed_pair` -> the same
+            with every colour and relation named, `conversation` -> a LLaVA record {id, image, conversations}.
+            Images of the first three are uint8 tensors (3, H, W); a conversation holds a PIL image.
+        num_questions: questions of one conversation.
+    """
+
+    def __init__(
+        self,
+        split: Split = "train",
+        size: int = 1_000_000,
+        *,
+        item: Item = "image",
+        image_size: int = 64,
+        sprites: str = "shapes",
+        seed: int = 0,
+        num_questions: int = 5,
+    ) -> None:
+        self.split, self.size, self.item, self.seed = split, size, item, seed
+        self.num_questions = num_questions
+        self.sprites = load_sprites(sprites)
+        self.sampler = SceneSampler(self.sprites, image_size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def _rng(self, index: int, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, _SPLIT_SEED[self.split], index, *stream])
+
+    def scene(self, index: int) -> Scene:
+        """The scene behind `index`."""
+        held_out = self.split == "validation" and index % 2 == 1
+        return self.sampler.sample(self._rng(index), held_out=held_out)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Rendered scene, uint8 (H, W, 3)."""
+        return render(self.scene(index), self.sprites, self.sampler.image_size)
+
+    def image(self, index: int) -> Tensor:
+        """Rendered scene, uint8 (3, H, W)."""
+        return torch.from_numpy(self.pixels(index)).permute(2, 0, 1).contiguous()
+
+    def caption(self, index: int, *, detailed: bool = False) -> str:
+        """A caption of the scene behind `index`."""
+        return caption(self.scene(index), self.sprites.names, self._rng(index, _LANGUAGE_SEED), detailed=detailed)
+
+    def questions(self, index: int, limit: int | None = None) -> list[Question]:
+        """Questions about the scene behind `index`, with answers."""
+        rng = self._rng(index, _LANGUAGE_SEED)
+        return questions(self.scene(index), self.sprites.names, rng, self.num_questions if limit is None else limit)
+
+    def conversation(self, index: int) -> dict[str, Any]:
+        """The scene as a LLaVA record whose `image` is a PIL picture."""
+        turns = []
+        for i, question in enumerate(self.questions(index)):
+            turns.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + question.text})
+            turns.append({"from": "gpt", "value": question.answer})
+        return {
+            "id": f"{self.sprites.name}-{self.split}-{index}",
+            "image": Image.fromarray(self.pixels(index)),
+            "conversations": turns,
+        }
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} is outside of this data set of {self.size} scenes")
+        if self.item == "conversation":
+            return self.conversation(index)
+        sample: dict[str, Any] = {"image": self.image(index)}
+        if self.item != "image":
+            sample["caption"] = self.caption(index, detailed=self.item == "detailed_pair")
+        return sample

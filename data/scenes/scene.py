@@ -1,0 +1,197 @@
+"""Scenes: one to four coloured objects on a plain, graded or textured background, drawn from a seed.
+
+Some combinations never occur in training: one colour of every name, and one in eight name-relation-name triples.
+Validation scenes hold them on purpose, so that composition is measured and not memory.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vqrae.data.scenes.sprites import SpriteSet
+
+# GenEval's ten colours, in its order, as sRGB in [0, 1].
+COLORS: dict[str, tuple[float, float, float]] = {
+    "red": (0.86, 0.12, 0.12),
+    "orange": (0.98, 0.55, 0.06),
+    "yellow": (0.98, 0.90, 0.12),
+    "green": (0.12, 0.60, 0.20),
+    "blue": (0.12, 0.28, 0.86),
+    "purple": (0.52, 0.16, 0.70),
+    "pink": (1.00, 0.50, 0.75),
+    "brown": (0.46, 0.27, 0.11),
+    "black": (0.05, 0.05, 0.05),
+    "white": (0.98, 0.98, 0.98),
+}
+COLOR_NAMES = tuple(COLORS)
+COLOR_VALUES = np.array(list(COLORS.values()), dtype=np.float32)  # (10, 3)
+
+# Muted, so that every object colour keeps a distance from every background.
+BACKGROUNDS = np.array(
+    [(0.56, 0.56, 0.56), (0.78, 0.73, 0.58), (0.66, 0.76, 0.84), (0.66, 0.80, 0.69), (0.43, 0.48, 0.53)], dtype=np.float32
+)
+TEXTURES = ("plain", "graded", "stripes", "checks", "dots")
+MARGIN = 3  # pixels between an object and the border
+GAP = 3  # pixels between the boxes of two objects
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object; `name` and `color` are indices, the box is `size` pixels wide from (left, top)."""
+
+    name: int
+    color: int
+    size: int
+    left: int
+    top: int
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return self.left + self.size / 2, self.top + self.size / 2
+
+
+@dataclass(frozen=True)
+class Background:
+    """Base colour index, texture name, texture strength in [-1, 1], angle in radians, period in pixels."""
+
+    color: int
+    texture: str
+    strength: float
+    angle: float
+    period: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    objects: tuple[SceneObject, ...]
+    background: Background
+
+
+def dominant_relation(a: SceneObject, b: SceneObject) -> str:
+    """Where `a` lies seen from `b`, along the axis of the larger offset."""
+    dx, dy = a.center[0] - b.center[0], a.center[1] - b.center[1]
+    if abs(dx) >= abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def is_held_out_pair(name: int, color: int) -> bool:
+    """One of the ten colours of every name is never seen in training."""
+    return (3 * name + color) % 10 == 0
+
+
+def is_held_out_triple(a: int, relation: str, b: int) -> bool:
+    """One in eight name-relation-name triples is never seen in training ("a left of b" is "b right of a")."""
+    if a == b:
+        return False
+    if relation in ("right of", "below"):
+        a, b, relation = b, a, {"right of": "left of", "below": "above"}[relation]
+    return (5 * a + 3 * b + 4 * (relation == "above")) % 8 == 0
+
+
+def is_held_out(scene: Scene) -> bool:
+    """True when the scene holds a combination that training never shows."""
+    objects = scene.objects
+    return any(is_held_out_pair(o.name, o.color) for o in objects) or any(
+        is_held_out_triple(a.name, dominant_relation(a, b), b.name) for i, a in enumerate(objects) for b in objects[:i]
+    )
+
+
+class SceneSampler:
+    """Draws scenes: lone objects, pairs of different things, groups of one thing, mixtures of three or four.
+
+    Args:
+        sprites: the vocabulary of objects.
+        image_size: pixels of a side; sizes and positions scale with it.
+    """
+
+    KINDS = ("single", "pair", "group", "mixture")
+    KIND_WEIGHTS = (0.25, 0.35, 0.2, 0.2)
+
+    def __init__(self, sprites: SpriteSet, image_size: int = 64) -> None:
+        self.sprites = sprites
+        self.image_size = image_size
+
+    def sample(self, rng: np.random.Generator, *, held_out: bool | None = False) -> Scene:
+        """One scene; `held_out` False: training combinations only, True: at least one held out, None: either."""
+        while True:
+            scene = self._draw(rng)
+            if held_out is None or is_held_out(scene) == held_out:
+                return scene
+
+    def _draw(self, rng: np.random.Generator) -> Scene:
+        kind = self.KINDS[np.searchsorted(np.cumsum(self.KIND_WEIGHTS), rng.random())]
+        count = {"single": 1, "pair": 2}.get(kind) or int(rng.integers(2, 5) if kind == "group" else rng.integers(3, 5))
+        num_names = len(self.sprites.names)
+        if kind == "group":
+            names = np.full(count, rng.integers(num_names))
+        elif kind == "pair":
+            names = rng.choice(num_names, 2, replace=False)
+        else:
+            names = rng.integers(num_names, size=count)
+        if kind == "group" and rng.random() < 0.5:
+            colors = np.full(count, rng.integers(len(COLORS)))
+        else:
+            colors = rng.integers(len(COLORS), size=count)
+        boxes = self._place(rng, count)
+        objects = tuple(SceneObject(int(n), int(c), *box) for n, c, box in zip(names, colors, boxes, strict=True))
+        return Scene(objects, self._background(rng))
+
+    def _place(self, rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
+        """Boxes (size, left, top) that keep `GAP` from each other and `MARGIN` from the border."""
+        unit = self.image_size / 64
+        low, high = ((18, 30), (17, 26), (16, 23), (16, 21))[count - 1]
+        while True:
+            boxes: list[tuple[int, int, int]] = []
+            for _ in range(40):
+                size = round(unit * rng.integers(low, high + 1))
+                left, top = (int(v) for v in rng.integers(MARGIN, self.image_size - MARGIN - size + 1, size=2))
+                if all(
+                    left + size + GAP <= x or x + s + GAP <= left or top + size + GAP <= y or y + s + GAP <= top
+                    for s, x, y in boxes
+                ):
+                    boxes.append((size, left, top))
+                    if len(boxes) == count:
+                        return boxes
+
+    def _background(self, rng: np.random.Generator) -> Background:
+        return Background(
+            color=int(rng.integers(len(BACKGROUNDS))),
+            texture=TEXTURES[rng.integers(len(TEXTURES))],
+            strength=float(rng.uniform(0.4, 1) * rng.choice((-1, 1))),
+            angle=float(rng.integers(8) * np.pi / 4),
+            period=int(rng.choice((8, 16))),
+        )
+
+
+def _paint_background(background: Background, size: int) -> np.ndarray:
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32)
+    along = np.cos(background.angle) * x + np.sin(background.angle) * y
+    period = background.period
+    if background.texture == "graded":
+        wave = along / size - (np.cos(background.angle) + np.sin(background.angle)) / 2
+    elif background.texture == "stripes":
+        wave = np.sin(2 * np.pi * along / period) / 2
+    elif background.texture == "checks":
+        wave = ((x // period + y // period) % 2) - 0.5
+    elif background.texture == "dots":
+        wave = (((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2) < (0.3 * period) ** 2) - 0.3
+    else:
+        wave = np.zeros_like(x)
+    return BACKGROUNDS[background.color] + (0.12 * background.strength * wave)[..., None]
+
+
+def render(scene: Scene, sprites: SpriteSet, image_size: int = 64) -> np.ndarray:
+    """Draw a scene, anti-aliased.
+
+    Returns:
+        uint8 array (H, W, 3).
+    """
+    image = _paint_background(scene.background, image_size).astype(np.float32)
+    for item in scene.objects:
+        mask, shade = sprites.draw(sprites.names[item.name], item.size)
+        region = image[item.top : item.top + item.size, item.left : item.left + item.size]
+        paint = COLOR_VALUES[item.color] * shade[..., None]
+        region += mask[..., None] * (paint - region)
+    return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)

