@@ -1,0 +1,24 @@
+"""Finding the model that a user means: a run directory, a checkpoint folder or a hub id."""
+
+import re
+from pathlib import Path
+
+
+def resolve_model(name: str | Path) -> str:
+    """The model folder (with `config.json`) behind `name`, or `name` itself when it is a hub id.
+
+    A run directory holds its finished model in `model/`; while training, the newest `step-N/model` stands in.
+
+    Raises:
+        FileNotFoundError: when `name` is neither a folder with a model nor a hub id.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        steps = sorted(folder.glob("step-*"), key=lambda p: int(p.name.split("-")[1]) if p.name[5:].isdigit() else -1)
+        for candidate in (folder, folder / "model", *(step / "model" for step in reversed(steps))):
+            if (candidate / "config.json").is_file():
+                return str(candidate)
+        raise FileNotFoundError(f"{folder} holds no model: neither config.json nor model/config.json nor step-N/model is there")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
+        return str(name)
+    raise FileNotFoundError(f"{name} does not exist: give a run directory, a checkpoint folder or a hub id such as org/name")

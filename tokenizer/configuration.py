@@ -1,0 +1,84 @@
+"""Configuration of the tokenizer, stored as `config.json` in its folder."""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+FEATURE_TAPS = ("hidden_states[-1]", "last_hidden_state")
+FEATURE_NORMS = ("none", "layernorm", "standardize")
+
+
+class VQRAEConfig(PreTrainedConfig):
+    """VQRAE (arXiv 2511.23386, section 3.2).
+
+    Args:
+        encoder_config: the Hugging Face configuration of the encoder as a mapping, with its `model_type`
+            (`siglip_vision_model` or `internvl_vision`).
+        feature_tap: what "the features" are, for quantizer, teacher and LLM alike. `hidden_states[-1]` is what LLaVA's
+            select layer -1 reads; for SigLIP it lies before `post_layernorm`, `last_hidden_state` behind it.
+        feature_norm: what precedes the quantizer's projection: nothing (the paper says nothing), `layernorm` without
+            affine (RAE), or `standardize` by channel statistics measured once on data (tames outlier channels).
+        quantizer: a name of `vqrae.tokenizer.quantizers.QUANTIZERS`.
+        codebook_size: K (paper: 16384).
+        codebook_dim: E (paper: 1536).
+        output_patch_size: pixels of a decoded patch; None keeps the resolution.
+        image_mean, image_std: normalisation of images in [0, 1] before the encoder.
+    """
+
+    model_type = "vqrae"
+
+    def __init__(
+        self,
+        encoder_config: dict[str, Any] | None = None,
+        feature_tap: str = "hidden_states[-1]",
+        feature_norm: str = "none",
+        quantizer: str = "simvq",
+        codebook_size: int = 16384,
+        codebook_dim: int = 1536,
+        output_patch_size: int | None = None,
+        image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        **kwargs: Any,
+    ) -> None:
+        if feature_tap not in FEATURE_TAPS:
+            raise ValueError(f"feature_tap: got {feature_tap!r}, expected one of {FEATURE_TAPS}")
+        if feature_norm not in FEATURE_NORMS:
+            raise ValueError(f"feature_norm: got {feature_norm!r}, expected one of {FEATURE_NORMS}")
+        self.encoder_config = dict(encoder_config or {"model_type": "siglip_vision_model", "vision_use_head": False})
+        self.feature_tap = feature_tap
+        self.feature_norm = feature_norm
+        self.quantizer = quantizer
+        self.codebook_size = codebook_size
+        self.codebook_dim = codebook_dim
+        self.output_patch_size = output_patch_size
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        super().__init__(**kwargs)
+
+    def build_encoder_config(self) -> PreTrainedConfig:
+        """The encoder's own configuration object."""
+        values = dict(self.encoder_config)
+        return CONFIG_MAPPING[values.pop("model_type")](**values)
+
+    def _side(self, value: int | list[int] | tuple[int, ...]) -> int:
+        return value if isinstance(value, int) else value[0]
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the (square) input."""
+        return self._side(self.build_encoder_config().image_size)
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of a side of an input patch."""
+        return self._side(self.build_encoder_config().patch_size)
+
+    @property
+    def grid_size(self) -> int:
+        """Visual tokens of a side; N = grid_size ** 2."""
+        return self.image_size // self.patch_size
+
+    @property
+    def feature_dim(self) -> int:
+        """D, the width of the continuous features."""
+        return self.build_encoder_config().hidden_size

@@ -1,0 +1,186 @@
+"""VQRAE: a pretrained vision encoder, a quantizer on its features, a symmetric ViT decoder (arXiv 2511.23386).
+
+    features = model.encode_features(images)   # continuous, for understanding
+    codes = model.encode(images)               # discrete, for generation
+    images = model.decode(codes)
+
+Shapes: B batch, H W pixels, N visual tokens, D feature width, E codebook width.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor, SiglipVisionModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.decoder import ViTDecoder
+from vqrae.tokenizer.quantizers import build_quantizer
+from vqrae.tokenizer.quantizers.base import Quantizer
+
+
+@dataclass
+class VQRAEOutput(ModelOutput):
+    """Attributes:
+    reconstruction: (B, 3, H', W'); in [0, 1] in evaluation, not clamped in training (losses need the excess).
+    features: (B, N, D) continuous encoder output.
+    codes: (B, N) int64.
+    losses: unweighted losses of the quantizer by name.
+    """
+
+    reconstruction: Tensor | None = None
+    features: Tensor | None = None
+    codes: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+
+
+class VQRAEModel(PreTrainedModel):
+    """The visual tokenizer. Images are float (B, 3, H, W) in [0, 1]; the encoder's normalisation is inside."""
+
+    config: VQRAEConfig
+    config_class = VQRAEConfig
+    base_model_prefix = ""
+    main_input_name = "images"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: VQRAEConfig) -> None:
+        super().__init__(config)
+        self.encoder: PreTrainedModel = AutoModel.from_config(
+            config.build_encoder_config(), attn_implementation=config._attn_implementation
+        )
+        width = config.feature_dim
+        self.in_proj = nn.Linear(width, config.codebook_dim)
+        self.quantizer: Quantizer = build_quantizer(config.quantizer, config.codebook_size, config.codebook_dim)
+        self.out_proj = nn.Linear(config.codebook_dim, width)
+        self.decoder = ViTDecoder(self.encoder, config.grid_size, config.output_patch_size or config.patch_size)
+        self.register_buffer("image_mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
+        self.register_buffer("feature_mean", torch.zeros(width))
+        self.register_buffer("feature_std", torch.ones(width))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Decoder and projections as in ViT; the encoder initialises itself, the quantizer by its own rule."""
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, ViTDecoder):
+            init.trunc_normal_(module.positions, std=0.02)
+        elif isinstance(module, Quantizer):
+            module.reset_parameters()
+        elif module is self:
+            init.copy_(self.image_mean, torch.tensor(self.config.image_mean).view(3, 1, 1))
+            init.copy_(self.image_std, torch.tensor(self.config.image_std).view(3, 1, 1))
+            init.zeros_(self.feature_mean)
+            init.ones_(self.feature_std)
+
+    # ---- the four calls that everything else builds on
+
+    def encode_features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> continuous features (B, N, D)."""
+        self._check_images(images)
+        return encoder_features(self.encoder, self.normalize(images), self.config.feature_tap)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> codes (B, N), int64."""
+        return self._quantize(self.encode_features(images)).codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, N) -> images (B, 3, H', W') in [0, 1], equal to the reconstruction that `forward` returns.
+
+        Raises:
+            ValueError: for codes of another grid or outside of the codebook.
+        """
+        expected = self.config.grid_size**2
+        if codes.shape[1] != expected:
+            raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, {expected})")
+        if codes.min() < 0 or codes.max() >= self.config.codebook_size:
+            raise ValueError(f"got codes from {codes.min()} to {codes.max()}, expected 0 to {self.config.codebook_size - 1}")
+        with torch.autocast(codes.device.type, enabled=False):
+            hidden = self.out_proj(self.quantizer.lookup(codes))
+        return self.decoder(hidden).float().clamp(0, 1)
+
+    def forward(self, images: Tensor) -> VQRAEOutput:
+        """Reconstruct images (B, 3, H, W) in [0, 1]."""
+        features = self.encode_features(images)
+        output = self._quantize(features)
+        with torch.autocast(images.device.type, enabled=False):
+            hidden = self.out_proj(output.quantized)
+        reconstruction = self.decoder(hidden).float()
+        if not self.training:
+            reconstruction = reconstruction.clamp(0, 1)
+        return VQRAEOutput(reconstruction, features, output.codes, output.losses)
+
+    # ---- parts
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] -> the encoder's `pixel_values`."""
+        return (images - self.image_mean) / self.image_std
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features (B, N, D) -> what the quantizer searches with (B, N, E), in fp32."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            if self.config.feature_norm == "layernorm":
+                features = nn.functional.layer_norm(features, features.shape[-1:])
+            elif self.config.feature_norm == "standardize":
+                features = (features - self.feature_mean) / self.feature_std
+            return self.in_proj(features)
+
+    def _quantize(self, features: Tensor):  # noqa: ANN202
+        projected = self.project(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.quantizer(projected)
+
+    @torch.no_grad()
+    def initialize_from_images(self, images: Tensor, batch_size: int = 64) -> None:
+        """Measure channel statistics and start the codebook from the features of images (M, 3, H, W).
+
+        M pictures must give at least K features. The projection into the codebook space becomes an isometry, so that
+        distances between features survive it.
+        """
+        features = torch.cat([self.encode_features(batch).float() for batch in images.split(batch_size)]).flatten(0, 1)
+        self.feature_mean.copy_(features.mean(0))
+        self.feature_std.copy_(features.std(0).clamp(min=1e-6))
+        nn.init.orthogonal_(self.in_proj.weight)
+        self.in_proj.bias.zero_()
+        self.quantizer.initialize_from(self.project(features))
+
+    def _check_images(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {size}, {size})")
+
+    def image_processor(self) -> SiglipImageProcessor:
+        """The Hugging Face image processor whose `pixel_values` equal this model's own normalisation."""
+        size = {"height": self.config.image_size, "width": self.config.image_size}
+        return SiglipImageProcessor(
+            size=size, image_mean=list(self.config.image_mean), image_std=list(self.config.image_std), resample=3
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write config.json, model.safetensors and preprocessor_config.json."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.image_processor().save_pretrained(save_directory)
+
+
+def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap: str) -> Tensor:
+    """Features (B, N, D) of a Hugging Face vision encoder at the configured tap, without a class token."""
+    output = encoder(pixel_values, output_hidden_states=feature_tap == "hidden_states[-1]")
+    features = output.hidden_states[-1] if feature_tap == "hidden_states[-1]" else output.last_hidden_state
+    return features if isinstance(encoder, SiglipVisionModel) else features[:, 1:]
+
+
+AutoModel.register(VQRAEConfig, VQRAEModel)
