@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -13,20 +14,25 @@ from vqrae.common.files import atomic_path
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(source: str | Path | IO[bytes], *, name: str | None = None) -> Image.Image:
     """Open a picture of any size and colour mode as upright RGB; transparency becomes white.
+
+    Args:
+        source: a path, or the encoded bytes as a stream.
+        name: what errors call the picture; its path when not given.
 
     Raises:
         ValueError: when the file is no readable picture, naming it.
     """
+    name = name or str(source)
     try:
-        with Image.open(path) as picture:
+        with Image.open(source) as picture:
             picture.load()
             return to_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise ValueError(f"{name}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error})") from error
+        raise ValueError(f"{name}: not a readable picture ({error})") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
