@@ -85,7 +85,7 @@ def _draw_shape(name: str, draw: ImageDraw.ImageDraw, s: int) -> None:
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _shape_sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     canvas = Image.new("L", (size * SUPERSAMPLING, size * SUPERSAMPLING), 0)
     _draw_shape(name, ImageDraw.Draw(canvas), size * SUPERSAMPLING)
@@ -112,7 +112,7 @@ def _emoji_artwork() -> dict[str, Image.Image]:
     return pictures
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _emoji_sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     artwork = _emoji_artwork()[name]
     scale = size / max(artwork.size)

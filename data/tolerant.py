@@ -1,0 +1,134 @@
+"""What all data sets made of files share: splits, fixed-size pictures, and stepping over broken samples."""
+
+import sys
+import zlib
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vqrae.common.pictures import resize_and_crop
+
+FileSplit = Literal["train", "validation", "all"]
+VALIDATION_SHARE = 0.05
+BROKEN_SHARE = 0.05  # beyond this share the source itself is at fault
+BROKEN_WINDOW = 100  # samples that a share is taken of at least: one broken picture among the first three stops nothing
+
+
+class TooManyBrokenSamples(RuntimeError):
+    """More samples could not be read than a sound source has."""
+
+
+class TolerantDataset(Dataset, ABC):
+    """A map-style data set that answers a broken sample with the next readable one, reports it and counts it.
+
+    Subclasses give `__len__`, and `read(index)`, which raises ValueError for a sample that cannot be read.
+    Substitution keeps the length and the order exact, so that resuming and sharding need no bookkeeping.
+    Counts are per process (each loader worker has its own).
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.seen = 0
+        self.broken: set[int] = set()
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random crops of this epoch (`accelerate` and `Trainer` call this where it exists)."""
+        self.epoch = epoch
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples, broken ones included."""
+
+    @abstractmethod
+    def read(self, index: int) -> dict[str, Any]:
+        """The sample at `index`; ValueError when it is broken."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside of {self.source} with {len(self)} samples")
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            self.seen += 1
+            try:
+                return self.read(candidate)
+            except ValueError as error:
+                self._note(candidate, error)
+        raise TooManyBrokenSamples(f"{self.source}: none of its {len(self)} samples can be read")
+
+    def _note(self, index: int, error: ValueError) -> None:
+        if index not in self.broken:
+            self.broken.add(index)
+            print(f"skipped a broken sample ({len(self.broken)} of {self.source} so far): {error}", file=sys.stderr, flush=True)
+        if len(self.broken) > BROKEN_SHARE * max(self.seen, BROKEN_WINDOW):
+            raise TooManyBrokenSamples(
+                f"{self.source}: {len(self.broken)} of the {self.seen} samples read so far are broken, the last: {error}. "
+                "Repair or remove them (messages above name each one), then start the same command again."
+            )
+
+
+def name_hash(name: str) -> int:
+    """A hash of a sample's name that is the same on every machine and in every process."""
+    return zlib.crc32(name.encode())
+
+
+def checksum(data: bytes) -> str:
+    """CRC-32 in hexadecimal: enough to notice that a source has changed."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarray:
+    """Which samples belong to `split`: the 5 % with the largest name hash (at least one) are for validation.
+
+    Raises:
+        ValueError: when there are too few samples to hold any back.
+    """
+    if split == "all":
+        return np.arange(len(hashes))
+    if len(hashes) < 2:
+        raise ValueError(f"{source} holds {len(hashes)} samples, too few for training and validation: give more, or split=all")
+    held_out = max(1, round(VALIDATION_SHARE * len(hashes)))
+    order = np.argsort(hashes, kind="stable")
+    return np.sort(order[-held_out:] if split == "validation" else order[:-held_out])
+
+
+def fit_picture(picture: Image.Image, size: int, rng: np.random.Generator | None = None) -> Tensor:
+    """RGB picture -> uint8 (3, size, size): centre crop, or with `rng` a random square crop and flip for training.
+
+    The random crop covers 80 to 100 % of the shorter edge.
+    """
+    if rng is None:
+        picture = resize_and_crop(picture, size)
+    else:
+        edge = max(1, round(min(picture.size) * rng.uniform(0.8, 1.0)))
+        left, top = (int(rng.integers(extent - edge + 1)) for extent in picture.size)
+        box = (left, top, left + edge, top + edge)
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        picture = ImageOps.mirror(picture) if rng.random() < 0.5 else picture
+    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def missing_files(paths: Iterable[Path]) -> list[Path]:
+    """Those of `paths` that do not exist; each folder is listed once, which is quick on network drives too."""
+    by_folder: dict[Path, dict[str, Path]] = defaultdict(dict)
+    for path in paths:
+        by_folder[path.parent][path.name] = path
+    missing: list[Path] = []
+    for folder, names in by_folder.items():
+        present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        missing += [path for name, path in names.items() if name not in present]
+    return sorted(missing)
+
+
+def summary(problems: list[str], limit: int = 5) -> str:
+    """The first few problems, one to a line, and how many more there are."""
+    more = [f"… and {len(problems) - limit} more"] if len(problems) > limit else []
+    return "\n  ".join(["", *problems[:limit], *more])

@@ -1,0 +1,307 @@
+"""Sources: every kind opens, splits are disjoint and stable, broken and missing samples are named."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from vqrae.common.pictures import open_picture
+from vqrae.data.conversations import IMAGE_TAG, normalize_turns
+from vqrae.data.images import ImageFolder
+from vqrae.data.sources import fingerprint, open_conversations, open_images, open_pairs, source_kind
+from vqrae.data.tars import TarDataset, tar_index
+from vqrae.data.tolerant import TooManyBrokenSamples, missing_files, name_hash, split_indices
+
+
+def picture(index: int, size: tuple[int, int] = (20, 14)) -> Image.Image:
+    pixels = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(index: int, form: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    picture(index).save(stream, form)
+    return stream.getvalue()
+
+
+def make_folder(folder: Path, count: int) -> Path:
+    (folder / "sub").mkdir(parents=True)
+    for i in range(count):
+        picture(i).save(folder / ("sub" if i % 2 else "") / f"{i:03d}.png")
+    return folder
+
+
+def make_tar(path: Path, count: int) -> Path:
+    with webdataset.TarWriter(str(path)) as writer:
+        for i in range(count):
+            suffix = ("jpg", "png", "webp")[i % 3]
+            form = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix]
+            writer.write({"__key__": f"sample{i:04d}", suffix: encoded(i, form), "txt": f"caption {i}"})
+    return path
+
+
+# ---- splits
+
+
+def test_splits_are_disjoint_complete_and_depend_on_names_only() -> None:
+    names = [f"{i}.png" for i in range(200)]
+    hashes = np.array([name_hash(name) for name in names])
+    train, validation = split_indices(hashes, "train", "x"), split_indices(hashes, "validation", "x")
+    assert len(validation) == 10
+    assert sorted([*train, *validation]) == list(range(200))
+    reversed_validation = {names[::-1][i] for i in split_indices(hashes[::-1], "validation", "x")}
+    assert reversed_validation == {names[i] for i in validation}
+    with pytest.raises(ValueError, match="too few"):
+        split_indices(hashes[:1], "train", "x")
+
+
+# ---- image folders
+
+
+def test_image_folder_reads_every_picture_once(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "pictures", 21)
+    everything = ImageFolder(folder, image_size=8, split="all")
+    assert len(everything) == 21
+    parts = [ImageFolder(folder, image_size=8, split=split).paths for split in ("train", "validation")]
+    assert sorted(parts[0] + parts[1]) == sorted(everything.paths)
+    assert everything[0]["image"].shape == (3, 8, 8)
+    assert everything[0]["image"].dtype == torch.uint8
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "pictures", 4)
+    first = ImageFolder(folder, image_size=8, split="all", augment=True)
+    second = ImageFolder(folder, image_size=8, split="all", augment=True)
+    second[3]  # reading in another order changes nothing
+    assert torch.equal(first[0]["image"], second[0]["image"])
+    before = first[0]["image"]
+    first.set_epoch(1)
+    assert not torch.equal(before, first[0]["image"])
+
+
+def test_a_broken_picture_is_replaced_by_the_next_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "pictures", 6)
+    broken = folder / "000.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    dataset = ImageFolder(folder, image_size=8, split="all")
+    index = dataset.paths.index(broken)
+    assert torch.equal(dataset[index]["image"], dataset[(index + 1) % 6]["image"])
+    dataset[index]
+    assert dataset.broken == {index}
+    assert capsys.readouterr().err.count("000.png") == 1
+
+
+def test_too_many_broken_pictures_stop_the_run(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "pictures", 20)
+    for path in sorted(folder.rglob("*.png"))[:8]:
+        path.write_bytes(b"not a picture")
+    dataset = ImageFolder(folder, image_size=8, split="all")
+    with pytest.raises(TooManyBrokenSamples, match="Repair or remove"):
+        [dataset[i] for i in range(20)]
+
+
+def test_all_pictures_broken(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"")
+    with pytest.raises(TooManyBrokenSamples, match="none of its 2"):
+        ImageFolder(tmp_path, image_size=8, split="all")[0]
+
+
+# ---- tars
+
+
+def test_tar_pairs_equal_what_was_written_by_webdataset(tmp_path: Path) -> None:
+    source = str(make_tar(tmp_path / "a.tar", 9))
+    dataset = TarDataset(source, image_size=14, captions=True, split="all")
+    assert [dataset[i]["caption"] for i in range(9)] == [f"caption {i}" for i in range(9)]
+    expected = open_picture(io.BytesIO(encoded(1))).crop((3, 0, 17, 14))  # sample 1 is a PNG: exact
+    assert np.array_equal(dataset[1]["image"].permute(1, 2, 0).numpy(), np.array(expected))
+
+
+def test_tar_globs_ranges_and_splits(tmp_path: Path) -> None:
+    for i in range(3):
+        make_tar(tmp_path / f"part-{i}.tar", 7)
+    glob, braces = str(tmp_path / "part-*.tar"), str(tmp_path / "part-{0..2}.tar")
+    assert len(open_pairs(glob, image_size=8, split="all")) == 21
+    train, validation = (open_images(braces, image_size=8, split=split) for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (20, 1)
+    with pytest.raises(FileNotFoundError, match=r"part-3\.tar"):
+        open_pairs(str(tmp_path / "part-{0..3}.tar"), image_size=8)
+
+
+def test_the_index_is_kept_and_made_anew_when_the_tar_changes(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "a.tar", 3)
+    first = np.array(tar_index(path))
+    cache = tmp_path / ".a.tar.index.npy"
+    assert cache.exists()
+    assert np.array_equal(tar_index(path), first)
+    cache.write_bytes(cache.read_bytes()[:40])
+    assert np.array_equal(tar_index(path), first)
+    make_tar(path, 5)
+    assert len(tar_index(path)) == 5
+
+
+def test_a_tar_cut_short_is_refused_when_it_is_opened(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "a.tar", 5)
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-3]
+    path.write_bytes(path.read_bytes()[: last.offset_data + last.size // 2])
+    with pytest.raises(ValueError, match=r"a\.tar is damaged after \d samples .*fetch it again"):
+        open_pairs(str(path), image_size=8)
+
+
+def test_a_truncated_picture_inside_a_tar_is_stepped_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for i in range(4):
+            writer.write({"__key__": f"s{i}", "png": encoded(i)[: 50 if i == 1 else None], "txt": f"caption {i}"})
+    dataset = TarDataset(str(path), image_size=8, captions=True, split="all")
+    assert [dataset[i]["caption"] for i in range(4)] == ["caption 0", "caption 2", "caption 2", "caption 3"]
+    assert "member at byte" in capsys.readouterr().err
+
+
+def test_tars_without_captions(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for i in range(3):
+            writer.write({"__key__": f"s{i}", "png": encoded(i)})
+    assert len(open_images(str(path), image_size=8, split="all")) == 3
+    with pytest.raises(ValueError, match="no caption"):
+        open_pairs(str(path), image_size=8)
+
+
+# ---- caption files
+
+
+def write_jsonl(folder: Path, lines: list[str]) -> str:
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_jsonl_pairs(tmp_path: Path) -> None:
+    make_folder(tmp_path / "pictures", 4)
+    lines = [json.dumps({"image": f"pictures/{'sub/' * (i % 2)}{i:03d}.png", "caption": f" caption {i} "}) for i in range(4)]
+    dataset = open_pairs(write_jsonl(tmp_path, [*lines, ""]), image_size=8, split="all")
+    assert [dataset[i]["caption"] for i in range(4)] == [f"caption {i}" for i in range(4)]
+
+
+def test_jsonl_problems_are_found_when_it_is_opened(tmp_path: Path) -> None:
+    make_folder(tmp_path / "pictures", 1)
+    good = json.dumps({"image": "pictures/000.png", "caption": "x"})
+    with pytest.raises(ValueError, match=r"(?s)3 lines cannot be used.*line 2.*line 3.*line 4"):
+        open_pairs(write_jsonl(tmp_path, [good, "{", '{"image": "a.png"}', "[1]"]), image_size=8)
+    missing = [json.dumps({"image": f"pictures/no{i}.png", "caption": "x"}) for i in range(8)]
+    with pytest.raises(FileNotFoundError, match=r"(?s)8 of 9 pictures do not exist.*no0\.png.*and 3 more"):
+        open_pairs(write_jsonl(tmp_path, [good, *missing]), image_size=8)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    assert missing_files([tmp_path / "a", tmp_path / "b", tmp_path / "c" / "d"]) == [tmp_path / "b", tmp_path / "c" / "d"]
+
+
+# ---- conversations
+
+TURNS = [{"from": "human", "value": f"What is this? {IMAGE_TAG}"}, {"from": "gpt", "value": "A picture."}]
+
+
+def write_json(folder: Path, records: object) -> str:
+    path = folder / "chat.json"
+    path.write_text(json.dumps(records))
+    return str(path)
+
+
+def test_llava_records(tmp_path: Path) -> None:
+    make_folder(tmp_path / "pictures", 1)
+    text_only = {"id": "t", "conversations": [{"from": "gpt", "value": "Hello"}, *({**t, "value": "hm"} for t in TURNS)]}
+    records = [{"id": "p", "image": "000.png", "conversations": TURNS}, text_only]
+    dataset = open_conversations(write_json(tmp_path, records), image_size=8, image_folder=tmp_path / "pictures")
+    assert dataset[0]["image"].size == (20, 14)
+    assert dataset[0]["conversations"][0]["value"] == f"{IMAGE_TAG}\nWhat is this?"
+    assert "image" not in dataset[1]
+    assert [turn["from"] for turn in dataset[1]["conversations"]] == ["human", "gpt"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "has_image", "message"),
+    [
+        (TURNS, False, "has no image, but 1"),
+        ([{**turn, "value": "x"} for turn in TURNS], True, "has an image, but 0"),
+        ([*TURNS, *TURNS], True, "2 <image> tags"),
+        ([{"from": "human", "value": "x"}, {"from": "gpt", "value": IMAGE_TAG}], True, "turn 2"),
+        ([TURNS[0], TURNS[0]], True, "take turns"),
+        ([{"from": "system", "value": "x"}], False, "must be human or gpt"),
+        ([TURNS[0]], True, "no question with an answer"),
+        ("hello", False, "must be a list"),
+    ],
+)
+def test_turns_that_cannot_be_used(turns: object, has_image: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        normalize_turns(turns, has_image=has_image)
+
+
+def test_llava_problems_are_found_when_it_is_opened(tmp_path: Path) -> None:
+    bad = [{"id": f"r{i}", "conversations": TURNS} for i in range(7)]
+    with pytest.raises(ValueError, match=r"(?s)7 of 7 records.*record 0 \(r0\).*has no image.*and 2 more"):
+        open_conversations(write_json(tmp_path, bad), image_size=8)
+    with pytest.raises(FileNotFoundError, match=r"(?s)1 pictures of its 1 .*set image_folder.*nowhere\.png"):
+        open_conversations(write_json(tmp_path, [{"image": "nowhere.png", "conversations": TURNS}]), image_size=8)
+    with pytest.raises(ValueError, match="expected a JSON list"):
+        open_conversations(write_json(tmp_path, {"a": 1}), image_size=8)
+    (tmp_path / "chat.json").write_text("[{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        open_conversations(str(tmp_path / "chat.json"), image_size=8)
+
+
+# ---- names of sources
+
+
+def test_scenes_open_as_every_kind() -> None:
+    image = open_images("scenes", image_size=32, size=3)[0]["image"]
+    assert image.shape == (3, 32, 32)
+    pair = open_pairs("scenes", image_size=32, size=3)[0]
+    assert torch.equal(pair["image"], image)
+    assert pair["caption"].startswith("a photo of")
+    record = open_conversations("scenes", image_size=32, split="validation")[0]
+    assert record["conversations"][0]["value"].startswith(IMAGE_TAG)
+    assert len(open_images("scenes", image_size=32)) == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("scenes:emojis", ValueError, "Did you mean 'emoji'"),
+        ("no/such/folder", FileNotFoundError, "does not exist"),
+        ("no/such.jsonl", FileNotFoundError, "does not exist"),
+        ("no/such.tar", FileNotFoundError, "no such file"),
+        (__file__, ValueError, "unknown kind"),
+    ],
+)
+def test_source_names_that_cannot_be_opened(source: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        open_pairs(source, image_size=8)
+
+
+def test_a_source_of_the_wrong_kind_says_what_to_give(tmp_path: Path) -> None:
+    make_folder(tmp_path / "pictures", 2)
+    with pytest.raises(ValueError, match="has no captions"):
+        open_pairs(str(tmp_path / "pictures"), image_size=8)
+    with pytest.raises(ValueError, match="holds no conversations"):
+        open_conversations(str(tmp_path / "pictures"), image_size=8)
+    assert source_kind(str(tmp_path / "pictures")) == "folder"
+
+
+def test_fingerprints_name_content(tmp_path: Path) -> None:
+    assert fingerprint("scenes") == fingerprint("scenes")
+    folder = make_folder(tmp_path / "pictures", 2)
+    before = fingerprint(str(folder))
+    picture(9, (30, 30)).save(folder / "000.png")
+    assert fingerprint(str(folder)) != before
+    assert "1 tars" in fingerprint(str(make_tar(tmp_path / "a.tar", 2)))
