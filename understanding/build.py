@@ -1,0 +1,203 @@
+"""Assemble LLaVA-1.5 from a tokenizer and a language model, with nothing but classes of `transformers`.
+
+The vision tower *is* the tokenizer's encoder (same class, same weights), so the folder opens in plain transformers,
+peft, vLLM and lmms-eval. Its configuration carries the tokenizer's fingerprint under `vqrae_tokenizer_fingerprint`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from PIL import Image
+from tokenizers import AddedToken
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SiglipImageProcessor,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from vqrae.common.checkpoints import resolve_model
+from vqrae.common.files import require_same_tokenizer, weights_fingerprint
+from vqrae.common.pictures import picture_to_tensor
+from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.understanding.conversation import IMAGE_TOKEN, load_template
+
+FINGERPRINT_KEY = "vqrae_tokenizer_fingerprint"
+LLAVA_TAP = "hidden_states[-1]"
+# "default" drops the first token, which is InternViT's class token; SigLIP has none.
+SELECT_STRATEGY = {"siglip_vision_model": "full", "internvl_vision": "default"}
+
+
+def build_llava(
+    tokenizer_folder: str | Path,
+    llm_folder: str | Path,
+    attn_implementation: str = "eager",
+    *,
+    chat_template: str = "chatml",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The tokenizer's encoder, a fresh two-layer projector (LLaVA's mlp2x_gelu) and a language model.
+
+    Args:
+        tokenizer_folder, llm_folder: run directory, checkpoint folder or hub id.
+        attn_implementation: of tower and language model.
+        chat_template: `chatml` or `vicuna_v1`; stored with the processor.
+        dtype: of all weights; float32 is what an optimizer needs unless DeepSpeed keeps master weights.
+
+    Raises:
+        ValueError: when LLaVA cannot read the tokenizer's features, or the text tokenizer lacks the template's end token.
+    """
+    folder = local_folder(tokenizer_folder)
+    tokenizer = VQRAEModel.from_pretrained(folder, attn_implementation=attn_implementation).eval()
+    _require_readable_features(tokenizer.config, folder)
+    llm_name = resolve_model(llm_folder)
+    llm = AutoModelForCausalLM.from_pretrained(llm_name, dtype=dtype, attn_implementation=attn_implementation)
+    text_tokenizer = AutoTokenizer.from_pretrained(llm_name)
+    prepare_text_tokenizer(text_tokenizer, llm)
+    processor = build_processor(tokenizer.config, text_tokenizer, chat_template)
+    model = _assemble(tokenizer, llm, processor)
+    setattr(model.config, FINGERPRINT_KEY, weights_fingerprint(folder))
+    check_features(model, processor, tokenizer)
+    return model.to(dtype), processor
+
+
+def local_folder(name: str | Path) -> str:
+    """The folder behind a run directory, checkpoint folder or hub id; a hub id is downloaded."""
+    found = resolve_model(name)
+    return found if Path(found).is_dir() else snapshot_download(found)
+
+
+def require_tokenizer(config: LlavaConfig, tokenizer_folder: str | Path, artefact: str | Path) -> None:
+    """Refuse a model that was built on another tokenizer.
+
+    Raises:
+        ValueError: naming both fingerprints, or saying that the model carries none.
+    """
+    found = getattr(config, FINGERPRINT_KEY, None)
+    if found is None:
+        raise ValueError(f"{artefact}: got no {FINGERPRINT_KEY} in its config.json, expected a model built by this package")
+    require_same_tokenizer(weights_fingerprint(local_folder(tokenizer_folder)), found, str(artefact))
+
+
+def _require_readable_features(config: VQRAEConfig, folder: str) -> None:
+    if config.feature_tap != LLAVA_TAP:
+        raise ValueError(
+            f"{folder}: got a tokenizer with feature_tap {config.feature_tap!r}, expected {LLAVA_TAP!r}: plain LLaVA feeds its "
+            f"projector with hidden_states[vision_feature_layer]. Set feature_tap to {LLAVA_TAP!r} and train the tokenizer again"
+        )
+
+
+def prepare_text_tokenizer(text_tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel) -> None:
+    """Give the text tokenizer `<image>` and a padding token, and the model a row for every token."""
+    if IMAGE_TOKEN not in text_tokenizer.get_vocab():
+        text_tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    if len(text_tokenizer) > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(len(text_tokenizer), pad_to_multiple_of=64)
+    if text_tokenizer.pad_token is None:
+        text_tokenizer.pad_token = text_tokenizer.unk_token or text_tokenizer.eos_token
+    # For whoever generates in batches from the saved folder; the collator pads on the right by itself.
+    text_tokenizer.padding_side = "left"
+
+
+def build_processor(
+    config: VQRAEConfig, text_tokenizer: PreTrainedTokenizerBase, chat_template: str = "chatml"
+) -> LlavaProcessor:
+    """The processor: pictures of any size are resized by their shorter edge and cropped around the centre.
+
+    Raises:
+        ValueError: when the text tokenizer lacks the end token of the template.
+    """
+    end = end_token(text_tokenizer, chat_template)
+    if end not in text_tokenizer.get_vocab():
+        raise ValueError(
+            f"chat_template: got {chat_template!r}, whose end token {end!r} the text tokenizer does not know: set another one"
+        )
+    size = config.image_size
+    strategy = SELECT_STRATEGY[config.build_encoder_config().model_type]
+    image_processor = SiglipImageProcessor(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        do_center_crop=True,
+        image_mean=list(config.image_mean),
+        image_std=list(config.image_std),
+        resample=Image.Resampling.BICUBIC,
+    )
+    return LlavaProcessor(
+        image_processor,
+        text_tokenizer,
+        patch_size=config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),
+        chat_template=load_template(chat_template),
+        image_token=IMAGE_TOKEN,
+    )
+
+
+def end_token(text_tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
+    """The token that ends an answer."""
+    return "<|im_end|>" if chat_template == "chatml" else text_tokenizer.eos_token
+
+
+def _assemble(tokenizer: VQRAEModel, llm: PreTrainedModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """Put loaded parts into an empty LLaVA: only the projector is initialised, by `nn.Linear`'s rule as in LLaVA."""
+    config = LlavaConfig(
+        vision_config=tokenizer.encoder.config,
+        text_config=llm.config,
+        image_token_index=processor.image_token_id,
+        image_seq_length=tokenizer.config.grid_size**2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        tie_word_embeddings=llm.config.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = tokenizer.encoder
+    model.model.language_model = llm.base_model
+    model.lm_head = llm.get_output_embeddings()
+    model.model.multi_modal_projector = LlavaMultiModalProjector(config)
+    text_tokenizer = processor.tokenizer
+    chatml = "<|im_end|>" in processor.chat_template
+    model.generation_config = GenerationConfig(
+        eos_token_id=text_tokenizer.convert_tokens_to_ids(end_token(text_tokenizer, "chatml" if chatml else "vicuna_v1")),
+        bos_token_id=text_tokenizer.bos_token_id,
+        pad_token_id=text_tokenizer.pad_token_id,
+    )
+    assert not any(parameter.is_meta for parameter in model.parameters()), "a part of LLaVA was not filled in"
+    return model
+
+
+@torch.no_grad()
+def check_features(model: LlavaForConditionalGeneration, processor: LlavaProcessor, tokenizer: VQRAEModel) -> None:
+    """Refuse a model whose projector reads anything else than `tokenizer.encode_features`, tried on one noise picture.
+
+    Raises:
+        ValueError: for another number of tokens or other values.
+    """
+    size = tokenizer.config.image_size
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
+    expected = tokenizer.encode_features(picture_to_tensor(picture)[None])
+    inputs = processor(images=picture, text=IMAGE_TOKEN, return_tensors="pt")
+    received: list[torch.Tensor] = []
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    try:
+        model.get_image_features(inputs["pixel_values"])
+    finally:
+        hook.remove()
+    num_tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+    if not num_tokens == received[0].shape[1] == expected.shape[1]:
+        raise ValueError(
+            f"got {num_tokens} image tokens and {received[0].shape[1]} features, expected {expected.shape[1]}: "
+            "the processor does not fit the tokenizer"
+        )
+    difference = (received[0] - expected).abs().max().item()
+    if difference > 1e-4 * max(1.0, expected.abs().max().item()):
+        raise ValueError(f"the projector's input differs from encode_features by up to {difference:.3g}, expected the same")

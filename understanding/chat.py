@@ -1,0 +1,134 @@
+"""Ask a trained model about pictures.
+
+    chat = Chat.from_pretrained("runs/tiny_llava")
+    chat.answer([(picture, "what color is the circle ?"), (None, "how many things are there ?")])
+
+    session = chat.session()
+    session.ask("what is the red thing ?", picture)
+    session.ask("where is it ?")
+
+Pictures of any size are resized by their shorter edge and cropped around the centre, by the image processor of the model
+folder: the same as in training. Decoding is greedy. Rows are padded on the left with exact positions, so that an answer
+does not depend on what else is in the batch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from vqrae.common.checkpoints import resolve_model
+from vqrae.common.distributed import attention_implementation
+from vqrae.common.pictures import open_picture, to_rgb
+from vqrae.understanding.conversation import IMAGE_TOKEN
+
+Picture = str | Path | Image.Image
+Pictures = Picture | Sequence[Picture] | None
+Messages = list[dict[str, Any]]
+
+
+class Chat:
+    """A model with its processor, on one device.
+
+    Args:
+        model, processor: what `build_llava` or a model folder gives.
+        max_new_tokens: longest answer.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, *, max_new_tokens: int = 128) -> None:
+        self.model, self.processor, self.max_new_tokens = model.eval(), processor, max_new_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        attn_implementation: str = "auto",
+        device: str | torch.device | None = None,
+        max_new_tokens: int = 128,
+    ) -> "Chat":
+        """Load a run directory, model folder or hub id; the device is CUDA when there is one."""
+        folder = resolve_model(name)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = LlavaForConditionalGeneration.from_pretrained(
+            folder, attn_implementation=attention_implementation(attn_implementation)
+        )
+        return cls(model.to(device), AutoProcessor.from_pretrained(folder), max_new_tokens=max_new_tokens)
+
+    def answer(
+        self, conversations: Sequence[tuple[Pictures, str]], *, batch_size: int = 32, max_new_tokens: int | None = None
+    ) -> list[str]:
+        """One answer to each (picture, list of pictures or None, question).
+
+        Raises:
+            ValueError: for an unreadable picture, or a question that contains `<image>`.
+        """
+        chats = [[user_message(question, pictures)] for pictures, question in conversations]
+        answers: list[str] = []
+        for start in range(0, len(chats), batch_size):
+            answers += self.generate(chats[start : start + batch_size], max_new_tokens=max_new_tokens)
+        return answers
+
+    def session(self) -> "Session":
+        """A conversation of several turns."""
+        return Session(self)
+
+    @torch.inference_mode()
+    def generate(
+        self, chats: Sequence[Messages], *, max_new_tokens: int | None = None, streamer: BaseStreamer | None = None
+    ) -> list[str]:
+        """The next answer of each chat, in one batch.
+
+        Args:
+            streamer: receives the tokens as they come (one chat only), such as `transformers.TextStreamer`.
+        """
+        inputs = self.processor.apply_chat_template(
+            list(chats),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        ).to(self.model.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        generated = self.model.generate(
+            **inputs, do_sample=False, max_new_tokens=max_new_tokens or self.max_new_tokens, streamer=streamer
+        )
+        new_tokens = generated[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+class Session:
+    """A conversation that remembers its turns and pictures."""
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.messages: Messages = []
+
+    def ask(self, question: str, pictures: Pictures = None, *, streamer: BaseStreamer | None = None) -> str:
+        """Ask on; pictures may come with any turn. The turn is forgotten when answering fails."""
+        asked = [*self.messages, user_message(question, pictures)]
+        [answer] = self.chat.generate([asked], streamer=streamer)
+        self.messages = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        return answer
+
+
+def user_message(question: str, pictures: Pictures) -> dict[str, Any]:
+    """A question with its pictures as a Hugging Face chat message."""
+    if IMAGE_TOKEN in question:
+        raise ValueError(f"got a question that contains {IMAGE_TOKEN}, expected plain text: pass pictures beside it")
+    if pictures is None:
+        pictures = []
+    elif isinstance(pictures, str | Path | Image.Image):
+        pictures = [pictures]
+    content: list[dict[str, Any]] = [{"type": "image", "image": _open(picture)} for picture in pictures]
+    return {"role": "user", "content": [*content, {"type": "text", "text": question.strip()}]}
+
+
+def _open(picture: Picture) -> Image.Image:
+    return to_rgb(picture) if isinstance(picture, Image.Image) else open_picture(picture)

@@ -1,0 +1,171 @@
+"""LLaVA records as training samples: chat templates, exact answer masks, batches.
+
+A record is `{"id", "image": picture (absent for text only), "conversations": [{"from": "human" | "gpt", "value"}, …]}`.
+Which tokens are trained is marked in the chat template (`{% generation %}`) and read back by
+`apply_chat_template(…, return_assistant_tokens_mask=True)`. Nothing here counts token lengths: that is what fails with
+every text tokenizer that LLaVA's constants were not tuned for ("tokenization mismatch", loss 0).
+
+Shapes: T text length with image tokens expanded, B batch, P pictures.
+"""
+
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlavaProcessor
+
+from vqrae.common.config import did_you_mean
+
+IGNORE_INDEX = -100
+IMAGE_TOKEN = "<image>"
+ROLES = {"human": "user", "gpt": "assistant"}
+CHAT_TEMPLATES = ("chatml", "vicuna_v1")
+"""What a chat model speaks; `plain` (image, then caption) is LLaVA's format for training the projector alone."""
+
+
+def load_template(name: str) -> str:
+    """The Jinja text of `chatml`, `vicuna_v1` or `plain`.
+
+    Raises:
+        ValueError: for another name, listing the known ones.
+    """
+    known = (*CHAT_TEMPLATES, "plain")
+    if name not in known:
+        raise ValueError(f"unknown chat template {name!r}. {did_you_mean(name, known)}")
+    return (resources.files("vqrae.understanding") / f"{name}.jinja").read_text().rstrip("\n")
+
+
+def caption_record(sample: dict[str, Any]) -> dict[str, Any]:
+    """A caption pair `{"image", "caption"}` as a LLaVA record."""
+    turns = [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": sample["caption"]}]
+    return {"id": sample.get("id", sample["caption"]), "image": sample["image"], "conversations": turns}
+
+
+def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a record as Hugging Face chat messages that carry their pictures.
+
+    As in LLaVA, a leading gpt turn is dropped and the picture goes to the front of its turn (the template puts a newline
+    behind it).
+
+    Raises:
+        ValueError: naming the record, when `<image>` tags and pictures do not match or the turns do not alternate.
+    """
+    where = f"record {record.get('id')!r}"
+    turns = record["conversations"]
+    turns = turns[1:] if turns and turns[0]["from"] == "gpt" else turns
+    pictures = _pictures(record)
+    tags = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
+    if tags != len(pictures):
+        raise ValueError(
+            f"{where}: got {len(pictures)} pictures and {tags} {IMAGE_TOKEN} tags, expected as many of one as of the other: "
+            f"set the key 'image', or write {IMAGE_TOKEN} into a human turn"
+        )
+    left = iter(pictures)
+    messages = []
+    for i, turn in enumerate(turns):
+        if turn["from"] != ("human", "gpt")[i % 2]:
+            raise ValueError(f"{where}: turn {i} is from {turn['from']!r}, expected human and gpt in alternation")
+        tags = turn["value"].count(IMAGE_TOKEN)
+        if tags and turn["from"] == "gpt":
+            raise ValueError(f"{where}: turn {i} is an answer with {IMAGE_TOKEN}, expected the tag in a human turn")
+        content = [{"type": "image", "image": next(left)} for _ in range(tags)]
+        content.append({"type": "text", "text": turn["value"].replace(IMAGE_TOKEN, "").strip()})
+        messages.append({"role": ROLES[turn["from"]], "content": content})
+    return messages
+
+
+def _pictures(record: dict[str, Any]) -> list[Any]:
+    image = record.get("image")
+    if image is None:
+        return []
+    return list(image) if isinstance(image, list | tuple) else [image]
+
+
+def encode_conversation(
+    record: dict[str, Any], processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None
+) -> dict[str, Tensor]:
+    """Encode one record for training.
+
+    Args:
+        max_length: tokens kept, image tokens included; the end of a longer text is cut.
+        chat_template: Jinja text; None takes the processor's own.
+
+    Returns:
+        input_ids (T,), labels (T,) with `IGNORE_INDEX` on everything but answers and their end tokens, and
+        pixel_values (P, 3, H, W) when the record has pictures.
+
+    Raises:
+        ValueError: naming the record, for a bad record (see `to_messages`), when cutting would hit image tokens, or when
+            no token is left to train on.
+    """
+    encoded = processor.apply_chat_template(
+        to_messages(record),
+        chat_template=chat_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+    )
+    input_ids, trained = encoded["input_ids"][0], torch.as_tensor(encoded["assistant_masks"])[0].bool()
+    where = f"record {record.get('id')!r}"
+    if (input_ids[max_length:] == processor.image_token_id).any():
+        raise ValueError(f"{where}: its image tokens reach beyond max_length {max_length}: set a larger max_length")
+    input_ids, trained = input_ids[:max_length], trained[:max_length]
+    # The first token is never predicted, so it does not count.
+    if not trained[1:].any():
+        raise ValueError(f"{where}: no answer to train on within max_length {max_length}")
+    sample = {"input_ids": input_ids, "labels": input_ids.where(trained, IGNORE_INDEX)}
+    if "pixel_values" in encoded:
+        sample["pixel_values"] = encoded["pixel_values"]
+    return sample
+
+
+class ConversationCollator:
+    """Turns records (or caption pairs) into a right-padded batch for `LlavaForConditionalGeneration`.
+
+    A batch without any picture gets a black one whose image tokens lie in the padding of the first row: masked, behind
+    everything and without labels, so they change neither loss nor gradients, but every process runs tower and projector
+    in every step, which DDP and ZeRO-3 need (LLaVA's zero image, without touching the model).
+    """
+
+    def __init__(self, processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None) -> None:
+        self.processor, self.max_length, self.chat_template = processor, max_length, chat_template
+        size = processor.image_processor.crop_size
+        self.blank = torch.zeros(1, 3, size["height"], size["width"])
+        text = processor.replace_image_token({"pixel_values": self.blank}, 0)
+        self.num_image_tokens = text.count(processor.image_token)
+
+    def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Batch of input_ids, attention_mask, labels (B, T) and pixel_values (P, 3, H, W)."""
+        samples = []
+        for record in records:
+            record = caption_record(record) if "caption" in record else record
+            samples.append(
+                encode_conversation(record, self.processor, max_length=self.max_length, chat_template=self.chat_template)
+            )
+        pad = self.processor.tokenizer.pad_token_id
+        batch = {
+            "input_ids": _pad([sample["input_ids"] for sample in samples], pad),
+            "attention_mask": _pad([torch.ones_like(sample["input_ids"]) for sample in samples], 0),
+            "labels": _pad([sample["labels"] for sample in samples], IGNORE_INDEX),
+        }
+        pictures = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+        if pictures:
+            return {**batch, "pixel_values": torch.cat(pictures)}
+        return self._with_blank_picture(batch, pad)
+
+    def _with_blank_picture(self, batch: dict[str, Tensor], pad: int) -> dict[str, Tensor]:
+        fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE_INDEX}
+        longer = {
+            key: torch.cat([value, value.new_full((len(value), self.num_image_tokens), fill[key])], dim=1)
+            for key, value in batch.items()
+        }
+        longer["input_ids"][0, -self.num_image_tokens :] = self.processor.image_token_id
+        return {**longer, "pixel_values": self.blank}
+
+
+def _pad(rows: list[Tensor], value: int) -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value)

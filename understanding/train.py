@@ -1,0 +1,184 @@
+"""Train LLaVA-1.5 on the tokenizer's features: `pretrain` fits the projector to captions, `sft` projector and LLM to dialogues.
+
+    python -m vqrae.understanding.train tiny tokenizer=RUN llm=FOLDER output_dir=OUT [stage=pretrain|sft|both] [key=value …]
+    torchrun --nproc_per_node 8 -m vqrae.understanding.train CONFIG.yaml …
+
+The tokenizer's encoder stays frozen in both stages, as in VQRAE (arXiv 2511.23386, Table 8) and LLaVA-1.5 (arXiv
+2310.03744). Each stage keeps its checkpoints and metrics in `OUT/<stage>/`; `OUT/pretrain/model` and, at the end,
+`OUT/model` are plain `LlavaForConditionalGeneration` folders. The same command resumes, and does nothing once finished.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, Trainer, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import get_last_checkpoint
+
+from vqrae.common.config import load_config, shipped_config
+from vqrae.common.distributed import attention_implementation, is_main_process
+from vqrae.common.files import atomic_path
+from vqrae.common.run import RunDirectory
+from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, run_trainer, training_arguments
+from vqrae.data.sources import fingerprint, open_conversations, open_pairs, source_kind
+from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, require_tokenizer
+from vqrae.understanding.conversation import ConversationCollator, load_template
+
+Stage = Literal["pretrain", "sft"]
+STAGES: tuple[Stage, ...] = ("pretrain", "sft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One LLaVA run."""
+
+    tokenizer: str
+    """Run directory, folder or hub id of the visual tokenizer."""
+    llm: str
+    """Folder or hub id of the language model."""
+    output_dir: str
+    pretrain: OptimizationConfig
+    sft: OptimizationConfig
+    stage: Literal["pretrain", "sft", "both"] = "both"
+    data: str = "scenes"
+    """Conversations of sft: scenes, scenes:emoji or a .json file in LLaVA's format."""
+    pretrain_data: str | None = None
+    """Captions of pretrain: scenes, a .jsonl, a .tar or a .json in LLaVA's format; null means the same as `data`."""
+    image_folder: str | None = None
+    """Where the pictures of a .json file lie; null means beside it."""
+    chat_template: Literal["chatml", "vicuna_v1"] = "chatml"
+    """What the LLM speaks; it is stored in the model folder."""
+    max_length: int = 2048
+    """Tokens of a sample, image tokens included."""
+    attn_implementation: str = "auto"
+    seed: int = 0
+
+
+def freeze(model: LlavaForConditionalGeneration, stage: Stage) -> None:
+    """Leave trainable: the projector, and in sft the language model as well. The tower never."""
+    model.requires_grad_(False)
+    trained: list[nn.Module] = [model.model.multi_modal_projector]
+    if stage == "sft":
+        trained += [model.model.language_model, model.lm_head]
+    for module in trained:
+        module.requires_grad_(True)
+
+
+def open_data(config: TrainConfig, stage: Stage, image_size: int) -> Dataset:
+    """The samples of a stage: caption pairs for pretrain (unless they come as a LLaVA file), records for sft."""
+    source = data_source(config, stage)
+    if stage == "pretrain" and source_kind(source) != "json":
+        return open_pairs(source, image_size=image_size, detailed=True, seed=config.seed)
+    return open_conversations(source, image_size=image_size, image_folder=config.image_folder, seed=config.seed)
+
+
+def data_source(config: TrainConfig, stage: Stage) -> str:
+    """Name of the source that a stage reads."""
+    return config.pretrain_data or config.data if stage == "pretrain" else config.data
+
+
+def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model a stage starts from: for sft the pretrained one when there is any, else LLM and tokenizer put together.
+
+    Every process holds a full copy in host memory until DeepSpeed has partitioned it.
+    """
+    optimization = getattr(config, stage)
+    attention = attention_implementation(config.attn_implementation)
+    # Without DeepSpeed's master weights the optimizer works on the weights themselves: those must be float32.
+    dtype = torch.bfloat16 if optimization.zero and optimization.bf16 else torch.float32
+    pretrained = Path(config.output_dir) / "pretrain" / "model"
+    if stage == "sft" and (pretrained / "config.json").is_file():
+        model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, attn_implementation=attention)
+        require_tokenizer(model.config, config.tokenizer, pretrained)
+        return model, AutoProcessor.from_pretrained(pretrained)
+    if stage == "sft" and is_main_process():
+        print(f"{pretrained} does not exist: the projector starts at random (stage=both pretrains it first)", flush=True)
+    return build_llava(config.tokenizer, config.llm, attention, chat_template=config.chat_template, dtype=dtype)
+
+
+def run_stage(config: TrainConfig, stage: Stage) -> None:
+    """Train one stage to its end, or return at once when that was done before."""
+    output_dir = Path(config.output_dir)
+    run_dir = output_dir / stage
+    final = output_dir / "model" if stage == "sft" else run_dir / "model"
+    optimization: OptimizationConfig = getattr(config, stage)
+    if is_finished(final, run_dir, optimization.max_steps):
+        print(f"{stage}: {final} is finished ({optimization.max_steps} steps)", flush=True)
+        return
+    set_seed(config.seed)  # the projector's first weights
+    model, processor = load_or_build(config, stage)
+    freeze(model, stage)
+    dataset = open_data(config, stage, model.config.vision_config.image_size)
+    collator = ConversationCollator(
+        processor,
+        max_length=config.max_length,
+        chat_template=load_template("plain") if stage == "pretrain" else processor.chat_template,
+    )
+    identities = {
+        "tokenizer": getattr(model.config, FINGERPRINT_KEY),
+        "data": fingerprint(data_source(config, stage)),
+    }
+    run = RunDirectory(run_dir, config, seed=config.seed, fingerprints=identities)
+    print_parameters(model)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(optimization, run_dir, seed=config.seed),
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+        callbacks=[InstrumentCallback(run, stage)],
+    )
+    run_trainer(trainer)
+    save_model(trainer, final)
+    if optimization.zero:
+        # Else the next stage's from_pretrained would partition its weights by this stage's settings.
+        unset_hf_deepspeed_config()
+
+
+def is_finished(final: Path, run_dir: Path, max_steps: int) -> bool:
+    """True when the final model is there and the newest checkpoint has reached `max_steps`."""
+    checkpoint = get_last_checkpoint(str(run_dir)) if run_dir.is_dir() else None
+    return (final / "config.json").is_file() and checkpoint is not None and int(checkpoint.rsplit("-", 1)[1]) >= max_steps
+
+
+def print_parameters(model: nn.Module) -> None:
+    """Say how much is trained."""
+    if is_main_process():
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        trained = sum(n for n, trainable in sizes if trainable)
+        print(f"parameters: {sum(n for n, _ in sizes):,}, trained {trained:,}", flush=True)
+
+
+def save_model(trainer: Trainer, folder: Path) -> None:
+    """Write the trained model and its processor (or text tokenizer) to `folder`, whole or not at all.
+
+    Every process calls this: under ZeRO-3 the weights are gathered from all.
+    """
+    staging = folder.with_name(f".{folder.name}.staging")
+    trainer.save_model(str(staging))
+    if trainer.is_world_process_zero():
+        (staging / "training_args.bin").unlink()  # a pickle has no place in a model folder
+        with atomic_path(folder) as whole:
+            os.replace(staging, whole)
+    trainer.accelerator.wait_for_everyone()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: CONFIG [key.path=value …]."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    config = load_config(TrainConfig, shipped_config("vqrae.understanding", arguments[0]), arguments[1:])
+    for stage in STAGES if config.stage == "both" else (config.stage,):
+        run_stage(config, stage)
+
+
+if __name__ == "__main__":
+    main()
