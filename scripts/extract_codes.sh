@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Turn captioned pictures into code shards, once, so that training the generator never runs the tokenizer.
+#
+#   bash scripts/extract_codes.sh [key=value ...]
+#
+#   config=tiny                a name in generation/configs, or a YAML file
+#   tokenizer=runs/tokenizer   run directory, checkpoint folder or hub id; made first when there is none
+#   data=scenes                scenes, scenes:emoji, FILE.jsonl, FILE.tar (or a glob, or x-{000..012}.tar)
+#   output=runs/codes          folder of the shards
+#   size=N                     pictures to take (default the config's)
+#   nproc, nnodes              processes (default: GPUs, or 1), nodes (1)
+#   key=value                  of the configuration's section `extraction`
+#
+# The same command continues after the shards that are there. Paths are relative to the repository.
+. "$(dirname "$0")/lib.sh"
+read_arguments "$@"
+install
+defaults output=runs/codes
+rename data=source output=output_dir
+artefact tokenizer tokenizer train_tokenizer.sh
+launch vqrae.generation.extract_codes

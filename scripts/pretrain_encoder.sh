@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Pretrain the small vision encoder of the embedded default: SigLIP's image-text loss on captioned scenes.
+#
+#   bash scripts/pretrain_encoder.sh [key=value ...]
+#
+#   config=tiny_encoder    a name in tokenizer/configs, or a YAML file
+#   output=runs/encoder    run directory; the model is in output/model
+#   sprites=shapes         shapes or emoji
+#   nproc, nnodes, zero    processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-3, default the config's)
+#   any.key=value          of the configuration, such as optimization.max_steps=100
+#
+# The same command resumes an interrupted run. Paths are relative to the repository.
+. "$(dirname "$0")/lib.sh"
+config=tiny_encoder
+read_arguments "$@"
+install_for_training
+defaults output=runs/encoder
+rename output=output_dir
+launch vqrae.tokenizer.pretrain_encoder optimization.zero

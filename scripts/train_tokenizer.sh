@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Train the visual tokenizer: quantizer and decoder on a frozen encoder (stage 1), then all together (stage 2).
+#
+#   bash scripts/train_tokenizer.sh [key=value ...]
+#
+#   config=tiny            a name in tokenizer/configs, or a YAML file
+#   stage=both             1, 2 or both
+#   data=scenes            scenes, scenes:emoji, a folder of pictures, FILE.jsonl, FILE.tar (or a glob, or x-{000..012}.tar)
+#   encoder=runs/encoder   pretrained encoder: run directory, checkpoint folder or hub id; made first when there is none
+#   output=runs/tokenizer  run directory; the model is in output/model
+#   nproc, nnodes, zero    processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-2, default the config's)
+#   any.key=value          of the configuration, such as stage1.max_steps=100
+#
+# The same command resumes an interrupted run. Paths are relative to the repository.
+. "$(dirname "$0")/lib.sh"
+read_arguments "$@"
+install_for_training
+rename encoder=model.encoder data=data.train output=output_dir
+artefact model.encoder encoder pretrain_encoder.sh
+launch vqrae.tokenizer.train zero
