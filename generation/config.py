@@ -1,0 +1,84 @@
+"""Typed configuration of the generator: one YAML file with a section for extraction and one for training."""
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vqrae.common.config import load_config, shipped_config
+from vqrae.common.trainer import OptimizationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionConfig:
+    """Pictures -> code shards (`vqrae.generation.extract_codes`)."""
+
+    tokenizer: str
+    """Run directory, checkpoint folder or hub id of the visual tokenizer."""
+    source: str
+    """Captioned pictures: scenes, scenes:emoji, FILE.jsonl or FILE.tar (see `vqrae.data.sources`)."""
+    output_dir: str
+    size: int | None = None
+    """Pictures to take; null takes all."""
+    split: Literal["train", "validation", "all"] = "train"
+    captions_per_image: int = 1
+    """Wordings of each scene; sources of files carry one."""
+    shard_size: int = 8192
+    """Pictures of one shard, the unit of resuming and of sharing among processes."""
+    batch_size: int = 64
+    num_workers: int = 0
+    seed: int = 0
+    """Of the scenes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorModelConfig:
+    """The language model, its vocabulary, its prompts."""
+
+    offset: int
+    """First visual id: 151936 for Qwen3-0.6B; room for the words of a small model."""
+    llm: str | None = None
+    """Folder or hub id of a pretrained Qwen3; null builds `llm_config` with random weights."""
+    llm_config: dict[str, Any] | None = None
+    """`Qwen3Config` fields of a new model."""
+    words: Literal["scenes", "captions"] = "scenes"
+    """Where a new model's word tokenizer takes its words: the language of the scenes, or the captions of the codes."""
+    prompt_template: str = "{caption}"
+    max_caption_tokens: int = 448
+    caption_dropout: float = 0.1
+    """Share of samples whose caption is emptied, so that guidance works."""
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout: got {self.caption_dropout}, expected 0 <= p < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Code shards -> generator (`vqrae.generation.train`)."""
+
+    tokenizer: str
+    """The visual tokenizer that made the codes."""
+    data: str
+    """Folder of code shards."""
+    output_dir: str
+    model: GeneratorModelConfig
+    optimization: OptimizationConfig
+    full_vocabulary_loss: bool = False
+    """Softmax over text ids too. Off: over the codes only, as in sampling; faster, and a tenth of the memory."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """A whole YAML file."""
+
+    extraction: ExtractionConfig
+    training: TrainingConfig
+
+
+def read_config(argv: list[str] | None, section: Literal["extraction", "training"]) -> Any:
+    """One section of the config that the command line names (`tiny` without one), with its overrides applied."""
+    name, *overrides = (argv if argv is not None else sys.argv[1:]) or ["tiny"]
+    path = shipped_config("vqrae.generation", name)
+    return getattr(load_config(GenerationConfig, path, [f"{section}.{override}" for override in overrides]), section)

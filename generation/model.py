@@ -1,0 +1,102 @@
+"""The generator: a plain `Qwen3ForCausalLM` whose vocabulary also holds the tokenizer's codes.
+
+Its folder loads in plain transformers. What the pictures need stands in `config.json`: `visual_vocabulary`,
+`prompt_template`, `max_caption_tokens`, `caption_dropout`, `vqrae_tokenizer` and `vqrae_tokenizer_fingerprint`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from vqrae.common.checkpoints import resolve_model
+from vqrae.common.files import weights_fingerprint
+from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
+
+
+def build_generator(
+    vocabulary: VisualVocabulary,
+    *,
+    llm: str | None = None,
+    llm_config: dict[str, Any] | None = None,
+    attention: str = "sdpa",
+) -> Qwen3ForCausalLM:
+    """A Qwen3 with rows for text, codes and BOI; new rows are drawn as transformers initialises embeddings.
+
+    Args:
+        llm: folder or hub id of a pretrained Qwen3 to extend.
+        llm_config: `Qwen3Config` fields of a new model with random weights; exactly one of the two is given.
+
+    Raises:
+        ValueError: when both or none are given, or the pretrained vocabulary reaches into the visual ids.
+    """
+    if (llm is None) == (llm_config is None):
+        raise ValueError(f"got llm={llm!r} and llm_config={llm_config!r}, expected exactly one: set the other to null")
+    if llm is None:
+        config = Qwen3Config(**{"vocab_size": vocabulary.num_rows, "pad_token_id": None, **(llm_config or {})})
+        if config.vocab_size != vocabulary.num_rows:
+            raise ValueError(f"got llm_config.vocab_size {config.vocab_size}, expected none: it is {vocabulary.num_rows}")
+        model = Qwen3ForCausalLM._from_config(config, attn_implementation=attention)
+    else:
+        model = Qwen3ForCausalLM.from_pretrained(resolve_model(llm), attn_implementation=attention, dtype="float32")
+        if model.config.vocab_size > vocabulary.offset:
+            raise ValueError(
+                f"{llm} has {model.config.vocab_size} rows, but visual ids start at {vocabulary.offset}: "
+                f"set offset to {model.config.vocab_size}"
+            )
+        model.resize_token_embeddings(vocabulary.num_rows, mean_resizing=False)
+    model.config.visual_vocabulary = dataclasses.asdict(vocabulary)
+    # An image ends by its length; the language model's own end token must not stop `generate`.
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    return model
+
+
+def read_vocabulary(config: PretrainedConfig) -> VisualVocabulary:
+    """The visual vocabulary of a generator.
+
+    Raises:
+        ValueError: when the model is no generator.
+    """
+    if not hasattr(config, "visual_vocabulary"):
+        raise ValueError(f"{config.name_or_path} is no generator: its config.json has no visual_vocabulary")
+    return VisualVocabulary(**config.visual_vocabulary)
+
+
+def read_prompt_encoder(config: PretrainedConfig, text_tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    """The prompt encoder that a generator was trained with."""
+    return PromptEncoder(
+        text_tokenizer,
+        read_vocabulary(config),
+        template=config.prompt_template,
+        max_caption_tokens=config.max_caption_tokens,
+    )
+
+
+class VisualHead(nn.Linear):
+    """An `lm_head` that computes the logits of some rows only; weights, keys and tying stay those of the whole head.
+
+    As a module of its own it works under ZeRO-3, which gathers a partitioned weight around the forward of its module.
+    """
+
+    def __init__(self, head: nn.Linear, rows: slice) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.weight, self.bias = head.in_features, head.out_features, head.weight, None
+        self.rows = rows
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight[self.rows])
+
+
+def tokenizer_folder(name: str | Path) -> Path:
+    """Local folder of a visual tokenizer: a run directory's model, a checkpoint folder, or a download of a hub id."""
+    resolved = resolve_model(name)
+    return Path(resolved) if Path(resolved).is_dir() else Path(snapshot_download(resolved))
+
+
+def tokenizer_fingerprint(name: str | Path) -> str:
+    """Fingerprint of a visual tokenizer's weights."""
+    return weights_fingerprint(tokenizer_folder(name))
