@@ -1,0 +1,113 @@
+"""Code shards: round trip, resuming, and every kind of damage named."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter
+
+MANIFEST = CodeManifest(
+    tokenizer_fingerprint="a" * 64, codebook_size=60_000, grid_size=2, source="test", num_pictures=7, shard_size=3
+)
+CODES = np.random.default_rng(0).integers(0, 60_000, (7, 4))
+CAPTIONS = [[f"picture {i}", f"Bild {i} — ü\nzweite Zeile"] for i in range(7)]
+
+
+def write(folder: Path, shards: range = range(3)) -> CodeWriter:
+    writer = CodeWriter(folder, MANIFEST)
+    for shard in shards:
+        rows = MANIFEST.pictures_of(shard)
+        writer.write(shard, CODES[rows], [CAPTIONS[i] for i in rows])
+    return writer
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    write(tmp_path)
+    dataset = CodeDataset(tmp_path, tokenizer_fingerprint="a" * 64)
+    assert len(dataset) == 7
+    for i in range(7):
+        assert dataset[i]["codes"].dtype == torch.int64
+        assert dataset[i]["codes"].tolist() == CODES[i].tolist()
+        assert dataset.captions(i) == CAPTIONS[i]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json", *(f"shard-{i:05d}.{kind}" for i in range(3) for kind in ("jsonl", "npy"))
+    ]  # fmt: skip
+    with pytest.raises(IndexError, match="7 pictures"):
+        dataset[7]
+
+
+def test_draws_take_every_caption_equally_often(tmp_path: Path) -> None:
+    write(tmp_path)
+    dataset = CodeDataset(tmp_path)
+    for i in range(7):
+        assert Counter(dataset.sample(i, draw)["caption"] for draw in range(6)) == {caption: 3 for caption in CAPTIONS[i]}
+    assert len({CAPTIONS[i].index(dataset[i]["caption"]) for i in range(7)}) == 2  # not all pictures start with the first
+
+
+def test_resume_keeps_complete_shards_and_rewrites_damaged_ones(tmp_path: Path) -> None:
+    write(tmp_path, range(2))
+    with pytest.raises(FileNotFoundError, match="lacks shard 2 of 3"):
+        CodeDataset(tmp_path)
+    path = tmp_path / "shard-00001.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    writer = CodeWriter(tmp_path, MANIFEST)
+    assert [writer.is_complete(shard) for shard in range(3)] == [True, False, False]
+    write(tmp_path, range(1, 3))
+    assert len(CodeDataset(tmp_path)) == 7
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    writer = CodeWriter(tmp_path, MANIFEST)
+    with pytest.raises(ValueError, match="expected 0 … 59999"):
+        writer.write(0, np.full((3, 4), 60_000), CAPTIONS[:3])
+    with pytest.raises(ValueError, match=r"expected \(3, 4\)"):
+        writer.write(0, CODES[:2], CAPTIONS[:2])
+    with pytest.raises(ValueError, match="picture 1 has no caption"):
+        writer.write(0, CODES[:3], [["a"], [], ["b"]])
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("kind", ["npy", "jsonl"])
+@pytest.mark.parametrize("size", [0, 20, -1])
+def test_a_truncated_file_is_named(tmp_path: Path, kind: str, size: int) -> None:
+    write(tmp_path)
+    path = tmp_path / f"shard-00001.{kind}"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"shard-00001.{kind} is damaged.*extract the codes again"):
+        CodeDataset(tmp_path)
+
+
+def test_codes_out_of_range_are_found_on_opening(tmp_path: Path) -> None:
+    write(tmp_path)
+    np.save(tmp_path / "shard-00000.npy", np.full((3, 4), 60_001, dtype=np.uint16))
+    with pytest.raises(ValueError, match="holds code 60001"):
+        CodeDataset(tmp_path)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(ValueError, match="a{16}.*b{16}"):
+        CodeDataset(tmp_path, tokenizer_fingerprint="b" * 64)
+    with pytest.raises(ValueError, match="b{16}"):
+        CodeWriter(tmp_path, replace(MANIFEST, tokenizer_fingerprint="b" * 64))
+
+
+def test_another_set_is_not_mixed_in(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(ValueError, match="num_pictures 7 -> 8"):
+        CodeWriter(tmp_path, replace(MANIFEST, num_pictures=8))
+
+
+def test_a_large_codebook_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="65537"):
+        replace(MANIFEST, codebook_size=65_537)
+    assert replace(MANIFEST, codebook_size=65_536).num_shards == 3
+
+
+def test_no_code_set(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="extract_codes"):
+        CodeDataset(tmp_path)
