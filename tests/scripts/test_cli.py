@@ -1,0 +1,234 @@
+"""The `vqrae` command on pictures of every kind, with small random models."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from vqrae.common.files import weights_fingerprint
+from vqrae.data.scenes import load_sprites
+from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.word_tokenizer import build_word_tokenizer
+from vqrae.generation.model import build_generator
+from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.scripts.cli import main
+from vqrae.understanding.build import build_llava
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A palette picture, RGBA, 16-bit grey, a rotated photograph, one 1 px wide, two that share a stem."""
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    noise.convert("P").save(folder / "palette.gif")
+    noise.convert("RGBA").save(folder / "alpha.png")
+    Image.fromarray(np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 20).save(folder / "grey16.png")
+    rotated = Image.Exif()
+    rotated[274] = 6
+    noise.save(folder / "rotated.jpg", exif=rotated)
+    noise.resize((1, 500)).save(folder / "sub" / "thin.webp")
+    noise.save(folder / "same.png")
+    noise.save(folder / "same.jpg")
+    return folder
+
+
+def test_help_answers_at_once() -> None:
+    start = time.perf_counter()
+    code = "import sys; from vqrae.scripts.cli import main; main(['--help'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "reconstruct" in result.stdout
+    assert time.perf_counter() - start < 1.0  # 0.06 s on an idle machine; importing torch takes seconds
+
+
+def test_reconstruct_takes_every_kind_of_picture(pictures: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["reconstruct", "--model", str(tokenizer_folder), "--images", str(pictures), "--out", str(out)]) == 0
+    report = json.loads((out / "metrics.json").read_text())
+    assert len(report["psnr"]) == 7
+    assert report["tokenizer"] == weights_fingerprint(tokenizer_folder)
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
+    names = {
+        "palette.png",
+        "alpha.png",
+        "grey16.png",
+        "rotated.png",
+        "sub/thin.png",
+        "same.png.png",
+        "same.jpg.png",
+        "grid.png",
+    }
+    assert written == names
+    assert Image.open(out / "rotated.png").size == (2 * 64 + 12, 64 + 8)
+
+
+def test_broken_pictures_are_named_skipped_and_counted(
+    pictures: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = pictures / "alpha.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    out = tmp_path / "out"
+    assert main(["reconstruct", "--model", str(tokenizer_folder), "--images", str(pictures), "--out", str(out)]) == 1
+    output = capsys.readouterr()
+    assert "skipped" in output.err
+    assert "alpha.png" in output.err
+    assert "6 pictures, 1 broken and skipped" in output.out
+    assert json.loads((out / "metrics.json").read_text())["broken"] == ["alpha.png"]
+
+
+def test_encode_then_decode_equals_the_model(pictures: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    codes, out = tmp_path / "codes.npz", tmp_path / "decoded"
+    model = ["--model", str(tokenizer_folder)]
+    assert main(["encode", *model, "--images", str(pictures), "--out", str(codes)]) == 0
+    stored = np.load(codes)
+    assert stored["codes"].shape == (7, 64)
+    assert stored["codes"].dtype == np.uint16
+    assert main(["decode", *model, "--codes", str(codes), "--out", str(out)]) == 0
+    assert len(list(out.rglob("*.png"))) == 7
+    reconstructed = tmp_path / "reconstructed"
+    main(["reconstruct", *model, "--images", str(pictures / "palette.gif"), "--out", str(reconstructed)])
+    side_by_side = np.array(Image.open(reconstructed / "palette.png"))[4:68, -68:-4]
+    decoded = np.array(Image.open(out / "palette.png")).astype(int)
+    assert np.abs(side_by_side - decoded).max() <= 1
+
+
+def test_decode_refuses_other_codes(
+    pictures: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = ["--model", str(tokenizer_folder), "--out", str(tmp_path / "decoded")]
+    good = {"codes": np.zeros((1, 64), np.uint16), "names": np.array(["a.png"]), "tokenizer": "0" * 64, "codebook_size": 64}
+    np.savez(tmp_path / "other.npz", **good)
+    assert main(["decode", "--codes", str(tmp_path / "other.npz"), *model]) == 2
+    assert "made with tokenizer 0000000000000000" in capsys.readouterr().err
+    np.savez(tmp_path / "outside.npz", **{**good, "names": np.array(["../../a.png"])})
+    assert main(["decode", "--codes", str(tmp_path / "outside.npz"), *model]) == 2
+    assert "cannot be trusted" in capsys.readouterr().err
+    (tmp_path / "damaged.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:200])
+    assert main(["decode", "--codes", str(tmp_path / "damaged.npz"), *model]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reconstruct", "--images", "nowhere"], "nowhere does not exist"),
+        (["encode", "--images", "."], "ends in .npz"),
+        (["decode", "--codes", "nowhere.npz"], "nowhere.npz does not exist"),
+    ],
+)
+def test_mistakes_get_one_line(
+    arguments: list[str], message: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--model", str(tokenizer_folder), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vqrae: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_of_another_kind_is_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+    call = ["reconstruct", "--images", str(pictures), "--out", str(tmp_path / "out"), "--model"]
+    assert main([*call, str(tmp_path)]) == 2
+    assert main([*call, str(tmp_path / "nowhere")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "holds a llava model, expected a tokenizer" in errors[0]
+    assert "does not exist" in errors[1]
+
+
+# ---- language
+
+
+@pytest.fixture(scope="module")
+def generator_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generator")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vocabulary = VisualVocabulary(offset=128, codebook_size=64, num_codes=64)
+    torch.manual_seed(0)
+    model = build_generator(vocabulary, llm_config={**sizes, "num_key_value_heads": 2, "head_dim": 16})
+    model.config.prompt_template, model.config.max_caption_tokens, model.config.caption_dropout = "{caption}", 32, 0.1
+    model.config.vqrae_tokenizer = str(tokenizer_folder)
+    model.config.vqrae_tokenizer_fingerprint = weights_fingerprint(tokenizer_folder)
+    model.save_pretrained(folder)
+    build_word_tokenizer(vocabulary_texts(load_sprites("shapes").names)).save_pretrained(folder)
+    return folder
+
+
+def test_generate_writes_pictures_that_can_be_drawn_again(generator_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a photo of a star\n\n")
+    call = ["generate", "--model", str(generator_folder), "--prompt", "a photo of a circle", "--top-k", "5"]
+    out = tmp_path / "out"
+    options = ["--num-images", "2", "--seed", "3", "--prompts-file", str(tmp_path / "prompts.txt")]
+    assert main([*call, *options, "--out", str(out)]) == 0
+    names = ["0000-3", "0000-4", "0001-3", "0001-4"]
+    assert sorted(path.stem for path in out.glob("*.json")) == names
+    assert sorted(path.stem for path in out.glob("*.png")) == [*names, "grid"]
+    record = json.loads((out / "0000-4.json").read_text())
+    assert (record["prompt"], record["seed"], record["sampling"]["top_k"]) == ("a photo of a circle", 4, 5)
+    again = tmp_path / "again"
+    assert main([*call, "--num-images", "1", "--seed", "4", "--out", str(again)]) == 0
+    first, second = (np.array(Image.open(folder / "0000-4.png")).astype(int) for folder in (out, again))
+    assert np.abs(first - second).max() <= 1
+
+
+def test_generate_without_a_prompt(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model", str(generator_folder), "--out", str(tmp_path)]) == 2
+    assert "--prompts-file" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def llava_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    words = build_word_tokenizer(vocabulary_texts(load_sprites("shapes").names))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=128, num_key_value_heads=2, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(folder / "llm")
+    words.save_pretrained(folder / "llm")
+    model, processor = build_llava(tokenizer_folder, folder / "llm")
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder
+
+
+def test_chat_answers_once_and_in_turns(
+    llava_folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["chat", "--model", str(llava_folder), "--max-new-tokens", "4", "--image", str(pictures / "palette.gif")]
+    second = ["--image", str(pictures / "alpha.png")]
+    assert main([*call, *second, "--question", "what is the red thing ?"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    typed = f"what is it ?\n/image {pictures / 'nowhere.png'}\n/image {pictures / 'same.png'}\nand this ?\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert main(call) == 0
+    output = capsys.readouterr()
+    assert output.out.count("> ") == 5
+    assert "no such file" in output.err
+
+
+def test_chat_about_a_broken_picture(llava_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    assert main(["chat", "--model", str(llava_folder), "--image", str(tmp_path / "a.png"), "--question", "what ?"]) == 2
+    assert "not a readable picture" in capsys.readouterr().err
+
+
+# ---- data
+
+
+def test_check_data_names_broken_samples(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-data", str(pictures)]) == 0
+    (pictures / "same.png").write_bytes(b"")
+    assert main(["check-data", str(pictures)]) == 1
+    output = capsys.readouterr().out
+    assert "same.png" in output
+    assert "7 of 7 samples read, 1 broken" in output
+    assert main(["check-data", "scenes", "--limit", "3"]) == 0
