@@ -60,10 +60,12 @@ def build_llava(
     _require_readable_features(tokenizer.config, folder)
     llm_name = resolve_model(llm_folder)
     llm = AutoModelForCausalLM.from_pretrained(llm_name, dtype=dtype, attn_implementation=attn_implementation)
+    llm.config._name_or_path = ""  # else a path of this machine gets into the model's config.json
     text_tokenizer = AutoTokenizer.from_pretrained(llm_name)
     prepare_text_tokenizer(text_tokenizer, llm)
     processor = build_processor(tokenizer.config, text_tokenizer, chat_template)
     model = _assemble(tokenizer, llm, processor)
+    model.set_attn_implementation(attn_implementation)  # the new LlavaConfig has reset it in its parts
     setattr(model.config, FINGERPRINT_KEY, weights_fingerprint(folder))
     check_features(model, processor, tokenizer)
     return model.to(dtype), processor
@@ -90,8 +92,8 @@ def require_tokenizer(config: LlavaConfig, tokenizer_folder: str | Path, artefac
 def _require_readable_features(config: VQRAEConfig, folder: str) -> None:
     if config.feature_tap != LLAVA_TAP:
         raise ValueError(
-            f"{folder}: got a tokenizer with feature_tap {config.feature_tap!r}, expected {LLAVA_TAP!r}: plain LLaVA feeds its "
-            f"projector with hidden_states[vision_feature_layer]. Set feature_tap to {LLAVA_TAP!r} and train the tokenizer again"
+            f"{folder}: got a tokenizer with feature_tap {config.feature_tap!r}, expected {LLAVA_TAP!r}, the only one that "
+            f"plain LLaVA can feed to its projector: set feature_tap to {LLAVA_TAP!r} and train the tokenizer again"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor, Trainer, set_seed
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Trainer, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -109,6 +109,7 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
     final = output_dir / "model" if stage == "sft" else run_dir / "model"
     optimization: OptimizationConfig = getattr(config, stage)
     if is_finished(final, run_dir, optimization.max_steps):
+        require_tokenizer(LlavaConfig.from_pretrained(final), config.tokenizer, final)
         print(f"{stage}: {final} is finished ({optimization.max_steps} steps)", flush=True)
         return
     set_seed(config.seed)  # the projector's first weights
@@ -160,6 +161,7 @@ def save_model(trainer: Trainer, folder: Path) -> None:
 
     Every process calls this: under ZeRO-3 the weights are gathered from all.
     """
+    trainer.model.config.use_cache = True  # Trainer turned it off
     staging = folder.with_name(f".{folder.name}.staging")
     trainer.save_model(str(staging))
     if trainer.is_world_process_zero():

@@ -3,7 +3,10 @@
     python -m vqrae.understanding.train_llm tiny_llm output_dir=OUT [optimization.max_steps=N] [key=value …]
 
 What a downloaded LLM brings along is learned here: words, the chat format, and answering from context, which is a caption
-here and becomes the picture in LLaVA. The result, `OUT/model`, is a plain `Qwen2ForCausalLM` folder.
+here and becomes the picture in LLaVA. The result, `OUT/model`, is a plain `Qwen3ForCausalLM` folder.
+
+Qwen3 and not Qwen2: for a folder of type qwen2, `AutoTokenizer` of transformers 5 takes Qwen2's own class whatever the folder
+says, and would read our word tokenizer as a byte-level one.
 """
 
 import sys
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, Trainer, set_seed
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation
@@ -38,7 +41,7 @@ class TinyLLMConfig:
     output_dir: str
     optimization: OptimizationConfig
     model: dict[str, Any]
-    """`Qwen2Config` values; the vocabulary size comes from the text tokenizer."""
+    """`Qwen3Config` values; the vocabulary size comes from the text tokenizer."""
     sprites: list[str] = field(default_factory=lambda: list(SPRITE_SETS))
     """Whose words the model knows."""
     attn_implementation: str = "auto"
@@ -88,13 +91,13 @@ class TextCollator:
         }
 
 
-def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
     """A language model with random weights, and its word tokenizer with the chatml template."""
     names = [name for sprites in config.sprites for name in load_sprites(sprites).names]
     text_tokenizer = build_word_tokenizer(vocabulary_texts(names))
     text_tokenizer.chat_template = load_template("chatml")
     vocab_size = -(-len(text_tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    qwen = Qwen2Config(
+    qwen = Qwen3Config(
         vocab_size=vocab_size,
         bos_token_id=None,
         eos_token_id=text_tokenizer.eos_token_id,
@@ -102,7 +105,7 @@ def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen2ForCausalLM, PreTrainedT
         attn_implementation=attention_implementation(config.attn_implementation),
         **config.model,
     )
-    return Qwen2ForCausalLM(qwen), text_tokenizer
+    return Qwen3ForCausalLM(qwen), text_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:

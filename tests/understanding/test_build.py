@@ -1,0 +1,131 @@
+"""The assembled model reads the tokenizer's features and opens in plain transformers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vqrae.common.files import weights_fingerprint
+from vqrae.common.pictures import picture_to_tensor
+from vqrae.data.scenes import SceneDataset
+from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.understanding.build import build_llava, check_features, prepare_text_tokenizer, require_tokenizer
+
+PLAIN_TRANSFORMERS = """
+import sys, torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, picture = sys.argv[1:]
+model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+processor = AutoProcessor.from_pretrained(folder)
+content = [{"type": "image", "url": picture}, {"type": "text", "text": "what color is the star ?"}]
+inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
+                                       return_dict=True, return_tensors="pt")
+assert inputs["pixel_values"].shape == (1, 3, 64, 64)
+assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 64
+model.generate(**inputs, max_new_tokens=2)
+assert not any(name.startswith("vqrae") for name in sys.modules)
+print(type(model).__name__, model(**inputs).logits.double().abs().sum().item())
+"""
+
+
+@pytest.mark.parametrize("encoder", ["siglip", "internvit"])
+def test_projector_reads_encode_features(encoder, make_tokenizer, llm_folder, tmp_path):
+    tokenizer = make_tokenizer(encoder)
+    tokenizer.save_pretrained(tmp_path)
+    num_tokens, size = tokenizer.config.grid_size**2, tokenizer.config.image_size
+    model, processor = build_llava(tmp_path, llm_folder)
+    assert type(model.model.vision_tower) is type(tokenizer.encoder)
+    assert model.config.vision_feature_layer == -1
+    assert model.config.vision_feature_select_strategy == {"siglip": "full", "internvit": "default"}[encoder]
+    picture = Image.fromarray(SceneDataset(image_size=size).pixels(0))
+    inputs = processor(images=picture, text="<image>", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [[processor.image_token_id] * num_tokens]
+    received = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+        features = tokenizer.encode_features(picture_to_tensor(picture)[None])
+    assert received[0].shape == (1, num_tokens, 32)
+    torch.testing.assert_close(received[0], features, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_reaches_every_part(tokenizer_folder, llm_folder):
+    for choice in ("eager", "sdpa"):
+        model, _ = build_llava(tokenizer_folder, llm_folder, choice)
+        parts = (model.model.vision_tower.encoder.layers[0].self_attn, model.model.language_model.layers[0].self_attn)
+        assert [part.config._attn_implementation for part in parts] == [choice, choice]
+
+
+def test_foreign_features_are_refused(tokenizer_folder, llm_folder, tmp_path):
+    encoder = VQRAEConfig.from_pretrained(tokenizer_folder).encoder_config
+    config = VQRAEConfig(encoder_config=encoder, codebook_size=64, codebook_dim=32, feature_tap="last_hidden_state")
+    VQRAEModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"feature_tap 'last_hidden_state', expected 'hidden_states\[-1\]'"):
+        build_llava(tmp_path, llm_folder)
+
+
+def test_features_of_other_weights_are_refused(tokenizer_folder, llm_folder):
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    tokenizer = VQRAEModel.from_pretrained(tokenizer_folder).eval()
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="differs from encode_features"):
+        check_features(model, processor, tokenizer)
+
+
+def test_plain_transformers_reads_the_folder(tokenizer_folder, llm_folder, tmp_path):
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    folder, picture = tmp_path / "model", tmp_path / "wide.png"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    Image.fromarray(SceneDataset().pixels(0)).resize((120, 80)).save(picture)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_TRANSFORMERS, str(folder), str(picture)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("LlavaForConditionalGeneration")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vqrae_tokenizer_fingerprint"] == weights_fingerprint(tokenizer_folder)
+    assert config["model_type"] == "llava"
+    # Names on disk, which other readers of the format rely on.
+    names = load_file(folder / "model.safetensors")
+    for name in (
+        "language_model.model.embed_tokens.weight",
+        "multi_modal_projector.linear_1.weight",
+        "vision_tower.embeddings.patch_embedding.weight",
+    ):
+        assert name in names, sorted(names)[:5]
+
+
+def test_another_tokenizer_is_refused(tokenizer_folder, llm_folder, make_tokenizer, tmp_path):
+    make_tokenizer("internvit").save_pretrained(tmp_path)
+    model, _ = build_llava(tokenizer_folder, llm_folder)
+    require_tokenizer(model.config, tokenizer_folder, "model")
+    with pytest.raises(ValueError, match="was made with tokenizer"):
+        require_tokenizer(model.config, tmp_path, "model")
+
+
+def test_image_token_and_padding_are_added_when_missing(vicuna_like, llm_folder):
+    model = AutoModelForCausalLM.from_pretrained(llm_folder)
+    model.resize_token_embeddings(len(vicuna_like))
+    prepare_text_tokenizer(vicuna_like, model)
+    token = vicuna_like.convert_tokens_to_ids("<image>")
+    assert vicuna_like.encode("<image>", add_special_tokens=False) == [token]
+    assert token < model.get_input_embeddings().num_embeddings
+    assert vicuna_like.pad_token == "<unk>"
+    assert len(vicuna_like) == token + 1
+
+
+def test_template_without_its_end_token_is_refused(tokenizer_folder, vicuna_like, llm_folder, tmp_path):
+    AutoModelForCausalLM.from_pretrained(llm_folder).save_pretrained(tmp_path)
+    vicuna_like.save_pretrained(tmp_path)
+    assert "<|im_end|>" not in AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    with pytest.raises(ValueError, match=r"chat_template: got 'chatml', whose end token"):
+        build_llava(tokenizer_folder, tmp_path)

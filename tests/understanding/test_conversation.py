@@ -1,0 +1,195 @@
+"""Exact answer masks with three kinds of text tokenizer, refused records, batches."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+from vqrae.data.scenes import SceneDataset
+from vqrae.tokenizer import VQRAEConfig
+from vqrae.understanding.build import build_llava, build_processor, prepare_text_tokenizer
+from vqrae.understanding.conversation import (
+    IGNORE_INDEX,
+    ConversationCollator,
+    encode_conversation,
+    load_template,
+    to_messages,
+)
+
+
+class _NoModel:
+    """Stands in for the language model where only the text tokenizer matters."""
+
+    def get_input_embeddings(self):
+        return torch.nn.Embedding(10_000, 1)
+
+
+def _processor(text_tokenizer, chat_template="chatml"):
+    prepare_text_tokenizer(text_tokenizer, _NoModel())
+    encoder = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8}
+    return build_processor(VQRAEConfig(encoder_config=encoder), text_tokenizer, chat_template)
+
+
+@pytest.fixture
+def processor(llm_folder):
+    return _processor(AutoTokenizer.from_pretrained(llm_folder))
+
+
+def _picture(seed=0, size=(64, 64)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def _record(*turns, image=True, **extra):
+    speakers = ("human", "gpt") * len(turns)
+    picture = {"image": _picture()} if image else {}
+    turns = [{"from": speaker, "value": value} for speaker, value in zip(speakers, turns, strict=False)]
+    return {"id": "r1", "conversations": turns, **picture, **extra}
+
+
+TWO_ROUNDS = _record("<image>\nwhat color is the star ?", "red", "and the circle ?", "two blue stars")
+
+
+def _answers(sample, processor):
+    """Text of each trained span."""
+    trained = sample["labels"] != IGNORE_INDEX
+    starts = torch.nonzero(trained & ~torch.cat([torch.tensor([False]), trained[:-1]])).flatten().tolist()
+    spans = []
+    for start in starts:
+        end = start
+        while end < len(trained) and trained[end]:
+            end += 1
+        spans.append(processor.tokenizer.decode(sample["input_ids"][start:end]).strip())
+    return spans, starts
+
+
+def _check_masks(processor, end):
+    sample = encode_conversation(TWO_ROUNDS, processor)
+    spans, starts = _answers(sample, processor)
+    assert [span.replace(f" {end}", end) for span in spans] == [f"red{end}", f"two blue stars{end}"]
+    assert int((sample["input_ids"] == processor.image_token_id).sum()) == 64
+    # What training sees before an answer is what inference prompts with.
+    messages = to_messages(TWO_ROUNDS)
+    for start, turns in zip(starts, (1, 3), strict=True):
+        prompt = processor.apply_chat_template(messages[:turns], add_generation_prompt=True, tokenize=True, return_dict=True)
+        assert prompt["input_ids"][0] == sample["input_ids"][:start].tolist()
+    return sample
+
+
+def test_masks_with_the_word_tokenizer(processor):
+    _check_masks(processor, "<|im_end|>")
+
+
+def test_masks_with_byte_level_bpe(qwen_like):
+    processor = _processor(qwen_like)
+    sample = _check_masks(processor, "<|im_end|>")
+    text = processor.tokenizer.decode(sample["input_ids"]).replace("<image>" * 64, "<image>")
+    assert text == (
+        "<|im_start|>user\n<image>\nwhat color is the star ?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+        "<|im_start|>user\nand the circle ?<|im_end|>\n<|im_start|>assistant\ntwo blue stars<|im_end|>\n"
+    )
+    assert sample["labels"][-1] == IGNORE_INDEX  # the newline behind the end token
+
+
+def test_vicuna_masks_and_a_single_bos(vicuna_like):
+    processor = _processor(vicuna_like, "vicuna_v1")
+    sample = _check_masks(processor, "</s>")
+    assert int((sample["input_ids"] == processor.tokenizer.bos_token_id).sum()) == 1
+    assert sample["input_ids"][0] == processor.tokenizer.bos_token_id
+    text = processor.apply_chat_template(to_messages(TWO_ROUNDS), tokenize=False)
+    assert text.startswith("A chat between a curious user and an artificial intelligence assistant. The assistant gives ")
+    assert text.endswith(
+        "USER: <image>\nwhat color is the star ? ASSISTANT: red</s>USER: and the circle ? ASSISTANT: two blue stars</s>"
+    )
+    asked = processor.apply_chat_template(to_messages(TWO_ROUNDS)[:1], add_generation_prompt=True, tokenize=False)
+    assert asked.endswith("ASSISTANT:")
+
+
+def test_plain_drops_the_question_and_trains_the_caption(qwen_like):
+    processor = _processor(qwen_like)
+    record = _record("describe it briefly\n<image>", "a red circle")
+    sample = encode_conversation(record, processor, chat_template=load_template("plain"))
+    text = processor.tokenizer.decode(sample["input_ids"]).replace("<image>" * 64, "<image>")
+    assert text == "<image>a red circle\n"
+    assert (sample["labels"] != IGNORE_INDEX).tolist() == [False] * 64 + [True] * (len(sample["labels"]) - 64)
+
+
+def test_picture_goes_to_the_front_of_its_turn(processor):
+    first = encode_conversation(_record("what is this ? <image>", "red"), processor)
+    second = encode_conversation(_record("<image>\nwhat is this ?", "red"), processor)
+    assert first["input_ids"].tolist() == second["input_ids"].tolist()
+
+
+def test_pixel_values_are_the_processors(processor):
+    sample = encode_conversation(TWO_ROUNDS, processor)
+    expected = processor.image_processor(TWO_ROUNDS["image"], return_tensors="pt")["pixel_values"]
+    assert torch.equal(sample["pixel_values"], expected)
+    exact = torch.from_numpy(np.array(TWO_ROUNDS["image"])).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(sample["pixel_values"][0], exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (_record("what is this ?", "red"), "'r1'.*1 pictures and 0 <image>"),
+        (_record("<image>\nwhat is this ?", "red", image=False), "'r1'.*0 pictures and 1 <image>"),
+        (_record("<image> <image> what ?", "red"), "'r1'.*1 pictures and 2 <image>"),
+        (_record("what ?", "<image> red"), "'r1'.*answer with <image>"),
+        (_record("<image> what ?"), "'r1'.*no answer to train on"),
+        (
+            {"id": "r1", "conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
+            "'r1': turn 1 is from 'human'",
+        ),
+    ],
+)
+def test_bad_records_are_refused_by_name(record, message, processor):
+    with pytest.raises(ValueError, match=message):
+        encode_conversation(record, processor)
+
+
+def test_truncation_cuts_text_but_never_the_picture(processor):
+    whole = encode_conversation(TWO_ROUNDS, processor)
+    cut = encode_conversation(TWO_ROUNDS, processor, max_length=len(whole["labels"]) - 4)
+    assert torch.equal(cut["labels"], whole["labels"][:-4])
+    with pytest.raises(ValueError, match=r"'r1'.*image tokens reach beyond max_length 40"):
+        encode_conversation(TWO_ROUNDS, processor, max_length=40)
+    with pytest.raises(ValueError, match=r"'r1'.*no answer to train on within max_length 70"):
+        encode_conversation(TWO_ROUNDS, processor, max_length=70)
+
+
+def test_unknown_template_is_refused():
+    with pytest.raises(ValueError, match="chatml"):
+        load_template("chatlm")
+
+
+def test_batch_of_pictures_text_and_captions(processor):
+    text_only = _record("how many things ?", "two", image=False)
+    caption = {"image": SceneDataset()[0]["image"], "caption": "a photo of a star"}
+    batch = ConversationCollator(processor)([TWO_ROUNDS, text_only, caption])
+    assert batch["pixel_values"].shape == (2, 3, 64, 64)
+    lengths = [len(encode_conversation(record, processor)["labels"]) for record in (TWO_ROUNDS, text_only)]
+    assert batch["attention_mask"].sum(1)[:2].tolist() == lengths
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE_INDEX).all()
+    assert (batch["attention_mask"][1, : lengths[1]] == 1).all()
+
+
+def test_text_only_batch_reaches_the_projector_without_changing_anything(tokenizer_folder, llm_folder):
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    collator = ConversationCollator(processor)
+    records = [_record("how many things ?", "two", image=False), _record("color ?", "red", image=False)]
+    batch = collator(records)
+    assert batch["pixel_values"].shape == (1, 3, 64, 64)
+    loss, gradients = _loss_and_gradients(model, batch)
+    assert gradients["model.multi_modal_projector.linear_1.weight"].abs().max() == 0
+    bare = {key: value[:, : -collator.num_image_tokens] for key, value in batch.items() if key != "pixel_values"}
+    expected_loss, expected = _loss_and_gradients(model, bare)
+    torch.testing.assert_close(loss, expected_loss)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], msg=name)
+
+
+def _loss_and_gradients(model: LlavaForConditionalGeneration, batch):
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,139 @@
+"""Whole tiny runs through `main`: both stages, resume, finished runs, the language model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vqrae.common.config import load_config, shipped_config
+from vqrae.common.run import read_metrics
+from vqrae.data.scenes import SPRITE_SETS, SceneDataset
+from vqrae.understanding import train, train_llm
+from vqrae.understanding.chat import Chat
+
+OPTIMIZATION = {"global_batch_size": 4, "micro_batch_size": 2, "logging_steps": 1, "lr_scheduler_type": "constant_with_warmup"}
+
+
+def _options(prefix, **values):
+    return [f"{prefix}.{key}={value}" for key, value in {**OPTIMIZATION, **values}.items()]
+
+
+@pytest.fixture
+def arguments(tokenizer_folder, llm_folder, tmp_path):
+    """Command line of a small run in `tmp_path/run`."""
+
+    def build(steps=2, run="run", **options):
+        given = {"tokenizer": tokenizer_folder, "llm": llm_folder, "output_dir": tmp_path / run, **options}
+        stages = [*_options("pretrain", max_steps=steps), *_options("sft", max_steps=steps)]
+        return ["tiny", *(f"{key}={value}" for key, value in given.items()), *stages]
+
+    return build
+
+
+def _weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def _changed(before, after):
+    """First parts of the names of the weights that differ."""
+    assert before.keys() == after.keys()
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_both_stages_train_what_they_should(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(arguments(stage="pretrain"))
+    train.main(arguments(stage="both"))
+    assert "pretrain: " in capsys.readouterr().out  # found finished
+    assert {path.name for path in (run / "model").iterdir()} >= {"config.json", "model.safetensors", "processor_config.json"}
+    assert not list(run.rglob(".*staging")) and not list((run / "model").glob("*.bin"))
+    pretrained, finished = _weights(run / "pretrain" / "model"), _weights(run / "model")
+    assert _changed(pretrained, finished) == {"multi_modal_projector", "language_model"}
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["use_cache"]
+    manifest = json.loads((run / "sft" / "manifest.json").read_text())
+    assert manifest["fingerprints"]["tokenizer"] == config["vqrae_tokenizer_fingerprint"]
+    assert [row["step"] for row in read_metrics(run / "sft")] == [1, 2]
+    assert len(Chat.from_pretrained(run, max_new_tokens=2).answer([(None, "how many things are there ?")])) == 1
+    modified = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    train.main(arguments(stage="both"))
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == modified
+
+
+def test_pretrain_moves_the_projector_only(arguments, tmp_path):
+    train.main(arguments(stage="pretrain", steps=1))
+    first = _weights(tmp_path / "run" / "pretrain" / "model")
+    train.main(arguments(stage="pretrain", steps=3))
+    assert _changed(first, _weights(tmp_path / "run" / "pretrain" / "model")) == {"multi_modal_projector"}
+
+
+def test_two_and_two_steps_equal_four(arguments, tmp_path):
+    train.main(arguments(stage="sft", steps=4, run="whole"))
+    train.main(arguments(stage="sft", steps=2, run="resumed"))
+    train.main(arguments(stage="sft", steps=4, run="resumed"))
+    assert _changed(_weights(tmp_path / "whole" / "model"), _weights(tmp_path / "resumed" / "model")) == set()
+    rows = [[(row["step"], row["loss"]) for row in read_metrics(tmp_path / run / "sft")] for run in ("whole", "resumed")]
+    assert rows[0] == rows[1]
+    assert [step for step, _ in rows[0]] == [1, 2, 3, 4]
+
+
+def test_another_tokenizer_is_refused(arguments, make_tokenizer, tmp_path):
+    train.main(arguments(stage="pretrain"))
+    other = make_tokenizer()
+    with torch.no_grad():
+        other.in_proj.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    for stage in ("pretrain", "sft"):
+        with pytest.raises(ValueError, match="was made with tokenizer"):
+            train.main(arguments(stage=stage, tokenizer=tmp_path / "other"))
+
+
+def test_llava_file_trains_both_stages(arguments, tmp_path):
+    records = []
+    for i, record in enumerate(SceneDataset(size=4, item="conversation")):
+        record.pop("image").save(tmp_path / f"{i}.png")
+        records.append({**record, "image": f"{i}.png"})
+        if i == 3:
+            break
+    text_only = [{"from": "human", "value": "how many things ?"}, {"from": "gpt", "value": "two"}]
+    sft, captions = tmp_path / "sft.json", tmp_path / "captions.json"
+    captions.write_text(json.dumps([{**r, "conversations": r["conversations"][:2]} for r in records]))
+    sft.write_text(json.dumps([*records, *({"id": f"t{i}", "conversations": text_only} for i in range(8))]))
+    train.main(arguments(data=sft, pretrain_data=captions))
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+def test_language_model_folder_speaks_its_own_words(tmp_path):
+    command = ["tiny_llm", f"output_dir={tmp_path}", *_options("optimization", max_steps=2), "model.hidden_size=32"]
+    train_llm.main(command)
+    train_llm.main(command)  # finished: returns at once
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.config.use_cache
+    # AutoTokenizer must not replace the word tokenizer by the architecture's own class.
+    text_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = "<|im_start|>user\n<image> what color is the circle?<|im_end|>"
+    words = ["<|im_start|>", "user", "<image>", "what", "color", "is", "the", "circle", "?", "<|im_end|>"]
+    assert text_tokenizer.tokenize(text) == words
+    assert model.get_input_embeddings().num_embeddings % 64 == 0
+    for sprites in SPRITE_SETS:
+        scenes = SceneDataset(sprites=sprites)
+        for i in range(20):
+            said = [scenes.caption(i), *(f"{q.text} {q.answer}" for q in scenes.questions(i))]
+            assert text_tokenizer.unk_token_id not in text_tokenizer(" ".join(said))["input_ids"]
+
+
+def test_language_model_trains_on_all_tokens_with_the_caption_as_context():
+    texts = train_llm.SceneText(["shapes", "emoji"])
+    assert texts[0][0]["role"] == "assistant"
+    dialogue = texts[2]
+    assert dialogue[0]["content"].startswith("a photo of")
+    assert [message["role"] for message in dialogue] == ["user", "assistant"] * (len(dialogue) // 2)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_llm"])
+def test_shipped_configs_build(name):
+    cls = train.TrainConfig if name == "tiny" else train_llm.TinyLLMConfig
+    load_config(cls, shipped_config("vqrae.understanding", name))
