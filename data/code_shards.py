@@ -78,7 +78,9 @@ def read_manifest(folder: str | Path) -> CodeManifest:
     """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no code set: it has no manifest.json. Make one with vqrae.generation.extract_codes")
+        raise FileNotFoundError(
+            f"{folder} is no code set: it has no manifest.json. Make it with vqrae.generation.extract_codes"
+        )
     return build_config(CodeManifest, read_json(path), source=str(path))
 
 
@@ -181,7 +183,7 @@ class CodeDataset(Dataset):
         rows = len(self.manifest.pictures_of(shard))
         if not (codes_path.exists() and captions_path.exists()):
             raise FileNotFoundError(
-                f"{self.folder} lacks shard {shard} of {self.manifest.num_shards}: launch the same extraction again to finish it"
+                f"{self.folder} lacks shard {shard} of {self.manifest.num_shards}: launch the same extraction again"
             )
         largest = int(_map_codes(codes_path, rows, self.manifest).max())
         if largest >= self.manifest.codebook_size:

@@ -1,7 +1,7 @@
 """Pictures and captions -> code shards, once, so that training the generator never runs the tokenizer.
 
     python -m vqrae.generation.extract_codes tiny tokenizer=RUN source=scenes size=20000 output_dir=CODES
-    torchrun --nproc-per-node=8 -m vqrae.generation.extract_codes qwen3_0_6b tokenizer=RUN source='blip3o/*.tar' output_dir=CODES
+    torchrun --nproc-per-node=8 -m vqrae.generation.extract_codes qwen3_0_6b tokenizer=RUN source='DIR/*.tar' output_dir=CODES
 
 Every process takes every n-th shard. The same command skips the shards that are there. Codes are computed in fp32,
 exactly as the tokenizer does: under autocast near neighbours in the codebook would change places.

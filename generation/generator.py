@@ -54,8 +54,7 @@ class Generator:
             ValueError: when the tokenizer is not the one that the generator was trained with.
         """
         folder = resolve_model(name)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         read_vocabulary(model.config)
         recorded = model.config.vqrae_tokenizer
         try:
@@ -68,7 +67,14 @@ class Generator:
         artefact = f"generator {folder} (trained with {recorded}, asked to decode with {visual})"
         require_same_tokenizer(weights_fingerprint(visual), model.config.vqrae_tokenizer_fingerprint, artefact)
         text_tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(model, text_tokenizer, VQRAEModel.from_pretrained(visual, dtype=torch.float32).to(device))
+        generator = cls(model, text_tokenizer, VQRAEModel.from_pretrained(visual, dtype=torch.float32))
+        return generator.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def to(self, device: str | torch.device) -> "Generator":
+        """Move both models to a device."""
+        for module in (self.model, self.tokenizer):
+            torch.nn.Module.to(module, device)
+        return self
 
     def codes(
         self,
@@ -125,5 +131,7 @@ class Generator:
     ) -> Tensor:
         """Sample one picture per prompt, float (B, 3, H, W) in [0, 1] on the CPU; arguments as in `codes`."""
         codes = self.codes(prompts, seeds=seeds, sampling=sampling, batch_size=batch_size, progress=progress)
-        decoded = [self.tokenizer.decode(chunk.to(self.tokenizer.device)).cpu() for chunk in codes.split(batch_size) if len(chunk)]
-        return torch.cat(decoded) if decoded else torch.empty(0, 3, 0, 0)
+        if not len(codes):
+            return torch.empty(0, 3, self.tokenizer.config.image_size, self.tokenizer.config.image_size)
+        device = self.tokenizer.device
+        return torch.cat([self.tokenizer.decode(chunk.to(device)).cpu() for chunk in codes.split(batch_size)])

@@ -84,8 +84,8 @@ class VisualHead(nn.Linear):
 
     def __init__(self, head: nn.Linear, rows: slice) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.weight, self.bias = head.in_features, head.out_features, head.weight, None
-        self.rows = rows
+        self.in_features, self.out_features, self.weight, self.rows = head.in_features, head.out_features, head.weight, rows
+        self.register_parameter("bias", None)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight[self.rows])

@@ -94,14 +94,16 @@ class _PreallocatedLayer(DynamicLayer):
 class _Rows:
     """Left-padded sequences that grow by one token per step; `logits()` are those of the visual rows."""
 
-    def __init__(self, model: Qwen3ForCausalLM, prompts: list[list[int]], vocabulary: VisualVocabulary, use_cache: bool) -> None:
+    def __init__(
+        self, model: Qwen3ForCausalLM, prompts: list[list[int]], vocabulary: VisualVocabulary, use_cache: bool
+    ) -> None:
         device = model.device
         self.model, self.vocabulary = model, vocabulary
         self.head = model.lm_head.weight[vocabulary.code_rows]
         self.ids = torch.tensor(pad_left(prompts, 0), device=device)
         self.mask = torch.tensor(pad_left([[1] * len(prompt) for prompt in prompts], 0), device=device)
         length = self.ids.shape[1] + vocabulary.num_codes
-        layers = [_PreallocatedLayer(length) for _ in range(model.config.num_hidden_layers)]
+        layers: list = [_PreallocatedLayer(length) for _ in range(model.config.num_hidden_layers)]
         self.cache = Cache(layers=layers) if use_cache else None
 
     def logits(self) -> Tensor:

@@ -51,9 +51,11 @@ class GeneratorTrainer(Trainer):
         # Every sample has N codes: the mean over micro-batches is the mean over tokens, no count need be passed on.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if self.vocabulary is None or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         return visual_loss(model, inputs, self.vocabulary)
 
 
@@ -136,7 +138,7 @@ def train(config: TrainingConfig) -> Path:
         vocabulary=None if config.full_vocabulary_loss else vocabulary,
     )
     run_trainer(trainer)
-    trainer.model.config.use_cache = True  # Trainer turns it off
+    model.config.use_cache = True  # Trainer turns it off
     _save(trainer, text_tokenizer, output / "model")
     return output / "model"
 

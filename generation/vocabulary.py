@@ -77,7 +77,8 @@ class PromptEncoder:
             raise ValueError(f"got prompt_template {template!r}, expected text with {{caption}} once")
         if len(text_tokenizer) > vocabulary.offset:
             raise ValueError(
-                f"the text tokenizer has {len(text_tokenizer)} ids, but visual ids start at {vocabulary.offset}: set a larger offset"
+                f"the text tokenizer has {len(text_tokenizer)} ids, but visual ids start at {vocabulary.offset}: "
+                "set a larger offset"
             )
         self.text_tokenizer, self.max_caption_tokens = text_tokenizer, max_caption_tokens
         before, after = template.split("{caption}")

@@ -44,7 +44,7 @@ def test_draws_take_every_caption_equally_often(tmp_path: Path) -> None:
     write(tmp_path)
     dataset = CodeDataset(tmp_path)
     for i in range(7):
-        assert Counter(dataset.sample(i, draw)["caption"] for draw in range(6)) == {caption: 3 for caption in CAPTIONS[i]}
+        assert Counter(dataset.sample(i, draw)["caption"] for draw in range(6)) == dict.fromkeys(CAPTIONS[i], 3)
     assert len({CAPTIONS[i].index(dataset[i]["caption"]) for i in range(7)}) == 2  # not all pictures start with the first
 
 
@@ -90,9 +90,9 @@ def test_codes_out_of_range_are_found_on_opening(tmp_path: Path) -> None:
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
-    with pytest.raises(ValueError, match="a{16}.*b{16}"):
+    with pytest.raises(ValueError, match=r"a{16}.*b{16}"):
         CodeDataset(tmp_path, tokenizer_fingerprint="b" * 64)
-    with pytest.raises(ValueError, match="b{16}"):
+    with pytest.raises(ValueError, match=r"b{16}"):
         CodeWriter(tmp_path, replace(MANIFEST, tokenizer_fingerprint="b" * 64))
 
 

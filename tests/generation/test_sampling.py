@@ -29,7 +29,8 @@ def sample(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: Sampli
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED, SamplingConfig(guidance_scale=1)])
 def test_cached_equals_uncached(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig) -> None:
     cached = sample(model, vocabulary, config, [0, 1, 2, 3])
-    assert cached.shape == (4, 16) and cached.min() >= 0 and cached.max() < 64
+    assert cached.shape == (4, 16)
+    assert 0 <= cached.min() <= cached.max() < 64
     assert torch.equal(cached, sample(model, vocabulary, config, [0, 1, 2, 3], use_cache=False))
 
 
@@ -80,7 +81,7 @@ def test_guidance_extrapolates_raw_logits(model: Qwen3ForCausalLM, vocabulary: V
 
 def test_guidance_without_caption_dropout_is_refused(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
     model.config.caption_dropout = 0
-    with pytest.raises(ValueError, match="caption_dropout 0.*guidance_scale=1"):
+    with pytest.raises(ValueError, match=r"caption_dropout 0.*guidance_scale=1"):
         sample(model, vocabulary, GREEDY, [0])
     sample(model, vocabulary, SamplingConfig(guidance_scale=1), [0])
 
@@ -115,7 +116,7 @@ def test_draws_follow_the_distribution() -> None:
     uniforms[0], uniforms[1] = 0.0, torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)).double()
     codes = draw_codes(logits, uniforms, SamplingConfig())
     shares = torch.bincount(codes, minlength=6) / 20_000
-    assert codes[0] == 1 and codes[1] == 4
+    assert codes[:2].tolist() == [1, 4]
     assert shares[[0, 2, 5]].sum() == 0
     torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
 
