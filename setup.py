@@ -33,6 +33,7 @@ setup(
         "pillow>=11",
         "pyyaml>=6",
         "tqdm",
+        "einops",
         "braceexpand",
         "scipy>=1.14",
         "tensorboard",

@@ -1,0 +1,45 @@
+"""Every shipped YAML is read by exactly one dataclass, and its header says what a user needs to know."""
+
+from pathlib import Path
+
+import pytest
+
+from vqrae.common.config import ConfigError, load_config
+from vqrae.generation.config import GenerationConfig
+from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
+from vqrae.tokenizer.train_config import TokenizerTrainConfig
+from vqrae.understanding.train import TrainConfig
+from vqrae.understanding.train_llm import TinyLLMConfig
+
+ROOT = Path(__file__).parents[2]
+READERS: dict[str, list[type]] = {
+    "tokenizer": [TokenizerTrainConfig, EncoderPretrainingConfig],
+    "understanding": [TrainConfig, TinyLLMConfig],
+    "generation": [GenerationConfig],
+}
+CONFIGS = sorted(path for path in ROOT.glob("*/configs/*.yaml") if path.is_relative_to(ROOT))
+
+
+def reader(path: Path, overrides: tuple[str, ...] = ()) -> list[type]:
+    """The dataclasses that accept this file."""
+    accepting = []
+    for cls in READERS[path.parent.parent.name]:
+        try:
+            load_config(cls, path, overrides)
+        except ConfigError:
+            continue
+        accepting.append(cls)
+    return accepting
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
+def test_every_shipped_config_is_read(path: Path) -> None:
+    assert len(reader(path)) == 1
+    assert reader(path, ("no_such_key=1",)) == []
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Run:", "Hardware:", "Time:", "Result:"):
+        assert any(word in line for line in header), f"{path}: the header has no {word}"
+
+
+def test_every_package_ships_its_tiny_config() -> None:
+    assert {path.parent.parent.name for path in CONFIGS if path.stem == "tiny"} == set(READERS)

@@ -1,0 +1,63 @@
+"""Documents and files in git: commands parse, links lead somewhere, no path of anybody's machine."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vqrae.scripts.cli import _parser
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+CONFIG_NAMES = {path.stem for path in ROOT.glob("*/configs/*.yaml")}
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The words of every command in the shell blocks of a document; continued lines are joined, comments dropped."""
+    blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines for part in line.split("&&") if (words := shlex.split(part, comments=True))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_parse(document: Path) -> None:
+    for words in commands(document):
+        line = " ".join(words)
+        if words[0] == "bash":
+            assert (ROOT / words[1]).is_file(), line
+            for word in words[2:]:
+                key, _, value = word.partition("=")
+                if key == "config" and not value.endswith(".yaml"):
+                    assert value in CONFIG_NAMES, line
+        elif words[0] == "vqrae" and words[1:] != ["--help"]:
+            assert _parser().parse_args(words[1:]), line
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
+        if "://" not in target and not target.startswith("mailto:"):
+            assert (document.parent / target).exists(), target
+
+
+def tracked_files() -> list[Path]:
+    result = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
+    names = result.stdout.splitlines() or [str(path.relative_to(ROOT)) for path in ROOT.glob("*/**/*.py")]
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def test_no_path_of_a_machine() -> None:
+    homes = re.compile(r"(?<![\w.:])/(home|root|Users|work|farm|mnt)/\w")
+    found = []
+    for path in tracked_files():
+        if path.suffix in {".py", ".sh", ".md", ".yaml", ".json", ".toml", ".txt", ""}:
+            found += [
+                f"{path.relative_to(ROOT)}: {match.group()}" for match in homes.finditer(path.read_text(encoding="utf-8"))
+            ]
+    assert found == []
+
+
+def test_no_large_file_in_git() -> None:
+    assert [str(path) for path in tracked_files() if path.stat().st_size > 2_000_000] == []

@@ -1,0 +1,199 @@
+"""The shell scripts: help, what they launch, and an installation that survives being cut short.
+
+They run against a copy of the repository's scripts with a Python that only writes down how it was called.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vqrae.common.config import load_config, shipped_config
+from vqrae.generation.config import read_config
+from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
+from vqrae.tokenizer.train_config import TokenizerTrainConfig
+from vqrae.understanding.train import TrainConfig
+from vqrae.understanding.train_llm import TinyLLMConfig
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if path.name != "lib.sh")
+TRAININGS = ["pretrain_encoder", "train_tokenizer", "train_llm", "train_llava", "train_ar_gen"]
+# What reads the command line of each training module.
+READERS: dict[str, Callable[[list[str]], object]] = {
+    "vqrae.tokenizer.pretrain_encoder": lambda a: load_config(
+        EncoderPretrainingConfig, shipped_config("vqrae.tokenizer", a[0]), a[1:]
+    ),
+    "vqrae.tokenizer.train": lambda a: load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", a[0]), a[1:]),
+    "vqrae.understanding.train_llm": lambda a: load_config(TinyLLMConfig, shipped_config("vqrae.understanding", a[0]), a[1:]),
+    "vqrae.understanding.train": lambda a: load_config(TrainConfig, shipped_config("vqrae.understanding", a[0]), a[1:]),
+    "vqrae.generation.extract_codes": lambda a: read_config(a, "extraction"),
+    "vqrae.generation.train": lambda a: read_config(a, "training"),
+}
+
+
+class Repository:
+    """A copy of the scripts, and an active environment whose `python` records its calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder / "repo", folder / "calls"
+        shutil.copytree(ROOT / "scripts", self.folder / "scripts", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+        for name in ("setup.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.folder)
+        self.make_python(folder / "env")
+        self.make_python(self.folder / ".venv")
+        self.environment = {**os.environ, "VIRTUAL_ENV": str(folder / "env"), "CALLS": str(self.log)}
+
+    @staticmethod
+    def make_python(environment: Path) -> None:
+        python = environment / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        answers = 'case "$*" in "- "*) cat >/dev/null ;; *" install "*) exit ${INSTALL_FAILS:-0} ;; esac\n'
+        python.write_text('#!/bin/sh\necho "$*" >>"$CALLS"\n' + answers)
+        python.chmod(0o755)
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        self.log.write_text("")
+        command = ["bash", str(self.folder / "scripts" / script), *arguments]
+        return subprocess.run(
+            command, cwd=self.folder.parent, env={**self.environment, **environment}, capture_output=True, text=True
+        )
+
+    def calls(self, word: str = "-m vqrae.") -> list[list[str]]:
+        """The recorded calls that contain `word`."""
+        return [line.split() for line in self.log.read_text().splitlines() if word in line]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path)
+
+
+def read(call: list[str]) -> object:
+    """The configuration that a launched module would run with."""
+    start = max(i for i, word in enumerate(call) if word == "-m") + 1
+    return READERS[call[start]](call[start + 1 :])
+
+
+# ---- help and names
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help_says_what_and_how(path: Path) -> None:
+    result = subprocess.run(["bash", str(path), "--help"], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+    assert f"bash scripts/{path.name}" in result.stdout
+    assert "lib.sh" not in result.stdout
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "scripts" / "lib.sh", ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_everything_a_script_names_exists(path: Path) -> None:
+    text = path.read_text()
+    for module in re.findall(r"(?:launch|-m) (vqrae[\w.]+)", text):
+        assert importlib.util.find_spec(module), module
+    for script in re.findall(r"[a-z_]+\.sh\b", text):
+        assert (ROOT / "scripts" / script).is_file(), script
+    for folder in re.findall(r"a name in ([a-z/]+configs)", text):
+        assert list((ROOT / folder).glob("*.yaml")), folder
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+# ---- what is launched
+
+
+@pytest.mark.parametrize(
+    "script", ["pretrain_encoder", "train_tokenizer", "train_llm", "train_llava", "extract_codes", "train_ar_gen"]
+)
+def test_a_bare_call_launches_the_embedded_default(script: str, repository: Repository) -> None:
+    result = repository.run(f"{script}.sh")
+    assert result.returncode == 0, result.stderr
+    last = repository.calls()[-1]
+    assert last[0] == "-m"  # a plain process
+    assert read(last)
+
+
+def test_missing_artefacts_are_made_first(repository: Repository) -> None:
+    repository.run("train_ar_gen.sh")
+    modules = [call[1].removeprefix("vqrae.") for call in repository.calls()]
+    assert modules == ["tokenizer.pretrain_encoder", "tokenizer.train", "generation.extract_codes", "generation.train"]
+    assert "tokenizer=runs/tokenizer" in repository.calls()[2]
+
+
+def test_artefacts_of_the_quickstart_are_found(repository: Repository) -> None:
+    for name in ("tokenizer", "llm"):
+        model = repository.folder / "runs" / "quickstart" / name / "model"
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
+    repository.run("train_llava.sh", "sft.max_steps=7", "output=somewhere")
+    [call] = repository.calls()
+    config = read(call)
+    assert isinstance(config, TrainConfig)
+    assert (config.tokenizer, config.llm) == ("runs/quickstart/tokenizer", "runs/quickstart/llm")
+    assert (config.output_dir, config.sft.max_steps) == ("somewhere", 7)
+
+
+def test_processes_nodes_and_zero_choose_the_launch(repository: Repository) -> None:
+    given = ["tokenizer=t", "llm=l"]
+    repository.run("train_llava.sh", "nproc=2", "zero=2", *given)
+    [call] = repository.calls()
+    assert call[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    config = read(call)
+    assert isinstance(config, TrainConfig)
+    assert (config.pretrain.zero, config.sft.zero) == (2, 2)
+    repository.run("train_llava.sh", "zero=3", *given)  # DeepSpeed needs the launcher's variables even for one process
+    assert "torch.distributed.run" in repository.calls()[0]
+    assert repository.run("train_llava.sh", "nnodes=2", *given).returncode == 2
+    repository.run("train_llava.sh", "nnodes=2", *given, MASTER_ADDR="first")
+    assert repository.calls()[0][2:8] == ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "first:29500"]
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_zero_reaches_every_training(script: str, repository: Repository) -> None:
+    repository.run(f"{script}.sh", "zero=1", "tokenizer=t", "llm=l", "encoder=e", "data=d")
+    [call] = repository.calls()
+    assert any(word.endswith("zero=1") for word in call)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["fast"], "expected key=value"), (["zero=4"], "zero must be"), (["nproc=0"], "nproc and nnodes")],
+)
+def test_mistakes_are_refused_before_anything_starts(arguments: list[str], message: str, repository: Repository) -> None:
+    result = repository.run("train_tokenizer.sh", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert repository.calls("") == []
+
+
+# ---- installation
+
+
+def installs(repository: Repository, script: str, **environment: str) -> int:
+    repository.run(script, VIRTUAL_ENV="", **environment)
+    return len(repository.calls(" install "))
+
+
+def test_installs_once_and_again_when_the_requirements_change(repository: Repository) -> None:
+    assert installs(repository, "train_llm.sh") == 1
+    assert installs(repository, "train_llm.sh") == 0
+    assert installs(repository, "test.sh") == 1  # wants more
+    assert installs(repository, "test.sh") == 0
+    with (repository.folder / "setup.py").open("a") as stream:
+        stream.write("# a new requirement\n")
+    assert installs(repository, "train_llm.sh") == 1
+
+
+def test_an_install_that_failed_starts_over(repository: Repository) -> None:
+    result = repository.run("train_llm.sh", VIRTUAL_ENV="", INSTALL_FAILS="1")
+    assert result.returncode != 0
+    assert repository.calls() == []  # nothing was launched
+    assert installs(repository, "train_llm.sh") == 1
+
+
+def test_an_active_environment_that_has_everything_is_used(repository: Repository) -> None:
+    repository.run("train_llm.sh")
+    assert repository.calls(" install ") == []
