@@ -60,6 +60,19 @@ class TrainConfig:
     seed: int = 0
 
 
+class LlavaTrainer(Trainer):
+    """`Trainer` that really resumes LLaVA (without DeepSpeed, which keeps weights of its own)."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load a checkpoint through `from_pretrained`, strictly.
+
+        LLaVA's weights have other names on disk than in memory. transformers 5.23 loads the file by the names in memory,
+        not strictly: it finds none, warns and trains on from the initial weights.
+        """
+        saved = LlavaForConditionalGeneration.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        (model or self.model).load_state_dict(saved.state_dict())
+
+
 def freeze(model: LlavaForConditionalGeneration, stage: Stage) -> None:
     """Leave trainable: the projector, and in sft the language model as well. The tower never."""
     model.requires_grad_(False)
@@ -127,7 +140,7 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
     }
     run = RunDirectory(run_dir, config, seed=config.seed, fingerprints=identities)
     print_parameters(model)
-    trainer = Trainer(
+    trainer = LlavaTrainer(
         model=model,
         args=training_arguments(optimization, run_dir, seed=config.seed),
         train_dataset=dataset,

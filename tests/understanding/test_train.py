@@ -48,7 +48,8 @@ def test_both_stages_train_what_they_should(arguments, tmp_path, capsys):
     train.main(arguments(stage="both"))
     assert "pretrain: " in capsys.readouterr().out  # found finished
     assert {path.name for path in (run / "model").iterdir()} >= {"config.json", "model.safetensors", "processor_config.json"}
-    assert not list(run.rglob(".*staging")) and not list((run / "model").glob("*.bin"))
+    assert not list(run.rglob(".*staging"))
+    assert not list((run / "model").glob("*.bin"))
     pretrained, finished = _weights(run / "pretrain" / "model"), _weights(run / "model")
     assert _changed(pretrained, finished) == {"multi_modal_projector", "language_model"}
     config = json.loads((run / "model" / "config.json").read_text())
