@@ -15,7 +15,7 @@
 . "$(dirname "$0")/lib.sh"
 read_arguments "$@"
 install
-defaults output=runs/codes
 rename data=source output=output_dir
+defaults output_dir=runs/codes
 artefact tokenizer tokenizer train_tokenizer.sh
 launch vqrae.generation.extract_codes

@@ -70,7 +70,7 @@ install() {
 
 # install_for_training: with DeepSpeed where it is asked for, or a full-size configuration may ask for it.
 install_for_training() {
-  if [ "${zero:-0}" -gt 0 ] || [[ $config != tiny* ]]; then install deepspeed; else install; fi
+  if [ "${zero:-0}" -gt 0 ] || full_size; then install deepspeed; else install; fi
 }
 
 # ---- arguments: those of the launcher become variables, the others go to the module
@@ -93,6 +93,8 @@ read_arguments() {
   [[ $zero =~ ^[0-3]?$ ]] || fail "zero must be 0, 1, 2 or 3, got '$zero'"
 }
 
+full_size() { [[ -n $config && $config != tiny* ]]; }
+
 # given KEY: was KEY=… among the arguments? Prints what it was set to.
 given() {
   local argument
@@ -102,9 +104,10 @@ given() {
   return 1
 }
 
-# defaults KEY=VALUE…: unless given.
+# defaults KEY=VALUE…: of the tiny configurations, unless given; full-size ones hold their own.
 defaults() {
   local pair
+  if full_size; then return; fi
   for pair in "$@"; do given "${pair%%=*}" >/dev/null || arguments+=("$pair"); done
 }
 
@@ -119,12 +122,12 @@ rename() {
   return 0
 }
 
-# artefact KEY NAME SCRIPT [ARGUMENT…]: for the tiny configuration, default KEY to what an earlier run left in runs/NAME or
-# runs/quickstart/NAME; where there is neither, make it with SCRIPT first.
+# artefact KEY NAME SCRIPT [ARGUMENT…]: for the tiny configurations, default KEY to what an earlier run left in runs/NAME
+# or runs/quickstart/NAME; where there is neither, make it with SCRIPT first.
 artefact() {
   local key=$1 name=$2 script=$3 folder
   shift 3
-  if [[ $config != tiny* ]] || given "$key" >/dev/null; then return; fi
+  if full_size || given "$key" >/dev/null; then return; fi
   for folder in "runs/$name" "runs/quickstart/$name"; do
     if [ -f "$folder/model/config.json" ] || [ -f "$folder/shard-00000.npy" ]; then
       echo "$key=$folder"
@@ -145,7 +148,7 @@ launch() {
   shift
   for key in "$@"; do [ -z "$zero" ] || arguments+=("$key=$zero"); done
   local command=("$PYTHON")
-  if [ "$nproc" -gt 1 ] || [ "$nnodes" -gt 1 ] || [ "${zero:-0}" -gt 0 ] || [[ $config != tiny* ]]; then
+  if [ "$nproc" -gt 1 ] || [ "$nnodes" -gt 1 ] || [ "${zero:-0}" -gt 0 ] || full_size; then
     local meeting=(--standalone)
     if [ "$nnodes" -gt 1 ]; then
       [ -n "${MASTER_ADDR:-}" ] || fail "nnodes=$nnodes needs MASTER_ADDR, the name of the first node, on every node"
@@ -154,7 +157,7 @@ launch() {
     [ "$nproc" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     command+=(-m torch.distributed.run "${meeting[@]}" --nproc_per_node "$nproc")
   fi
-  command+=(-m "$module" "$config" ${arguments[@]+"${arguments[@]}"})
+  command+=(-m "$module" ${config:+"$config"} ${arguments[@]+"${arguments[@]}"})
   echo "+ ${command[*]}"
   exec "${command[@]}"
 }

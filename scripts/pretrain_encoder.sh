@@ -14,6 +14,6 @@
 config=tiny_encoder
 read_arguments "$@"
 install_for_training
-defaults output=runs/encoder
 rename output=output_dir
+defaults output_dir=runs/encoder
 launch vqrae.tokenizer.pretrain_encoder optimization.zero

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Install, then run the whole pipeline on the embedded scenes, on any machine, and write a report.
 #
-#   bash scripts/quickstart.sh [--minutes M] [--system vqrae|unitok]
+#   bash scripts/quickstart.sh [--minutes M] [--sprites shapes|emoji] [--system vqrae] [--output DIR]
 #
-# Encoder, tokenizer, understanding, generation and all evaluations; the report is runs/quickstart/report.html or .md.
+#   --minutes M        training time on two CPU cores (default: 12)
+#   --sprites NAME     what the scenes are made of: shapes, or emoji (Twemoji artwork)
+#   --system NAME      the tokenizer that is trained
+#   --output DIR       default: runs/quickstart
+#
+# Encoder, tokenizer, understanding, generation, all evaluations; the report is DIR/report.html.
 # The same command continues where it was interrupted.
 . "$(dirname "$0")/lib.sh"
 case "${1:-}" in -h | --help) usage && exit 0 ;; esac

@@ -6,7 +6,7 @@
 #   config=tiny                a name in generation/configs, or a YAML file
 #   tokenizer=runs/tokenizer   run directory, checkpoint folder or hub id; made first when there is none
 #   data=runs/codes            code shards of that tokenizer; made first (scripts/extract_codes.sh) when there are none
-#   output=runs/generator      run directory; the model is in output/model
+#   output=runs/generation     run directory; the model is in output/model
 #   nproc, nnodes, zero        processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-3, default the config's)
 #   key=value                  of the configuration's section `training`, such as optimization.max_steps=100
 #
@@ -14,8 +14,8 @@
 . "$(dirname "$0")/lib.sh"
 read_arguments "$@"
 install_for_training
-defaults output=runs/generator
 rename output=output_dir
+defaults output_dir=runs/generation
 artefact tokenizer tokenizer train_tokenizer.sh
 artefact data codes extract_codes.sh tokenizer="$(given tokenizer || true)"
 launch vqrae.generation.train optimization.zero

@@ -10,7 +10,7 @@
 #   data=scenes                conversations: scenes, scenes:emoji, or FILE.json in LLaVA's format
 #   pretrain_data=DATA         captions of the first stage, where they are not the same
 #   image_folder=FOLDER        where the pictures of FILE.json lie (default: beside it)
-#   output=runs/llava          run directory; the model is in output/model
+#   output=runs/understanding  run directory; the model is in output/model
 #   nproc, nnodes, zero        processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-3, default the config's)
 #   any.key=value              of the configuration, such as sft.max_steps=100
 #
@@ -18,8 +18,8 @@
 . "$(dirname "$0")/lib.sh"
 read_arguments "$@"
 install_for_training
-defaults output=runs/llava
 rename output=output_dir
+defaults output_dir=runs/understanding
 artefact tokenizer tokenizer train_tokenizer.sh
 artefact llm llm train_llm.sh
 launch vqrae.understanding.train pretrain.zero sft.zero

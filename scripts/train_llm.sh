@@ -13,6 +13,6 @@
 config=tiny_llm
 read_arguments "$@"
 install_for_training
-defaults output=runs/llm
 rename output=output_dir
+defaults output_dir=runs/llm
 launch vqrae.understanding.train_llm optimization.zero

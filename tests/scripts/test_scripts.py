@@ -151,6 +151,21 @@ def test_processes_nodes_and_zero_choose_the_launch(repository: Repository) -> N
     assert repository.calls()[0][2:8] == ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "first:29500"]
 
 
+def test_what_is_given_wins_over_the_defaults(repository: Repository) -> None:
+    for key in ("output", "output_dir"):
+        repository.run("train_llm.sh", f"{key}=mine")
+        config = read(repository.calls()[0])
+        assert isinstance(config, TinyLLMConfig)
+        assert config.output_dir == "mine"
+
+
+def test_full_size_configurations_hold_their_own_defaults(repository: Repository) -> None:
+    repository.run("train_ar_gen.sh", "config=qwen3_0_6b")
+    [call] = repository.calls()
+    assert call[-2:] == ["vqrae.generation.train", "qwen3_0_6b"]
+    assert "torch.distributed.run" in call
+
+
 @pytest.mark.parametrize("script", TRAININGS)
 def test_zero_reaches_every_training(script: str, repository: Repository) -> None:
     repository.run(f"{script}.sh", "zero=1", "tokenizer=t", "llm=l", "encoder=e", "data=d")
