@@ -81,13 +81,12 @@ def _is_finished(run: Path, max_steps: int, fingerprint: str) -> bool:
     """True when the run holds a model trained for `max_steps`.
 
     Raises:
-        ValueError: when the model there speaks the codes of another tokenizer.
+        ValueError: when a model or checkpoint there speaks the codes of another tokenizer.
     """
-    saved, state = run / "model" / "config.json", run / "trainer_state.json"
-    if not (saved.is_file() and state.is_file()):
-        return False
-    require_same_tokenizer(fingerprint, read_json(saved)["vqrae_tokenizer_fingerprint"], f"generator {saved.parent}")
-    return read_json(state)["global_step"] >= max_steps
+    for saved in (*run.glob("model/config.json"), *run.glob("checkpoint-*/config.json")):
+        require_same_tokenizer(fingerprint, read_json(saved)["vqrae_tokenizer_fingerprint"], f"generator {saved.parent}")
+    state = run / "trainer_state.json"
+    return (run / "model" / "config.json").is_file() and state.is_file() and read_json(state)["global_step"] >= max_steps
 
 
 def _save(trainer: Trainer, text_tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

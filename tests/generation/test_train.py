@@ -1,5 +1,6 @@
 """Training: loss on codes only, exact resume, a plain folder, pictures at the end."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -120,6 +121,14 @@ def test_relaunch_of_a_finished_run_returns_at_once(
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="was made with tokenizer"):
         train.main([*train_arguments, f"output_dir={run}", f"tokenizer={other_tokenizer_path}"])
+
+
+def test_a_checkpoint_of_another_tokenizer_is_not_resumed(
+    run: Path, train_arguments: list[str], other_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"checkpoint-4 was made with tokenizer"):
+        train.main([*train_arguments, f"output_dir={tmp_path}", f"tokenizer={other_tokenizer_path}"])
 
 
 def test_folder_loads_in_plain_transformers(run: Path) -> None:
