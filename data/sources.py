@@ -12,16 +12,15 @@ Image folders and caption files hold 5 % (by name) back as their `validation` sp
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.utils.data import Dataset
-
 from vqrae.common.config import did_you_mean
 from vqrae.data.conversations import Conversations
 from vqrae.data.images import ImageFolder, folder_fingerprint
 from vqrae.data.pairs import CaptionedImages
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset
 from vqrae.data.tars import TarDataset, tars_fingerprint
-from vqrae.data.tolerant import FileSplit, checksum
+from vqrae.data.tolerant import FileSplit, TolerantDataset, checksum
 
+Samples = SceneDataset | TolerantDataset  # both map-style, with a length
 Kind = Literal["scenes", "folder", "jsonl", "tar", "json"]
 DEFAULT_SCENES = {"train": 1_000_000, "validation": 1_000}
 
@@ -50,7 +49,7 @@ def source_kind(source: str) -> Kind:
 
 def open_images(
     source: str, *, image_size: int, size: int | None = None, split: FileSplit = "train", augment: bool = False, seed: int = 0
-) -> Dataset:
+) -> Samples:
     """Pictures of a source -> map-style data set of {"image": uint8 (3, H, W)}.
 
     Args:
@@ -72,7 +71,7 @@ def open_images(
 
 def open_pairs(
     source: str, *, image_size: int, size: int | None = None, split: FileSplit = "train", detailed: bool = False, seed: int = 0
-) -> Dataset:
+) -> Samples:
     """Captioned pictures of a source -> map-style data set of {"image": uint8 (3, H, W), "caption": str}.
 
     Args:
@@ -97,7 +96,7 @@ def open_conversations(
     split: FileSplit = "train",
     image_folder: str | Path | None = None,
     seed: int = 0,
-) -> Dataset:
+) -> Samples:
     """Conversations of a source -> map-style data set of LLaVA records whose `image` is an RGB picture (or absent).
 
     Args:
