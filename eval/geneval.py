@@ -1,0 +1,317 @@
+"""GenEval's scoring rules (Ghosh et al., arXiv 2310.11513; MIT), over any detector and colour classifier.
+
+The rules are those of the official `evaluate_images.py` and `summary_scores.py`, edge cases included: the same detections
+give the same verdicts, reasons and numbers. What sees is an argument, so that COCO detectors and the rule-based one of the
+embedded scenes share this file; every score should be quoted with the detector's name.
+
+Folders in GenEval's layout:
+
+    OUT/00000/metadata.jsonl          one record: tag, include, [exclude,] prompt
+    OUT/00000/samples/00000.png       one picture per seed
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from vqrae.common.files import write_text
+from vqrae.common.pictures import open_picture
+
+MAX_OBJECTS = 16  # per class and picture
+POSITION_MARGIN = 0.1  # share of both objects' extents that an offset must exceed to count
+POSITION_THRESHOLD = 0.5  # of the offset's length
+
+Box = tuple[float, float, float, float]
+"""(x0, y0, x1, y1) in pixels."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object that a detector found; `mask`, where there is one, is for the colour classifier that goes with it."""
+
+    name: str
+    score: float
+    box: Box
+    mask: np.ndarray | None = None
+
+
+class Detector(Protocol):
+    """Finds objects. Detections count above `threshold`, in the counting task above `counting_threshold`."""
+
+    name: str
+    threshold: float
+    counting_threshold: float
+
+    def detect(self, image: Image.Image) -> list[Detection]:
+        """All objects in an RGB picture, in any order, also the doubtful ones."""
+
+
+class ColorClassifier(Protocol):
+    """Names the colour of detected objects, one of GenEval's ten."""
+
+    def classify(self, image: Image.Image, detections: Sequence[Detection], class_name: str) -> list[str]:
+        """One colour per detection; all of them are of `class_name`."""
+
+
+# ---- one picture
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a picture holds what its prompt asks for, and if not, why (one line per violated clause)."""
+
+    correct: bool
+    reason: str
+
+
+def confident_objects(detections: Iterable[Detection], threshold: float) -> dict[str, list[Detection]]:
+    """Detections above the threshold by class, best first, at most `MAX_OBJECTS` of each."""
+    objects: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda d: d.score, reverse=True):
+        if detection.score > threshold:
+            objects.setdefault(detection.name, []).append(detection)
+    return {name: found[:MAX_OBJECTS] for name, found in objects.items()}
+
+
+def relative_position(a: Box, b: Box) -> set[str]:
+    """Where box `a` lies seen from `b`: up to two of left of, right of, above, below; empty when too close to say."""
+    edges_a, edges_b = np.array(a, dtype=float).reshape(2, 2), np.array(b, dtype=float).reshape(2, 2)
+    offset = edges_a.mean(axis=0) - edges_b.mean(axis=0)
+    extents = np.abs(edges_a[1] - edges_a[0]) + np.abs(edges_b[1] - edges_b[0])
+    revised = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_MARGIN * extents, 0)
+    if np.all(np.abs(revised) < 1e-3):
+        return set()
+    dx, dy = revised / np.linalg.norm(offset)
+    holds = {
+        "left of": dx < -POSITION_THRESHOLD,
+        "right of": dx > POSITION_THRESHOLD,
+        "above": dy < -POSITION_THRESHOLD,
+        "below": dy > POSITION_THRESHOLD,
+    }
+    return {relation for relation, true in holds.items() if true}
+
+
+def judge(
+    image: Image.Image, objects: dict[str, list[Detection]], metadata: dict[str, Any], classifier: ColorClassifier
+) -> Verdict:
+    """Judge a picture by the objects in it (`confident_objects`).
+
+    All `include` clauses must hold, and no `exclude` clause may. A clause looks at its `count` most confident objects
+    only: their colours and their positions against every object of the clause it points to, which must hold itself.
+    """
+    reasons: list[str] = []
+    groups: list[list[Detection] | None] = []
+    for clause in metadata.get("include", []):
+        name, count = clause["class"], clause["count"]
+        found = objects.get(name, [])[:count]
+        problems = []
+        if len(found) < count:
+            problems.append(f"expected {name}>={count}, found {len(found)}")
+        else:
+            if "color" in clause:
+                problems += _color_problems(clause, classifier.classify(image, found, name))
+            if "position" in clause and not problems:
+                problems += _position_problems(clause, found, groups)
+        groups.append(None if problems else found)
+        reasons += problems
+    for clause in metadata.get("exclude", []):
+        found = objects.get(clause["class"], [])
+        if len(found) >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {len(found)}")
+    return Verdict(not reasons, "\n".join(reasons))
+
+
+def _color_problems(clause: dict[str, Any], colors: list[str]) -> list[str]:
+    wanted, count = clause["color"], clause["count"]
+    if colors.count(wanted) >= count:
+        return []
+    found = ", ".join(f"{colors.count(color)} {color}" for color in sorted(set(colors)))
+    return [f"expected {wanted} {clause['class']}>={count}, found {colors.count(wanted)} {wanted}; and {found}"]
+
+
+def _position_problems(clause: dict[str, Any], found: list[Detection], groups: list[list[Detection] | None]) -> list[str]:
+    wanted, target = clause["position"]
+    targets = groups[target]
+    if targets is None:
+        return [f"no target for {clause['class']} to be {wanted}"]
+    for a in found:
+        for b in targets:
+            relations = relative_position(a.box, b.box)
+            if wanted not in relations:
+                return [f"expected {clause['class']} {wanted} target, found {' and '.join(sorted(relations))} target"]
+    return []
+
+
+def evaluate_image(
+    image: Image.Image, metadata: dict[str, Any], detector: Detector, classifier: ColorClassifier, filename: str = ""
+) -> dict[str, Any]:
+    """One row of GenEval's results: filename, tag, prompt, correct, reason, metadata and details (both JSON strings).
+
+    `details` holds [x0, y0, x1, y1, score] of every object that counted, by class.
+    """
+    threshold = detector.counting_threshold if metadata["tag"] == "counting" else detector.threshold
+    objects = confident_objects(detector.detect(image), threshold)
+    verdict = judge(image, objects, metadata, classifier)
+    details = {name: [[*map(float, d.box), float(d.score)] for d in found] for name, found in objects.items()}
+    return {
+        "filename": filename,
+        "tag": metadata["tag"],
+        "prompt": metadata["prompt"],
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "metadata": json.dumps(metadata),
+        "details": json.dumps(details),
+    }
+
+
+def require_sight(detector: Detector, classifier: ColorClassifier, image: Image.Image, metadata: dict[str, Any]) -> None:
+    """Refuse a detector that fails on a known picture: a broken installation would otherwise score everything near zero.
+
+    Args:
+        image, metadata: a picture that satisfies these clauses without doubt.
+
+    Raises:
+        RuntimeError: naming the detector and what it missed.
+    """
+    row = evaluate_image(image, metadata, detector, classifier)
+    if not row["correct"]:
+        raise RuntimeError(
+            f"detector {detector.name} fails on a known picture of {metadata['prompt']!r}: {row['reason']}. It saw "
+            f"{row['details']}. Scores from it would mean nothing: check its weights, configuration and compiled kernels."
+        )
+
+
+# ---- folders of pictures
+
+
+def prompt_folder(folder: str | Path, index: int) -> Path:
+    """The folder of prompt number `index`."""
+    return Path(folder) / f"{index:05d}"
+
+
+def sample_path(folder: str | Path, index: int, sample: int) -> Path:
+    """Where picture number `sample` of prompt number `index` belongs."""
+    return prompt_folder(folder, index) / "samples" / f"{sample:05d}.png"
+
+
+def write_prompts(folder: str | Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write each record's `metadata.jsonl`.
+
+    Raises:
+        ValueError: when the folder already holds other prompts.
+    """
+    for index, record in enumerate(records):
+        path, line = prompt_folder(folder, index) / "metadata.jsonl", json.dumps(record) + "\n"
+        if path.exists() and _read_metadata(path) != record:
+            raise ValueError(
+                f"{path} asks for {_read_metadata(path)['prompt']!r}, expected {record['prompt']!r}: "
+                "the folder belongs to another benchmark, give a new one"
+            )
+        write_text(path, line)
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: every prompt's folder needs its GenEval record") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not one JSON record: {error}") from error
+    missing = {"tag", "include", "prompt"} - set(record)
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(sorted(missing))}: expected a GenEval record")
+    return record
+
+
+def list_samples(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every picture of a benchmark folder with its record, sorted. Names are digits alone; anything else is ignored.
+
+    Raises:
+        ValueError: when a prompt's record is missing or broken.
+    """
+    for prompt in sorted(path for path in Path(folder).glob("*") if path.is_dir() and path.name.isdigit()):
+        metadata = _read_metadata(prompt / "metadata.jsonl")
+        for picture in sorted((prompt / "samples").glob("*")):
+            if re.fullmatch(r"\d+\.png", picture.name) and picture.is_file():
+                yield picture, metadata
+
+
+def score_folder(
+    folder: str | Path,
+    detector: Detector,
+    classifier: ColorClassifier,
+    *,
+    known: tuple[Image.Image, dict[str, Any]],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Result rows of all pictures in a benchmark folder.
+
+    Args:
+        known: a picture and the record that it satisfies, see `require_sight`.
+        progress: called with (pictures done, pictures in all).
+
+    Raises:
+        RuntimeError: when the detector is blind.
+        ValueError: when the folder holds no pictures, or a broken one.
+    """
+    require_sight(detector, classifier, *known)
+    samples = list(list_samples(folder))
+    if not samples:
+        raise ValueError(f"{folder} holds no pictures: expected 00000/metadata.jsonl and 00000/samples/00000.png")
+    rows = []
+    for done, (path, metadata) in enumerate(samples, start=1):
+        rows.append(evaluate_image(open_picture(path), metadata, detector, classifier, str(path)))
+        if progress is not None:
+            progress(done, len(samples))
+    return rows
+
+
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write GenEval's results file, one JSON object per line."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---- scores
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of result rows: share of correct pictures per task, and their unweighted mean as `overall`.
+
+    Returns:
+        overall, one score per tag in order of appearance, `correct_images` and `correct_prompts` (prompts with any correct
+        picture), num_images, num_prompts, and `intervals`: 95 % Wilson bounds per tag. A prompt is a metadata string.
+
+    Raises:
+        ValueError: without rows.
+    """
+    if not rows:
+        raise ValueError("got no results, expected at least one picture")
+    tasks: dict[str, list[bool]] = {}
+    prompts: dict[str, bool] = {}
+    for row in rows:
+        tasks.setdefault(row["tag"], []).append(row["correct"])
+        prompts[row["metadata"]] = prompts.get(row["metadata"], False) or row["correct"]
+    scores = {tag: float(np.mean(correct)) for tag, correct in tasks.items()}
+    return {
+        "overall": float(np.mean(list(scores.values()))),
+        **scores,
+        "correct_images": float(np.mean([row["correct"] for row in rows])),
+        "correct_prompts": float(np.mean(list(prompts.values()))),
+        "num_images": len(rows),
+        "num_prompts": len(prompts),
+        "intervals": {tag: wilson_interval(sum(correct), len(correct)) for tag, correct in tasks.items()},
+    }
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Bounds of a share from `correct` of `total` independent trials (Wilson 1927); z = 1.96 for 95 %."""
+    share, spread = correct / total, z * z / total
+    center = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * float(np.sqrt(share * (1 - share) / total + spread / (4 * total)))
+    return max(0.0, center - half), min(1.0, center + half)
