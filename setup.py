@@ -34,6 +34,7 @@ setup(
         "pyyaml>=6",
         "tqdm",
         "einops",
+        "jinja2",
         "braceexpand",
         "scipy>=1.14",
         "tensorboard",

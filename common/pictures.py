@@ -76,9 +76,7 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
         picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
 
 
-def picture_grid(
-    rows: Sequence[Sequence[Tensor]], *, labels: Sequence[str] = (), scale: int = 2, gap: int = 4
-) -> Image.Image:
+def picture_grid(rows: Sequence[Sequence[Tensor]], *, labels: Sequence[str] = (), scale: int = 2, gap: int = 4) -> Image.Image:
     """Lay image tensors (3, H, W) out in rows on white, each `scale` times enlarged, with a label left of each row."""
     height, width = rows[0][0].shape[-2] * scale, rows[0][0].shape[-1] * scale
     margin = 8 * max((len(label) for label in labels), default=0)

@@ -106,12 +106,8 @@ def _unique(scene: Scene, attribute: str) -> list[SceneObject]:
 
 
 def _attribute_questions(scene: Scene, names: Sequence[str]) -> list[Question]:
-    shapes = [
-        Question("shape", f"what is the {COLOR_NAMES[o.color]} thing ?", names[o.name]) for o in _unique(scene, "color")
-    ]
-    colors = [
-        Question("color", f"what color is the {names[o.name]} ?", COLOR_NAMES[o.color]) for o in _unique(scene, "name")
-    ]
+    shapes = [Question("shape", f"what is the {COLOR_NAMES[o.color]} thing ?", names[o.name]) for o in _unique(scene, "color")]
+    colors = [Question("color", f"what color is the {names[o.name]} ?", COLOR_NAMES[o.color]) for o in _unique(scene, "name")]
     return shapes + colors
 
 
