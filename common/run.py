@@ -44,6 +44,14 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
+def quiet_libraries() -> None:
+    """Keep the progress bars and load reports of transformers out of a job's own log lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 class RunDirectory:
     """Folder of one run. Only the main process writes.
 
@@ -54,6 +62,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path, config: Any = None, *, seed: int = 0, fingerprints: dict[str, str] | None = None) -> None:
+        quiet_libraries()
         self.path = Path(path)
         self._events: Any = None
         self._started = time.time()

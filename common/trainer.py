@@ -1,6 +1,7 @@
 """What every job on the Hugging Face `Trainer` shares: arguments, engine, log line, resume."""
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from importlib import resources
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from vqrae.common.distributed import gradient_accumulation, is_main_process, prepare_cpu_deepspeed, world_size
@@ -63,6 +64,7 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
         seed=seed,
         remove_unused_columns=False,
         disable_tqdm=True,
+        logging_nan_inf_filter=False,
         report_to=[],
         save_strategy="steps",
         ddp_find_unused_parameters=False,
@@ -84,6 +86,11 @@ class InstrumentCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(
+                f"{self.name}: the loss is {logs['loss']} between steps {state.global_step - args.logging_steps} and "
+                f"{state.global_step}. Lower the learning rate; the newest checkpoint in {args.output_dir} is from before"
+            )
         done = state.global_step - self._first_step
         seconds = (time.time() - self._clock) / max(done, 1)
         samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size / max(seconds, 1e-9)
@@ -99,6 +106,7 @@ class InstrumentCallback(TrainerCallback):
 
 def run_trainer(trainer: Trainer) -> None:
     """Train, continuing from the newest checkpoint in the output directory."""
+    trainer.remove_callback(PrinterCallback)  # the instrument callback prints the line
     output_dir = Path(str(trainer.args.output_dir))
     checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)

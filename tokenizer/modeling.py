@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.decoder import ViTDecoder
 from vqrae.tokenizer.quantizers import build_quantizer
-from vqrae.tokenizer.quantizers.base import Quantizer
+from vqrae.tokenizer.quantizers.base import Quantizer, QuantizerOutput
 
 
 @dataclass
@@ -110,7 +110,7 @@ class VQRAEModel(PreTrainedModel):
             raise ValueError(f"got codes from {codes.min()} to {codes.max()}, expected 0 to {self.config.codebook_size - 1}")
         with torch.autocast(codes.device.type, enabled=False):
             hidden = self.out_proj(self.quantizer.lookup(codes))
-        return self.decoder(hidden).float().clamp(0, 1)
+        return self._paint(hidden).clamp(0, 1)
 
     def forward(self, images: Tensor) -> VQRAEOutput:
         """Reconstruct images (B, 3, H, W) in [0, 1]."""
@@ -118,7 +118,7 @@ class VQRAEModel(PreTrainedModel):
         output = self._quantize(features)
         with torch.autocast(images.device.type, enabled=False):
             hidden = self.out_proj(output.quantized)
-        reconstruction = self.decoder(hidden).float()
+        reconstruction = self._paint(hidden)
         if not self.training:
             reconstruction = reconstruction.clamp(0, 1)
         return VQRAEOutput(reconstruction, features, output.codes, output.losses)
@@ -139,10 +139,14 @@ class VQRAEModel(PreTrainedModel):
                 features = (features - self.feature_mean) / self.feature_std
             return self.in_proj(features)
 
-    def _quantize(self, features: Tensor):  # noqa: ANN202
+    def _quantize(self, features: Tensor) -> QuantizerOutput:
         projected = self.project(features)
         with torch.autocast(features.device.type, enabled=False):
             return self.quantizer(projected)
+
+    def _paint(self, hidden: Tensor) -> Tensor:
+        """Decoder input (B, N, D) -> pictures; the decoder speaks the encoder's normalised pixels."""
+        return self.decoder(hidden).float() * self.image_std + self.image_mean
 
     @torch.no_grad()
     def initialize_from_images(self, images: Tensor, batch_size: int = 64) -> None:

@@ -1,0 +1,245 @@
+"""The whole idea on one CPU: encoder, tokenizer, understanding, generation, all evaluations, one report.
+
+    bash scripts/quickstart.sh [--minutes M] [--output DIR] [--sprites shapes|emoji]
+
+Every step is the ordinary entry point with the configuration `tiny`; only the numbers of steps follow the minutes.
+A finished step is not repeated, an interrupted one continues: after any crash, run the same command again.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqrae.common.files import read_json, write_json
+from vqrae.common.run import format_duration
+
+REFERENCE_MINUTES = 12
+
+# Optimizer steps of every training step at the reference minutes; they grow in proportion with the time that one has.
+TRAINING_STEPS = {
+    "encoder": 300,
+    "tokenizer.stage1": 150,
+    "tokenizer.stage2": 900,
+    "llm": 150,
+    "understanding.pretrain": 60,
+    "understanding.sft": 700,
+    "generation": 1300,
+}
+# Share of the pictures' codes that one epoch of generation sees twice is nil at the reference: steps x batch pictures.
+GENERATION_BATCH = 64
+MAX_CODES = 200_000
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the pipeline.
+
+    Attributes:
+        name: key of `seconds` in the report.
+        module: run as `python -m vqrae.MODULE`.
+        arguments: its configuration and overrides.
+        seconds: expected on two cores at the reference minutes.
+        scales: whether the time follows the minutes.
+    """
+
+    name: str
+    module: str
+    arguments: list[str]
+    seconds: float
+    scales: bool = True
+
+
+def plan(minutes: float) -> dict[str, int]:
+    """Optimizer steps of every training step for this many minutes of training on two cores."""
+    return {name: max(4, round(steps * minutes / REFERENCE_MINUTES)) for name, steps in TRAINING_STEPS.items()}
+
+
+def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
+    """All commands, in order."""
+    source = "scenes" if sprites == "shapes" else f"scenes:{sprites}"
+    tokenizer, evaluation = output / "tokenizer", output / "evaluation"
+    codes = min(MAX_CODES, steps["generation"] * GENERATION_BATCH)
+
+    def save_every(count: int) -> str:
+        return f"save_steps={max(1, count // 5)}"  # an interruption costs at most a fifth of a step
+
+    return [
+        Step(
+            "encoder",
+            "tokenizer.pretrain_encoder",
+            [
+                "tiny_encoder",
+                f"output_dir={output / 'encoder'}",
+                f"sprites={sprites}",
+                f"optimization.max_steps={steps['encoder']}",
+                f"optimization.{save_every(steps['encoder'])}",
+            ],
+            90,
+        ),
+        Step(
+            "tokenizer",
+            "tokenizer.train",
+            [
+                "tiny",
+                f"output_dir={tokenizer}",
+                f"model.encoder={output / 'encoder'}",
+                f"data.train={source}",
+                f"stage1.max_steps={steps['tokenizer.stage1']}",
+                f"stage2.max_steps={steps['tokenizer.stage2']}",
+                save_every(steps["tokenizer.stage2"]),
+            ],
+            240,
+        ),
+        Step(
+            "eval_reconstruction",
+            "eval.reconstruction",
+            [f"model={tokenizer}", f"data={source}", "num_images=1000", f"output={evaluation / 'reconstruction.json'}"],
+            10,
+            scales=False,
+        ),
+        Step(
+            "llm",
+            "understanding.train_llm",
+            ["tiny_llm", f"output_dir={output / 'llm'}", f"optimization.max_steps={steps['llm']}"],
+            20,
+        ),
+        Step(
+            "understanding",
+            "understanding.train",
+            [
+                "tiny",
+                f"output_dir={output / 'understanding'}",
+                f"tokenizer={tokenizer}",
+                f"llm={output / 'llm'}",
+                f"data={source}",
+                f"pretrain.max_steps={steps['understanding.pretrain']}",
+                f"sft.max_steps={steps['understanding.sft']}",
+                f"sft.{save_every(steps['understanding.sft'])}",
+            ],
+            150,
+        ),
+        Step(
+            "eval_understanding",
+            "eval.scene_questions",
+            [f"model={output / 'understanding'}", f"sprites={sprites}", f"output={evaluation / 'questions.json'}"],
+            30,
+            scales=False,
+        ),
+        Step(
+            "codes",
+            "generation.extract_codes",
+            ["tiny", f"output_dir={output / 'codes'}", f"tokenizer={tokenizer}", f"source={source}", f"size={codes}"],
+            60,
+        ),
+        Step(
+            "generation",
+            "generation.train",
+            [
+                "tiny",
+                f"output_dir={output / 'generation'}",
+                f"tokenizer={tokenizer}",
+                f"data={output / 'codes'}",
+                f"optimization.max_steps={steps['generation']}",
+                f"optimization.{save_every(steps['generation'])}",
+            ],
+            300,
+        ),
+        Step(
+            "eval_generation",
+            "eval.generation",
+            [
+                f"model={output / 'generation'}",
+                f"tokenizer={tokenizer}",
+                f"sprites={sprites}",
+                f"output={evaluation / 'generation.json'}",
+                f"pictures={evaluation / 'pictures'}",
+            ],
+            60,
+            scales=False,
+        ),
+        Step("report", "eval.report", [f"directory={output}"], 10, scales=False),
+    ]
+
+
+class Clock:
+    """Seconds of every step in `steps/NAME.json`, kept while it runs: an interrupted step's time is not lost."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def spent(self, name: str) -> float:
+        return read_json(self.path(name))["seconds"] if self.path(name).exists() else 0.0
+
+    def is_done(self, name: str) -> bool:
+        return self.path(name).exists() and read_json(self.path(name))["done"]
+
+    def record(self, name: str, seconds: float, *, done: bool) -> None:
+        write_json(self.path(name), {"seconds": round(seconds, 1), "done": done})
+
+
+def run(step: Step, clock: Clock) -> None:
+    """Run one command to its end.
+
+    Raises:
+        SystemExit: with its exit code, when it failed.
+    """
+    before, start = clock.spent(step.name), time.time()
+    command = [sys.executable, "-m", f"vqrae.{step.module}", *step.arguments]
+    process = subprocess.Popen(command)
+    try:
+        while True:
+            try:
+                code = process.wait(timeout=2)
+                break
+            except subprocess.TimeoutExpired:
+                clock.record(step.name, before + time.time() - start, done=False)
+    except BaseException:
+        process.terminate()
+        raise
+    clock.record(step.name, before + time.time() - start, done=code == 0)
+    if code:
+        print(f"\n{step.name} failed with exit code {code}: {' '.join(command)}\nRun the same command again to continue.")
+        raise SystemExit(code)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="quickstart.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=REFERENCE_MINUTES, help="training time on two cores (default: 12)")
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
+    parser.add_argument("--sprites", choices=("shapes", "emoji"), default="shapes", help="what the scenes are made of")
+    parser.add_argument("--system", choices=("vqrae",), default="vqrae", help="the tokenizer that is trained")
+    options = parser.parse_args(argv)
+    if options.minutes <= 0:
+        parser.error("--minutes must be positive")
+
+    output: Path = options.output
+    chosen = {"minutes": options.minutes, "sprites": options.sprites, "steps": plan(options.minutes)}
+    plan_file = output / "plan.json"
+    if plan_file.exists() and read_json(plan_file) != chosen:
+        parser.error(f"{output} was begun with other options ({plan_file}): repeat them, or choose another --output")
+    write_json(plan_file, chosen)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    clock = Clock(output / "steps")
+    steps = pipeline(output, chosen["steps"], options.sprites)
+    expected = {s.name: s.seconds * (options.minutes / REFERENCE_MINUTES if s.scales else 1) for s in steps}
+    begun = time.time()
+    for i, step in enumerate(steps):
+        if clock.is_done(step.name) and step.name != "report":
+            print(f"[{i + 1}/{len(steps)}] {step.name}: done in {format_duration(clock.spent(step.name))}")
+            continue
+        left = sum(expected[s.name] for s in steps[i:])
+        print(f"\n[{i + 1}/{len(steps)}] {step.name}: about {format_duration(left)} left for the whole pipeline", flush=True)
+        run(step, clock)
+    print(f"\nfinished in {format_duration(time.time() - begun)}; open {output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+from vqrae.common.pictures import picture_to_tensor, tensor_to_picture
+from vqrae.tokenizer import VQRAEModel
+
+
+def images_for(model: VQRAEModel, count: int = 3) -> torch.Tensor:
+    size = model.config.image_size
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("feature_norm", ["none", "layernorm", "standardize"])
+def test_decode_of_encode_is_the_reconstruction(tokenizer: VQRAEModel, feature_norm: str) -> None:
+    tokenizer.config.feature_norm = feature_norm
+    images = images_for(tokenizer)
+    output = tokenizer(images)
+    assert torch.equal(tokenizer.encode(images), output.codes)
+    assert torch.equal(tokenizer.decode(output.codes), output.reconstruction)
+    assert output.reconstruction.shape == images.shape
+    assert output.reconstruction.min() >= 0 and output.reconstruction.max() <= 1
+
+
+@torch.no_grad()
+def test_folder_round_trip(tokenizer: VQRAEModel, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    images = images_for(tokenizer)
+    loaded = AutoModel.from_pretrained(tmp_path, attn_implementation=tokenizer.config._attn_implementation)
+    assert isinstance(loaded, VQRAEModel)
+    assert torch.equal(loaded.eval()(images).reconstruction, tokenizer(images).reconstruction)
+
+
+@torch.no_grad()
+def test_features_are_the_encoders_tap(tokenizer: VQRAEModel) -> None:
+    images = images_for(tokenizer)
+    pixel_values = tokenizer.normalize(images)
+    states = tokenizer.encoder(pixel_values, output_hidden_states=True)
+    features = tokenizer.encode_features(images)
+    assert features.shape[1:] == (tokenizer.config.grid_size**2, tokenizer.config.feature_dim)
+    assert torch.equal(features, states.hidden_states[-1][:, -features.shape[1] :])
+
+
+@torch.no_grad()
+def test_the_two_taps_differ_by_the_last_norm_of_siglip(make_tokenizer: Callable[..., VQRAEModel]) -> None:
+    before, behind = make_tokenizer(), make_tokenizer(feature_tap="last_hidden_state")
+    images = images_for(before)
+    expected = before.encoder.post_layernorm(before.encode_features(images))
+    torch.testing.assert_close(behind.encode_features(images), expected)
+    assert not torch.allclose(before.encode_features(images), expected)
+
+
+def test_own_normalisation_equals_the_image_processors(make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path) -> None:
+    model = make_tokenizer()
+    model.save_pretrained(tmp_path)
+    picture = tensor_to_picture(images_for(model)[0])
+    pixel_values = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(model.normalize(picture_to_tensor(picture)), pixel_values, atol=1e-6, rtol=0)
+
+
+def test_output_patch_size_sets_the_resolution(make_tokenizer: Callable[..., VQRAEModel]) -> None:
+    model = make_tokenizer("internvit", output_patch_size=16)
+    assert model(images_for(model)).reconstruction.shape[-1] == 4 * 16
+
+
+def test_wrong_inputs_are_named(tokenizer: VQRAEModel) -> None:
+    size = tokenizer.config.image_size
+    with pytest.raises(ValueError, match=rf"expected \(B, 3, {size}, {size}\)"):
+        tokenizer.encode(torch.rand(1, 3, size, size + 1))
+    with pytest.raises(ValueError, match="expected 0 to 63"):
+        tokenizer.decode(torch.full((1, tokenizer.config.grid_size**2), 64))
+    with pytest.raises(ValueError, match="got codes of shape"):
+        tokenizer.decode(torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_gradient_reaches_an_unfrozen_encoder_and_stops_at_a_frozen_one(tokenizer: VQRAEModel) -> None:
+    tokenizer.train()
+    images = images_for(tokenizer)
+    weight = next(p for name, p in tokenizer.encoder.named_parameters() if "projection" in name or "patch_embedding" in name)
+    tokenizer(images).reconstruction.square().mean().backward()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0  # straight through the quantizer
+    tokenizer.zero_grad()
+    tokenizer.encoder.requires_grad_(False)
+    tokenizer(images).reconstruction.square().mean().backward()
+    assert weight.grad is None
+    assert tokenizer.in_proj.weight.grad.abs().sum() > 0

@@ -1,0 +1,73 @@
+"""The training engines of the tokenizer: one `Accelerator` for the tokenizer, one for the discriminator.
+
+Each holds one model and one optimizer, so the same loop runs in one process, under DDP and under DeepSpeed ZeRO-1/2
+(where every trained model needs an engine of its own).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from torch import nn
+
+from vqrae.common.distributed import prepare_cpu_deepspeed
+from vqrae.tokenizer.train_config import StageConfig
+
+
+def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16: bool) -> tuple[Accelerator, Accelerator]:
+    """Accelerators for tokenizer and discriminator.
+
+    Precision is the loop's matter (parameters stay fp32, forward passes run under autocast), so none is set here.
+    """
+    on_cpu = not torch.cuda.is_available()
+    if not zero:
+        first, second = (Accelerator(cpu=on_cpu, gradient_accumulation_steps=accumulation) for _ in range(2))
+        return first, second
+    prepare_cpu_deepspeed()
+    AcceleratorState._reset_state()  # plugins are read once per process; the second stage brings its own
+    if on_cpu:
+        PartialState(cpu=True)  # `Accelerator(cpu=True)` would drop DeepSpeed without a word
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": stage.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": stage.max_grad_norm,
+        "zero_optimization": {"stage": zero, "overlap_comm": False},
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
+    }
+    plugins = {name: DeepSpeedPlugin(hf_ds_config=dict(settings)) for name in ("tokenizer", "discriminator")}
+    first = Accelerator(deepspeed_plugins=plugins)
+    if first.distributed_type != DistributedType.DEEPSPEED:
+        raise RuntimeError(f"zero={zero} was asked for, but accelerate chose {first.distributed_type}")
+    return first, Accelerator()
+
+
+def prepare(accelerator: Accelerator, name: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Wrap a model and its optimizer for the engine `name`."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.select_deepspeed_plugin(name)
+    return accelerator.prepare(model, optimizer)
+
+
+def save_engine(accelerator: Accelerator, folder: Path) -> None:
+    """Save weights, optimizer and RNG of one engine; every process takes part."""
+    accelerator.save_state(str(folder))
+
+
+def parameter_groups(modules: dict[str, tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups of the trainable parameters of modules with their learning rates.
+
+    Vectors (biases, norms, positions, scales) are not decayed. Groups without parameters are left out.
+    """
+    groups = []
+    for name, (module, learning_rate) in modules.items():
+        trainable = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
+        plain = {key for key, p in trainable if p.ndim < 2 or "position" in key}
+        for decay, keys in ((0.0, plain), (weight_decay, {key for key, _ in trainable} - plain)):
+            parameters = [p for key, p in trainable if key in keys]
+            if parameters:
+                groups.append({"params": parameters, "lr": learning_rate, "weight_decay": decay, "name": name})
+    return groups
