@@ -1,15 +1,18 @@
-"""Commands whose arguments are `key=value` for the fields of one dataclass."""
+"""Commands whose arguments are `key=value` for the fields of one dataclass, and their progress line."""
 
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 import textwrap
+import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from vqrae.common.config import ConfigError, apply_overrides, build_config
+from vqrae.common.run import format_duration
 
 T = TypeVar("T")
 
@@ -54,7 +57,7 @@ def field_docstrings(cls: type) -> dict[str, str]:
     for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         [definition] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         body = typing.cast(ast.ClassDef, definition).body
-        for statement, following in zip(body, body[1:], strict=False):
+        for statement, following in itertools.pairwise(body):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 value = following.value if isinstance(following, ast.Expr) else None
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):
@@ -74,3 +77,21 @@ def _default(field: dataclasses.Field, annotation: Any) -> str:
             return f"{prefix}default: {pairs}"
         return f"{prefix}default: {value}"
     return f"{prefix}required"
+
+
+def progress_line(label: str) -> Callable[[int, int], None]:
+    """A function of (done, total) that shows progress and time left: in place on a terminal, else at every tenth."""
+    begin, shown = time.monotonic(), -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        terminal, tenth = sys.stderr.isatty(), 10 * done // max(total, 1)
+        if not terminal and tenth == shown:
+            return
+        shown = tenth
+        left = format_duration((time.monotonic() - begin) / max(done, 1) * (total - done))
+        line = f"{label} {done}/{total}  {left} left"
+        end = "" if terminal and done < total else "\n"
+        print(f"\r\033[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+    return show

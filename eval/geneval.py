@@ -23,6 +23,7 @@ from PIL import Image
 from vqrae.common.files import write_text
 from vqrae.common.pictures import open_picture
 
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 MAX_OBJECTS = 16  # per class and picture
 POSITION_MARGIN = 0.1  # share of both objects' extents that an offset must exceed to count
 POSITION_THRESHOLD = 0.5  # of the offset's length
@@ -131,7 +132,7 @@ def _color_problems(clause: dict[str, Any], colors: list[str]) -> list[str]:
     wanted, count = clause["color"], clause["count"]
     if colors.count(wanted) >= count:
         return []
-    found = ", ".join(f"{colors.count(color)} {color}" for color in sorted(set(colors)))
+    found = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
     return [f"expected {wanted} {clause['class']}>={count}, found {colors.count(wanted)} {wanted}; and {found}"]
 
 

@@ -1,0 +1,288 @@
+"""Does the generator draw what it is asked for? GenEval's six families of prompts over scenes, by GenEval's rules.
+
+    python -m vqrae.eval.generation model=runs/generation output=generation.json pictures=pictures
+
+Beside the generator's scores stand two ceilings, found by the same detector on scenes that satisfy the same prompts: the
+`truth` (what the detector itself loses) and their `reconstruction` (what the codes lose). Pictures lie in GenEval's folder
+layout, so that other scorers can read them; an interrupted run keeps the pictures it has.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vqrae.common.checkpoints import resolve_model
+from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.files import read_json, weights_fingerprint, write_json
+from vqrae.common.pictures import picture_to_tensor, save_picture, tensor_to_picture
+from vqrae.data.scenes import Scene, SceneSampler, SpriteSet, benchmark_prompts, load_sprites, relation, render
+from vqrae.data.scenes.scene import COLOR_NAMES, is_held_out_pair, is_held_out_triple
+from vqrae.eval.geneval import (
+    evaluate_image,
+    require_sight,
+    sample_path,
+    score_folder,
+    summarize,
+    write_prompts,
+    write_rows,
+)
+from vqrae.eval.scene_detector import SceneColorClassifier, SceneDetector
+from vqrae.generation.generator import Generator
+from vqrae.generation.sampling import SamplingConfig
+from vqrae.tokenizer import VQRAEModel
+
+COMPOSING = ("colors", "position", "color_attr")  # the families whose prompts can hold combinations unseen in training
+SEEDS_PER_PROMPT = 10_000  # picture seeds are 10,000 x prompt + sample: more samples never change those there are
+Progress = Callable[[int, int], None]
+
+
+# ---- scenes that satisfy a prompt
+
+
+def satisfying_scene(record: dict[str, Any], sampler: SceneSampler, rng: np.random.Generator) -> Scene:
+    """A scene that holds exactly what a prompt asks for; everything else is distributed as in the data set.
+
+    Layouts are drawn until one has as many objects and the relation; then the prompt's names and colours are put on them.
+    """
+    names, wanted = sampler.sprites.names, []
+    for clause in record["include"]:
+        color = COLOR_NAMES.index(clause["color"]) if "color" in clause else None
+        wanted += [(names.index(clause["class"]), color)] * clause["count"]
+    where = [clause["position"][0] for clause in record["include"] if "position" in clause]
+    is_group = len(wanted) > 1 and len({name for name, _ in wanted}) == 1
+    while True:
+        scene = sampler.sample(rng, held_out=None)
+        if len(scene.objects) != len(wanted) or is_group != (len(wanted) > 1 and len({o.name for o in scene.objects}) == 1):
+            continue
+        objects = tuple(
+            dataclasses.replace(item, name=name, color=item.color if color is None else color)
+            for item, (name, color) in zip(scene.objects, wanted, strict=True)
+        )
+        if not where or relation(objects[1], objects[0]) == where[0]:
+            return Scene(objects, scene.background)
+
+
+def satisfying_pictures(
+    records: Sequence[dict[str, Any]], sprites: SpriteSet, *, image_size: int, per_prompt: int, seed: int = 0
+) -> list[tuple[Image.Image, dict[str, Any]]]:
+    """`per_prompt` rendered scenes for each prompt, with the prompt's record."""
+    sampler = SceneSampler(sprites, image_size)
+    pictures = []
+    for i, record in enumerate(records):
+        for sample in range(per_prompt):
+            scene = satisfying_scene(record, sampler, np.random.default_rng([seed, i, sample]))
+            pictures.append((Image.fromarray(render(scene, sprites, image_size)), record))
+    return pictures
+
+
+@torch.inference_mode()
+def reconstruct(pictures: Sequence[Image.Image], tokenizer: VQRAEModel, batch_size: int = 64) -> list[Image.Image]:
+    """Pictures through the tokenizer and back."""
+    copies: list[Image.Image] = []
+    for start in range(0, len(pictures), batch_size):
+        images = torch.stack([picture_to_tensor(picture) for picture in pictures[start : start + batch_size]])
+        copies += map(tensor_to_picture, tokenizer.decode(tokenizer.encode(images.to(tokenizer.device))))
+    return copies
+
+
+# ---- scores
+
+
+def holds_held_out(record: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether a prompt names a combination that training never shows."""
+    clauses = record["include"]
+    for clause in clauses:
+        name = names.index(clause["class"])
+        if "color" in clause and is_held_out_pair(name, COLOR_NAMES.index(clause["color"])):
+            return True
+        if "position" in clause:
+            where, target = clause["position"]
+            if is_held_out_triple(name, where, names.index(clauses[target]["class"])):
+                return True
+    return False
+
+
+def scene_scores(rows: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """GenEval's summary, and in `held_out` and `seen` the scores of composing prompts with and without new combinations."""
+    new = {record["prompt"] for record in records if holds_held_out(record, names)}
+    composing = [row for row in rows if row["tag"] in COMPOSING]
+    halves = {
+        "held_out": [row for row in composing if row["prompt"] in new],
+        "seen": [row for row in composing if row["prompt"] not in new],
+    }
+    apart = {}
+    for half, chosen in halves.items():
+        if chosen:
+            summary = summarize(chosen)
+            apart[half] = {key: summary[key] for key in ("overall", *COMPOSING, "num_images") if key in summary}
+    return {**summarize(rows), **apart}
+
+
+class SceneBenchmark:
+    """Prompts over one sprite set, and the detector that scores pictures of them.
+
+    Args:
+        per_family: prompts of each of the six families.
+        images_per_prompt: pictures of each prompt.
+        seed: of the prompts.
+    """
+
+    def __init__(self, sprites: str = "shapes", *, per_family: int = 25, images_per_prompt: int = 4, seed: int = 43) -> None:
+        self.sprites = load_sprites(sprites)
+        self.images_per_prompt = images_per_prompt
+        self.records = benchmark_prompts(self.sprites.names, per_family, seed)
+        self.detector, self.classifier = SceneDetector(self.sprites), SceneColorClassifier()
+        self._known = satisfying_pictures(self.records[-1:], self.sprites, image_size=64, per_prompt=1)[0]
+
+    def score_pictures(
+        self, pictures: Iterable[tuple[Image.Image, dict[str, Any]]], progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Scores of pictures with the records of their prompts."""
+        require_sight(self.detector, self.classifier, *self._known)
+        rows, pictures = [], list(pictures)
+        for picture, record in pictures:
+            rows.append(evaluate_image(picture, record, self.detector, self.classifier))
+            if progress is not None:
+                progress(len(rows), len(pictures))
+        return scene_scores(rows, self.records, self.sprites.names)
+
+    def score_folder(self, folder: str | Path, progress: Progress | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Scores and result rows of a folder in GenEval's layout."""
+        rows = score_folder(folder, self.detector, self.classifier, known=self._known, progress=progress)
+        return scene_scores(rows, self.records, self.sprites.names), rows
+
+    def ceilings(self, tokenizer: VQRAEModel, progress: Callable[[str], Progress]) -> dict[str, Any]:
+        """Scores of scenes that satisfy the prompts: `truth`, and the same after encoding and decoding."""
+        size = tokenizer.config.image_size
+        truth = satisfying_pictures(self.records, self.sprites, image_size=size, per_prompt=self.images_per_prompt)
+        copies = reconstruct([picture for picture, _ in truth], tokenizer)
+        pairs = zip(copies, (record for _, record in truth), strict=True)
+        return {
+            "truth": self.score_pictures(truth, progress("truth")),
+            "reconstruction": self.score_pictures(pairs, progress("reconstruction")),
+        }
+
+    def draw(
+        self,
+        generator: Generator,
+        folder: str | Path,
+        *,
+        settings: dict[str, Any],
+        sampling: SamplingConfig,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+    ) -> None:
+        """Generate the pictures that `folder` lacks, in GenEval's layout.
+
+        Args:
+            settings: what decides the pictures (weights, sampling); stored beside them.
+            progress: called with (pictures done, pictures in all).
+
+        Raises:
+            ValueError: when the folder holds pictures of other settings or prompts.
+        """
+        settings = {**settings, "prompts": len(self.records), "images_per_prompt": self.images_per_prompt}
+        stored = Path(folder) / "settings.json"
+        if stored.exists() and read_json(stored) != settings:
+            raise ValueError(
+                f"{folder} holds pictures drawn with {read_json(stored)}, expected {settings}: "
+                "set pictures= to a new folder, or delete this one"
+            )
+        write_prompts(folder, self.records)
+        write_json(stored, settings)
+        pairs = [(i, sample) for i in range(len(self.records)) for sample in range(self.images_per_prompt)]
+        missing = [(i, sample) for i, sample in pairs if not sample_path(folder, i, sample).exists()]
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            prompts, seeds = [self.records[i]["prompt"] for i, _ in batch], [SEEDS_PER_PROMPT * i + s for i, s in batch]
+            images = generator.images(prompts, seeds=seeds, sampling=sampling, batch_size=batch_size)
+            for (i, sample), image in zip(batch, images, strict=True):
+                save_picture(tensor_to_picture(image), sample_path(folder, i, sample))
+            if progress is not None:
+                progress(len(pairs) - len(missing) + start + len(batch), len(pairs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Score a generator by GenEval's rules on prompts about scenes."""
+
+    model: str
+    """Generator: run directory, model folder or hub id."""
+    output: str
+    """JSON file of the scores; GenEval's results file goes beside it as .jsonl."""
+    pictures: str | None = None
+    """Folder of the pictures, in GenEval's layout; `pictures` beside the output when not given."""
+    tokenizer: str | None = None
+    """Visual tokenizer, where it is not at the place that the generator recorded."""
+    sprites: str = "shapes"
+    """What the scenes are made of: shapes or emoji."""
+    per_family: int = 25
+    """Prompts of each of the six families."""
+    images_per_prompt: int = 4
+    """Pictures of each prompt."""
+    prompt_seed: int = 43
+    """Of the prompts."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How codes are drawn."""
+    batch_size: int = 64
+    """Pictures sampled at once; guidance doubles the rows."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the language model."""
+    device: str = "auto"
+    """cpu, cuda, …; auto takes CUDA when there is one."""
+
+    def __post_init__(self) -> None:
+        load_sprites(self.sprites)
+        if min(self.per_family, self.images_per_prompt, self.batch_size) < 1:
+            raise ValueError("per_family, images_per_prompt and batch_size must be positive")
+        if Path(self.output).suffix == ".jsonl":
+            raise ValueError(f"got output={self.output}, expected a .json file: the results go beside it as .jsonl")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_arguments(GenerationConfig, argv)
+    benchmark = SceneBenchmark(
+        config.sprites,
+        per_family=config.per_family,
+        images_per_prompt=config.images_per_prompt,
+        seed=config.prompt_seed,
+    )
+    output = Path(config.output)
+    pictures = Path(config.pictures) if config.pictures else output.with_name("pictures")
+    device = None if config.device == "auto" else config.device
+    generator = Generator.from_pretrained(
+        config.model, tokenizer=config.tokenizer, device=device, dtype=getattr(torch, config.dtype)
+    )
+    folder = resolve_model(config.model)
+    settings = {
+        "generator": weights_fingerprint(folder) if Path(folder).is_dir() else config.model,
+        "dtype": config.dtype,
+        "sampling": dataclasses.asdict(config.sampling),
+    }
+    benchmark.draw(
+        generator,
+        pictures,
+        settings=settings,
+        sampling=config.sampling,
+        batch_size=config.batch_size,
+        progress=progress_line("pictures"),
+    )
+    scores, rows = benchmark.score_folder(pictures, progress_line("scores"))
+    write_rows(output.with_suffix(".jsonl"), rows)
+    ceiling = benchmark.ceilings(generator.tokenizer, progress_line)
+    write_json(output, {**scores, "ceiling": ceiling, "detector": benchmark.detector.name, **settings})
+    columns = {"generator": scores, "reconstruction": ceiling["reconstruction"], "truth": ceiling["truth"]}
+    print(f"{'':<16}" + "".join(f"{name:>16}" for name in columns))
+    for key in ("overall", *dict.fromkeys(record["tag"] for record in benchmark.records)):
+        print(f"{key:<16}" + "".join(f"{values[key]:>16.1%}" for values in columns.values()))
+    print(f"{len(rows)} pictures in {pictures}  ->  {output}")
+
+
+if __name__ == "__main__":
+    main()
