@@ -1,0 +1,212 @@
+"""Pictures of the quickstart's report: SVG charts that take the page's colours, data URIs, and the summary `report.png`."""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
+from PIL import Image
+from torch import Tensor
+
+from vqrae.common.pictures import tensor_to_picture
+from vqrae.eval.report_evidence import BUDGETS, CURVES, Curve, Evidence, Prompt, Reconstructions, Row
+
+INK, SOFT, ACCENT, SECOND, RIGHT, WRONG, PAPER = "#22262b", "#646b73", "#1f6f8b", "#c2762b", "#2d7d4a", "#b8452f", "#fcfbf8"
+_PAGE_COLORS = {INK: "currentColor", SOFT: "var(--soft)", ACCENT: "var(--accent)", SECOND: "var(--accent-2)"}
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vqrae",  # the same picture gives the same file
+}
+
+
+# ---- pieces of the page
+
+
+def data_uri(picture: Image.Image | Tensor) -> str:
+    """A picture, or an image tensor (3, H, W) in [0, 1], as a PNG that a page can hold."""
+    stream = io.BytesIO()
+    (tensor_to_picture(picture) if isinstance(picture, Tensor) else picture).save(stream, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an inline SVG: its colours become the page's, its ids carry `name` so that two figures never mix."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for color, variable in _PAGE_COLORS.items():
+        text = text.replace(color, variable)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # the page's font
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+
+
+def curve_svg(name: str, steps: Sequence[int], values: Sequence[float], *, log: bool) -> str:
+    """A small chart of one metric."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.2, 2.0), layout="constrained")
+        draw_curve(figure.subplots(), steps, values, log=log)
+        return _svg(figure, name)
+
+
+def usage_svg(counts: np.ndarray) -> str:
+    """How often each code was chosen, most frequent first, on a logarithmic scale."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 2.4), layout="constrained")
+        draw_usage(figure.subplots(), counts)
+        return _svg(figure, "usage")
+
+
+# ---- charts
+
+
+def draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], *, log: bool) -> None:
+    """One line; few ticks."""
+    axes.plot(steps, values, color=ACCENT, linewidth=1.4, solid_joinstyle="round")
+    if log and min(values) > 0:
+        axes.set_yscale("log")
+        low, high = min(values), max(values)
+        ticks = [t for e in range(-6, 4) for t in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if low * 0.9 <= t <= high * 1.1]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    else:
+        axes.locator_params(axis="y", nbins=4)
+    axes.locator_params(axis="x", nbins=4)
+    axes.margins(x=0.01)
+
+
+def draw_usage(axes: Axes, counts: np.ndarray) -> None:
+    """Sorted counts of the codes, beside the count that all would have in equal use."""
+    ranked = np.sort(counts)[::-1]
+    used = int((counts > 0).sum())
+    axes.fill_between(np.arange(used), np.maximum(ranked[:used], 0.5), 0.5, color=ACCENT, step="post", linewidth=0)
+    axes.axhline(counts.mean(), color=SECOND, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "equal use", (len(counts), counts.mean()), (-2, 3), textcoords="offset points", ha="right", color=SECOND, fontsize=8
+    )
+    axes.set(yscale="log", xlim=(0, len(counts)), ylim=(0.5, None), xlabel="codes, most frequent first", ylabel="times chosen")
+
+
+# ---- report.png
+
+
+def summary_picture(
+    evidence: Evidence, rows: Sequence[Row], pairs: Reconstructions | None, prompts: dict[str, list[Prompt]]
+) -> Image.Image:
+    """Everything on one sheet, fit for a README: figures, reconstructions, curves, prompts with their pictures.
+
+    Args:
+        rows: the table of figures.
+        pairs, prompts: the examples that are shown.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(13, 11.5), dpi=110, facecolor=PAPER)
+        minutes = evidence.plan.get("minutes")
+        budget = f", in a budget of {minutes:g} minutes on a CPU" if minutes else ""
+        figure.text(0.03, 0.967, "One tokenizer, three jobs", fontsize=21, weight="semibold", va="center")
+        figure.text(
+            0.03, 0.937, f"trained from random weights on rendered scenes{budget}", fontsize=11, color=SOFT, va="center"
+        )
+        top = figure.add_gridspec(1, 2, left=0.03, right=0.975, top=0.905, bottom=0.655, width_ratios=(1, 1.35), wspace=0.06)
+        _draw_table(figure.add_subplot(top[0]), rows, evidence.budget or 0)
+        _draw_pairs(figure, top[1], pairs)
+        _draw_prompts(figure, prompts)
+        curves = figure.add_gridspec(2, 4, left=0.05, right=0.975, top=0.285, bottom=0.04, hspace=0.75, wspace=0.28)
+        for i, curve in enumerate(CURVES):
+            _draw_named_curve(figure.add_subplot(curves[i]), curve, *evidence.curve(curve))
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png")
+        return Image.open(stream).convert("RGB")
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11, weight="semibold", color=INK, pad=6)
+
+
+def _draw_named_curve(axes: Axes, curve: Curve, steps: list[int], values: list[float]) -> None:
+    axes.set_title(curve.title, loc="left", fontsize=10, weight="semibold", color=INK, pad=14)
+    axes.text(0, 1.03, curve.caption, transform=axes.transAxes, fontsize=7.5, color=SOFT, va="bottom")
+    if steps:
+        draw_curve(axes, steps, values, log=curve.log)
+    else:
+        _blank(axes, "not run yet")
+
+
+def _blank(axes: Axes, text: str) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.text(0, 0.5, text, transform=axes.transAxes, color=SOFT)
+
+
+def _draw_table(axes: Axes, rows: Sequence[Row], column: int) -> None:
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1), ylim=(len(rows) + 0.5, -0.6))
+    for x, text in ((0.66, "this run"), (0.97, f"expected, {BUDGETS[column]} min")):
+        axes.text(x, 0, text, ha="right", va="center", fontsize=9, color=SOFT)
+    for y, row in enumerate(rows, start=1):
+        axes.axhline(y - 0.5, color="#e4e1da", linewidth=0.8)
+        axes.text(0, y, row.label, va="center", fontsize=10.5)
+        axes.text(0.66, y, row.value, ha="right", va="center", fontsize=12, weight="semibold")
+        axes.text(0.97, y, row.expected[column], ha="right", va="center", fontsize=10, color=SOFT)
+        if row.met is not None:
+            mark, color = ("✓", RIGHT) if row.met else ("✗", WRONG)
+            axes.text(0.7, y, mark, va="center", fontsize=11, color=color)
+
+
+def _draw_pairs(figure: Figure, place: SubplotSpec, pairs: Reconstructions | None, columns: int = 6) -> None:
+    """Originals above reconstructions, in two bands."""
+    frame = figure.add_subplot(place)
+    frame.set_axis_off()
+    _title(frame, "Reconstruction: scenes above, painted from their codes below")
+    if pairs is None:
+        _blank(frame, "not run yet")
+        return
+    count = min(2 * columns, len(pairs.originals))
+    grid = place.subgridspec(2, columns, wspace=0.06, hspace=0.06)
+    for i in range(count):
+        axes = figure.add_subplot(grid[i // columns, i % columns])
+        both = np.concatenate([np.asarray(tensor_to_picture(p[i])) for p in (pairs.originals, pairs.copies)])
+        axes.imshow(both, interpolation="nearest")
+        axes.set_axis_off()
+
+
+def _draw_prompts(figure: Figure, prompts: dict[str, list[Prompt]], per_family: int = 1, columns: int = 3) -> None:
+    """The first prompt of every family with its pictures, framed by the scorer's verdict."""
+    shown = [prompt for family in prompts.values() for prompt in family[:per_family]]
+    frame = figure.add_axes((0.03, 0.34, 0.945, 0.285))
+    frame.set_axis_off()
+    _title(frame, "Generation: the first prompt of each family, its pictures framed by what the scorer says")
+    if not shown:
+        _blank(frame, "not run yet")
+        return
+    grid = figure.add_gridspec(
+        math.ceil(len(shown) / columns), columns, left=0.03, right=0.975, top=0.602, bottom=0.345, wspace=0.05, hspace=0.3
+    )
+    for i, prompt in enumerate(shown):
+        row = grid[i // columns, i % columns].subgridspec(1, max(4, len(prompt.samples)), wspace=0.08)
+        for j, sample in enumerate(prompt.samples):
+            axes = figure.add_subplot(row[j])
+            axes.imshow(np.asarray(sample.picture), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            color = SOFT if sample.correct is None else RIGHT if sample.correct else WRONG
+            axes.spines[:].set(visible=True, color=color, linewidth=2.5)
+            if j == 0:
+                axes.set_title(prompt.text.removeprefix("a photo of "), loc="left", fontsize=9.5, color=INK, pad=4)
