@@ -12,7 +12,7 @@ setup(
     name="vqrae",
     version="0.1.0",
     description="One visual tokenizer: continuous features for understanding, discrete codes for generation",
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The vqrae authors",
     license="Apache-2.0",

@@ -166,9 +166,11 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     """Write original and reconstruction side by side for each picture, a grid of the first ones, and PSNR per file."""
     import torch
 
+    from vqrae.common.cli import progress_line
     from vqrae.common.files import write_json
     from vqrae.common.pictures import picture_grid, save_picture
 
+    progress = progress_line("reconstruct")
     model, fingerprint = _load_tokenizer(arguments)
     reader = PictureReader(arguments.images, model.config.image_size)
     outputs = _output_names(list(reader.paths))
@@ -184,7 +186,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
             save_picture(picture_grid([[image, copy]], scale=1), out / outputs[name])
             psnr[name] = round(-10 * (image - copy).square().mean().clamp(min=1e-10).log10().item(), 3)
         originals, copies = [*originals, *images][:GRID_COLUMNS], [*copies, *decoded][:GRID_COLUMNS]
-        _progress(len(psnr), len(reader.paths))
+        progress(len(psnr), len(reader.paths))
     save_picture(_grid([originals, copies], labels=["original", "reconstruction"]), out / "grid.png")
     mean = sum(psnr.values()) / len(psnr)
     report = {"tokenizer": fingerprint, "psnr": psnr, "mean_psnr": round(mean, 3), "broken": reader.broken}
@@ -198,8 +200,10 @@ def encode(arguments: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
+    from vqrae.common.cli import progress_line
     from vqrae.common.files import atomic_path
 
+    progress = progress_line("encode")
     if not arguments.out.endswith(".npz"):
         raise ValueError(f"--out: got {arguments.out}, expected a name that ends in .npz")
     model, fingerprint = _load_tokenizer(arguments)
@@ -210,7 +214,7 @@ def encode(arguments: argparse.Namespace) -> int:
         with torch.inference_mode():
             codes.append(model.encode(images.to(model.device)).cpu())
         kept += names
-        _progress(len(kept), len(reader.paths))
+        progress(len(kept), len(reader.paths))
     size = model.config.codebook_size
     array = torch.cat(codes).numpy().astype(np.uint16 if size <= 1 << 16 else np.int32)
     with atomic_path(arguments.out) as temporary, temporary.open("wb") as stream:
@@ -223,9 +227,11 @@ def decode(arguments: argparse.Namespace) -> None:
     """Write the pictures of an .npz that `encode` made with the same tokenizer."""
     import torch
 
+    from vqrae.common.cli import progress_line
     from vqrae.common.files import require_same_tokenizer
     from vqrae.common.pictures import save_picture, tensor_to_picture
 
+    progress = progress_line("decode")
     names, codes, made_with = _read_codes(arguments.codes)
     model, fingerprint = _load_tokenizer(arguments)
     require_same_tokenizer(fingerprint, made_with, arguments.codes)
@@ -235,7 +241,7 @@ def decode(arguments: argparse.Namespace) -> None:
             images = model.decode(codes[start : start + BATCH_SIZE].to(model.device)).cpu()
         for name, image in zip(names[start:], images, strict=False):
             save_picture(tensor_to_picture(image), Path(arguments.out) / outputs[name])
-        _progress(min(start + BATCH_SIZE, len(names)), len(names))
+        progress(min(start + BATCH_SIZE, len(names)), len(names))
     print(f"{len(names)} pictures are in {arguments.out}")
 
 
@@ -296,11 +302,13 @@ def _ask() -> str:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Draw `--num-images` pictures of each prompt, each with a JSON side-car that says how to draw it again."""
+    from vqrae.common.cli import progress_line
     from vqrae.common.files import write_json
     from vqrae.common.pictures import save_picture, tensor_to_picture
     from vqrae.generation.generator import Generator
     from vqrae.generation.sampling import SamplingConfig
 
+    progress = progress_line("generate")
     prompts = _read_prompts(arguments)
     given = {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")}
     sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
@@ -320,7 +328,7 @@ def generate(arguments: argparse.Namespace) -> None:
             write_json(out / f"{name}.json", record | {"tokenizer": fingerprint})
             if i in rows and len(rows[i]) < GRID_COLUMNS:
                 rows[i].append(image)
-        _progress(start + len(batch), len(jobs))
+        progress(start + len(batch), len(jobs))
     save_picture(_grid(list(rows.values()), labels=prompts[: len(rows)]), out / "grid.png")
     print(f"{len(jobs)} pictures are in {out}; see grid.png")
 
@@ -342,9 +350,11 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def check_data(arguments: argparse.Namespace) -> int:
     """Open a source as training would, read every sample, and name each broken one."""
+    from vqrae.common.cli import progress_line
     from vqrae.data.sources import fingerprint, open_conversations, open_images, open_pairs, source_kind
     from vqrae.data.tolerant import TolerantDataset
 
+    progress = progress_line("check-data")
     kind = source_kind(arguments.source)
     if kind == "json":
         dataset: Any = open_conversations(arguments.source, image_size=64, split="all", image_folder=arguments.image_folder)
@@ -362,17 +372,9 @@ def check_data(arguments: argparse.Namespace) -> int:
             print(f"broken: {error}")
             broken += 1
         if i % 100 == 99:
-            _progress(i + 1, count)
+            progress(i + 1, count)
     print(f"{kind}: {count} of {len(dataset)} samples read, {broken} broken; {fingerprint(arguments.source)}")
     return 1 if broken else 0
-
-
-# ---- on the screen
-
-
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"{done}/{total}", end="\n" if done == total else "\r", file=sys.stderr, flush=True)
 
 
 def _grid(rows: list[list["Tensor"]], labels: Sequence[str]) -> "Image":

@@ -4,7 +4,7 @@
 #   bash scripts/eval_geneval.sh [key=value ...]
 #
 #   model=runs/generation                   run directory, model folder or hub id; made first when there is none
-#   tokenizer=runs/tokenizer                the visual tokenizer of that generator
+#   tokenizer=FOLDER                        its visual tokenizer, where it has moved since training
 #   sprites=shapes                          shapes or emoji
 #   output=runs/evaluation/generation.json  where the scores go
 #   pictures=runs/evaluation/pictures       where the pictures go
@@ -15,6 +15,5 @@ config="" nproc=1
 read_arguments "$@"
 install
 artefact model generation train_ar_gen.sh
-artefact tokenizer tokenizer train_tokenizer.sh
 defaults output=runs/evaluation/generation.json pictures=runs/evaluation/pictures
 launch vqrae.eval.generation

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
+from vqrae.eval.generation import GenerationConfig as GenerationEvaluation
+from vqrae.eval.reconstruction import ReconstructionConfig
+from vqrae.eval.scene_questions import SceneQuestionsConfig
 from vqrae.generation.config import read_config
 from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
@@ -23,6 +27,7 @@ from vqrae.understanding.train_llm import TinyLLMConfig
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if path.name != "lib.sh")
 TRAININGS = ["pretrain_encoder", "train_tokenizer", "train_llm", "train_llava", "train_ar_gen"]
+EVALUATIONS = ["eval_reconstruction", "eval_understanding", "eval_geneval"]
 # What reads the command line of each training module.
 READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.tokenizer.pretrain_encoder": lambda a: load_config(
@@ -33,6 +38,9 @@ READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.understanding.train": lambda a: load_config(TrainConfig, shipped_config("vqrae.understanding", a[0]), a[1:]),
     "vqrae.generation.extract_codes": lambda a: read_config(a, "extraction"),
     "vqrae.generation.train": lambda a: read_config(a, "training"),
+    "vqrae.eval.reconstruction": lambda a: parse_arguments(ReconstructionConfig, a),
+    "vqrae.eval.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
+    "vqrae.eval.generation": lambda a: parse_arguments(GenerationEvaluation, a),
 }
 
 
