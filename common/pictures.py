@@ -39,7 +39,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """Convert any colour mode to RGB; transparent parts are laid on white, 16-bit grey is scaled to 8 bits."""
     if picture.mode in ("I;16", "I;16B", "I;16L", "I"):
         grey = np.asarray(picture, dtype=np.float32) / 65535 * 255
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         canvas = Image.new("RGBA", picture.size, "white")

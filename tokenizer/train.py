@@ -41,7 +41,7 @@ from vqrae.tokenizer.losses import (
     generator_hinge_loss,
     reconstruction_loss,
 )
-from vqrae.tokenizer.modeling import VQRAEModel, encoder_features
+from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput, encoder_features
 from vqrae.tokenizer.perceptual import build_perceptual
 from vqrae.tokenizer.train_config import ModelConfig, StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.usage import CodeUsage
@@ -94,16 +94,21 @@ def images_from(batch: dict[str, Tensor], device: torch.device, flip_seed: int |
 
 
 @torch.no_grad()
-def revive_dead_codes(model: VQRAEModel, usage: CodeUsage, features: Tensor, seed: int) -> Tensor:
-    """Move every code that the window did not see onto a random feature (M, E); the same on all processes.
+def revive_dead_codes(model: VQRAEModel, usage: CodeUsage, output: VQRAEOutput, seed: int) -> Tensor:
+    """Move every code that the window did not see onto a feature of the last batch; the same on all processes.
+
+    Features are drawn with probability proportional to their squared quantization error, as k-means++ draws its seeds:
+    codes go where the table is poor, not where features are many.
 
     Returns:
         How many were moved, a scalar tensor.
     """
     dead = (usage.counts == 0).nonzero().flatten()
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(features), (len(dead),), generator=generator).to(features.device)
-    model.quantizer.revive(dead, broadcast(features[chosen]))
+    if len(dead) > 0:
+        features = model.project(output.features).flatten(0, 1)
+        errors = (features - model.quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
+        chosen = torch.multinomial(errors.cpu(), len(dead), True, generator=torch.Generator().manual_seed(seed))
+        model.quantizer.revive(dead, broadcast(features[chosen.to(features.device)]))
     return torch.tensor(len(dead))
 
 
@@ -245,10 +250,7 @@ def train_stage(config: TokenizerTrainConfig, number: int, model: VQRAEModel, ru
         done = step + 1
         if stage.revival_interval and done % stage.revival_interval == 0 and done <= stage.revival_until * stage.max_steps:
             revival_window.counts = engine.reduce(revival_window.counts)
-            with torch.no_grad():
-                projected = model.project(output.features).flatten(0, 1)
-            revived = revive_dead_codes(model, revival_window, projected, config.seed + step)
-            losses["revived_codes"] = revived
+            losses["revived_codes"] = revive_dead_codes(model, revival_window, output, config.seed + step)
             revival_window.reset()
 
         if done % config.log_steps == 0 or done == stage.max_steps:
