@@ -26,7 +26,7 @@ class ReportConfig:
     """The run's folder."""
     num_scenes: int = 12
     """Validation scenes that are shown reconstructed."""
-    prompts_per_family: int = 3
+    prompts_per_family: int = 4
     """Prompts of each family that are shown with their pictures."""
 
     def __post_init__(self) -> None:

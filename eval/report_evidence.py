@@ -56,15 +56,13 @@ class Curve:
     """Run directory below the run's folder."""
     key: str
     caption: str
-    log: bool = False
-    """Whether the metric is best seen on a logarithmic scale."""
 
 
 CURVES = (
     Curve("Encoder", "encoder", "loss", "contrastive loss of pictures and captions"),
-    Curve("Tokenizer, stage 1", "tokenizer/stage1", "reconstruction_loss", "reconstruction loss, encoder frozen", log=True),
-    Curve("Tokenizer, stage 2", "tokenizer/stage2", "reconstruction_loss", "reconstruction loss, encoder trained", log=True),
-    Curve("Codebook", "tokenizer/stage2", "codebook_usage", "share of the codes in use between two log lines, stage 2"),
+    Curve("Tokenizer, stage 1", "tokenizer/stage1", "reconstruction_loss", "reconstruction loss, encoder frozen"),
+    Curve("Tokenizer, stage 2", "tokenizer/stage2", "reconstruction_loss", "reconstruction loss, encoder trained"),
+    Curve("Codebook", "tokenizer/stage2", "codebook_usage", "share of the codes in use, stage 2"),
     Curve("Language model", "llm", "loss", "next word, text alone, nats"),
     Curve("Understanding, pretrain", "understanding/pretrain", "loss", "next word, projector trained, nats"),
     Curve("Understanding, sft", "understanding/sft", "loss", "answers, language model trained too, nats"),
@@ -264,6 +262,11 @@ class Row:
 def report_values(evidence: Evidence) -> dict[str, Any]:
     """The content of `report.json`; keys of steps that have not run are absent."""
     values: dict[str, Any] = {}
+    retrieval = [
+        row["retrieval_accuracy"] for row in read_metrics(evidence.directory / "encoder") if "retrieval_accuracy" in row
+    ]
+    if retrieval:
+        values["encoder"] = {"retrieval_accuracy": retrieval[-1]}
     if evidence.reconstruction:
         values["tokenizer"] = evidence.reconstruction
     if evidence.questions:
@@ -278,12 +281,12 @@ def figure_rows(values: dict[str, Any], budget: int | None) -> list[Row]:
     tokenizer, understanding, generation = (values.get(key, {}) for key in ("tokenizer", "understanding", "generation"))
     ceiling = generation.get("ceiling", {})
     accuracy, blind = understanding.get("accuracy"), understanding.get("blind_accuracy")
-    gain = None if accuracy is None or blind is None else accuracy - blind
+    gain = None if accuracy is None or blind is None else 100 * (accuracy - blind)
     codes = f"share of the {tokenizer['codebook_size']} codes" if "codebook_size" in tokenizer else "share of the codebook"
 
     def row(label: str, value: float | None, form: str, expected: tuple[float, ...] = (), note: str = "") -> Row:
         met = None if budget is None or value is None or not expected else value >= expected[budget]
-        bounds = tuple(f"≥ {form.format(bound)}" for bound in expected) or ("",) * len(BUDGETS)
+        bounds = tuple(f"≥ {form.format(bound).replace('.0', '')}" for bound in expected) or ("",) * len(BUDGETS)
         return Row(label, "—" if value is None else form.format(value), bounds, met, note)
 
     return [
@@ -291,10 +294,10 @@ def figure_rows(values: dict[str, Any], budget: int | None) -> list[Row]:
         row("Reconstruction, SSIM", tokenizer.get("ssim"), "{:.3f}", note="likeness of structure, 1 is identical"),
         row("Codebook usage", tokenizer.get("codebook_usage"), "{:.0%}", (0.9, 0.95), f"{codes} chosen at least once"),
         row("Questions answered", accuracy, "{:.1%}", (0.75, 0.95), "about validation scenes"),
-        row("… more than blind", gain, "{:+.1%}", (0.25, 0.25), "what seeing adds to guessing"),
+        row("… more than blind", gain, "{:+.1f} points", (25, 25), "what seeing adds to guessing"),
         row("Prompts followed", generation.get("overall"), "{:.1%}", (0.4, 0.8), "mean of six families of prompts"),
         row(
             "… ceiling of the codes", ceiling.get("reconstruction", {}).get("overall"), "{:.1%}", note="true scenes, tokenized"
         ),
-        row("… ceiling of the detector", ceiling.get("truth", {}).get("overall"), "{:.1%}", note="true scenes"),
+        row("… ceiling of the detector", ceiling.get("truth", {}).get("overall"), "{:.1%}", note="true scenes as they are"),
     ]

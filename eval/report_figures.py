@@ -25,6 +25,7 @@ _STYLE = {
     "text.color": INK,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": SOFT,
+    "axes.facecolor": "none",
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -59,11 +60,11 @@ def _svg(figure: Figure, name: str) -> str:
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
 
 
-def curve_svg(name: str, steps: Sequence[int], values: Sequence[float], *, log: bool) -> str:
+def curve_svg(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
     """A small chart of one metric."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.2, 2.0), layout="constrained")
-        draw_curve(figure.subplots(), steps, values, log=log)
+        draw_curve(figure.subplots(), steps, values)
         return _svg(figure, name)
 
 
@@ -78,17 +79,10 @@ def usage_svg(counts: np.ndarray) -> str:
 # ---- charts
 
 
-def draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], *, log: bool) -> None:
+def draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float]) -> None:
     """One line; few ticks."""
     axes.plot(steps, values, color=ACCENT, linewidth=1.4, solid_joinstyle="round")
-    if log and min(values) > 0:
-        axes.set_yscale("log")
-        low, high = min(values), max(values)
-        ticks = [t for e in range(-6, 4) for t in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if low * 0.9 <= t <= high * 1.1]
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-    else:
-        axes.locator_params(axis="y", nbins=4)
+    axes.locator_params(axis="y", nbins=4)
     axes.locator_params(axis="x", nbins=4)
     axes.margins(x=0.01)
 
@@ -118,18 +112,18 @@ def summary_picture(
         pairs, prompts: the examples that are shown.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(13, 11.5), dpi=110, facecolor=PAPER)
+        figure = Figure(figsize=(13, 10.8), dpi=110, facecolor=PAPER)
         minutes = evidence.plan.get("minutes")
-        budget = f", in a budget of {minutes:g} minutes on a CPU" if minutes else ""
-        figure.text(0.03, 0.967, "One tokenizer, three jobs", fontsize=21, weight="semibold", va="center")
+        budget = f", in a budget of {minutes:g} minutes" if minutes else ""
+        figure.text(0.03, 0.965, "One tokenizer, three jobs", fontsize=21, weight="bold", va="center")
         figure.text(
-            0.03, 0.937, f"trained from random weights on rendered scenes{budget}", fontsize=11, color=SOFT, va="center"
+            0.03, 0.932, f"trained from random weights on rendered scenes{budget}", fontsize=11, color=SOFT, va="center"
         )
-        top = figure.add_gridspec(1, 2, left=0.03, right=0.975, top=0.905, bottom=0.655, width_ratios=(1, 1.35), wspace=0.06)
+        top = figure.add_gridspec(1, 2, left=0.03, right=0.975, top=0.885, bottom=0.64, width_ratios=(1, 1.4), wspace=0.06)
         _draw_table(figure.add_subplot(top[0]), rows, evidence.budget or 0)
         _draw_pairs(figure, top[1], pairs)
         _draw_prompts(figure, prompts)
-        curves = figure.add_gridspec(2, 4, left=0.05, right=0.975, top=0.285, bottom=0.04, hspace=0.75, wspace=0.28)
+        curves = figure.add_gridspec(2, 4, left=0.05, right=0.975, top=0.295, bottom=0.04, hspace=0.75, wspace=0.25)
         for i, curve in enumerate(CURVES):
             _draw_named_curve(figure.add_subplot(curves[i]), curve, *evidence.curve(curve))
         stream = io.BytesIO()
@@ -138,14 +132,14 @@ def summary_picture(
 
 
 def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=11, weight="semibold", color=INK, pad=6)
+    axes.set_title(text, loc="left", fontsize=11, weight="bold", color=INK, pad=6)
 
 
 def _draw_named_curve(axes: Axes, curve: Curve, steps: list[int], values: list[float]) -> None:
-    axes.set_title(curve.title, loc="left", fontsize=10, weight="semibold", color=INK, pad=14)
+    axes.set_title(curve.title, loc="left", fontsize=10, weight="bold", color=INK, pad=14)
     axes.text(0, 1.03, curve.caption, transform=axes.transAxes, fontsize=7.5, color=SOFT, va="bottom")
     if steps:
-        draw_curve(axes, steps, values, log=curve.log)
+        draw_curve(axes, steps, values)
     else:
         _blank(axes, "not run yet")
 
@@ -164,41 +158,40 @@ def _draw_table(axes: Axes, rows: Sequence[Row], column: int) -> None:
     for y, row in enumerate(rows, start=1):
         axes.axhline(y - 0.5, color="#e4e1da", linewidth=0.8)
         axes.text(0, y, row.label, va="center", fontsize=10.5)
-        axes.text(0.66, y, row.value, ha="right", va="center", fontsize=12, weight="semibold")
+        axes.text(0.66, y, row.value, ha="right", va="center", fontsize=12, weight="bold")
         axes.text(0.97, y, row.expected[column], ha="right", va="center", fontsize=10, color=SOFT)
         if row.met is not None:
             mark, color = ("✓", RIGHT) if row.met else ("✗", WRONG)
             axes.text(0.7, y, mark, va="center", fontsize=11, color=color)
 
 
-def _draw_pairs(figure: Figure, place: SubplotSpec, pairs: Reconstructions | None, columns: int = 6) -> None:
-    """Originals above reconstructions, in two bands."""
+def _draw_pairs(figure: Figure, place: SubplotSpec, pairs: Reconstructions | None, columns: int = 4) -> None:
+    """Originals beside reconstructions, three bands of pairs."""
     frame = figure.add_subplot(place)
     frame.set_axis_off()
-    _title(frame, "Reconstruction: scenes above, painted from their codes below")
+    _title(frame, "Reconstruction: scenes, and what is painted from their codes")
     if pairs is None:
         _blank(frame, "not run yet")
         return
-    count = min(2 * columns, len(pairs.originals))
-    grid = place.subgridspec(2, columns, wspace=0.06, hspace=0.06)
-    for i in range(count):
+    grid = place.subgridspec(3, columns, wspace=0.05, hspace=0.08)
+    for i in range(min(3 * columns, len(pairs.originals))):
         axes = figure.add_subplot(grid[i // columns, i % columns])
-        both = np.concatenate([np.asarray(tensor_to_picture(p[i])) for p in (pairs.originals, pairs.copies)])
-        axes.imshow(both, interpolation="nearest")
+        both = [np.asarray(tensor_to_picture(images[i])) for images in (pairs.originals, pairs.copies)]
+        axes.imshow(np.concatenate(both, axis=1), interpolation="nearest")
         axes.set_axis_off()
 
 
 def _draw_prompts(figure: Figure, prompts: dict[str, list[Prompt]], per_family: int = 1, columns: int = 3) -> None:
     """The first prompt of every family with its pictures, framed by the scorer's verdict."""
     shown = [prompt for family in prompts.values() for prompt in family[:per_family]]
-    frame = figure.add_axes((0.03, 0.34, 0.945, 0.285))
+    frame = figure.add_axes((0.03, 0.37, 0.945, 0.226))
     frame.set_axis_off()
     _title(frame, "Generation: the first prompt of each family, its pictures framed by what the scorer says")
     if not shown:
         _blank(frame, "not run yet")
         return
     grid = figure.add_gridspec(
-        math.ceil(len(shown) / columns), columns, left=0.03, right=0.975, top=0.602, bottom=0.345, wspace=0.05, hspace=0.3
+        math.ceil(len(shown) / columns), columns, left=0.03, right=0.975, top=0.571, bottom=0.366, wspace=0.05, hspace=0.28
     )
     for i, prompt in enumerate(shown):
         row = grid[i // columns, i % columns].subgridspec(1, max(4, len(prompt.samples)), wspace=0.08)

@@ -68,14 +68,7 @@ def render_page(
         usage=_usage(evidence),
         kinds=_kinds(values.get("understanding")),
         understanding=values.get("understanding"),
-        asked=[
-            {
-                "image": data_uri(scene.image),
-                "answers": scene.answers,
-                "held_out": is_held_out(evidence.scenes.scene(scene.index)),
-            }
-            for scene in asked
-        ],
+        asked=_asked(evidence, asked),
         families=_families(values.get("generation", {}), prompts),
         generation=values.get("generation"),
         bounds=_bounds(values.get("generation")),
@@ -149,6 +142,14 @@ def _kinds(values: dict[str, Any] | None) -> list[tuple[str, str, str]]:
     return lines
 
 
+def _asked(evidence: Evidence, asked: Sequence[AskedScene]) -> list[dict[str, Any]]:
+    shown = []
+    for scene in asked:
+        held_out = is_held_out(evidence.scenes.scene(scene.index))
+        shown.append({"index": scene.index, "image": data_uri(scene.image), "held_out": held_out, "answers": scene.answers})
+    return shown
+
+
 def _families(values: dict[str, Any], prompts: dict[str, list[Prompt]]) -> list[dict[str, Any]]:
     """Every family with its score and its first prompts."""
     marks = {True: "yes", False: "no", None: ""}
@@ -161,7 +162,7 @@ def _families(values: dict[str, Any], prompts: dict[str, list[Prompt]]) -> list[
         score = ""
         if family in values:
             low, high = values["intervals"][family]
-            score = f"{values[family]:.0%} right, 95 % interval {low:.0%} to {high:.0%}"
+            score = f"{values[family]:.0%} right, 95% interval {low:.0%} to {high:.0%}"
         shown.append({"label": FAMILY_LABELS.get(family, family), "score": score, "prompts": cards})
     return shown
 
@@ -185,9 +186,7 @@ def _charts(evidence: Evidence) -> list[dict[str, str]]:
         steps, values = evidence.curve(curve)
         if steps:
             caption = f"{curve.caption}; ends at {values[-1]:.3g}"
-            charts.append(
-                {"svg": curve_svg(f"curve{i}", steps, values, log=curve.log), "title": curve.title, "caption": caption}
-            )
+            charts.append({"svg": curve_svg(f"curve{i}", steps, values), "title": curve.title, "caption": caption})
     return charts
 
 

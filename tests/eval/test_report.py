@@ -13,8 +13,8 @@ from vqrae.common.files import read_json, write_json
 from vqrae.common.pictures import save_picture
 from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.data.scenes import SceneDataset
-from vqrae.eval.geneval import sample_path, write_prompts, write_rows
 from vqrae.eval.generation import SceneBenchmark, satisfying_pictures
+from vqrae.eval.geneval import sample_path, write_prompts, write_rows
 from vqrae.eval.reconstruction import evaluate_reconstruction
 from vqrae.eval.report import ReportConfig, main, write_report
 from vqrae.eval.report_evidence import CURVES, STEPS, Evidence, figure_rows, report_values
@@ -31,7 +31,7 @@ def write_training(run: Path) -> None:
     for folder in {curve.folder for curve in CURVES} | {"tokenizer"}:
         write_json(run / folder / "manifest.json", {**manifest, "started": "2026-01-02T03:04:05"})
         keys = [curve.key for curve in CURVES if curve.folder == folder]
-        rows = [{"step": i + 1, **{key: 2.0 / (i + 2) + 0.05 for key in keys}} for i in range(40)]
+        rows = [{"step": i + 1, **dict.fromkeys(keys, 2.0 / (i + 2) + 0.05)} for i in range(40)]
         (run / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -84,7 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Pat
 class Page(HTMLParser):
     """Collects sources, visible text and the nesting of tags."""
 
-    VOID = {"meta", "img", "br", "link", "path", "use", "rect", "circle"}
+    VOID = ("meta", "img", "br", "link", "path", "use", "rect", "circle")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_examples_are_the_first_ones(run: Path) -> None:
 
 
 def test_charts_take_the_colours_of_the_page() -> None:
-    text = curve_svg("name", [1, 2, 3], [3.0, 2.0, 0.0], log=True)  # zero: no logarithm
+    text = curve_svg("name", [1, 2, 3], [3.0, 2.0, 0.5])
     assert "var(--accent)" in text
     assert all(reference.startswith("name-") for reference in re.findall(r'(?:url\(|href=")#([\w-]+)', text))
 
