@@ -1,0 +1,166 @@
+"""The generation benchmark: true scenes reach the ceiling, drawing resumes, held-out prompts are scored apart."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vqrae.common.pictures import picture_to_tensor
+from vqrae.data.scenes import FAMILIES, SceneSampler, benchmark_prompts, load_sprites
+from vqrae.eval import generation
+from vqrae.eval.generation import (
+    SceneBenchmark,
+    holds_held_out,
+    reconstruct,
+    satisfying_pictures,
+    satisfying_scene,
+    scene_scores,
+)
+from vqrae.eval.geneval import list_samples, sample_path
+from vqrae.generation.sampling import SamplingConfig
+from vqrae.tokenizer import VQRAEModel
+
+NAMES = load_sprites("shapes").names
+SAMPLING = SamplingConfig(guidance_scale=1.0)
+
+
+class PerfectGenerator:
+    """Draws a true scene for every prompt of a benchmark, and remembers what it drew."""
+
+    def __init__(self, benchmark: SceneBenchmark, tokenizer: VQRAEModel) -> None:
+        pictures = satisfying_pictures(benchmark.records, benchmark.sprites, image_size=64, per_prompt=1)
+        self.pictures = {record["prompt"]: picture_to_tensor(picture) for picture, record in pictures}
+        self.tokenizer = tokenizer
+        self.drawn: list[tuple[str, int]] = []
+
+    def images(self, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any) -> Tensor:
+        self.drawn += zip(prompts, seeds, strict=True)
+        return torch.stack([self.pictures[prompt] for prompt in prompts])
+
+
+@pytest.mark.parametrize("sprites", ["shapes", "emoji"])
+def test_true_scenes_reach_the_ceiling(sprites: str) -> None:
+    benchmark = SceneBenchmark(sprites, per_family=12, images_per_prompt=1)
+    scores = benchmark.score_pictures(satisfying_pictures(benchmark.records, benchmark.sprites, image_size=64, per_prompt=1))
+    assert scores["overall"] == 1
+    assert {family: scores[family] for family in FAMILIES} == dict.fromkeys(FAMILIES, 1)
+    assert scores["held_out"]["overall"] == scores["seen"]["overall"] == 1
+    assert scores["held_out"]["num_images"] == scores["seen"]["num_images"] == 18
+
+
+def test_pictures_of_other_prompts_fail() -> None:
+    benchmark = SceneBenchmark(per_family=12, images_per_prompt=1)
+    pictures = satisfying_pictures(benchmark.records, benchmark.sprites, image_size=64, per_prompt=1)
+    shuffled = [(picture, record) for (picture, _), (_, record) in zip(pictures, pictures[7:] + pictures[:7], strict=True)]
+    assert benchmark.score_pictures(shuffled)["overall"] < 0.25
+
+
+def test_satisfying_scenes_hold_what_is_asked_and_vary_in_the_rest() -> None:
+    sampler = SceneSampler(load_sprites("shapes"))
+    for record in benchmark_prompts(NAMES, 8):
+        scenes = [satisfying_scene(record, sampler, np.random.default_rng(seed)) for seed in range(6)]
+        for scene in scenes:
+            names = [NAMES[item.name] for item in scene.objects]
+            assert sorted(names) == sorted(c["class"] for c in record["include"] for _ in range(c["count"]))
+        assert len({scene.background for scene in scenes}) > 3
+        if record["tag"] == "two_object":
+            assert len({scene.objects[0].color for scene in scenes}) > 1
+
+
+def test_held_out_prompts() -> None:
+    def color(name: str, value: str) -> dict[str, Any]:
+        return {"include": [{"class": name, "count": 1, "color": value}]}
+
+    def position(a: str, where: str, b: str) -> dict[str, Any]:
+        return {"include": [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [where, 0]}]}
+
+    assert holds_held_out(color("circle", "red"), NAMES)  # (3 * 0 + 0) % 10
+    assert not holds_held_out(color("circle", "blue"), NAMES)
+    assert holds_held_out(position("square", "left of", "square"), NAMES) is False
+    assert holds_held_out(position("square", "left of", "star"), NAMES) == holds_held_out(
+        position("star", "right of", "square"), NAMES
+    )
+    counts = {tag: sum(holds_held_out(r, NAMES) for r in benchmark_prompts(NAMES, 10) if r["tag"] == tag) for tag in FAMILIES}
+    assert counts == {"single_object": 0, "two_object": 0, "counting": 0, "colors": 5, "position": 5, "color_attr": 5}
+
+
+def test_scores_of_new_and_old_combinations() -> None:
+    records = [record for record in benchmark_prompts(NAMES, 10) if record["tag"] in generation.COMPOSING]
+    rows = [
+        {"tag": r["tag"], "prompt": r["prompt"], "metadata": json.dumps(r), "correct": not holds_held_out(r, NAMES)}
+        for r in records
+    ]
+    scores = scene_scores(rows, records, NAMES)
+    assert scores["overall"] == 0.5
+    assert scores["held_out"] == {"overall": 0, "colors": 0, "position": 0, "color_attr": 0, "num_images": 15}
+    assert scores["seen"]["overall"] == 1
+
+
+class TestDrawing:
+    def benchmark(self) -> SceneBenchmark:
+        return SceneBenchmark(per_family=2, images_per_prompt=2)
+
+    def test_existing_pictures_are_kept(self, tmp_path: Path, tokenizer_folder: Path) -> None:
+        benchmark = self.benchmark()
+        generator = PerfectGenerator(benchmark, VQRAEModel.from_pretrained(tokenizer_folder))
+        calls: list[tuple[int, int]] = []
+        for _ in range(2):
+            benchmark.draw(
+                generator,  # type: ignore[arg-type]
+                tmp_path,
+                settings={"generator": "a"},
+                sampling=SAMPLING,
+                batch_size=5,
+                progress=lambda *call: calls.append(call),
+            )
+        assert len(generator.drawn) == 24 == len({seed for _, seed in generator.drawn})
+        assert calls[-1] == (24, 24)
+        sample_path(tmp_path, 3, 1).unlink()
+        benchmark.draw(generator, tmp_path, settings={"generator": "a"}, sampling=SAMPLING)  # type: ignore[arg-type]
+        assert generator.drawn[24:] == [(benchmark.records[3]["prompt"], 30_001)]
+        assert len(list(list_samples(tmp_path))) == 24
+        scores, rows = benchmark.score_folder(tmp_path)
+        assert scores["overall"] == 1
+        assert len(rows) == 24
+
+    def test_other_settings_are_refused(self, tmp_path: Path, tokenizer_folder: Path) -> None:
+        benchmark = self.benchmark()
+        generator = PerfectGenerator(benchmark, VQRAEModel.from_pretrained(tokenizer_folder))
+        benchmark.draw(generator, tmp_path, settings={"generator": "a"}, sampling=SAMPLING)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="set pictures= to a new folder"):
+            benchmark.draw(generator, tmp_path, settings={"generator": "b"}, sampling=SAMPLING)  # type: ignore[arg-type]
+
+
+def test_reconstruction_matches_the_tokenizer(tokenizer_folder: Path) -> None:
+    tokenizer = VQRAEModel.from_pretrained(tokenizer_folder).eval()
+    benchmark = SceneBenchmark(per_family=1, images_per_prompt=1)
+    pictures = [p for p, _ in satisfying_pictures(benchmark.records, benchmark.sprites, image_size=64, per_prompt=1)]
+    copies = reconstruct(pictures, tokenizer, batch_size=4)
+    assert len(copies) == len(pictures)
+    with torch.inference_mode():
+        expected = tokenizer(picture_to_tensor(pictures[5])[None]).reconstruction[0]
+    assert (picture_to_tensor(copies[5]) - expected).abs().max() < 1 / 255
+
+
+def test_command(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["per_family=2", "images_per_prompt=1", f"output={tmp_path / 'generation.json'}", "sampling.top_k=3"]
+    generator = PerfectGenerator(
+        SceneBenchmark(per_family=2, images_per_prompt=1), VQRAEModel.from_pretrained(tokenizer_folder).eval()
+    )
+    monkeypatch.setattr(generation.Generator, "from_pretrained", lambda *args, **options: generator)
+    generation.main([f"model={tokenizer_folder}", *arguments])
+    values = json.loads((tmp_path / "generation.json").read_text())
+    assert values["overall"] == 1
+    assert values["ceiling"]["truth"]["overall"] == 1
+    assert 0 <= values["ceiling"]["reconstruction"]["overall"] <= 1
+    assert values["sampling"]["top_k"] == 3
+    assert len((tmp_path / "generation.jsonl").read_text().splitlines()) == 12
+    assert sample_path(tmp_path / "pictures", 11, 0).is_file()
+    assert "overall" in capsys.readouterr().out

@@ -1,0 +1,274 @@
+"""GenEval's rules: golden cases for every clause and edge, folder layout, summary."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vqrae.eval.geneval import (
+    MAX_OBJECTS,
+    Detection,
+    confident_objects,
+    evaluate_image,
+    judge,
+    list_samples,
+    relative_position,
+    require_sight,
+    sample_path,
+    score_folder,
+    summarize,
+    wilson_interval,
+    write_prompts,
+    write_rows,
+)
+
+PICTURE = Image.new("RGB", (100, 100))
+
+
+class FakeDetector:
+    """Sees the same objects in every picture."""
+
+    name, threshold, counting_threshold = "fake", 0.3, 0.9
+
+    def __init__(self, *detections: Detection) -> None:
+        self.detections = list(detections)
+
+    def detect(self, image: Image.Image) -> list[Detection]:
+        return self.detections
+
+
+class FakeColors:
+    """Reads the colour off a table by score, and remembers what it was asked."""
+
+    def __init__(self, colors: dict[float, str] | None = None) -> None:
+        self.colors, self.asked = colors or {}, []
+
+    def classify(self, image: Image.Image, detections: Sequence[Detection], class_name: str) -> list[str]:
+        self.asked.append((class_name, len(detections)))
+        return [self.colors[detection.score] for detection in detections]
+
+
+def at(name: str, x: float, y: float, *, size: float = 10, score: float = 0.95) -> Detection:
+    """A square object around (x, y)."""
+    return Detection(name, score, (x - size / 2, y - size / 2, x + size / 2, y + size / 2))
+
+
+def record(tag: str, *include: dict[str, Any], exclude: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    values = {"tag": tag, "include": list(include), "prompt": f"a photo of {tag}"}
+    return {**values, "exclude": list(exclude)} if exclude else values
+
+
+def verdict(metadata: dict[str, Any], *detections: Detection, colors: FakeColors | None = None) -> tuple[bool, str]:
+    row = evaluate_image(PICTURE, metadata, FakeDetector(*detections), colors or FakeColors())
+    return row["correct"], row["reason"]
+
+
+class TestCounts:
+    def test_more_objects_than_asked_for_are_fine(self) -> None:
+        one = record("single_object", {"class": "cat", "count": 1})
+        assert verdict(one, at("cat", 20, 20), at("cat", 60, 60), at("dog", 80, 80)) == (True, "")
+
+    def test_too_few(self) -> None:
+        assert verdict(record("counting", {"class": "cat", "count": 3}), at("cat", 20, 20)) == (
+            False,
+            "expected cat>=3, found 1",
+        )
+
+    def test_exclude_forbids_one_more(self) -> None:
+        two = record("counting", {"class": "cat", "count": 2}, exclude=[{"class": "cat", "count": 3}])
+        cats = [at("cat", x, 50) for x in (10, 40, 70)]
+        assert verdict(two, *cats[:2]) == (True, "")
+        assert verdict(two, *cats) == (False, "expected cat<3, found 3")
+
+    def test_every_clause_must_hold_and_all_reasons_are_told(self) -> None:
+        both = record("two_object", {"class": "cat", "count": 1}, {"class": "dog", "count": 1})
+        assert verdict(both) == (False, "expected cat>=1, found 0\nexpected dog>=1, found 0")
+
+
+class TestThresholds:
+    def test_strictly_above_and_stricter_for_counting(self) -> None:
+        cat = {"class": "cat", "count": 1}
+        assert verdict(record("colors", cat), at("cat", 5, 5, score=0.31))[0]
+        assert not verdict(record("colors", cat), at("cat", 5, 5, score=0.3))[0]
+        assert not verdict(record("counting", cat), at("cat", 5, 5, score=0.9))[0]
+        assert verdict(record("counting", cat), at("cat", 5, 5, score=0.91))[0]
+
+    def test_best_first_and_at_most_sixteen(self) -> None:
+        found = confident_objects([at("cat", 5, 5, score=0.5 + i / 100) for i in range(20)], 0.3)["cat"]
+        assert len(found) == MAX_OBJECTS == 16
+        assert [d.score for d in found] == sorted((d.score for d in found), reverse=True)
+        assert found[0].score == pytest.approx(0.69)
+
+
+class TestColors:
+    red_cat = record("colors", {"class": "cat", "count": 1, "color": "red"})
+
+    def test_only_the_most_confident_are_looked_at(self) -> None:
+        colors = FakeColors({0.9: "blue", 0.8: "red"})
+        cats = (at("cat", 20, 20, score=0.8), at("cat", 60, 60, score=0.9))
+        assert verdict(self.red_cat, *cats, colors=colors) == (False, "expected red cat>=1, found 0 red; and 1 blue")
+        assert colors.asked == [("cat", 1)]
+
+    def test_every_one_of_count_must_match(self) -> None:
+        two = record("colors", {"class": "cat", "count": 2, "color": "red"})
+        cats = (at("cat", 20, 20, score=0.8), at("cat", 60, 60, score=0.9))
+        assert verdict(two, *cats, colors=FakeColors({0.9: "red", 0.8: "red"}))[0]
+        reason = "expected red cat>=2, found 1 red; and 1 red, 1 blue"
+        assert verdict(two, *cats, colors=FakeColors({0.9: "blue", 0.8: "red"})) == (False, reason)
+
+    def test_no_colour_is_asked_of_a_missing_object(self) -> None:
+        colors = FakeColors()
+        assert verdict(self.red_cat, colors=colors) == (False, "expected cat>=1, found 0")
+        assert colors.asked == []
+
+
+class TestPositions:
+    prompt = record("position", {"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]})
+
+    @pytest.mark.parametrize(
+        ("offset", "expected"),
+        [
+            ((-30, 0), {"left of"}),
+            ((30, 0), {"right of"}),
+            ((0, -30), {"above"}),
+            ((0, 30), {"below"}),
+            ((-30, -30), {"left of", "above"}),
+            ((0, 0), set()),
+            ((2, -2), set()),  # within 0.1 x (10 + 10) on both axes
+            ((2.5, 0), set()),  # revised 0.5 / 2.5 = 0.2 of the offset
+            ((4.1, 0), {"right of"}),  # revised 2.1 / 4.1 = 0.51
+            ((4, 0), set()),  # revised 2 / 4 is not above 0.5
+            ((30, 15), {"right of"}),  # down: revised 13 / 33.5 = 0.39
+        ],
+    )
+    def test_margin_and_direction(self, offset: tuple[float, float], expected: set[str]) -> None:
+        a, b = at("cat", 50 + offset[0], 50 + offset[1]), at("dog", 50, 50)
+        assert relative_position(a.box, b.box) == expected
+
+    def test_direction_is_measured_against_the_unrevised_offset(self) -> None:
+        """A diagonal offset (20, 20) of large objects: revised 8 on both axes, 0.28 of the offset each."""
+        assert relative_position(at("a", 70, 70, size=60).box, at("b", 50, 50, size=60).box) == set()
+
+    def test_clause(self) -> None:
+        assert verdict(self.prompt, at("cat", 20, 50), at("dog", 80, 50))[0]
+        assert verdict(self.prompt, at("cat", 80, 50), at("dog", 20, 50)) == (
+            False,
+            "expected cat left of target, found right of target",
+        )
+
+    def test_missing_target_fails(self) -> None:
+        assert verdict(self.prompt, at("cat", 20, 50)) == (
+            False,
+            "expected dog>=1, found 0\nno target for cat to be left of",
+        )
+
+    def test_target_that_violates_its_own_clause_is_no_target(self) -> None:
+        prompt = record("position", {"class": "dog", "count": 1, "color": "red"}, self.prompt["include"][1])
+        objects = confident_objects([at("cat", 20, 50), at("dog", 80, 50, score=0.8)], 0.3)
+        result = judge(PICTURE, objects, prompt, FakeColors({0.8: "blue"}))
+        assert result.reason.endswith("no target for cat to be left of")
+
+    def test_every_pair_must_hold(self) -> None:
+        prompt = record("position", {"class": "dog", "count": 2}, {"class": "cat", "count": 1, "position": ["left of", 0]})
+        assert verdict(prompt, at("cat", 20, 50), at("dog", 80, 40), at("dog", 80, 60))[0]
+        assert not verdict(prompt, at("cat", 50, 50), at("dog", 80, 50), at("dog", 20, 50))[0]
+
+    def test_position_is_not_judged_where_the_colour_is_wrong(self) -> None:
+        clause = {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]}
+        prompt = record("position", {"class": "dog", "count": 1}, clause)
+        colors = FakeColors({0.95: "blue"})
+        reason = verdict(prompt, at("cat", 80, 50), at("dog", 20, 50), colors=colors)[1]
+        assert reason == "expected red cat>=1, found 0 red; and 1 blue"
+
+
+class TestFolders:
+    records = (
+        record("single_object", {"class": "cat", "count": 1}),
+        record("counting", {"class": "cat", "count": 2}, exclude=[{"class": "cat", "count": 3}]),
+    )
+
+    def known(self) -> tuple[Image.Image, dict[str, Any]]:
+        return PICTURE, self.records[0]
+
+    def fill(self, folder: Path, samples: int = 2) -> None:
+        write_prompts(folder, self.records)
+        for i in range(len(self.records)):
+            for sample in range(samples):
+                path = sample_path(folder, i, sample)
+                path.parent.mkdir(exist_ok=True)
+                PICTURE.save(path)
+
+    def test_layout_and_rows(self, tmp_path: Path) -> None:
+        self.fill(tmp_path)
+        assert (tmp_path / "00001" / "samples" / "00000.png").is_file()
+        assert json.loads((tmp_path / "00001" / "metadata.jsonl").read_text()) == self.records[1]
+        detector = FakeDetector(at("cat", 20, 20, score=0.95))
+        rows = score_folder(tmp_path, detector, FakeColors(), known=self.known())
+        assert [row["correct"] for row in rows] == [True, True, False, False]
+        assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+        assert json.loads(rows[0]["metadata"]) == self.records[0]
+        assert json.loads(rows[0]["details"]) == {"cat": [[15, 15, 25, 25, 0.95]]}
+        write_rows(tmp_path / "results.jsonl", rows)
+        assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == rows
+
+    def test_only_digits_count(self, tmp_path: Path) -> None:
+        self.fill(tmp_path, samples=1)
+        for name in ("00000/samples/grid.png", "00000/samples/1.jpg", "00000/grid.png"):
+            (tmp_path / name).write_bytes(b"")
+        (tmp_path / "notes").mkdir()
+        (tmp_path / "7").mkdir()  # any number of digits
+        (tmp_path / "7" / "metadata.jsonl").write_text(json.dumps(self.records[0]))
+        (tmp_path / "7" / "samples").mkdir()
+        PICTURE.save(tmp_path / "7" / "samples" / "3.png")
+        names = [str(path.relative_to(tmp_path)) for path, _ in list_samples(tmp_path)]
+        assert names == ["00000/samples/00000.png", "00001/samples/00000.png", "7/samples/3.png"]
+
+    def test_another_benchmark_is_refused(self, tmp_path: Path) -> None:
+        self.fill(tmp_path)
+        write_prompts(tmp_path, self.records)  # the same again is fine
+        with pytest.raises(ValueError, match="belongs to another benchmark"):
+            write_prompts(tmp_path, self.records[::-1])
+
+    def test_empty_and_broken_folders(self, tmp_path: Path) -> None:
+        detector = FakeDetector(at("cat", 20, 20))
+        with pytest.raises(ValueError, match="holds no pictures"):
+            score_folder(tmp_path, detector, FakeColors(), known=self.known())
+        self.fill(tmp_path)
+        sample_path(tmp_path, 0, 0).write_bytes(b"not a picture")
+        with pytest.raises(ValueError, match="not a readable picture"):
+            score_folder(tmp_path, detector, FakeColors(), known=self.known())
+        (tmp_path / "00000" / "metadata.jsonl").write_text("{")
+        with pytest.raises(ValueError, match="not one JSON record"):
+            score_folder(tmp_path, detector, FakeColors(), known=self.known())
+
+    def test_blind_detector_is_refused(self, tmp_path: Path) -> None:
+        self.fill(tmp_path)
+        with pytest.raises(RuntimeError, match=r"fake fails on a known picture.*expected cat>=1, found 0"):
+            score_folder(tmp_path, FakeDetector(), FakeColors(), known=self.known())
+        require_sight(FakeDetector(at("cat", 20, 20)), FakeColors(), *self.known())
+
+
+class TestSummary:
+    def test_overall_is_the_unweighted_mean_of_tasks(self) -> None:
+        rows = [
+            {"tag": "colors", "correct": c, "metadata": m} for c, m in [(True, "a"), (False, "a"), (False, "b"), (False, "b")]
+        ]
+        rows += [{"tag": "position", "correct": True, "metadata": "c"}]
+        summary = summarize(rows)
+        assert (summary["colors"], summary["position"], summary["overall"]) == (0.25, 1.0, 0.625)
+        assert summary["correct_images"] == 0.4
+        assert summary["correct_prompts"] == pytest.approx(2 / 3)
+        assert (summary["num_images"], summary["num_prompts"]) == (5, 3)
+
+    def test_no_rows(self) -> None:
+        with pytest.raises(ValueError, match="no results"):
+            summarize([])
+
+    def test_wilson_interval(self) -> None:
+        low, high = wilson_interval(5, 10)
+        assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+        assert wilson_interval(0, 10)[0] == 0
+        assert wilson_interval(10, 10)[1] == 1

@@ -1,0 +1,69 @@
+"""Questions about scenes: scoring, the blind guesser, the grey picture."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vqrae.data.scenes import Question, SceneDataset
+from vqrae.eval.scene_questions import BlindGuesser, accuracies, evaluate_questions, is_correct, validation_questions
+
+
+def test_exact_match_aside_from_case_and_space() -> None:
+    assert is_correct(" Red\n", "red")
+    assert not is_correct("red.", "red")
+    assert not is_correct("", "red")
+
+
+def test_guesser_prefers_the_question_to_its_kind() -> None:
+    questions = [Question("color", "color of a ?", answer) for answer in ("red", "blue", "blue")]
+    questions += [Question("color", "color of b ?", "red")] * 3
+    guesser = BlindGuesser(questions)
+    assert guesser.answer(Question("color", "color of a ?", "")) == "blue"
+    assert guesser.answer(Question("color", "color of c ?", "")) == "red"
+    assert guesser.answer(Question("shape", "what ?", "")) == ""
+
+
+def oracle(scenes: SceneDataset, num_images: int):
+    """A model that knows the answers by heart, as long as it sees the picture."""
+    known = {
+        (scenes.pixels(item.index).tobytes(), item.question.text): item.question.answer
+        for item in validation_questions(scenes, num_images)
+    }
+    return lambda pairs: [known.get((np.asarray(picture).tobytes(), text), "yes") for picture, text in pairs]
+
+
+def test_seeing_beats_guessing() -> None:
+    scenes = SceneDataset("validation", 40)
+    calls: list[tuple[int, int]] = []
+    result = evaluate_questions(oracle(scenes, 40), num_images=40, progress=lambda *call: calls.append(call))
+    assert result["accuracy"] == result["held_out"] == result["seen"] == 1
+    assert set(result["kinds"]) == {"shape", "color", "count", "relation", "yes_no"}
+    assert set(result["kinds"].values()) == {1}
+    assert 0 < result["blind_accuracy"] < 0.4
+    assert 0 < result["no_image_accuracy"] < 0.4  # "yes" to everything
+    assert result["num_images"] == 40
+    assert result["examples"][0]["answer"] == result["examples"][0]["expected"]
+    assert calls[-1][0] == calls[-1][1]
+
+
+def test_held_out_scenes_are_the_odd_ones() -> None:
+    asked = validation_questions(SceneDataset("validation", 4), 4)
+    assert {item.index for item in asked if item.held_out} == {1, 3}
+    values = accuracies(asked, [item.question.answer if item.held_out else "?" for item in asked])
+    assert (values["held_out"], values["seen"]) == (1, 0)
+
+
+def test_a_model_that_loses_answers_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected as many"):
+        evaluate_questions(lambda pairs: ["yes"], num_images=3)
+
+
+def test_the_grey_picture_has_the_size_of_the_scenes() -> None:
+    sizes = set()
+
+    def answer(pairs: list[tuple[Image.Image, str]]) -> list[str]:
+        sizes.update(picture.size for picture, _ in pairs)
+        return ["yes"] * len(pairs)
+
+    evaluate_questions(answer, num_images=2, image_size=32)
+    assert sizes == {(32, 32)}
