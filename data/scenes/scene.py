@@ -31,8 +31,10 @@ BACKGROUNDS = np.array(
     [(0.56, 0.56, 0.56), (0.78, 0.73, 0.58), (0.66, 0.76, 0.84), (0.66, 0.80, 0.69), (0.43, 0.48, 0.53)], dtype=np.float32
 )
 TEXTURES = ("plain", "graded", "stripes", "checks", "dots")
-MARGIN = 3  # pixels between an object and the border
-GAP = 3  # pixels between the boxes of two objects
+LATTICE = 4  # positions and sizes are multiples of this many pixels (at 64 px)
+MARGIN = 4  # pixels between an object and the border
+GAP = 4  # pixels between the boxes of two objects
+SIZES = ((24, 28, 32), (20, 24, 28), (20, 24), (20,))  # pixels a side, by the number of objects
 RELATIONS = ("left of", "right of", "above", "below")
 
 
@@ -110,8 +112,11 @@ class SceneSampler:
     KIND_WEIGHTS = (0.25, 0.35, 0.2, 0.2)
 
     def __init__(self, sprites: SpriteSet, image_size: int = 64) -> None:
+        if image_size % 64:
+            raise ValueError(f"got image_size {image_size}, expected a multiple of 64: scenes are laid out on a lattice")
         self.sprites = sprites
         self.image_size = image_size
+        self.unit = image_size // 64
 
     def sample(self, rng: np.random.Generator, *, held_out: bool | None = False) -> Scene:
         """One scene; `held_out` False: training combinations only, True: at least one held out, None: either."""
@@ -139,28 +144,28 @@ class SceneSampler:
         return Scene(objects, self._background(rng))
 
     def _place(self, rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
-        """Boxes (size, left, top) that keep `GAP` from each other and `MARGIN` from the border."""
-        unit = self.image_size / 64
-        low, high = ((18, 30), (17, 26), (16, 23), (16, 21))[count - 1]
+        """Boxes (size, left, top) on the lattice that keep `GAP` from each other and `MARGIN` from the border."""
+        cells, sizes = self.image_size // LATTICE, [size // LATTICE * self.unit for size in SIZES[count - 1]]
+        margin, gap = MARGIN // LATTICE * self.unit, GAP // LATTICE * self.unit
         while True:
             boxes: list[tuple[int, int, int]] = []
             for _ in range(40):
-                size = round(unit * rng.integers(low, high + 1))
-                left, top = (int(v) for v in rng.integers(MARGIN, self.image_size - MARGIN - size + 1, size=2))
+                size = sizes[rng.integers(len(sizes))]
+                left, top = (int(v) for v in rng.integers(margin, cells - margin - size + 1, size=2))
                 if all(
-                    left + size + GAP <= x or x + s + GAP <= left or top + size + GAP <= y or y + s + GAP <= top
+                    left + size + gap <= x or x + s + gap <= left or top + size + gap <= y or y + s + gap <= top
                     for s, x, y in boxes
                 ):
                     boxes.append((size, left, top))
                     if len(boxes) == count:
-                        return boxes
+                        return [(s * LATTICE, x * LATTICE, y * LATTICE) for s, x, y in boxes]
 
     def _background(self, rng: np.random.Generator) -> Background:
         return Background(
             color=int(rng.integers(len(BACKGROUNDS))),
             texture=TEXTURES[rng.integers(len(TEXTURES))],
             strength=float(rng.uniform(0.4, 1) * rng.choice((-1, 1))),
-            angle=float(rng.integers(8) * np.pi / 4),
+            angle=float(rng.integers(4) * np.pi / 2),
             period=int(rng.choice((8, 16))),
         )
 

@@ -42,11 +42,12 @@ def test_objects_keep_their_distance() -> None:
     for scene in map(dataset.scene, range(300)):
         assert 1 <= len(scene.objects) <= 4
         for a in scene.objects:
-            assert 3 <= a.left and a.left + a.size <= 61 and 3 <= a.top and a.top + a.size <= 61
+            assert min(a.left, a.top) >= 4 and max(a.left, a.top) + a.size <= 60
+            assert a.left % 4 == a.top % 4 == a.size % 4 == 0
         for a, b in itertools.combinations(scene.objects, 2):
             apart_x = max(a.left, b.left) - min(a.left + a.size, b.left + b.size)
             apart_y = max(a.top, b.top) - min(a.top + a.size, b.top + b.size)
-            assert max(apart_x, apart_y) >= 3
+            assert max(apart_x, apart_y) >= 4
 
 
 def test_relations() -> None:

@@ -1,11 +1,19 @@
 """Questions about scenes: scoring, the blind guesser, the grey picture."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from vqrae.common.config import load_config, shipped_config
 from vqrae.data.scenes import Question, SceneDataset
+from vqrae.eval import scene_questions
 from vqrae.eval.scene_questions import BlindGuesser, accuracies, evaluate_questions, is_correct, validation_questions
+from vqrae.understanding.build import build_llava
+from vqrae.understanding.train_llm import TinyLLMConfig, build_tiny_llm
 
 
 def test_exact_match_aside_from_case_and_space() -> None:
@@ -67,3 +75,18 @@ def test_the_grey_picture_has_the_size_of_the_scenes() -> None:
 
     evaluate_questions(answer, num_images=2, image_size=32)
     assert sizes == {(32, 32)}
+
+
+def test_command_with_a_random_model(tokenizer_folder: Path, tmp_path: Path) -> None:
+    small = [f"model.{key}" for key in ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")]
+    torch.manual_seed(0)
+    llm, text_tokenizer = build_tiny_llm(load_config(TinyLLMConfig, shipped_config("vqrae.understanding", "tiny_llm"), small))
+    for part in (llm, text_tokenizer):
+        part.save_pretrained(tmp_path / "llm")
+    for part in build_llava(tokenizer_folder, tmp_path / "llm"):
+        part.save_pretrained(tmp_path / "llava")
+    output = tmp_path / "questions.json"
+    scene_questions.main([f"model={tmp_path / 'llava'}", "num_images=2", "max_new_tokens=2", f"output={output}"])
+    values = json.loads(output.read_text())
+    assert 0 <= values["accuracy"] <= 1
+    assert {"blind_accuracy", "no_image_accuracy", "kinds", "held_out", "seen", "examples"} <= set(values)
