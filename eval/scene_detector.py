@@ -19,7 +19,7 @@ from vqrae.data.scenes.sprites import SpriteSet
 from vqrae.eval.geneval import Box, Detection
 
 SIDE = 64  # pixels of a side that the rules are tuned for; other pictures are scaled to it
-SIZES = (14, 44)  # sprite sizes that are looked for, inclusive; scenes hold 16 to 30
+SIZES = (14, 44)  # sprite sizes that are looked for, inclusive; wider than what scenes hold
 MIN_AREA = 36  # pixels; smaller things are specks
 REACH = 5  # pixels around a thing in which its faint parts (a thin handle, a blurred tip) still belong to it
 FAINT = 0.12  # coverage below this is background

@@ -73,8 +73,8 @@ def test_the_grey_picture_has_the_size_of_the_scenes() -> None:
         sizes.update(picture.size for picture, _ in pairs)
         return ["yes"] * len(pairs)
 
-    evaluate_questions(answer, num_images=2, image_size=32)
-    assert sizes == {(32, 32)}
+    evaluate_questions(answer, num_images=2, image_size=128)
+    assert sizes == {(128, 128)}
 
 
 def test_command_with_a_random_model(tokenizer_folder: Path, tmp_path: Path) -> None:
