@@ -86,8 +86,9 @@ def _convert(value: Any, annotation: Any, where: str, problems: list[str]) -> An
     if dataclasses.is_dataclass(annotation):
         return _build(typing.cast(type, annotation), value, where, problems)
     if origin in (list, tuple):
-        if not isinstance(value, list | tuple):
-            problems.append(f"{where}: got {value!r}, expected a list")
+        fixed = len(arguments) if origin is tuple and Ellipsis not in arguments else None
+        if not isinstance(value, list | tuple) or (fixed and len(value) != fixed):
+            problems.append(f"{where}: got {value!r}, expected a list{f' of {fixed}' if fixed else ''}")
             return value
         return origin(_convert(item, arguments[0], f"{where}[{i}]", problems) for i, item in enumerate(value))
     if origin is dict or annotation is dict:
@@ -109,9 +110,8 @@ def _build(cls: type, values: Any, where: str, problems: list[str]) -> Any:
     prefix = f"{where}." if where else ""
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            problems.append(f"{prefix}{key}: unknown key. {did_you_mean(str(key), fields)}")
+    unknown = [key for key in values if key not in fields]
+    problems += [f"{prefix}{key}: unknown key. {did_you_mean(str(key), fields)}" for key in unknown]
     required = (dataclasses.MISSING, dataclasses.MISSING)
     for name, field in fields.items():
         if name not in values and (field.default, field.default_factory) == required:

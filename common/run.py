@@ -61,7 +61,9 @@ class RunDirectory:
         fingerprints: identity of data and tokenizer, for `manifest.json`.
     """
 
-    def __init__(self, path: str | Path, config: Any = None, *, seed: int = 0, fingerprints: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, config: Any = None, *, seed: int = 0, fingerprints: dict[str, str] | None = None
+    ) -> None:
         quiet_libraries()
         self.path = Path(path)
         self._events: Any = None

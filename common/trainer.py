@@ -95,12 +95,13 @@ class InstrumentCallback(TrainerCallback):
         seconds = (time.time() - self._clock) / max(done, 1)
         samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size / max(seconds, 1e-9)
         left = format_duration(seconds * (state.max_steps - state.global_step))
-        values = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+        values: dict[str, float] = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs}
         self.run.log(state.global_step, {**values, "samples_per_second": samples})
         if is_main_process():
             numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
             print(
-                f"{self.name} {state.global_step}/{state.max_steps}  {numbers}  {samples:.0f} samples/s  {left} left", flush=True
+                f"{self.name} {state.global_step}/{state.max_steps}  {numbers}  {samples:.0f} samples/s  {left} left",
+                flush=True,
             )
 
 

@@ -57,7 +57,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "model"
     model = make_tokenizer(feature_norm="standardize")
     scenes = SceneDataset("train", 16)
-    model.initialize_from_images(torch.stack([scenes[i]["image"] for i in range(16)]).float() / 255)
+    images = torch.stack([scenes[i]["image"] for i in range(16)]).float() / 255
+    model.standardize_features(images)
+    model.initialize_codebook(images)
     model.save_pretrained(folder)
     return folder
 

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 FEATURE_TAPS = ("hidden_states[-1]", "last_hidden_state")
+OUTPUT_BASES = ("pixels", "dct")
 FEATURE_NORMS = ("none", "layernorm", "standardize")
 
 
@@ -19,9 +20,11 @@ class VQRAEConfig(PreTrainedConfig):
         feature_norm: what precedes the quantizer's projection: nothing (the paper says nothing), `layernorm` without
             affine (RAE), or `standardize` by channel statistics measured once on data (tames outlier channels).
         quantizer: a name of `vqrae.tokenizer.quantizers.QUANTIZERS`.
+        quantizer_options: further arguments of that quantizer's class.
         codebook_size: K (paper: 16384).
         codebook_dim: E (paper: 1536).
         output_patch_size: pixels of a decoded patch; None keeps the resolution.
+        output_basis: what the decoder's head speaks: `pixels`, or `dct` (cosines; learns fine detail much sooner).
         image_mean, image_std: normalisation of images in [0, 1] before the encoder.
     """
 
@@ -33,9 +36,11 @@ class VQRAEConfig(PreTrainedConfig):
         feature_tap: str = "hidden_states[-1]",
         feature_norm: str = "none",
         quantizer: str = "simvq",
+        quantizer_options: dict[str, Any] | None = None,
         codebook_size: int = 16384,
         codebook_dim: int = 1536,
         output_patch_size: int | None = None,
+        output_basis: str = "pixels",
         image_mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
         **kwargs: Any,
@@ -44,13 +49,17 @@ class VQRAEConfig(PreTrainedConfig):
             raise ValueError(f"feature_tap: got {feature_tap!r}, expected one of {FEATURE_TAPS}")
         if feature_norm not in FEATURE_NORMS:
             raise ValueError(f"feature_norm: got {feature_norm!r}, expected one of {FEATURE_NORMS}")
+        if output_basis not in OUTPUT_BASES:
+            raise ValueError(f"output_basis: got {output_basis!r}, expected one of {OUTPUT_BASES}")
         self.encoder_config = dict(encoder_config or {"model_type": "siglip_vision_model", "vision_use_head": False})
         self.feature_tap = feature_tap
         self.feature_norm = feature_norm
         self.quantizer = quantizer
+        self.quantizer_options = dict(quantizer_options or {})
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
         self.output_patch_size = output_patch_size
+        self.output_basis = output_basis
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
         super().__init__(**kwargs)

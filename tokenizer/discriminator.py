@@ -39,7 +39,12 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 5, padding=2), nn.LeakyReLU(0.1)]
         for before, after in pairwise(channels):
             groups = min(32, after // 4)
-            layers += [nn.Conv2d(before, after, 3, padding=1), BlurDownsample(after), nn.GroupNorm(groups, after), nn.LeakyReLU(0.1)]
+            layers += [
+                nn.Conv2d(before, after, 3, padding=1),
+                BlurDownsample(after),
+                nn.GroupNorm(groups, after),
+                nn.LeakyReLU(0.1),
+            ]
         self.body = nn.Sequential(*layers)
         width = channels[-1]
         self.head = nn.Sequential(nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 1, 5, padding=2))

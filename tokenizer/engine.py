@@ -4,7 +4,6 @@ Each holds one model and one optimizer, so the same loop runs in one process, un
 (where every trained model needs an engine of its own).
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,11 +49,6 @@ def prepare(accelerator: Accelerator, name: str, model: nn.Module, optimizer: to
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.select_deepspeed_plugin(name)
     return accelerator.prepare(model, optimizer)
-
-
-def save_engine(accelerator: Accelerator, folder: Path) -> None:
-    """Save weights, optimizer and RNG of one engine; every process takes part."""
-    accelerator.save_state(str(folder))
 
 
 def parameter_groups(modules: dict[str, tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor, SiglipVisionModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from vqrae.tokenizer.configuration import VQRAEConfig
-from vqrae.tokenizer.decoder import ViTDecoder
+from vqrae.tokenizer.decoder import DCTBasis, ViTDecoder
 from vqrae.tokenizer.quantizers import build_quantizer
-from vqrae.tokenizer.quantizers.base import Quantizer, QuantizerOutput
+from vqrae.tokenizer.quantizers.base import Quantizer
 
 
 @dataclass
-class VQRAEOutput(ModelOutput):
+class VQRAEOutput:
     """Attributes:
     reconstruction: (B, 3, H', W'); in [0, 1] in evaluation, not clamped in training (losses need the excess).
     features: (B, N, D) continuous encoder output.
@@ -32,10 +31,10 @@ class VQRAEOutput(ModelOutput):
     losses: unweighted losses of the quantizer by name.
     """
 
-    reconstruction: Tensor | None = None
-    features: Tensor | None = None
-    codes: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
+    reconstruction: Tensor
+    features: Tensor
+    codes: Tensor
+    losses: dict[str, Tensor]
 
 
 class VQRAEModel(PreTrainedModel):
@@ -57,9 +56,12 @@ class VQRAEModel(PreTrainedModel):
         )
         width = config.feature_dim
         self.in_proj = nn.Linear(width, config.codebook_dim)
-        self.quantizer: Quantizer = build_quantizer(config.quantizer, config.codebook_size, config.codebook_dim)
+        self.quantizer: Quantizer = build_quantizer(
+            config.quantizer, config.codebook_size, config.codebook_dim, **config.quantizer_options
+        )
         self.out_proj = nn.Linear(config.codebook_dim, width)
-        self.decoder = ViTDecoder(self.encoder, config.grid_size, config.output_patch_size or config.patch_size)
+        patch_size = config.output_patch_size or config.patch_size
+        self.decoder = ViTDecoder(self.encoder, config.grid_size, patch_size, config.output_basis)
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
         self.register_buffer("feature_mean", torch.zeros(width))
@@ -78,7 +80,7 @@ class VQRAEModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, ViTDecoder):
             init.trunc_normal_(module.positions, std=0.02)
-        elif isinstance(module, Quantizer):
+        elif isinstance(module, Quantizer | DCTBasis):
             module.reset_parameters()
         elif module is self:
             init.copy_(self.image_mean, torch.tensor(self.config.image_mean).view(3, 1, 1))
@@ -95,7 +97,9 @@ class VQRAEModel(PreTrainedModel):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> codes (B, N), int64."""
-        return self._quantize(self.encode_features(images)).codes
+        projected = self.project(self.encode_features(images))
+        with torch.autocast(images.device.type, enabled=False):
+            return self.quantizer(projected).codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, N) -> images (B, 3, H', W') in [0, 1], equal to the reconstruction that `forward` returns.
@@ -112,12 +116,17 @@ class VQRAEModel(PreTrainedModel):
             hidden = self.out_proj(self.quantizer.lookup(codes))
         return self._paint(hidden).clamp(0, 1)
 
-    def forward(self, images: Tensor) -> VQRAEOutput:
-        """Reconstruct images (B, 3, H, W) in [0, 1]."""
+    def forward(self, images: Tensor, *, bypass: bool = False) -> VQRAEOutput:
+        """Reconstruct images (B, 3, H, W) in [0, 1].
+
+        Args:
+            bypass: decode the unquantized features, as an autoencoder (a training's warm-up; codes stay what they are).
+        """
         features = self.encode_features(images)
-        output = self._quantize(features)
+        projected = self.project(features)
         with torch.autocast(images.device.type, enabled=False):
-            hidden = self.out_proj(output.quantized)
+            output = self.quantizer(projected)
+            hidden = self.out_proj(projected if bypass else output.quantized)
         reconstruction = self._paint(hidden)
         if not self.training:
             reconstruction = reconstruction.clamp(0, 1)
@@ -139,28 +148,27 @@ class VQRAEModel(PreTrainedModel):
                 features = (features - self.feature_mean) / self.feature_std
             return self.in_proj(features)
 
-    def _quantize(self, features: Tensor) -> QuantizerOutput:
-        projected = self.project(features)
-        with torch.autocast(features.device.type, enabled=False):
-            return self.quantizer(projected)
-
     def _paint(self, hidden: Tensor) -> Tensor:
         """Decoder input (B, N, D) -> pictures; the decoder speaks the encoder's normalised pixels."""
         return self.decoder(hidden).float() * self.image_std + self.image_mean
 
     @torch.no_grad()
-    def initialize_from_images(self, images: Tensor, batch_size: int = 64) -> None:
-        """Measure channel statistics and start the codebook from the features of images (M, 3, H, W).
+    def standardize_features(self, images: Tensor, batch_size: int = 64) -> None:
+        """Measure the channel statistics of the features of images (M, 3, H, W) in [0, 1].
 
-        M pictures must give at least K features. The projection into the codebook space becomes an isometry, so that
-        distances between features survive it.
+        The projection into the codebook space becomes an isometry, so that distances between features survive it.
         """
         features = torch.cat([self.encode_features(batch).float() for batch in images.split(batch_size)]).flatten(0, 1)
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0).clamp(min=1e-6))
         nn.init.orthogonal_(self.in_proj.weight)
         self.in_proj.bias.zero_()
-        self.quantizer.initialize_from(self.project(features))
+
+    @torch.no_grad()
+    def initialize_codebook(self, images: Tensor, batch_size: int = 64) -> None:
+        """Start the codebook from the projected features of images (M, 3, H, W); they must give at least K."""
+        batches = [self.project(self.encode_features(batch)).flatten(0, 1) for batch in images.split(batch_size)]
+        self.quantizer.initialize_from(torch.cat(batches))
 
     def _check_images(self, images: Tensor) -> None:
         size = self.config.image_size

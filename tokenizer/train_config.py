@@ -15,11 +15,13 @@ class ModelConfig:
     feature_tap: str = "hidden_states[-1]"
     feature_norm: str = "none"
     quantizer: str = "simvq"
+    quantizer_options: dict[str, Any] = field(default_factory=dict)
     codebook_size: int = 16384
     codebook_dim: int = 1536
     codebook_init: Literal["random", "features"] = "random"
-    """`random` is the quantizer's published start; `features` samples the codebook from encoder features of data."""
+    """`random` is the quantizer's published start; `features` takes k-means centres of projected encoder features."""
     output_patch_size: int | None = None
+    output_basis: str = "pixels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +46,15 @@ class StageConfig:
     """Pictures of one forward pass on one process; accumulation is computed."""
     freeze_encoder: bool
     decoder_lr: float
-    """Of everything but encoder and discriminator."""
+    """Of everything but encoder, quantizer and discriminator."""
     end_lr: float
     """What the cosine takes `decoder_lr` to; other rates keep their ratio to it."""
     encoder_lr: float = 0.0
+    quantizer_lr: float | None = None
+    """None: `decoder_lr`. A faster quantizer than encoder empties the codebook."""
     warmup_steps: int = 0
     weight_decay: float = 1e-4
-    adam_betas: tuple[float, ...] = (0.9, 0.999)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     reconstruction_weight: float = 1.0
     codebook_weight: float = 1.0
@@ -66,6 +70,8 @@ class StageConfig:
     discriminator_lr: float = 0.0
     discriminator_channels: tuple[int, ...] = (128, 128, 256, 512)
     lecam_weight: float = 0.001
+    bypass_steps: int = 0
+    """The first steps of the stage train a continuous autoencoder; the codebook then starts anew from its features."""
     revival_interval: int = 0
     """Every so many steps, codes that were not chosen since the last time move onto features; 0: never."""
     revival_until: float = 0.8

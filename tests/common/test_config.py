@@ -33,8 +33,11 @@ def test_numbers_and_words_are_what_they_look_like() -> None:
 
 def test_values_are_converted_to_the_declared_type() -> None:
     config = build_config(Outer, {"inner": {"rate": 1}, "betas": [0.5, 1], "mode": 1})
-    assert config.inner.rate == 1.0 and isinstance(config.inner.rate, float)
-    assert config.betas == (0.5, 1.0) and config.mode == 1 and config.name is None
+    assert config.inner.rate == 1.0
+    assert isinstance(config.inner.rate, float)
+    assert config.betas == (0.5, 1.0)
+    assert config.mode == 1
+    assert config.name is None
 
 
 def test_all_problems_are_reported_at_once() -> None:
@@ -63,8 +66,10 @@ def test_overrides_follow_the_same_rules(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("inner: {rate: 1e-3}\n")
     config = load_config(Outer, path, ["inner.rate=2e-4", "name=x=y", "extra.a.b=[1, 2]"])
-    assert config.inner.rate == 2e-4 and config.name == "x=y" and config.extra == {"a": {"b": [1, 2]}}
-    with pytest.raises(ConfigError, match="expected key.path=value"):
+    assert config.inner.rate == 2e-4
+    assert config.name == "x=y"
+    assert config.extra == {"a": {"b": [1, 2]}}
+    with pytest.raises(ConfigError, match=r"expected key\.path=value"):
         load_config(Outer, path, ["--rate"])
     with pytest.raises(ConfigError, match="it has no keys"):
         load_config(Outer, path, ["inner.rate.x=1"])

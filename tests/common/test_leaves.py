@@ -18,9 +18,14 @@ from vqrae.data.stream import StreamSampler
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_text("half of ")
-        raise RuntimeError
+
+    def interrupted() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of ")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
 
@@ -64,7 +69,8 @@ def test_grid_is_as_large_as_its_parts() -> None:
     image = picture_to_tensor(Image.new("RGB", (8, 8), "red"))
     grid = picture_grid([[image, image], [image]], scale=2, gap=4)
     assert grid.size == (2 * 20 + 4, 2 * 20 + 4)
-    assert grid.getpixel((5, 5)) == (255, 0, 0) and grid.getpixel((30, 30)) == (255, 255, 255)
+    assert grid.getpixel((5, 5)) == (255, 0, 0)
+    assert grid.getpixel((30, 30)) == (255, 255, 255)
 
 
 def test_global_batch_is_kept_or_refused() -> None:
@@ -76,13 +82,15 @@ def test_global_batch_is_kept_or_refused() -> None:
 def test_schedule_ends_where_it_should() -> None:
     factors = [warmup_cosine(step, warmup_steps=4, total_steps=20, end=0.1) for step in range(20)]
     assert 0 < factors[0] < factors[3] < factors[4] == 1.0
-    assert factors[-1] == pytest.approx(0.1) and factors[4:] == sorted(factors[4:], reverse=True)
+    assert factors[-1] == pytest.approx(0.1)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
 
 
 def test_stream_covers_everything_once_for_any_number_of_processes() -> None:
     one = iter(StreamSampler(10, seed=3))
     expected = [next(one) for _ in range(20)]
-    assert sorted(expected[:10]) == list(range(10)) and expected[:10] != expected[10:]
+    assert sorted(expected[:10]) == list(range(10))
+    assert expected[:10] != expected[10:]
     ranks = [iter(StreamSampler(10, seed=3, rank=r, world_size=2)) for r in range(2)]
     assert [next(ranks[i % 2]) for i in range(20)] == expected
     resumed = iter(StreamSampler(10, seed=3, start=13))

@@ -7,7 +7,14 @@ import pytest
 
 from vqrae.data.scenes import FAMILIES, SPRITE_SETS, SceneDataset, benchmark_prompts, load_sprites, relation
 from vqrae.data.scenes.language import vocabulary_texts
-from vqrae.data.scenes.scene import COLOR_NAMES, SceneObject, dominant_relation, is_held_out, is_held_out_pair, is_held_out_triple
+from vqrae.data.scenes.scene import (
+    COLOR_NAMES,
+    SceneObject,
+    dominant_relation,
+    is_held_out,
+    is_held_out_pair,
+    is_held_out_triple,
+)
 from vqrae.data.word_tokenizer import build_word_tokenizer
 
 
@@ -42,7 +49,8 @@ def test_objects_keep_their_distance() -> None:
     for scene in map(dataset.scene, range(300)):
         assert 1 <= len(scene.objects) <= 4
         for a in scene.objects:
-            assert min(a.left, a.top) >= 4 and max(a.left, a.top) + a.size <= 60
+            assert min(a.left, a.top) >= 4
+            assert max(a.left, a.top) + a.size <= 60
             assert a.left % 4 == a.top % 4 == a.size % 4 == 0
         for a, b in itertools.combinations(scene.objects, 2):
             apart_x = max(a.left, b.left) - min(a.left + a.size, b.left + b.size)

@@ -9,7 +9,8 @@ from vqrae.tokenizer.usage import CodeUsage
 def test_hinge_signs() -> None:
     real, fake = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
     discriminator_hinge_loss(real, fake).backward()
-    assert (real.grad < 0).all() and (fake.grad > 0).all()  # descent raises real logits and lowers fake ones
+    assert (real.grad < 0).all()
+    assert (fake.grad > 0).all()
     logits = torch.zeros(4, requires_grad=True)
     generator_hinge_loss(logits).backward()
     assert (logits.grad < 0).all()
@@ -42,7 +43,8 @@ def test_usage_counts_only_what_it_saw() -> None:
     usage = CodeUsage(8)
     assert usage.usage == 0
     usage.update(torch.full((2, 5), 3))
-    assert usage.usage == 1 / 8 and usage.perplexity == pytest.approx(1)
+    assert usage.usage == 1 / 8
+    assert usage.perplexity == pytest.approx(1)
     usage.update(torch.arange(8))
     assert usage.usage == 1
     usage.reset()

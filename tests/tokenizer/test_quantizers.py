@@ -20,7 +20,8 @@ def test_contract(name: str) -> None:
     quantizer = build_quantizer(name, 32, 16).eval()
     features = torch.randn(2, 9, 16)
     output = quantizer(features)
-    assert output.codes.shape == (2, 9) and output.codes.dtype == torch.int64
+    assert output.codes.shape == (2, 9)
+    assert output.codes.dtype == torch.int64
     assert torch.equal(quantizer.lookup(output.codes), output.quantized)
     assert set(output.losses) == {"codebook_loss", "commitment_loss"}
 

@@ -27,7 +27,11 @@ ARGUMENTS = [
     "model.codebook_dim=32",
     "log_steps=1",
     "save_steps=2",
-    *(f"stage{n}.{pair}" for n in (1, 2) for pair in ("max_steps=4", "global_batch_size=8", "micro_batch_size=4", "warmup_steps=1")),
+    *(
+        f"stage{n}.{pair}"
+        for n in (1, 2)
+        for pair in ("max_steps=4", "global_batch_size=8", "micro_batch_size=4", "warmup_steps=1")
+    ),
     "stage1.revival_interval=1",
     "stage2.revival_interval=1",
     "stage2.perceptual_weight=0.1",
@@ -62,7 +66,8 @@ def test_both_stages_leave_a_run_directory(finished: tuple[Path, dict]) -> None:
     for name in ("reconstruction", "codebook", "commitment", "perceptual", "distillation", "adversarial", "discriminator"):
         assert name + "_loss" in last
     assert (output / "stage2" / "samples" / "step-4.png").exists()
-    assert (output / "config.yaml").exists() and (output / "manifest.json").exists()
+    assert (output / "config.yaml").exists()
+    assert (output / "manifest.json").exists()
     assert [p.name for p in (output / "stage2").glob("step-*")] == ["step-2"]
 
 
@@ -106,7 +111,7 @@ def test_a_finished_run_is_left_alone(finished: tuple[Path, dict], capsys: pytes
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="stage1.max_step: unknown key. Did you mean 'max_steps'"):
+    with pytest.raises(ConfigError, match=r"stage1\.max_step: unknown key\. Did you mean 'max_steps'"):
         train(tmp_path, "stage1.max_step=3")
     with pytest.raises(FileNotFoundError, match="run stage=1 first"):
         train(tmp_path / "none", "stage=2")

@@ -34,6 +34,10 @@ class Quantizer(nn.Module):
     codebook_size: int
     codebook_dim: int
 
+    def reset_parameters(self) -> None:
+        """Draw the table's random start."""
+        raise NotImplementedError
+
     def table(self) -> Tensor:
         """The effective code vectors (K, E), differentiable where they are trained."""
         raise NotImplementedError
@@ -74,3 +78,42 @@ def nearest_codes(features: Tensor, table: Tensor) -> Tensor:
     offset = table.square().sum(-1) / 2
     blocks = [(block @ table.T - offset).argmax(-1) for block in features.flatten(0, -2).split(SEARCH_ROWS)]
     return torch.cat(blocks).view(features.shape[:-1])
+
+
+@torch.no_grad()
+def kmeans(features: Tensor, num_centers: int, iterations: int = 10, seed: int = 0) -> Tensor:
+    """Lloyd's algorithm from a random sample; an empty cluster moves onto a badly served feature.
+
+    Args:
+        features: (M, E), M >= num_centers.
+
+    Returns:
+        Centres (num_centers, E).
+
+    Raises:
+        ValueError: when there are fewer features than centres.
+    """
+    if len(features) < num_centers:
+        raise ValueError(f"got {len(features)} features for {num_centers} codes, expected at least as many")
+    generator = torch.Generator(features.device).manual_seed(seed)
+    order = torch.randperm(len(features), generator=generator, device=features.device)
+    centers = features[order[:num_centers]].clone()
+    for _ in range(iterations):
+        codes = nearest_codes(features, centers)
+        counts = torch.bincount(codes, minlength=num_centers)
+        sums = torch.zeros_like(centers).index_add_(0, codes, features)
+        errors = (features - centers[codes]).square().sum(-1)
+        centers = sums / counts.clamp(min=1)[:, None]
+        empty = (counts == 0).nonzero().flatten()
+        if len(empty) > 0:
+            centers[empty] = features[draw_by_error(errors, len(empty), generator)]
+    return centers
+
+
+def draw_by_error(errors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices (count,) drawn with probability proportional to squared errors (M,), as k-means++ draws its seeds.
+
+    Codes go where the table is poor, not where features are many. Equal errors of zero are drawn uniformly.
+    """
+    weights = errors + errors.mean() * 1e-3 + torch.finfo(errors.dtype).tiny
+    return torch.multinomial(weights, count, replacement=True, generator=generator)

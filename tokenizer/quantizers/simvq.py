@@ -4,23 +4,28 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from vqrae.tokenizer.quantizers.base import Quantizer
+from vqrae.tokenizer.quantizers.base import Quantizer, kmeans
 
 
 class SimVQ(Quantizer):
-    """Effective table W(C); C is a buffer, W a linear layer with bias.
+    """Effective table W(C); C is a buffer, W is a linear layer with bias.
 
     Args:
         codebook_size: K.
         codebook_dim: E.
+        train_codebook: C is a parameter and learns too (the reference reports both ways).
     """
 
     codebook: Tensor
 
-    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
+    def __init__(self, codebook_size: int, codebook_dim: int, *, train_codebook: bool = False) -> None:
         super().__init__()
         self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
-        self.register_buffer("codebook", torch.empty(codebook_size, codebook_dim))
+        table = torch.empty(codebook_size, codebook_dim)
+        if train_codebook:
+            self.codebook = nn.Parameter(table)
+        else:
+            self.register_buffer("codebook", table)
         self.projection = nn.Linear(codebook_dim, codebook_dim)
         self._cached: tuple[tuple[int, ...], Tensor] | None = None
         self.reset_parameters()
@@ -42,14 +47,8 @@ class SimVQ(Quantizer):
 
     @torch.no_grad()
     def initialize_from(self, features: Tensor) -> None:
-        """C becomes a random sample of the features (M, E), W the identity.
-
-        Raises:
-            ValueError: when there are fewer features than codes.
-        """
-        if len(features) < self.codebook_size:
-            raise ValueError(f"got {len(features)} features for {self.codebook_size} codes, expected at least as many")
-        self.codebook.copy_(features[torch.randperm(len(features))[: self.codebook_size]])
+        """C becomes the k-means centres of the features (M, E), W the identity."""
+        self.codebook.copy_(kmeans(features, self.codebook_size))
         self.projection.weight.copy_(torch.eye(self.codebook_dim))
         self.projection.bias.zero_()
 
