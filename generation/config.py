@@ -46,6 +46,8 @@ class GeneratorModelConfig:
     max_caption_tokens: int = 448
     caption_dropout: float = 0.1
     """Share of samples whose caption is emptied, so that guidance works."""
+    embedding_init: Literal["random", "codebook"] = "random"
+    """Where the rows of the codes start: drawn like any new row, or from the tokenizer's code vectors."""
     attention: str = "auto"
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
@@ -53,6 +54,19 @@ def build_generator(
     # An image ends by its length; the language model's own end token must not stop `generate`.
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     return model
+
+
+@torch.no_grad()
+def start_from_codebook(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, code_vectors: Tensor) -> None:
+    """Let the rows of the codes start as the tokenizer's code vectors (K, E), so that like codes are alike at once.
+
+    The vectors are centred, turned into the model's width by a random isometry (as far as the widths allow) and scaled to
+    the model's own initial spread.
+    """
+    rows = model.get_input_embeddings().weight[vocabulary.code_rows]
+    isometry = nn.init.orthogonal_(torch.empty(code_vectors.shape[1], rows.shape[1]))
+    vectors = (code_vectors - code_vectors.mean(0)) @ isometry
+    rows.copy_(vectors / vectors.std() * model.config.initializer_range)
 
 
 def read_vocabulary(config: PretrainedConfig) -> VisualVocabulary:

@@ -26,9 +26,17 @@ from vqrae.data.scenes import SPRITE_SETS
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation.config import GeneratorModelConfig, TrainingConfig, read_config
-from vqrae.generation.model import VisualHead, build_generator, read_prompt_encoder, tokenizer_fingerprint, tokenizer_folder
+from vqrae.generation.model import (
+    VisualHead,
+    build_generator,
+    read_prompt_encoder,
+    start_from_codebook,
+    tokenizer_fingerprint,
+    tokenizer_folder,
+)
 from vqrae.generation.stream import GenerationCollator, TrainingStream
 from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.tokenizer import VQRAEModel
 
 
 def visual_loss(model: nn.Module, batch: dict[str, Tensor], vocabulary: VisualVocabulary) -> Tensor:
@@ -124,6 +132,8 @@ def train(config: TrainingConfig) -> Path:
     torch.manual_seed(config.seed)
     model = build_model(config, vocabulary)
     model.config.vqrae_tokenizer, model.config.vqrae_tokenizer_fingerprint = str(tokenizer.resolve()), fingerprint
+    if config.model.embedding_init == "codebook":
+        start_from_codebook(model, vocabulary, VQRAEModel.from_pretrained(tokenizer).code_vectors())
     encode_prompt = read_prompt_encoder(model.config, text_tokenizer)
     if not config.full_vocabulary_loss:
         model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)

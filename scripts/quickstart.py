@@ -21,17 +21,16 @@ REFERENCE_MINUTES = 12
 
 # Optimizer steps of every training step at the reference minutes; they grow in proportion with the time that one has.
 TRAINING_STEPS = {
-    "encoder": 300,
-    "tokenizer.stage1": 150,
-    "tokenizer.stage2": 900,
-    "llm": 150,
-    "understanding.pretrain": 60,
-    "understanding.sft": 700,
-    "generation": 1300,
+    "encoder": 400,
+    "tokenizer.stage1": 100,
+    "tokenizer.stage2": 1800,
+    "llm": 120,
+    "understanding.pretrain": 50,
+    "understanding.sft": 600,
+    "generation": 1700,
 }
-# Share of the pictures' codes that one epoch of generation sees twice is nil at the reference: steps x batch pictures.
-GENERATION_BATCH = 64
-MAX_CODES = 200_000
+GENERATION_BATCH = 32  # of the configuration `tiny`: every picture's codes are seen once,
+MAX_CODES = 200_000  # until there are so many
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,11 @@ class VQRAEModel(PreTrainedModel):
             reconstruction = reconstruction.clamp(0, 1)
         return VQRAEOutput(reconstruction, features, output.codes, output.losses)
 
+    @torch.no_grad()
+    def code_vectors(self) -> Tensor:
+        """The vectors of all codes (K, E), in the order of the codes."""
+        return self.quantizer.lookup(torch.arange(self.config.codebook_size, device=self.device))
+
     # ---- parts
 
     def normalize(self, images: Tensor) -> Tensor:

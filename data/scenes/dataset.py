@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqrae.data.scenes.language import Question, caption, questions
+from vqrae.data.scenes.language import DESCRIBE, Question, caption, questions
 from vqrae.data.scenes.scene import Scene, SceneSampler, render
 from vqrae.data.scenes.sprites import load_sprites
 
@@ -41,7 +41,7 @@ class SceneDataset(Dataset):
         image_size: int = 64,
         sprites: str = "shapes",
         seed: int = 0,
-        num_questions: int = 5,
+        num_questions: int = 8,
     ) -> None:
         self.split, self.size, self.item, self.seed = split, size, item, seed
         self.num_questions = num_questions
@@ -77,11 +77,16 @@ class SceneDataset(Dataset):
         return questions(self.scene(index), self.sprites.names, rng, self.num_questions if limit is None else limit)
 
     def conversation(self, index: int) -> dict[str, Any]:
-        """The scene as a LLaVA record whose `image` is a PIL picture."""
+        """The scene as a LLaVA record whose `image` is a PIL picture: questions, and at last a description.
+
+        The description stands behind all questions, for what is said can be copied and need not be seen.
+        """
+        pairs = [(question.text, question.answer) for question in self.questions(index)]
+        pairs.append((DESCRIBE, self.caption(index, detailed=True)))
         turns = []
-        for i, question in enumerate(self.questions(index)):
-            turns.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + question.text})
-            turns.append({"from": "gpt", "value": question.answer})
+        for i, (text, answer) in enumerate(pairs):
+            turns.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + text})
+            turns.append({"from": "gpt", "value": answer})
         return {
             "id": f"{self.sprites.name}-{self.split}-{index}",
             "image": Image.fromarray(self.pixels(index)),

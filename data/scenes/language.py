@@ -19,7 +19,7 @@ from vqrae.data.scenes.scene import (
 
 FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+DESCRIBE = "what is in the picture ?"
 
 
 def with_article(phrase: str) -> str:
@@ -206,4 +206,4 @@ def vocabulary_texts(names: Sequence[str]) -> list[str]:
     """Sentences that hold every word that captions and questions over these names can use."""
     words = [*names, *(plural(name) for name in names), *COLOR_NAMES, *NUMBER_WORDS, *RELATIONS]
     frames = ["a photo of an and , what color is the thing ? how many things are there ?", "where is seen from yes no"]
-    return [*frames, " ".join(words)]
+    return [*frames, DESCRIBE, " ".join(words)]

@@ -31,10 +31,11 @@ BACKGROUNDS = np.array(
     [(0.56, 0.56, 0.56), (0.78, 0.73, 0.58), (0.66, 0.76, 0.84), (0.66, 0.80, 0.69), (0.43, 0.48, 0.53)], dtype=np.float32
 )
 TEXTURES = ("plain", "graded", "stripes", "checks", "dots")
-LATTICE = 4  # positions and sizes are multiples of this many pixels (at 64 px)
-MARGIN = 4  # pixels between an object and the border
-GAP = 4  # pixels between the boxes of two objects
-SIZES = ((24, 28, 32), (20, 24, 28), (20, 24), (20,))  # pixels a side, by the number of objects
+# At 64 px: objects stand in cells of a lattice, 2 px inside their box of three or four cells. A coarse lattice keeps the number
+# of different patches small enough for a tokenizer that trains for minutes; where things stand is still 36 places for each.
+LATTICE = 8
+MARGIN = 2  # pixels between an object and the border, and half of what lies between two objects
+BOXES = ((3, 4), (3, 4), (3,), (3,))  # cells a side, by the number of objects
 RELATIONS = ("left of", "right of", "above", "below")
 
 
@@ -144,21 +145,17 @@ class SceneSampler:
         return Scene(objects, self._background(rng))
 
     def _place(self, rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
-        """Boxes (size, left, top) on the lattice that keep `GAP` from each other and `MARGIN` from the border."""
-        cells, sizes = self.image_size // LATTICE, [size // LATTICE * self.unit for size in SIZES[count - 1]]
-        margin, gap = MARGIN // LATTICE * self.unit, GAP // LATTICE * self.unit
+        """Sizes and corners (size, left, top) of objects in boxes of lattice cells that do not overlap."""
+        cell, margin, cells = LATTICE * self.unit, MARGIN * self.unit, 64 // LATTICE
         while True:
             boxes: list[tuple[int, int, int]] = []
             for _ in range(40):
-                size = sizes[rng.integers(len(sizes))]
-                left, top = (int(v) for v in rng.integers(margin, cells - margin - size + 1, size=2))
-                if all(
-                    left + size + gap <= x or x + s + gap <= left or top + size + gap <= y or y + s + gap <= top
-                    for s, x, y in boxes
-                ):
-                    boxes.append((size, left, top))
+                side = int(rng.choice(BOXES[count - 1]))
+                left, top = (int(v) for v in rng.integers(cells - side + 1, size=2))
+                if all(left + side <= x or x + s <= left or top + side <= y or y + s <= top for s, x, y in boxes):
+                    boxes.append((side, left, top))
                     if len(boxes) == count:
-                        return [(s * LATTICE, x * LATTICE, y * LATTICE) for s, x, y in boxes]
+                        return [(s * cell - 2 * margin, x * cell + margin, y * cell + margin) for s, x, y in boxes]
 
     def _background(self, rng: np.random.Generator) -> Background:
         return Background(

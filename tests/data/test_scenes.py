@@ -49,9 +49,9 @@ def test_objects_keep_their_distance() -> None:
     for scene in map(dataset.scene, range(300)):
         assert 1 <= len(scene.objects) <= 4
         for a in scene.objects:
-            assert min(a.left, a.top) >= 4
-            assert max(a.left, a.top) + a.size <= 60
-            assert a.left % 4 == a.top % 4 == a.size % 4 == 0
+            assert min(a.left, a.top) >= 2
+            assert max(a.left, a.top) + a.size <= 62
+            assert a.left % 8 == a.top % 8 == 2
         for a, b in itertools.combinations(scene.objects, 2):
             apart_x = max(a.left, b.left) - min(a.left + a.size, b.left + b.size)
             apart_y = max(a.top, b.top) - min(a.top + a.size, b.top + b.size)
