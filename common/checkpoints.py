@@ -22,3 +22,13 @@ def resolve_model(name: str | Path) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
         return str(name)
     raise FileNotFoundError(f"{name} does not exist: give a run directory, a checkpoint folder or a hub id such as org/name")
+
+
+def local_model(name: str | Path) -> Path:
+    """The folder behind `name` as `resolve_model` finds it; a hub id is downloaded first."""
+    resolved = resolve_model(name)
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(resolved))

@@ -15,6 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from vqrae.common.distributed import gradient_accumulation, is_main_process, prepare_cpu_deepspeed, world_size
 from vqrae.common.run import RunDirectory, format_duration
 
+IGNORE_INDEX = -100  # labels that carry no loss
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from vqrae.common.checkpoints import local_model
 from vqrae.common.distributed import world_size
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.run import format_duration
@@ -23,7 +24,6 @@ from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.data.scenes import SceneDataset, caption, render
 from vqrae.data.sources import open_pairs
 from vqrae.generation.config import ExtractionConfig, read_config
-from vqrae.generation.model import tokenizer_folder
 from vqrae.tokenizer import VQRAEModel
 
 _REPORT_SECONDS = 5.0
@@ -73,7 +73,7 @@ def extract(config: ExtractionConfig) -> None:
     """Write this process's share of a code set; shards that are complete are kept."""
     rank, processes = int(os.environ.get("RANK", "0")), world_size()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    folder = tokenizer_folder(config.tokenizer)
+    folder = local_model(config.tokenizer)
     model = VQRAEModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     pairs = open_pairs(
         config.source, image_size=model.config.image_size, size=config.size, split=config.split, seed=config.seed

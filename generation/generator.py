@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from vqrae.common.checkpoints import resolve_model
+from vqrae.common.checkpoints import local_model, resolve_model
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
-from vqrae.generation.model import read_prompt_encoder, read_vocabulary, tokenizer_folder
+from vqrae.generation.model import read_prompt_encoder, read_vocabulary
 from vqrae.generation.sampling import SamplingConfig, sample_codes
 from vqrae.tokenizer import VQRAEModel
 
@@ -58,7 +58,7 @@ class Generator:
         read_vocabulary(model.config)
         recorded = model.config.vqrae_tokenizer
         try:
-            visual = tokenizer_folder(tokenizer or recorded)
+            visual = local_model(tokenizer or recorded)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"generator {folder} needs the visual tokenizer {tokenizer or recorded}, which cannot be found: "

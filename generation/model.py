@@ -5,17 +5,14 @@ Its folder loads in plain transformers. What the pictures need stands in `config
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.files import weights_fingerprint
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
 
 
@@ -103,14 +100,3 @@ class VisualHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight[self.rows])
-
-
-def tokenizer_folder(name: str | Path) -> Path:
-    """Local folder of a visual tokenizer: a run directory's model, a checkpoint folder, or a download of a hub id."""
-    resolved = resolve_model(name)
-    return Path(resolved) if Path(resolved).is_dir() else Path(snapshot_download(resolved))
-
-
-def tokenizer_fingerprint(name: str | Path) -> str:
-    """Fingerprint of a visual tokenizer's weights."""
-    return weights_fingerprint(tokenizer_folder(name))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.code_shards import CodeDataset
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary, pad_left
 
-IGNORE_INDEX = -100  # labels that carry no loss
 _DROPOUT_STREAM = 1  # a random stream of its own: dropping a caption never changes the order
 
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM, Trainer
 
-from vqrae.common.checkpoints import resolve_model
+from vqrae.common.checkpoints import local_model, resolve_model
 from vqrae.common.distributed import attention_implementation
-from vqrae.common.files import read_json, require_same_tokenizer
+from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import InstrumentCallback, run_trainer, training_arguments
 from vqrae.data.code_shards import CodeDataset
@@ -31,8 +31,6 @@ from vqrae.generation.model import (
     build_generator,
     read_prompt_encoder,
     start_from_codebook,
-    tokenizer_fingerprint,
-    tokenizer_folder,
 )
 from vqrae.generation.stream import GenerationCollator, TrainingStream
 from vqrae.generation.vocabulary import VisualVocabulary
@@ -114,8 +112,8 @@ def _save(trainer: Trainer, text_tokenizer: PreTrainedTokenizerBase, folder: Pat
 def train(config: TrainingConfig) -> Path:
     """Train or resume, and return the folder of the finished generator."""
     output = Path(config.output_dir)
-    tokenizer = tokenizer_folder(config.tokenizer)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    tokenizer = local_model(config.tokenizer)
+    fingerprint = weights_fingerprint(tokenizer)
     if _is_finished(output, config.optimization.max_steps, fingerprint):
         print(f"finished: {output / 'model'}", flush=True)
         return output / "model"

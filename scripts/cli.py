@@ -90,12 +90,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load_tokenizer(arguments: argparse.Namespace) -> tuple["VQRAEModel", str]:
     """The tokenizer and its fingerprint."""
+    from vqrae.common.checkpoints import local_model
     from vqrae.common.files import read_json, weights_fingerprint
-    from vqrae.generation.model import tokenizer_folder
     from vqrae.tokenizer import VQRAEModel
 
     _quiet()
-    folder = tokenizer_folder(arguments.model)
+    folder = local_model(arguments.model)
     config = read_json(folder / "config.json")
     if config.get("model_type") != "vqrae":
         raise ValueError(f"{folder} holds a {config.get('model_type')} model, expected a tokenizer (model_type vqrae)")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
@@ -24,7 +23,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from vqrae.common.checkpoints import resolve_model
+from vqrae.common.checkpoints import local_model, resolve_model
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
 from vqrae.common.pictures import picture_to_tensor
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
@@ -55,7 +54,7 @@ def build_llava(
     Raises:
         ValueError: when LLaVA cannot read the tokenizer's features, or the text tokenizer lacks the template's end token.
     """
-    folder = local_folder(tokenizer_folder)
+    folder = local_model(tokenizer_folder)
     tokenizer = VQRAEModel.from_pretrained(folder, attn_implementation=attn_implementation).eval()
     _require_readable_features(tokenizer.config, folder)
     llm_name = resolve_model(llm_folder)
@@ -71,12 +70,6 @@ def build_llava(
     return model.to(dtype), processor
 
 
-def local_folder(name: str | Path) -> str:
-    """The folder behind a run directory, checkpoint folder or hub id; a hub id is downloaded."""
-    found = resolve_model(name)
-    return found if Path(found).is_dir() else snapshot_download(found)
-
-
 def require_tokenizer(config: LlavaConfig, tokenizer_folder: str | Path, artefact: str | Path) -> None:
     """Refuse a model that was built on another tokenizer.
 
@@ -86,10 +79,10 @@ def require_tokenizer(config: LlavaConfig, tokenizer_folder: str | Path, artefac
     found = getattr(config, FINGERPRINT_KEY, None)
     if found is None:
         raise ValueError(f"{artefact}: got no {FINGERPRINT_KEY} in its config.json, expected a model built by this package")
-    require_same_tokenizer(weights_fingerprint(local_folder(tokenizer_folder)), found, str(artefact))
+    require_same_tokenizer(weights_fingerprint(local_model(tokenizer_folder)), found, str(artefact))
 
 
-def _require_readable_features(config: VQRAEConfig, folder: str) -> None:
+def _require_readable_features(config: VQRAEConfig, folder: Path) -> None:
     if config.feature_tap != LLAVA_TAP:
         raise ValueError(
             f"{folder}: got a tokenizer with feature_tap {config.feature_tap!r}, expected {LLAVA_TAP!r}, the only one that "

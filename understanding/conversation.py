@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor
 
 from vqrae.common.config import did_you_mean
+from vqrae.common.trainer import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
 CHAT_TEMPLATES = ("chatml", "vicuna_v1")

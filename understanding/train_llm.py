@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM,
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, run_trainer, training_arguments
+from vqrae.common.trainer import IGNORE_INDEX, InstrumentCallback, OptimizationConfig, run_trainer, training_arguments
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset, load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.understanding.conversation import IGNORE_INDEX, load_template
+from vqrae.understanding.conversation import load_template
 from vqrae.understanding.train import is_finished, print_parameters, save_model
 
 VOCABULARY_MULTIPLE = 64  # matrix shapes that kernels like; also leaves room for added tokens

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.run import read_metrics
+from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import Generator, SamplingConfig, train
 from vqrae.generation.config import GenerationConfig
 from vqrae.generation.model import VisualHead, build_generator
-from vqrae.generation.stream import IGNORE_INDEX, GenerationCollator, TrainingStream
+from vqrae.generation.stream import GenerationCollator, TrainingStream
 from vqrae.generation.train import visual_loss
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
 

@@ -7,6 +7,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from vqrae.common.pictures import picture_to_tensor, tensor_to_picture
 from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.decoder import DCTBasis
 
 
 def images_for(model: VQRAEModel, count: int = 3) -> torch.Tensor:
@@ -90,3 +91,30 @@ def test_gradient_reaches_an_unfrozen_encoder_and_stops_at_a_frozen_one(tokenize
     tokenizer(images).reconstruction.square().mean().backward()
     assert weight.grad is None
     assert tokenizer.in_proj.weight.grad.abs().sum() > 0
+
+
+def test_cosine_basis_is_invertible_and_keeps_the_contract(make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path) -> None:
+    basis = DCTBasis(8)
+    torch.testing.assert_close(basis.basis @ basis.basis.T, torch.eye(8), atol=1e-6, rtol=0)
+    flat = torch.zeros(1, 3, 8, 8)
+    flat[..., 0, 0] = 1
+    assert basis(flat).std() < 1e-6  # the first coefficient is the mean of the patch
+    model = make_tokenizer(output_basis="dct")
+    model.save_pretrained(tmp_path)
+    images = images_for(model)
+    with torch.no_grad():
+        expected = model(images).reconstruction
+        assert torch.equal(model.decode(model.encode(images)), expected)
+        loaded = VQRAEModel.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation).eval()
+        assert torch.equal(loaded(images).reconstruction, expected)  # the basis is no weight, and not lost on loading
+
+
+def test_bypass_decodes_the_features_themselves(make_tokenizer: Callable[..., VQRAEModel]) -> None:
+    model = make_tokenizer()
+    images = images_for(model)
+    with torch.no_grad():
+        hidden = model.out_proj(model.project(model.encode_features(images)))
+        expected = (model.decoder(hidden) * model.image_std + model.image_mean).clamp(0, 1)
+        bypassed = model(images, bypass=True)
+    torch.testing.assert_close(bypassed.reconstruction, expected)
+    assert torch.equal(bypassed.codes, model.encode(images))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vqrae.tokenizer.quantizers import QUANTIZERS, build_quantizer, nearest_codes
+from vqrae.tokenizer.quantizers import QUANTIZERS, build_quantizer, draw_by_error, kmeans, nearest_codes
 from vqrae.tokenizer.quantizers import base as quantizer_base
 
 
@@ -73,3 +73,25 @@ def test_cached_table_follows_the_weights() -> None:
 def test_unknown_quantizer_suggests_a_name() -> None:
     with pytest.raises(ValueError, match="Did you mean 'simvq'"):
         build_quantizer("simqv", 8, 4)
+
+
+def test_kmeans_finds_clusters_and_leaves_no_centre_empty() -> None:
+    torch.manual_seed(0)
+    truth = 10 * torch.randn(20, 8)
+    features = (truth[:, None] + 0.1 * torch.randn(20, 50, 8)).flatten(0, 1)
+
+    def error(centers: torch.Tensor) -> torch.Tensor:
+        return (features - centers[nearest_codes(features, centers)]).square().mean()
+
+    centers = kmeans(features, 20, iterations=20)
+    assert nearest_codes(features, centers).unique().numel() == 20
+    assert error(centers) < 0.5 * error(kmeans(features, 20, iterations=0))
+    assert torch.equal(centers, kmeans(features, 20, iterations=20))  # seeded
+
+
+def test_errors_decide_what_is_drawn() -> None:
+    errors = torch.zeros(100)
+    errors[7] = 1.0
+    drawn = draw_by_error(errors, 50, torch.Generator().manual_seed(0))
+    assert (drawn == 7).float().mean() > 0.9
+    assert draw_by_error(torch.zeros(10), 5, torch.Generator().manual_seed(0)).shape == (5,)

@@ -34,6 +34,7 @@ ARGUMENTS = [
     ),
     "stage1.revival_interval=1",
     "stage2.revival_interval=1",
+    "stage2.bypass_steps=1",
     "stage2.perceptual_weight=0.1",
     "stage2.distillation_weight=1.0",
     "stage2.adversarial_weight=0.1",
@@ -129,7 +130,14 @@ def launch(output: Path, *more: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 2])
 def test_two_processes_train_like_one(zero: int, tmp_path: Path) -> None:
-    options = ["bf16=false", f"zero={zero}", "stage1.revival_interval=0", "stage2.revival_interval=0", "data.random_flip=false"]
+    options = [
+        "bf16=false",
+        f"zero={zero}",
+        "stage1.revival_interval=0",
+        "stage2.revival_interval=0",
+        "stage2.bypass_steps=0",
+        "data.random_flip=false",
+    ]
     options += ["stage1.max_steps=2", "stage2.max_steps=2"]
     launch(tmp_path / "two", *options)
     one = train(tmp_path / "one", *[option for option in options if "zero" not in option])

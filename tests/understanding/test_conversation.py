@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
+from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.scenes import SceneDataset
 from vqrae.tokenizer import VQRAEConfig
 from vqrae.understanding.build import build_llava, build_processor, prepare_text_tokenizer
 from vqrae.understanding.conversation import (
-    IGNORE_INDEX,
     ConversationCollator,
     encode_conversation,
     load_template,
