@@ -1,6 +1,7 @@
 """What differs between machines: attention kernels, threads, CPU process groups, DeepSpeed without a GPU."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -40,6 +41,17 @@ def prepare_cpu_deepspeed() -> None:
 
     # A private table, and the only switch there is: absent in some release, the build merely takes its time again.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager:
+    """A block in which `parameter` is whole and may be changed, also where ZeRO-3 has partitioned it."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def gradient_accumulation(global_batch_size: int, micro_batch_size: int, processes: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from vqrae.common.checkpoints import resolve_model
+from vqrae.common.distributed import gathered
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
 
 
@@ -60,10 +61,11 @@ def start_from_codebook(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, c
     The vectors are centred, turned into the model's width by a random isometry (as far as the widths allow) and scaled to
     the model's own initial spread.
     """
-    rows = model.get_input_embeddings().weight[vocabulary.code_rows]
-    isometry = nn.init.orthogonal_(torch.empty(code_vectors.shape[1], rows.shape[1]))
+    isometry = nn.init.orthogonal_(torch.empty(code_vectors.shape[1], model.config.hidden_size))
     vectors = (code_vectors - code_vectors.mean(0)) @ isometry
-    rows.copy_(vectors / vectors.std() * model.config.initializer_range)
+    weight = model.get_input_embeddings().weight
+    with gathered(weight):
+        weight[vocabulary.code_rows] = vectors / vectors.std() * model.config.initializer_range
 
 
 def read_vocabulary(config: PretrainedConfig) -> VisualVocabulary:

@@ -123,6 +123,8 @@ def train(config: TrainingConfig) -> Path:
     )
     text_tokenizer = build_text_tokenizer(config.model, codes)
 
+    code_vectors = VQRAEModel.from_pretrained(tokenizer).code_vectors() if config.model.embedding_init == "codebook" else None
+
     # The arguments come before the model: under ZeRO-3 they decide how it is built.
     in_sequence = {**config.optimization.extra, "train_sampling_strategy": "sequential"}
     arguments = training_arguments(dataclasses.replace(config.optimization, extra=in_sequence), output, seed=config.seed)
@@ -130,8 +132,8 @@ def train(config: TrainingConfig) -> Path:
     torch.manual_seed(config.seed)
     model = build_model(config, vocabulary)
     model.config.vqrae_tokenizer, model.config.vqrae_tokenizer_fingerprint = str(tokenizer.resolve()), fingerprint
-    if config.model.embedding_init == "codebook":
-        start_from_codebook(model, vocabulary, VQRAEModel.from_pretrained(tokenizer).code_vectors())
+    if code_vectors is not None:
+        start_from_codebook(model, vocabulary, code_vectors)
     encode_prompt = read_prompt_encoder(model.config, text_tokenizer)
     if not config.full_vocabulary_loss:
         model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)

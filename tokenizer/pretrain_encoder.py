@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(
         model=model,
         args=training_arguments(config.optimization, run.path / "checkpoints", seed=config.seed),
-        train_dataset=SceneDataset("train", item="pair", **options),
+        train_dataset=SceneDataset("train", item="contrastive_pair", **options),
         data_collator=collator,
         callbacks=[InstrumentCallback(run, "encoder")],
     )
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         save_vision_tower(run.path / "siglip", final)
         trained = SiglipModel.from_pretrained(run.path / "siglip")
-        accuracy = retrieval_accuracy(trained, collator, SceneDataset("validation", item="pair", **options))
+        accuracy = retrieval_accuracy(trained, collator, SceneDataset("validation", item="contrastive_pair", **options))
         run.log(config.optimization.max_steps, {"retrieval_accuracy": accuracy})
         print(f"encoder in {final}: of 100 held-out pictures {accuracy:.0%} find their own caption")
 

@@ -13,7 +13,7 @@ from vqrae.data.scenes.scene import Scene, SceneSampler, render
 from vqrae.data.scenes.sprites import load_sprites
 
 Split = Literal["train", "validation"]
-Item = Literal["image", "pair", "detailed_pair", "conversation"]
+Item = Literal["image", "pair", "detailed_pair", "contrastive_pair", "conversation"]
 _SPLIT_SEED = {"train": 0, "validation": 1}
 _LANGUAGE_SEED = 7  # a stream of its own: asking a question never changes a picture
 
@@ -27,8 +27,9 @@ class SceneDataset(Dataset):
         split: `train` or `validation`, disjoint by seed.
         size: number of scenes; rendering is on the fly, so a million costs nothing.
         item: what `dataset[i]` returns: `image` -> {image}, `pair` -> {image, caption}, `detailed_pair` -> the same
-            with every colour and relation named, `conversation` -> a LLaVA record {id, image, conversations}.
-            Images of the first three are uint8 tensors (3, H, W); a conversation holds a PIL image.
+            with every colour and relation named, `contrastive_pair` -> three of four captions without colours (an encoder
+            that may tell scenes apart by colours does not learn shapes), `conversation` -> a LLaVA record
+            {id, image, conversations}. Images are uint8 tensors (3, H, W); a conversation holds a PIL image.
         num_questions: questions of one conversation.
     """
 
@@ -67,9 +68,10 @@ class SceneDataset(Dataset):
         """Rendered scene, uint8 (3, H, W)."""
         return torch.from_numpy(self.pixels(index)).permute(2, 0, 1).contiguous()
 
-    def caption(self, index: int, *, detailed: bool = False) -> str:
+    def caption(self, index: int, *, detailed: bool = False, colored: bool = True) -> str:
         """A caption of the scene behind `index`."""
-        return caption(self.scene(index), self.sprites.names, self._rng(index, _LANGUAGE_SEED), detailed=detailed)
+        rng = self._rng(index, _LANGUAGE_SEED)
+        return caption(self.scene(index), self.sprites.names, rng, detailed=detailed, colored=colored)
 
     def questions(self, index: int, limit: int | None = None) -> list[Question]:
         """Questions about the scene behind `index`, with answers."""
@@ -100,5 +102,6 @@ class SceneDataset(Dataset):
             return self.conversation(index)
         sample: dict[str, Any] = {"image": self.image(index)}
         if self.item != "image":
-            sample["caption"] = self.caption(index, detailed=self.item == "detailed_pair")
+            colored = self.item != "contrastive_pair" or index % 4 == 0
+            sample["caption"] = self.caption(index, detailed=self.item == "detailed_pair", colored=colored)
         return sample

@@ -33,7 +33,7 @@ BACKGROUNDS = np.array(
 TEXTURES = ("plain", "graded", "stripes", "checks", "dots")
 # At 64 px: objects stand in cells of a lattice, 2 px inside their box of three or four cells. A coarse lattice keeps the number
 # of different patches small enough for a tokenizer that trains for minutes; where things stand is still 36 places for each.
-LATTICE = 8
+CELLS = 8  # a side
 MARGIN = 2  # pixels between an object and the border, and half of what lies between two objects
 BOXES = ((3, 4), (3, 4), (3,), (3,))  # cells a side, by the number of objects
 RELATIONS = ("left of", "right of", "above", "below")
@@ -113,11 +113,10 @@ class SceneSampler:
     KIND_WEIGHTS = (0.25, 0.35, 0.2, 0.2)
 
     def __init__(self, sprites: SpriteSet, image_size: int = 64) -> None:
-        if image_size % 64:
-            raise ValueError(f"got image_size {image_size}, expected a multiple of 64: scenes are laid out on a lattice")
+        if image_size % CELLS:
+            raise ValueError(f"got image_size {image_size}, expected a multiple of {CELLS}: scenes are laid out in cells")
         self.sprites = sprites
         self.image_size = image_size
-        self.unit = image_size // 64
 
     def sample(self, rng: np.random.Generator, *, held_out: bool | None = False) -> Scene:
         """One scene; `held_out` False: training combinations only, True: at least one held out, None: either."""
@@ -146,12 +145,12 @@ class SceneSampler:
 
     def _place(self, rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
         """Sizes and corners (size, left, top) of objects in boxes of lattice cells that do not overlap."""
-        cell, margin, cells = LATTICE * self.unit, MARGIN * self.unit, 64 // LATTICE
+        cell, margin = self.image_size // CELLS, round(MARGIN * self.image_size / 64)
         while True:
             boxes: list[tuple[int, int, int]] = []
             for _ in range(40):
                 side = int(rng.choice(BOXES[count - 1]))
-                left, top = (int(v) for v in rng.integers(cells - side + 1, size=2))
+                left, top = (int(v) for v in rng.integers(CELLS - side + 1, size=2))
                 if all(left + side <= x or x + s <= left or top + side <= y or y + s <= top for s, x, y in boxes):
                     boxes.append((side, left, top))
                     if len(boxes) == count:

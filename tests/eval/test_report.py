@@ -51,7 +51,7 @@ def write_evaluations(run: Path, model: VQRAEModel) -> None:
     folder = run / "evaluation"
     result = evaluate_reconstruction(model, SceneDataset("validation", 4))
     write_json(folder / "reconstruction.json", result.metrics)
-    answers = evaluate_questions(lambda pairs: ["circle" if "thing" in text else "red" for _, text in pairs], num_images=8)
+    answers = evaluate_questions(lambda pairs: ["star" if "thing" in text else "purple" for _, text in pairs], num_images=8)
     write_json(folder / "questions.json", answers)
     benchmark = SceneBenchmark(per_family=2, images_per_prompt=2)
     write_prompts(folder / "pictures", benchmark.records)
