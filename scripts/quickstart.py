@@ -21,16 +21,18 @@ REFERENCE_MINUTES = 12
 
 # Optimizer steps of every training step at the reference minutes; they grow in proportion with the time that one has.
 TRAINING_STEPS = {
-    "encoder": 400,
-    "tokenizer.stage1": 100,
-    "tokenizer.stage2": 1800,
+    "encoder": 500,
+    "tokenizer.stage1": 50,
+    "tokenizer.stage2": 1100,
     "llm": 120,
     "understanding.pretrain": 50,
-    "understanding.sft": 600,
-    "generation": 1700,
+    "understanding.sft": 500,
+    "generation": 2600,
 }
-GENERATION_BATCH = 32  # of the configuration `tiny`: every picture's codes are seen once,
-MAX_CODES = 200_000  # until there are so many
+GENERATION_BATCH = 32  # of the configuration `tiny`
+GENERATION_EPOCHS = 2  # times that a picture's codes are seen; another epoch draws another of its captions
+GUIDANCE_SCALE = 3.0  # best of 1.5 to 4.5 (docs/quickstart.md)
+BYPASS_SHARE = 0.2  # of stage 2: the continuous warm-up grows with the stage
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
     """All commands, in order."""
     source = "scenes" if sprites == "shapes" else f"scenes:{sprites}"
     tokenizer, evaluation = output / "tokenizer", output / "evaluation"
-    codes = min(MAX_CODES, steps["generation"] * GENERATION_BATCH)
+    codes = steps["generation"] * GENERATION_BATCH // GENERATION_EPOCHS
 
     def save_every(count: int) -> str:
         return f"save_steps={max(1, count // 5)}"  # an interruption costs at most a fifth of a step
@@ -77,7 +79,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
                 f"optimization.max_steps={steps['encoder']}",
                 f"optimization.{save_every(steps['encoder'])}",
             ],
-            90,
+            70,
         ),
         Step(
             "tokenizer",
@@ -89,9 +91,10 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
                 f"data.train={source}",
                 f"stage1.max_steps={steps['tokenizer.stage1']}",
                 f"stage2.max_steps={steps['tokenizer.stage2']}",
+                f"stage2.bypass_steps={round(BYPASS_SHARE * steps['tokenizer.stage2'])}",
                 save_every(steps["tokenizer.stage2"]),
             ],
-            240,
+            150,
         ),
         Step(
             "eval_reconstruction",
@@ -104,7 +107,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
             "llm",
             "understanding.train_llm",
             ["tiny_llm", f"output_dir={output / 'llm'}", f"optimization.max_steps={steps['llm']}"],
-            20,
+            15,
         ),
         Step(
             "understanding",
@@ -119,7 +122,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
                 f"sft.max_steps={steps['understanding.sft']}",
                 f"sft.{save_every(steps['understanding.sft'])}",
             ],
-            150,
+            230,
         ),
         Step(
             "eval_understanding",
@@ -145,7 +148,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
                 f"optimization.max_steps={steps['generation']}",
                 f"optimization.{save_every(steps['generation'])}",
             ],
-            300,
+            360,
         ),
         Step(
             "eval_generation",
@@ -156,8 +159,9 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
                 f"sprites={sprites}",
                 f"output={evaluation / 'generation.json'}",
                 f"pictures={evaluation / 'pictures'}",
+                f"sampling.guidance_scale={GUIDANCE_SCALE}",
             ],
-            60,
+            100,
             scales=False,
         ),
         Step("report", "eval.report", [f"directory={output}"], 10, scales=False),
