@@ -59,15 +59,8 @@ def plan(minutes: float) -> dict[str, int]:
     return {name: max(4, round(steps * minutes / REFERENCE_MINUTES)) for name, steps in TRAINING_STEPS.items()}
 
 
-def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
-    """All commands, in order."""
-    source = "scenes" if sprites == "shapes" else f"scenes:{sprites}"
-    tokenizer, evaluation = output / "tokenizer", output / "evaluation"
-    codes = steps["generation"] * GENERATION_BATCH // GENERATION_EPOCHS
-
-    def save_every(count: int) -> str:
-        return f"save_steps={max(1, count // 5)}"  # an interruption costs at most a fifth of a step
-
+def tokenizer_steps(output: Path, steps: dict[str, int], sprites: str, source: str) -> list[Step]:
+    """Encoder, tokenizer, reconstruction."""
     return [
         Step(
             "encoder",
@@ -86,7 +79,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
             "tokenizer.train",
             [
                 "tiny",
-                f"output_dir={tokenizer}",
+                f"output_dir={output / 'tokenizer'}",
                 f"model.encoder={output / 'encoder'}",
                 f"data.train={source}",
                 f"stage1.max_steps={steps['tokenizer.stage1']}",
@@ -99,10 +92,21 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
         Step(
             "eval_reconstruction",
             "eval.reconstruction",
-            [f"model={tokenizer}", f"data={source}", "num_images=1000", f"output={evaluation / 'reconstruction.json'}"],
+            [
+                f"model={output / 'tokenizer'}",
+                f"data={source}",
+                "num_images=1000",
+                f"output={output / 'evaluation' / 'reconstruction.json'}",
+            ],
             10,
             scales=False,
         ),
+    ]
+
+
+def understanding_steps(output: Path, steps: dict[str, int], sprites: str, source: str) -> list[Step]:
+    """Language model, LLaVA, questions."""
+    return [
         Step(
             "llm",
             "understanding.train_llm",
@@ -115,7 +119,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
             [
                 "tiny",
                 f"output_dir={output / 'understanding'}",
-                f"tokenizer={tokenizer}",
+                f"tokenizer={output / 'tokenizer'}",
                 f"llm={output / 'llm'}",
                 f"data={source}",
                 f"pretrain.max_steps={steps['understanding.pretrain']}",
@@ -127,15 +131,31 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
         Step(
             "eval_understanding",
             "eval.scene_questions",
-            [f"model={output / 'understanding'}", f"sprites={sprites}", f"output={evaluation / 'questions.json'}"],
-            30,
+            [
+                f"model={output / 'understanding'}",
+                f"sprites={sprites}",
+                f"output={output / 'evaluation' / 'questions.json'}",
+            ],
+            20,
             scales=False,
         ),
+    ]
+
+
+def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: str) -> list[Step]:
+    """Codes, generator, GenEval."""
+    return [
         Step(
             "codes",
             "generation.extract_codes",
-            ["tiny", f"output_dir={output / 'codes'}", f"tokenizer={tokenizer}", f"source={source}", f"size={codes}"],
-            60,
+            [
+                "tiny",
+                f"output_dir={output / 'codes'}",
+                f"tokenizer={output / 'tokenizer'}",
+                f"source={source}",
+                f"size={steps['generation'] * GENERATION_BATCH // GENERATION_EPOCHS}",
+            ],
+            65,
         ),
         Step(
             "generation",
@@ -143,7 +163,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
             [
                 "tiny",
                 f"output_dir={output / 'generation'}",
-                f"tokenizer={tokenizer}",
+                f"tokenizer={output / 'tokenizer'}",
                 f"data={output / 'codes'}",
                 f"optimization.max_steps={steps['generation']}",
                 f"optimization.{save_every(steps['generation'])}",
@@ -155,17 +175,29 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
             "eval.generation",
             [
                 f"model={output / 'generation'}",
-                f"tokenizer={tokenizer}",
+                f"tokenizer={output / 'tokenizer'}",
                 f"sprites={sprites}",
-                f"output={evaluation / 'generation.json'}",
-                f"pictures={evaluation / 'pictures'}",
+                f"output={output / 'evaluation' / 'generation.json'}",
+                f"pictures={output / 'evaluation' / 'pictures'}",
                 f"sampling.guidance_scale={GUIDANCE_SCALE}",
             ],
             100,
             scales=False,
         ),
-        Step("report", "eval.report", [f"directory={output}"], 10, scales=False),
     ]
+
+
+def save_every(count: int) -> str:
+    """Checkpoints of a training of `count` steps: an interruption costs at most a fifth of it."""
+    return f"save_steps={max(1, count // 5)}"
+
+
+def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
+    """All commands, in order."""
+    source = "scenes" if sprites == "shapes" else f"scenes:{sprites}"
+    parts = (tokenizer_steps, understanding_steps, generation_steps)
+    report = Step("report", "eval.report", [f"directory={output}"], 10, scales=False)
+    return [*(step for part in parts for step in part(output, steps, sprites, source)), report]
 
 
 class Clock:

@@ -3,6 +3,7 @@
 Shapes: B batch, N visual tokens, E codebook width, K codebook size.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class QuantizerOutput:
     losses: dict[str, Tensor]
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Features -> nearest code vectors. A subclass says what the table of code vectors is.
 
     All arithmetic is fp32: callers leave autocast before.
@@ -34,13 +35,13 @@ class Quantizer(nn.Module):
     codebook_size: int
     codebook_dim: int
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the table's random start."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self) -> Tensor:
         """The effective code vectors (K, E), differentiable where they are trained."""
-        raise NotImplementedError
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantize features (B, N, E) by squared Euclidean distance (VQRAE Eq. 1)."""
@@ -60,13 +61,13 @@ class Quantizer(nn.Module):
         """Code vectors (B, N, E) of codes (B, N), exactly those that `forward` chose."""
         return nn.functional.embedding(codes, self.table())
 
+    @abstractmethod
     def initialize_from(self, features: Tensor) -> None:
         """Start the table from a sample of features (M, E), M >= K."""
-        raise NotImplementedError
 
+    @abstractmethod
     def revive(self, dead: Tensor, features: Tensor) -> None:
         """Move the code vectors of codes `dead` (R,) onto features (R, E)."""
-        raise NotImplementedError
 
 
 @torch.no_grad()
