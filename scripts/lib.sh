@@ -6,6 +6,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 if ! command -v nvidia-smi >/dev/null; then
   export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+  # Waiting threads sleep: beside one other busy process 330 instead of 180 pictures/s, alone 446 instead of 478.
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 fi
 
 fail() {
