@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
 
 from vqrae.common.distributed import gradient_accumulation, is_main_process, world_size
 from vqrae.common.files import atomic_path, read_json, write_json
@@ -42,13 +41,10 @@ class StageTrainer:
 
     Args:
         number: 1 or 2.
-        model: the tokenizer as it enters the stage.
-        teacher: the original encoder, for distillation and the perceptual distance.
+        model: the tokenizer as it enters the stage; stage 1 keeps the encoder, so its encoder is still the original one.
     """
 
-    def __init__(
-        self, config: TokenizerTrainConfig, number: int, model: VQRAEModel, teacher: PreTrainedModel, run: RunDirectory
-    ) -> None:
+    def __init__(self, config: TokenizerTrainConfig, number: int, model: VQRAEModel, run: RunDirectory) -> None:
         self.config, self.number, self.model, self.run = config, number, model, run
         self.stage: StageConfig = config.stage1 if number == 1 else config.stage2
         stage = self.stage
@@ -61,7 +57,7 @@ class StageTrainer:
         set_trainable(model, stage)
 
         # ---- networks that only judge
-        self.teacher = copy.deepcopy(teacher).to(self.device).eval().requires_grad_(False)
+        self.teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
         self.perceptual: nn.Module | None = None
         if stage.perceptual_weight:
             self.perceptual = build_perceptual(stage.perceptual_network, self.teacher, model.normalize)

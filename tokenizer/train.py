@@ -55,13 +55,6 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
     return model
 
 
-def original_encoder(config: TokenizerTrainConfig, model: VQRAEModel) -> PreTrainedModel:
-    """The encoder as it was before stage 2 touched it: the teacher, also when stage 2 is resumed."""
-    if config.model.encoder:
-        return build_tokenizer(config.model, model.config._attn_implementation).encoder
-    return model.encoder  # random, for tests and dry runs: stage 2 always enters with stage 1's, which is frozen
-
-
 def main(argv: list[str] | None = None) -> None:
     name, *overrides = argv if argv is not None else sys.argv[1:]
     config = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), overrides)
@@ -82,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             model = VQRAEModel.from_pretrained(previous, attn_implementation=attention)
         run = RunDirectory(folder, seed=config.seed)
-        StageTrainer(config, number, model, original_encoder(config, model), run).train()
+        StageTrainer(config, number, model, run).train()
     if is_main_process():
         with atomic_path(output / "model") as temporary:
             shutil.copytree(output / f"stage{stages[-1]}" / "model", temporary)

@@ -137,4 +137,4 @@ def test_language_model_trains_on_all_tokens_with_the_caption_as_context():
 @pytest.mark.parametrize("name", ["tiny", "tiny_llm"])
 def test_shipped_configs_build(name):
     cls = train.TrainConfig if name == "tiny" else train_llm.TinyLLMConfig
-    load_config(cls, shipped_config("vqrae.understanding", name))
+    assert isinstance(load_config(cls, shipped_config("vqrae.understanding", name)), cls)
