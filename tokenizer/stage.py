@@ -66,11 +66,11 @@ class StageTrainer:
 
         # ---- data
         size = model.config.image_size
-        self.dataset: Any = open_images(config.data.train, image_size=size, split="train")
+        self.dataset: Any = open_images(config.data.train, image_size=size, crop=config.data.crop)
         validation: Any = open_images(config.data.validation or config.data.train, image_size=size, split="validation")
         self.previews = stack_images(validation, 12).to(self.device)
         self.sampler = StreamSampler(
-            len(self.dataset),
+            self.dataset,
             seed=config.seed + number,
             rank=self.engine.process_index,
             world_size=self.engine.num_processes,
