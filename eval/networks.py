@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqrae.common.checkpoints import resolve_model
 from vqrae.common.files import sha256, weights_fingerprint
 from vqrae.tokenizer import VQRAEModel
 
@@ -196,6 +197,20 @@ class OriginalEncoder(nn.Module):
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
         return self.tokenizer.encode_features(images).float().mean(1), None
+
+
+def original_tokenizer(run: str, given: str | None = None) -> VQRAEModel:
+    """The tokenizer that still has its original encoder: stage 1 of a run directory, which freezes it, or `given`.
+
+    Raises:
+        NotMeasured: when none is given and `run` is no run directory with a finished stage 1.
+    """
+    if given is not None:
+        return VQRAEModel.from_pretrained(resolve_model(given))
+    folder = Path(run) / "stage1" / "model"
+    if not folder.is_dir():
+        raise NotMeasured(f"{folder}, which has the encoder from before the training, does not exist: give original_encoder=")
+    return VQRAEModel.from_pretrained(folder)
 
 
 def build_lpips(network: Backbone, weights: str | None = None) -> Callable[[Tensor, Tensor], Tensor]:

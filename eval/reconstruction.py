@@ -27,7 +27,15 @@ from vqrae.common.run import package_versions, quiet_libraries
 from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval.frechet import FeatureStatistics
 from vqrae.eval.metrics import Distance, FrechetMetric, ReconstructionMetrics
-from vqrae.eval.networks import Backbone, EfficientNetLite0, Inception, NotMeasured, OriginalEncoder, build_lpips
+from vqrae.eval.networks import (
+    Backbone,
+    EfficientNetLite0,
+    Inception,
+    NotMeasured,
+    OriginalEncoder,
+    build_lpips,
+    original_tokenizer,
+)
 from vqrae.eval.pictures import PictureBatches, SplitChoice, open_evaluation, resolve_split
 from vqrae.eval.protocols import Protocol, get_protocol
 from vqrae.eval.sharding import processes
@@ -150,18 +158,6 @@ class ReconstructionConfig:
         get_protocol(self.protocol)
 
 
-def original_tokenizer(run: str | Path) -> VQRAEModel:
-    """The tokenizer that still has its original encoder: stage 1 of a run directory, which freezes it.
-
-    Raises:
-        NotMeasured: when `run` is no run directory with a finished stage 1.
-    """
-    folder = Path(run) / "stage1" / "model"
-    if not folder.is_dir():
-        raise NotMeasured(f"{folder}, which has the encoder from before the training, does not exist: give original_encoder=")
-    return VQRAEModel.from_pretrained(folder)
-
-
 def build_network(name: str, config: ReconstructionConfig) -> torch.nn.Module:
     """A network for Fréchet distances.
 
@@ -172,9 +168,7 @@ def build_network(name: str, config: ReconstructionConfig) -> torch.nn.Module:
         return Inception(config.inception_weights)
     if name == "efficientnet_lite0":
         return EfficientNetLite0.from_package()
-    if config.original_encoder is None:
-        return OriginalEncoder(original_tokenizer(config.model))
-    return OriginalEncoder(VQRAEModel.from_pretrained(resolve_model(config.original_encoder)))
+    return OriginalEncoder(original_tokenizer(config.model, config.original_encoder))
 
 
 @dataclass
