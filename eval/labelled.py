@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqrae.common.pictures import open_picture
+from vqrae.common.pictures import open_picture, picture_to_uint8, resize_and_crop
 from vqrae.data.images import list_pictures
 from vqrae.data.scenes import Scene, SceneDataset
-from vqrae.data.tolerant import TolerantDataset, fit_picture, name_hash
+from vqrae.data.tolerant import TolerantDataset, name_hash
 
 TEST_SHARE = 5  # every fifth picture of a class, by name, when there is no folder of test pictures
 Pair = tuple[Dataset, Dataset]  # to fit on, to ask about
@@ -87,8 +87,8 @@ class ClassFolder(TolerantDataset):
         return len(self.paths)
 
     def read(self, index: int) -> dict[str, Any]:
-        picture = open_picture(self.paths[index])
-        return {"image": fit_picture(picture, self.image_size), "label": torch.tensor(self.labels[index])}
+        picture = resize_and_crop(open_picture(self.paths[index]), self.image_size)
+        return {"image": picture_to_uint8(picture), "label": torch.tensor(self.labels[index])}
 
 
 def class_of(path: Path, folder: str | Path) -> str:

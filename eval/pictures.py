@@ -15,6 +15,7 @@ from vqrae.eval.protocols import Protocol, resize_picture
 from vqrae.eval.sharding import share, sum_over_processes
 
 SplitChoice = Literal["auto", "validation", "all"]
+USERS_KINDS = ("folder", "jsonl", "tar", "hf")
 
 
 class ProtocolFolder(ImageFolder):
@@ -30,15 +31,10 @@ class ProtocolFolder(ImageFolder):
 
 
 def resolve_split(source: str, choice: SplitChoice) -> FileSplit:
-    """`auto` takes all that a user's files hold, and of the endless scenes those that are held back.
-
-    Raises:
-        ValueError: when all scenes are asked for.
-    """
-    is_scenes = source_kind(source) == "scenes"
-    if is_scenes and choice == "all":
-        raise ValueError("scenes have no end: split=all is for files, expected split=validation")
-    return choice if choice != "auto" else "validation" if is_scenes else "all"
+    """`auto` takes all that a user's files hold, and the held-out part of the embedded data sets."""
+    if choice != "auto":
+        return choice
+    return "all" if source_kind(source) in USERS_KINDS else "validation"
 
 
 def open_evaluation(

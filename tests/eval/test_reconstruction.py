@@ -175,7 +175,7 @@ def test_all_pictures_of_a_folder_are_scored_and_broken_ones_are_left_out(
     (pictures / "04.png").unlink()
     assert score(tmp_path / "sound.json", *arguments)["psnr"] == pytest.approx(values["psnr"], rel=1e-5)
     assert score(tmp_path / "part.json", *arguments, "split=validation")["num_images"] == 1
-    with pytest.raises(ValueError, match="split=all is for files"):
+    with pytest.raises(ValueError, match="scenes have no end"):
         score(tmp_path / "endless.json", f"model={tokenizer_folder}", "split=all")
 
 
