@@ -6,6 +6,7 @@ Shapes: B batch, M tokens, K codebook size, E codebook width, P pixels of a patc
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,18 @@ EXAMPLES = 8  # patches that are kept for each code
 
 
 @torch.no_grad()
-def two_nearest(features: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (M, 2) of the nearest and the second nearest row of the table (K, E), and the distances (M, 2) to them.
+def nearest_others(features: Tensor, table: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """For each feature (M, E) the row of the table (K, E) that is nearest but for row `own` (M,): codes (M,), distances (M,).
 
     Distances are taken anew from the rows found: |z|^2 - 2 z.e + |e|^2 loses the small ones.
     """
     offset = table.square().sum(-1) / 2
-    codes = torch.cat([(block @ table.T - offset).topk(2).indices for block in features.split(BLOCK)])
-    return codes, (features[:, None] - table[codes]).norm(dim=-1)
-
-
-@torch.no_grad()
-def nearest_others(table: Tensor) -> tuple[Tensor, Tensor]:
-    """For each code vector of the table (K, E) the nearest other one: codes (K,), distances (K,)."""
-    offset = table.square().sum(-1) / 2
     found = []
-    for rows in torch.arange(len(table), device=table.device).split(BLOCK):
-        scores = table[rows] @ table.T - offset
-        scores[torch.arange(len(rows)), rows] = -torch.inf
+    for block, mine in zip(features.split(BLOCK), own.split(BLOCK), strict=True):
+        scores = (block @ table.T - offset).scatter_(1, mine[:, None], -torch.inf)
         found.append(scores.argmax(1))
     codes = torch.cat(found)
-    return codes, (table - table[codes]).norm(dim=1)
+    return codes, (features - table[codes]).norm(dim=1)
 
 
 @dataclass
@@ -65,23 +57,34 @@ class CodebookStatistics:
         size, device = len(self.table), self.table.device
         self.counts = torch.zeros(size, dtype=torch.int64, device=device)
         self.margins = torch.zeros(BINS, dtype=torch.float64, device=device)
-        self.squared_errors = torch.zeros(size, dtype=torch.float64, device=device)
+        self.squared_error = torch.zeros((), dtype=torch.float64, device=device)
         self.feature_sums = torch.zeros(2, self.table.shape[1], dtype=torch.float64, device=device)
         self._kept = torch.zeros(size, dtype=torch.int64)
 
-    def update(self, images: Tensor, features: Tensor) -> None:
-        """Add images (B, 3, H, W) in [0, 1] with the projected features (B, N, E) that the quantizer sees."""
-        flat = features.flatten(0, 1)
-        nearest, distances = two_nearest(flat, self.table)
-        codes, (first, second) = nearest[:, 0], distances.unbind(1)
-        margin = 1 - first / second.clamp(min=torch.finfo(second.dtype).tiny)
+    @cached_property
+    def neighbors(self) -> tuple[Tensor, Tensor]:
+        """For each code vector the nearest other one: codes (K,), distances (K,)."""
+        return nearest_others(self.table, self.table, torch.arange(len(self.table), device=self.table.device))
+
+    def update(self, images: Tensor, features: Tensor, codes: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            features: (B, N, E) as they are compared with the code vectors.
+            codes: (B, N) that the quantizer chose for them.
+        """
+        flat, chosen = features.flatten(0, 1), codes.flatten()
+        error = (flat - self.table[chosen]).norm(dim=1)
+        _, other = nearest_others(flat, self.table, chosen)
+        margin = 1 - error / other.clamp(min=torch.finfo(other.dtype).tiny)
         bins = (margin * BINS).long().clamp(0, BINS - 1)
         self.margins += torch.bincount(bins, minlength=BINS)
-        self.counts += torch.bincount(codes, minlength=len(self.table))
-        self.squared_errors.index_add_(0, codes, first.double().square())
+        self.counts += torch.bincount(chosen, minlength=len(self.table))
+        self.squared_error += error.double().square().sum()
         self.feature_sums += torch.stack([flat.double().sum(0), flat.double().square().sum(0)])
         self.num_images += len(images)
-        self._keep_patches(images, codes.view(len(images), -1).cpu())
+        self._keep_patches(images, codes.cpu())
 
     def _keep_patches(self, images: Tensor, codes: Tensor) -> None:
         size, columns = self.patch_size, images.shape[-1] // self.patch_size
@@ -97,17 +100,17 @@ class CodebookStatistics:
 
         Returns:
             used_codes, dead_codes, usage, perplexity, entropy_bits; top_share: of the tokens that the most frequent hundredth
-            of the codes holds; median_margin: 1 - (distance to the nearest code) / (to the second nearest), 0 where they tie;
-            error_share: squared distance to the nearest code relative to the variance of the features;
-            rms_error: that distance; median_spacing: distance of a used code to its nearest other; duplicates: codes
-            nearer to another than a tenth of rms_error.
+            of the codes holds; median_margin: 1 - (distance to the code) / (to the nearest other), 0 where they tie;
+            error_share: squared distance to the code relative to the variance of the features; rms_error: that distance;
+            median_spacing: distance of a used code to its nearest other; duplicates: codes nearer to another than a tenth of
+            rms_error.
         """
         counts, tokens = self.counts.double(), int(self.counts.sum())
         share = counts / tokens
         entropy = -torch.special.xlogy(share, share).sum()
         mean, square = self.feature_sums / tokens
-        error = self.squared_errors.sum().item() / tokens
-        spacing = nearest_others(self.table)[1]
+        error = self.squared_error.item() / tokens
+        spacing = self.neighbors[1]
         middle = int(torch.searchsorted(self.margins.cumsum(0), self.margins.sum() / 2))
         used = int((counts > 0).sum())
         return {
@@ -148,7 +151,7 @@ class Code:
 def describe_codes(model: VQRAEModel, statistics: CodebookStatistics, indices: Tensor) -> list[Code]:
     """Codes `indices` (R,) with their patches, neighbours, and what the decoder paints from each alone."""
     grid = model.config.grid_size
-    neighbors, spacing = nearest_others(statistics.table)
+    neighbors, spacing = statistics.neighbors
     found = []
     for block in indices.split(32):
         painted = tensor_to_uint8(model.decode(block[:, None].expand(-1, grid**2).to(model.device))).cpu()
@@ -168,18 +171,19 @@ def measure_codebook(model: VQRAEModel, batches: Iterable[Tensor]) -> CodebookSt
     Raises:
         ValueError: for a tokenizer with several codebooks.
     """
-    if getattr(model.config, "num_codebooks", 1) > 1:
-        raise ValueError(f"got a tokenizer with {model.config.num_codebooks} codebooks; the report is of a single one")
     statistics = CodebookStatistics(model.code_vectors(), model.config.patch_size)
+    to_code_space = getattr(model.quantizer, "to_code_space", lambda features: features)
     for images in batches:
         images = images.to(model.device)
-        statistics.update(images, model.project(model.encode_features(images)))
+        projected = model.project(model.encode_features(images))
+        codes = model.quantizer(projected).codes
+        if codes.ndim != 2:
+            raise ValueError(f"got a tokenizer with {codes.shape[2]} codebooks; the report is of a single one")
+        statistics.update(images, to_code_space(projected), codes)
     return statistics
 
 
-def write_report(
-    model: VQRAEModel, batches: Iterable[Tensor], out: str | Path, *, source: str, tokenizer: str
-) -> str:
+def write_report(model: VQRAEModel, batches: Iterable[Tensor], out: str | Path, *, source: str, tokenizer: str) -> str:
     """Write codebook.html, codebook.png and codebook.json into `out`.
 
     Args:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from vqrae.eval.codebook import BINS, EXAMPLES, Code, CodebookStatistics, nearest_others
+from vqrae.eval.codebook import BINS, EXAMPLES, Code, CodebookStatistics
 from vqrae.eval.report_figures import ACCENT, INK, PAPER, SECOND, SOFT, STYLE, data_uri, draw_usage, inline_svg
 
 SHOWN = (48, 24, 24)  # codes on the page: the most frequent ones, from a third of the ranking on, and from two thirds on
@@ -35,7 +35,7 @@ class CodebookPage:
         self.summary = summary
         self.counts = statistics.counts.cpu()
         self.margins = statistics.margins.cpu().numpy()
-        self.spacing = nearest_others(statistics.table)[1].cpu().numpy()
+        self.spacing = statistics.neighbors[1].cpu().numpy()
         order = self.counts.argsort(descending=True, stable=True)[: summary["used_codes"]]
         self.groups: dict[str, Sequence[Code]] = {}
         rank = 1
@@ -133,7 +133,7 @@ class CodebookPage:
             (f"{summary['perplexity']:,.0f}", "perplexity: codes in equal use"),
             (f"{summary['top_share']:.1%}", "of the tokens in 1 % of the codes"),
             (f"{summary['error_share']:.1%}", "of the variance is lost in the codes"),
-            (f"{summary['median_margin']:.2f}", "median margin to the second code"),
+            (f"{summary['median_margin']:.2f}", "median margin to the next code"),
         ]
 
     def charts(self) -> dict[str, Callable[[Axes], None]]:
@@ -150,7 +150,7 @@ class CodebookPage:
         median = self.summary["median_margin"]
         _mark(axes, median, f"median {median:.2f}")
         right = min(1.0, (np.flatnonzero(shares > 1e-4)[-1] + 2) / BINS)
-        axes.set(xlim=(0, right), xlabel="1 - nearest / second nearest distance", ylabel="share of the tokens")
+        axes.set(xlim=(0, right), xlabel="1 - distance to the code / to the nearest other", ylabel="share of the tokens")
         axes.locator_params(nbins=5)
 
     def _draw_spacing(self, axes: Axes) -> None:

@@ -98,8 +98,10 @@ class ReconstructionMetrics:
             codes: (B, N), or (B, N, G) with several codebooks.
 
         Raises:
-            ValueError: when the two are not as many.
+            ValueError: when the two are not as many, or codes are of another number of codebooks.
         """
+        if codes.shape[2:].numel() != len(self.histogram):  # of no dimensions: 1
+            raise ValueError(f"got codes {tuple(codes.shape)}, expected those of {len(self.histogram)} codebooks")
         if len(images) != len(reconstruction):
             raise ValueError(
                 f"got images {tuple(images.shape)} and reconstruction {tuple(reconstruction.shape)}, expected as many"

@@ -79,7 +79,7 @@ def evaluate_reconstruction(
         progress: called with (pictures done, pictures in all).
 
     Raises:
-        ValueError: when the data set holds fewer pictures than asked for.
+        ValueError: when the data set holds fewer pictures than asked for, or than there are processes.
     """
     model = model.eval()
     available: int = len(dataset)  # type: ignore[arg-type]  # every source of ours has a length
@@ -91,25 +91,25 @@ def evaluate_reconstruction(
     )
     metrics = ReconstructionMetrics(
         model.config.codebook_size,
-        getattr(model.config, "num_codebooks", 1),
+        getattr(model.quantizer, "num_codebooks", 1),
         protocol=protocol,
         frechet=frechet,
         lpips=lpips,
         device=model.device,
     )
-    originals: list[Tensor] = []
-    copies: list[Tensor] = []
+    originals, copies, done = [torch.empty(0)], [torch.empty(0)], 0
     for images in batches:
         codes = model.encode(images)
         reconstruction = model.decode(codes)
         metrics.update(images, reconstruction, codes)
-        room = EXAMPLES - len(originals)
-        originals += images[:room].cpu()
-        copies += reconstruction[:room].cpu()
+        if done < EXAMPLES:
+            originals.append(images[: EXAMPLES - done].cpu())
+            copies.append(reconstruction[: EXAMPLES - done].cpu())
+        done += len(images)
     metrics.reduce()
     batches.reduce()
     values = {**metrics.compute(), "broken_images": int(batches.broken)}
-    return Reconstructions(values, metrics.histogram.cpu(), torch.stack(originals), torch.stack(copies))
+    return Reconstructions(values, metrics.histogram.cpu(), torch.cat(originals), torch.cat(copies))
 
 
 # ---- the command

@@ -28,8 +28,14 @@ def processes(device: str) -> Iterator[str]:
 
 
 def share(total: int) -> range:
-    """Indices of this process's pictures: consecutive, all of them together 0 … total - 1, sizes differ by one at most."""
+    """Indices of this process's pictures: consecutive, all of them together 0 … total - 1, sizes differ by one at most.
+
+    Raises:
+        ValueError: on every process, when there are more of them than pictures.
+    """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if total < size:
+        raise ValueError(f"got {total} pictures for {size} processes, expected at least one for each: set nproc={total}")
     return range(rank * total // size, (rank + 1) * total // size)
 
 

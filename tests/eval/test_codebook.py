@@ -13,22 +13,22 @@ from PIL import Image
 from vqrae.common.pictures import save_picture, tensor_to_picture
 from vqrae.data.scenes import SceneDataset
 from vqrae.eval import codebook
-from vqrae.eval.codebook import CodebookStatistics, describe_codes, measure_codebook, nearest_others, two_nearest
+from vqrae.eval.codebook import CodebookStatistics, describe_codes, measure_codebook, nearest_others
 from vqrae.eval.codebook_page import ranges
 from vqrae.scripts.cli import main
 from vqrae.tokenizer import VQRAEModel
 
 
-def test_two_nearest_and_nearest_others_are_those_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_others_are_those_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebook, "BLOCK", 7)
     generator = torch.Generator().manual_seed(0)
     table, features = torch.randn(20, 6, generator=generator), torch.randn(30, 6, generator=generator)
-    codes, distances = two_nearest(features, table)
     expected = torch.cdist(features, table).topk(2, largest=False)
-    assert torch.equal(codes, expected.indices)
-    torch.testing.assert_close(distances, expected.values)
+    codes, distances = nearest_others(features, table, expected.indices[:, 0])
+    assert torch.equal(codes, expected.indices[:, 1])
+    torch.testing.assert_close(distances, expected.values[:, 1])
     among = torch.cdist(table, table).fill_diagonal_(math.inf).min(1)
-    others, spacing = nearest_others(table)
+    others, spacing = CodebookStatistics(table, patch_size=2).neighbors
     assert torch.equal(others, among.indices)
     torch.testing.assert_close(spacing, among.values)
 
@@ -36,7 +36,7 @@ def test_two_nearest_and_nearest_others_are_those_of_all_distances(monkeypatch: 
 def test_summary() -> None:
     """Four codes on a line at 0, 10, 20, 40; four tokens at 0, 0, 12 and 14."""
     statistics = CodebookStatistics(torch.tensor([[0.0], [10.0], [20.0], [40.0]]), patch_size=2)
-    statistics.update(torch.rand(1, 3, 4, 4), torch.tensor([[[0.0], [0.0], [12.0], [14.0]]]))
+    statistics.update(torch.rand(1, 3, 4, 4), torch.tensor([[[0.0], [0.0], [12.0], [14.0]]]), torch.tensor([[0, 0, 1, 1]]))
     values = statistics.summary()
     assert statistics.counts.tolist() == [2, 2, 0, 0]
     assert (values["used_codes"], values["dead_codes"], values["usage"]) == (2, 2, 0.5)
@@ -54,7 +54,8 @@ def test_summary() -> None:
 def test_patches_are_cut_where_the_code_stands_and_from_different_pictures() -> None:
     statistics = CodebookStatistics(torch.tensor([[0.0], [1.0]]), patch_size=2)
     images = torch.arange(16).view(1, 1, 4, 4).expand(12, 3, 4, 4) / 255
-    statistics.update(images, torch.tensor([[[0.0], [1.0], [1.0], [0.0]]]).expand(12, -1, -1))
+    codes = torch.tensor([[0, 1, 1, 0]]).expand(12, -1)
+    statistics.update(images, codes[..., None].float(), codes)
     assert len(statistics.patches[0]) == len(statistics.patches[1]) == codebook.EXAMPLES
     assert statistics.patches[0][0][..., 0].tolist() == [[0, 1], [4, 5]]
     assert statistics.patches[1][7][..., 0].tolist() == [[2, 3], [6, 7]]

@@ -80,6 +80,8 @@ def test_mistakes() -> None:
         ReconstructionMetrics(8).compute()
     with pytest.raises(ValueError, match="expected as many"):
         ReconstructionMetrics(8).update(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16), CODES)
+    with pytest.raises(ValueError, match="expected those of 1 codebooks"):
+        ReconstructionMetrics(8).update(*[torch.zeros(1, 3, 16, 16)] * 2, CODES[..., None].expand(1, 4, 2))
 
 
 def test_batches_do_not_matter(tokenizer_folder: Path) -> None:
