@@ -62,7 +62,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "maskbit": Protocol(resize="bilinear_crop", rounding="none", network_rounding="truncate"),
     # LlamaGen: ADM's crop; `127.5 x + 128` truncated is rounding; SSIM of range 2 as in VGT.
     "llamagen": Protocol(resize="adm_crop", ssim_window="uniform_7", ssim_data_range=2.0),
-    # RAE: ADM's crop, truncates.
+    # RAE: ADM's crop, truncates. It publishes no SSIM; scikit-image's stands in.
     "rae": Protocol(resize="adm_crop", rounding="truncate", network_rounding="truncate", ssim_window="uniform_7"),
     # SEED-Voken (Open-MAGVIT2, IBQ): the Inception network sees unrounded values, PSNR and SSIM truncated ones.
     "seed_voken": Protocol(
