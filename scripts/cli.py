@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--codes", required=True, help="FILE.npz written by encode")
     command.add_argument("--out", required=True, help="folder for the pictures")
 
+    command = add("codebook", codebook, "show what each code stands for, and how well the codebook is used", "tokenizer")
+    command.add_argument("--images", required=True, help="a picture, or a folder of pictures of any size and mode")
+    command.add_argument("--out", default="codebook", help="folder for codebook.html, .png and .json (default: %(default)s)")
+
     command = add("chat", chat, "ask about pictures", "understanding model")
     command.add_argument("--image", action="append", default=[], help="a picture; may be given several times")
     command.add_argument("--question", help="ask once; without it, ask interactively")
@@ -247,6 +251,17 @@ def decode(arguments: argparse.Namespace) -> None:
             save_picture(tensor_to_picture(image), Path(arguments.out) / outputs[name])
         progress(min(start + BATCH_SIZE, len(names)), len(names))
     print(f"{len(names)} pictures are in {arguments.out}")
+
+
+def codebook(arguments: argparse.Namespace) -> None:
+    """Write a page and a sheet of what each code stands for."""
+    from vqrae.eval.codebook import write_report
+
+    model, fingerprint = _load_tokenizer(arguments)
+    reader = PictureReader(arguments.images, model.config.image_size)
+    batches = (images for _, images in reader)
+    text = write_report(model, batches, arguments.out, source=arguments.images, tokenizer=fingerprint)
+    print(f"{reader.summary()}; {text}")
 
 
 def _read_codes(path: str) -> tuple[list[str], "Tensor", str]:

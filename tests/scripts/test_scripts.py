@@ -15,6 +15,7 @@ import pytest
 
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
+from vqrae.eval.features import FeaturesConfig
 from vqrae.eval.generation import GenerationConfig as GenerationEvaluation
 from vqrae.eval.reconstruction import ReconstructionConfig
 from vqrae.eval.scene_questions import SceneQuestionsConfig
@@ -27,7 +28,7 @@ from vqrae.understanding.train_llm import TinyLLMConfig
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if path.name != "lib.sh")
 TRAININGS = ["pretrain_encoder", "train_tokenizer", "train_llm", "train_llava", "train_ar_gen"]
-EVALUATIONS = ["eval_reconstruction", "eval_understanding", "eval_geneval"]
+EVALUATIONS = ["eval_reconstruction", "eval_features", "eval_understanding", "eval_geneval"]
 # What reads the command line of each training module.
 READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.tokenizer.pretrain_encoder": lambda a: load_config(
@@ -39,6 +40,7 @@ READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.generation.extract_codes": lambda a: read_config(a, "extraction"),
     "vqrae.generation.train": lambda a: read_config(a, "training"),
     "vqrae.eval.reconstruction": lambda a: parse_arguments(ReconstructionConfig, a),
+    "vqrae.eval.features": lambda a: parse_arguments(FeaturesConfig, a),
     "vqrae.eval.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
     "vqrae.eval.generation": lambda a: parse_arguments(GenerationEvaluation, a),
 }
@@ -122,6 +124,14 @@ def test_a_bare_call_launches_the_embedded_default(script: str, repository: Repo
     last = repository.calls()[-1]
     assert last[0] == "-m"  # a plain process
     assert read(last)
+
+
+@pytest.mark.parametrize("script", EVALUATIONS)
+def test_an_evaluation_needs_a_model_only(script: str, repository: Repository) -> None:
+    result = repository.run(f"{script}.sh", "model=m")
+    assert result.returncode == 0, result.stderr
+    [call] = repository.calls()
+    assert read(call)
 
 
 def test_missing_artefacts_are_made_first(repository: Repository) -> None:
