@@ -35,8 +35,9 @@ def test_discriminator_shapes_and_blur() -> None:
 
 def test_published_size() -> None:
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in PatchDiscriminator().parameters())
-    assert parameters == 1_909_889  # TiTok's 1.91 M
+        networks = PatchDiscriminator(), PatchDiscriminator((128, 128, 256, 512, 1024))
+        parameters = [sum(p.numel() for p in network.parameters()) for network in networks]
+    assert parameters == [1_909_889, 7_430_017]  # TiTok's 1.91 M, MaskBit's 7.43 M
 
 
 def test_usage_counts_only_what_it_saw() -> None:
