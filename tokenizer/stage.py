@@ -3,7 +3,6 @@
 Everything random is a function of seed and step, so a resumed run equals an uninterrupted one.
 """
 
-import copy
 import shutil
 import time
 from typing import Any
@@ -20,7 +19,7 @@ from vqrae.common.run import RunDirectory, format_duration
 from vqrae.common.schedule import warmup_cosine
 from vqrae.data.sources import open_images
 from vqrae.data.stream import StreamSampler
-from vqrae.tokenizer.discriminator import PatchDiscriminator
+from vqrae.tokenizer.discriminator import build_discriminator, frozen
 from vqrae.tokenizer.engine import build_accelerators, parameter_groups, prepare
 from vqrae.tokenizer.losses import (
     LeCam,
@@ -32,6 +31,7 @@ from vqrae.tokenizer.losses import (
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput, encoder_features
 from vqrae.tokenizer.perceptual import build_perceptual
 from vqrae.tokenizer.quantizers import draw_by_error
+from vqrae.tokenizer.teacher import keep_original, original_encoder
 from vqrae.tokenizer.train_config import StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.usage import CodeUsage
 
@@ -57,11 +57,28 @@ class StageTrainer:
         set_trainable(model, stage)
 
         # ---- networks that only judge
-        self.teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
+        original = run.path.with_name("stage1") / "original_encoder.safetensors"
+        if number == 1 and run.latest_checkpoint() is None:
+            keep_original(model.encoder, original, tuned=not stage.freeze_encoder)
+            self.engine.wait_for_everyone()
+        self.teacher = original_encoder(model.encoder, original) if stage.needs_teacher else None
         self.perceptual: nn.Module | None = None
         if stage.perceptual_weight:
-            self.perceptual = build_perceptual(stage.perceptual_network, self.teacher, model.normalize)
-        self.discriminator = PatchDiscriminator(stage.discriminator_channels).to(self.device)
+            self.perceptual = build_perceptual(
+                stage.perceptual_network,
+                stage.perceptual_mix,
+                teacher=self.teacher,
+                normalize=model.normalize,
+                folder=config.perceptual_weights,
+                random=config.random_perceptual_weights,
+            ).to(self.device)
+        if stage.adversarial_weight:
+            self.discriminator = build_discriminator(
+                stage.discriminator,
+                channels=stage.discriminator_channels,
+                backbone=stage.discriminator_backbone,
+                random_backbone=config.random_perceptual_weights,
+            ).to(self.device)
         self.lecam = LeCam().to(self.device)
 
         # ---- data
@@ -158,19 +175,18 @@ class StageTrainer:
             output = self.wrapped(images, bypass=bypass)
             losses = {"reconstruction_loss": reconstruction_loss(output.reconstruction, images), **output.losses}
             if stage.distillation_weight:
+                assert self.teacher is not None
                 with torch.no_grad():
                     target = encoder_features(self.teacher, self.model.normalize(images), self.model.config.feature_tap)
                 losses["distillation_loss"] = distillation_loss(output.features, target)
             if self.perceptual is not None:
                 losses["perceptual_loss"] = self.perceptual(output.reconstruction, images)
             if self.is_adversarial(step):
-                self.discriminator.requires_grad_(False)  # the bare module: its engine must not see this backward
-                losses["adversarial_loss"] = generator_hinge_loss(self.discriminator(output.reconstruction))
-                self.discriminator.requires_grad_(True)
+                with frozen(self.discriminator):  # the bare module: its engine must not see this backward
+                    losses["adversarial_loss"] = generator_hinge_loss(self.discriminator(output.reconstruction))
             weights = {name: getattr(stage, name.replace("_loss", "_weight")) for name in losses}
             if "adversarial_loss" in losses:
-                ramp = (step - stage.discriminator_start + 1) / max(1, stage.discriminator_ramp)
-                weights["adversarial_loss"] *= min(1.0, ramp)
+                weights["adversarial_loss"] *= self.adversarial_ramp(step)
             if bypass:
                 weights |= dict.fromkeys(output.losses, 0.0)
             self.engine.backward(sum(weights[name] * loss for name, loss in losses.items()))
@@ -187,10 +203,10 @@ class StageTrainer:
             real, fake = self.d_wrapped(torch.cat([images, reconstruction])).float().chunk(2)
             loss = discriminator_hinge_loss(real, fake)
             engine.backward(loss + stage.lecam_weight * self.lecam(real, fake))
+            self.lecam.observe(real, fake)
             if engine.sync_gradients:
                 engine.clip_grad_norm_(self.discriminator.parameters(), stage.max_grad_norm)
-                means: Any = engine.reduce(torch.stack([real.mean(), fake.mean()]).detach(), "mean")
-                self.lecam.update(means[0], means[1])
+                self.lecam.update(*engine.reduce(self.lecam.take_means(), "mean"))
             self.d_optimizer.step()
             self.d_optimizer.zero_grad()
         return loss
@@ -202,6 +218,10 @@ class StageTrainer:
 
     def is_adversarial(self, step: int) -> bool:
         return self.stage.adversarial_weight > 0 and step >= self.stage.discriminator_start
+
+    def adversarial_ramp(self, step: int) -> float:
+        """Share of the adversarial weight at a step from the discriminator's start on."""
+        return min(1.0, (step - self.stage.discriminator_start + 1) / max(1, self.stage.discriminator_ramp))
 
     def is_revival(self, done: int) -> bool:
         stage = self.stage

@@ -63,14 +63,22 @@ class StageConfig:
     commitment_weight: float = 0.25
     perceptual_weight: float = 0.0
     perceptual_network: str = "encoder"
+    """`encoder`, `lpips`, `convnext_s` or several joined by `+`. Published: `lpips+convnext_s`, mix [1.0, 0.1], weight 1.1."""
+    perceptual_mix: tuple[float, ...] = ()
+    """One weight for each of several networks, whose weighted mean is the loss."""
     distillation_weight: float = 0.0
     adversarial_weight: float = 0.0
+    discriminator: str = "maskbit"
+    """`maskbit`, or `dino`: heads on a frozen ViT."""
     discriminator_start: int = 0
     """Stage step of the discriminator's first update; it is not run before."""
     discriminator_ramp: int = 0
     """Steps over which the adversarial weight grows from 0."""
     discriminator_lr: float = 0.0
     discriminator_channels: tuple[int, ...] = (128, 128, 256, 512)
+    """Of `maskbit`."""
+    discriminator_backbone: str = "facebook/dino-vits16"
+    """Folder or hub id of the frozen ViT of `dino`."""
     lecam_weight: float = 0.001
     bypass_steps: int = 0
     """The first steps of the stage train a continuous autoencoder; the codebook then starts anew from its features."""
@@ -84,6 +92,18 @@ class StageConfig:
             raise ValueError("adversarial_weight is set but discriminator_lr is 0: the discriminator would never learn")
         if not self.freeze_encoder and not self.encoder_lr:
             raise ValueError("the encoder is not frozen but encoder_lr is 0: set encoder_lr or freeze_encoder")
+        networks = self.perceptual_network.split("+")
+        if len(self.perceptual_mix) != (len(networks) if len(networks) > 1 else 0):
+            raise ValueError(
+                f"perceptual_mix {list(self.perceptual_mix)} does not fit perceptual_network {self.perceptual_network!r}: "
+                "give one weight for each of several networks, and none for a single one"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a frozen copy of the original encoder has a part in this stage."""
+        perceptual = bool(self.perceptual_weight) and "encoder" in self.perceptual_network.split("+")
+        return bool(self.distillation_weight) or perceptual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +116,10 @@ class TokenizerTrainConfig:
     stage1: StageConfig
     stage2: StageConfig
     stage: Literal[1, 2, "both"] = "both"
+    perceptual_weights: str | None = None
+    """Folder with the weights of `lpips` and `convnext_s`; None: torch's cache, or a download into it."""
+    random_perceptual_weights: bool = False
+    """Random weights for them and for the backbone of `dino`: for dry runs and tests, as these losses then mean nothing."""
     zero: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO stage; 0 is plain DDP."""
     bf16: bool = True
