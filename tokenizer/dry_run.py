@@ -48,9 +48,10 @@ def rehearsal(config: TokenizerTrainConfig, number: int) -> TokenizerTrainConfig
         bypass_steps=0,
         revival_interval=0,
     )
+    stages: dict[str, Any] = {f"stage{number}": short}
     return dataclasses.replace(
         config,
-        **{f"stage{number}": short},
+        **stages,
         model=without_download(config.model),
         data=dataclasses.replace(config.data, train="scenes", validation=None, num_workers=0),
         micro_batch_size=None,

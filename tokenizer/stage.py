@@ -83,7 +83,8 @@ class StageTrainer:
         self.previews = self.pictures.previews()
 
         # ---- the start of statistics and codebook
-        self.checkpoint, self.rolled_back_to = run.latest_checkpoint(), None
+        self.checkpoint = run.latest_checkpoint()
+        self.rolled_back_to: Path | None = None
         if number == 1 and self.checkpoint is None:
             if model.config.feature_norm == "standardize":
                 model.standardize_features(self.sample_images())

@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         run = RunDirectory(folder, seed=config.seed)
         StageTrainer(config, number, model, run).train()
     if is_main_process():
-        for model in (output / f"stage{stages[-1]}").glob("model*"):  # and its moving average
-            with atomic_path(output / model.name) as temporary:
-                shutil.copytree(model, temporary)
+        for folder in (output / f"stage{stages[-1]}").glob("model*"):  # and its moving average
+            with atomic_path(output / folder.name) as temporary:
+                shutil.copytree(folder, temporary)
         print(f"tokenizer {weights_fingerprint(output / 'model')[:16]} in {output / 'model'}")
 
 

@@ -208,12 +208,8 @@ def test_two_processes_train_like_one(zero: int, one_process: tuple[Path, dict],
     launch(tmp_path, *TWO_PROCESSES, f"zero={zero}")
     for stage in (1, 2):
         for one, two in zip(metrics(output, stage), metrics(tmp_path, stage), strict=True):
-            odd = {name: (one[name], two.get(name)) for name in one if one[name] != pytest.approx(two.get(name), rel=1e-5)}
-            print(stage, one["step"], odd)
             assert without_speed(two) == pytest.approx(without_speed(one), rel=5e-3, nan_ok=True)
     assert metrics(tmp_path, 2)[-1]["discriminator_skipped_steps"] == 1
-    # Adam's first steps follow the sign of each gradient, so single weights with a gradient near zero may part.
     found = VQRAEModel.from_pretrained(tmp_path / "model").state_dict()
     distance = sum((found[key] - value).square().sum() for key, value in expected.items()).sqrt()
-    print(distance / sum(value.square().sum() for value in expected.values()).sqrt())
-    assert distance < 1e-3 * sum(value.square().sum() for value in expected.values()).sqrt()
+    assert distance < 1e-4 * sum(value.square().sum() for value in expected.values()).sqrt()
