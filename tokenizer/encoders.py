@@ -3,7 +3,6 @@
 Shapes: B batch, H W pixels, N visual tokens, D feature width.
 """
 
-import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -70,20 +69,6 @@ def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap
 def final_norm(encoder: PreTrainedModel) -> nn.Module:
     """What lies between `hidden_states[-1]` and `last_hidden_state`; for InternViT the identity."""
     return encoder.post_layernorm if isinstance(encoder, SiglipVisionModel) else encoder.layernorm
-
-
-def frozen_copy(encoder: PreTrainedModel, *, bf16: bool) -> PreTrainedModel:
-    """A teacher: the encoder as it is now, for evaluation only.
-
-    Args:
-        bf16: store matrices in bf16, as which bf16 autocast computes with them anyway: half the memory, the same features.
-    """
-    teacher = copy.deepcopy(encoder).eval().requires_grad_(False)
-    if bf16:
-        for module in teacher.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.bfloat16()
-    return teacher
 
 
 # ---- OpenGVLab's own format (remote code on the hub) -> InternVLVisionModel

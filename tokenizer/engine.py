@@ -14,6 +14,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vqrae.common.distributed import prepare_cpu_deepspeed
+from vqrae.tokenizer.encoders import final_norm
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.train_config import StageConfig
 
 BUCKET = 100_000_000  # values that ZeRO sends at once: buffers of 0.4 GB each instead of the default's 2 GB
@@ -58,6 +60,13 @@ def prepare(accelerator: Accelerator, name: str, model: nn.Module, optimizer: to
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.select_deepspeed_plugin(name)
     return accelerator.prepare(model, optimizer)
+
+
+def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
+    """Stage 1 freezes the encoder; what lies behind the feature tap never gets a gradient and is frozen too."""
+    model.encoder.requires_grad_(not stage.freeze_encoder)
+    if model.config.feature_tap == "hidden_states[-1]":
+        final_norm(model.encoder).requires_grad_(False)
 
 
 def parameter_groups(modules: dict[str, tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ from vqrae.common.files import atomic_path
 from vqrae.common.pictures import picture_grid, save_picture
 from vqrae.common.run import RunDirectory, format_duration
 from vqrae.common.schedule import warmup_cosine
-from vqrae.tokenizer.discriminator import PatchDiscriminator
+from vqrae.tokenizer.discriminator import build_discriminator, frozen
 from vqrae.tokenizer.ema import WeightAverage
-from vqrae.tokenizer.encoders import encoder_features, final_norm, frozen_copy
-from vqrae.tokenizer.engine import build_accelerators, compile_blocks, parameter_groups, prepare
+from vqrae.tokenizer.encoders import encoder_features
+from vqrae.tokenizer.engine import build_accelerators, compile_blocks, parameter_groups, prepare, set_trainable
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
 from vqrae.tokenizer.losses import (
     LeCam,
@@ -35,7 +35,8 @@ from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
 from vqrae.tokenizer.perceptual import build_perceptual
 from vqrae.tokenizer.pictures import StagePictures, resize
 from vqrae.tokenizer.quantizers import draw_by_error
-from vqrae.tokenizer.train_config import StageConfig, TokenizerTrainConfig
+from vqrae.tokenizer.teacher import keep_original, original_encoder
+from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.tokenizer.train_state import TrainState
 from vqrae.tokenizer.usage import CodeUsage
 
@@ -62,11 +63,28 @@ class StageTrainer:
             model.activation_checkpointing_enable()
 
         # ---- networks that only judge
-        self.teacher = frozen_copy(model.encoder, bf16=config.bf16) if stage.needs_teacher else None
+        original = run.path.with_name("stage1") / "original_encoder.safetensors"
+        if number == 1 and run.latest_checkpoint() is None:
+            keep_original(model.encoder, original, tuned=not stage.freeze_encoder)
+            self.engine.wait_for_everyone()
+        self.teacher = original_encoder(model.encoder, original, bf16=config.bf16) if stage.needs_teacher else None
         self.perceptual: nn.Module | None = None
         if stage.perceptual_weight:
-            self.perceptual = build_perceptual(stage.perceptual_network, self.teacher, model.normalize)
-        self.discriminator = PatchDiscriminator(stage.discriminator_channels).to(self.device)
+            self.perceptual = build_perceptual(
+                stage.perceptual_network,
+                stage.perceptual_mix,
+                teacher=self.teacher,
+                normalize=model.normalize,
+                folder=config.perceptual_weights,
+                random=config.random_perceptual_weights,
+            ).to(self.device)
+        if stage.adversarial_weight:
+            self.discriminator = build_discriminator(
+                stage.discriminator,
+                channels=stage.discriminator_channels,
+                backbone=stage.discriminator_backbone,
+                random_backbone=config.random_perceptual_weights,
+            ).to(self.device)
         self.lecam = LeCam().to(self.device)
 
         # ---- data
@@ -192,13 +210,11 @@ class StageTrainer:
                 if self.perceptual is not None:
                     losses["perceptual_loss"] = self.perceptual(output.reconstruction, targets)
                 if self.is_adversarial(step):
-                    self.discriminator.requires_grad_(False)  # the bare module: its engine must not see this backward
-                    losses["adversarial_loss"] = generator_hinge_loss(self.discriminator(output.reconstruction))
-                    self.discriminator.requires_grad_(True)
+                    with frozen(self.discriminator):  # the bare module: its engine must not see this backward
+                        losses["adversarial_loss"] = generator_hinge_loss(self.discriminator(output.reconstruction))
             weights = {name: getattr(stage, name.replace("_loss", "_weight")) for name in losses}
             if "adversarial_loss" in losses:
-                ramp = (step - stage.discriminator_start + 1) / max(1, stage.discriminator_ramp)
-                weights["adversarial_loss"] *= min(1.0, ramp)
+                weights["adversarial_loss"] *= self.adversarial_ramp(step)
             if bypass:
                 weights |= dict.fromkeys(output.losses, 0.0)
             # Outside of autocast, whose bf16 copies of all weights are gone by now.
@@ -217,12 +233,13 @@ class StageTrainer:
                 real, fake = self.d_wrapped(torch.cat([images, reconstruction])).float().chunk(2)
                 loss = discriminator_hinge_loss(real, fake)
             engine.backward(loss + stage.lecam_weight * self.lecam(real, fake))
+            self.lecam.observe(real, fake)
             if engine.sync_gradients:
                 norm = clip_gradients(engine, self.d_optimizer, self.discriminator.parameters(), stage.max_grad_norm)
                 self.d_skipped.update(norm)
-                means: Any = engine.reduce(torch.stack([real.mean(), fake.mean()]).detach(), "mean")
+                means: Any = engine.reduce(self.lecam.take_means(), "mean")
                 means = torch.where(norm.isfinite(), means, torch.stack([self.lecam.real_mean, self.lecam.fake_mean]))
-                self.lecam.update(means[0], means[1])
+                self.lecam.update(*means)
             self.d_optimizer.step()
             self.d_optimizer.zero_grad()
         return loss
@@ -240,6 +257,10 @@ class StageTrainer:
 
     def is_adversarial(self, step: int) -> bool:
         return self.stage.adversarial_weight > 0 and step >= self.stage.discriminator_start
+
+    def adversarial_ramp(self, step: int) -> float:
+        """Share of the adversarial weight at a step from the discriminator's start on."""
+        return min(1.0, (step - self.stage.discriminator_start + 1) / max(1, self.stage.discriminator_ramp))
 
     def is_revival(self, done: int) -> bool:
         stage = self.stage
@@ -279,7 +300,7 @@ class StageTrainer:
             errors = (features - self.model.quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
             chosen = draw_by_error(errors, len(dead), torch.Generator(errors.device).manual_seed(seed))
             self.model.quantizer.revive(dead, broadcast(features[chosen]))
-        return torch.tensor(len(dead))
+        return torch.tensor(len(dead), device=self.device)
 
     # ------------------------------------------------------------------------------------------- what is seen and kept
 
@@ -376,10 +397,3 @@ class StageTrainer:
         self.restore(newest)
         self.skipped.total.copy_(total)
         self.rolled_back_to = newest
-
-
-def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
-    """Stage 1 freezes the encoder; what lies behind the feature tap never gets a gradient and is frozen too."""
-    model.encoder.requires_grad_(not stage.freeze_encoder)
-    if model.config.feature_tap == "hidden_states[-1]":
-        final_norm(model.encoder).requires_grad_(False)

@@ -73,12 +73,17 @@ class StageConfig:
     """One weight for each of several networks, whose weighted mean is the loss."""
     distillation_weight: float = 0.0
     adversarial_weight: float = 0.0
+    discriminator: str = "maskbit"
+    """`maskbit`, or `dino`: heads on a frozen ViT."""
     discriminator_start: int = 0
     """Stage step of the discriminator's first update; it is not run before."""
     discriminator_ramp: int = 0
     """Steps over which the adversarial weight grows from 0."""
     discriminator_lr: float = 0.0
     discriminator_channels: tuple[int, ...] = (128, 128, 256, 512)
+    """Of `maskbit`."""
+    discriminator_backbone: str = "facebook/dino-vits16"
+    """Folder or hub id of the frozen ViT of `dino`."""
     lecam_weight: float = 0.001
     bypass_steps: int = 0
     """The first steps of the stage train a continuous autoencoder; the codebook then starts anew from its features."""

@@ -16,12 +16,11 @@ from transformers import (
     PreTrainedModel,
     SiglipConfig,
     SiglipModel,
-    SiglipVisionModel,
 )
 
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer.build import build_tokenizer
-from vqrae.tokenizer.encoders import encoder_features, frozen_copy, load_encoder
+from vqrae.tokenizer.encoders import encoder_features, load_encoder
 from vqrae.tokenizer.train_config import ModelConfig
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -118,18 +117,3 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "siglip2"}')
     with pytest.raises(ValueError, match="'siglip2' checkpoint, which is no encoder"):
         load_encoder(str(tmp_path), "eager")
-
-
-@torch.no_grad()
-def test_a_teacher_of_half_the_size_has_the_same_features(tokenizer: VQRAEModel) -> None:
-    teacher = frozen_copy(tokenizer.encoder, bf16=True)
-    size = tokenizer.config.image_size
-    pixel_values = torch.randn(2, 3, size, size)
-    encoders = (tokenizer.encoder, teacher)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, found = (encoder_features(encoder, pixel_values, "hidden_states[-1]") for encoder in encoders)
-    assert torch.equal(expected, found)
-    large, small = (sum(p.numel() * p.element_size() for p in encoder.parameters()) for encoder in encoders)
-    assert small < 0.65 * large
-    assert isinstance(teacher, SiglipVisionModel | InternVLVisionModel)
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
