@@ -345,8 +345,8 @@ class StageTrainer:
         save_picture(picture_grid(rows), self.run.path / "samples" / f"step-{done}.png")
 
     def models(self) -> dict[str, VQRAEModel]:
-        """What the main process saves, by folder name."""
-        return {"model": self.model} | ({"model_ema": self.ema.model} if self.ema is not None else {})
+        """What the main process saves, by folder name; `model` comes last, for a stage that has it is finished."""
+        return ({"model_ema": self.ema.model} if self.ema is not None else {}) | {"model": self.model}
 
     def train_state(self) -> TrainState:
         engines = {"tokenizer": self.engine} | ({"discriminator": self.d_engine} if self.stage.adversarial_weight else {})
