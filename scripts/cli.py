@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +22,7 @@ GRID_COLUMNS, GRID_ROWS = 16, 32
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 when `check-data` found broken samples, 2 for a mistake in the call."""
+    """Run one command; the exit code is 0, 1 when `check-data` found a problem, 2 for a mistake in the call."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
@@ -79,9 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         "check-data", help="read a whole data source before training on it", description=check_data.__doc__
     )
     command.set_defaults(run=check_data)
-    command.add_argument("source", help="scenes, a folder, FILE.jsonl, FILE.tar (or a glob), FILE.json")
+    command.add_argument(
+        "source", help="scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, a mixture"
+    )
     command.add_argument("--image-folder", help="where the pictures of a FILE.json lie (default: beside it)")
-    command.add_argument("--limit", type=int, help="read so many samples (default: all)")
+    command.add_argument("--limit", type=int, help="read so many samples, evenly spread (default: all)")
+    command.add_argument("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
+    command.add_argument("--json", metavar="FILE", help="write the whole report there, too")
     return parser
 
 
@@ -349,32 +353,23 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def check_data(arguments: argparse.Namespace) -> int:
-    """Open a source as training would, read every sample, and name each broken one."""
+    """Read a source before training on it: sizes, broken and missing pictures, captions, duplicates. Exit code 1: problems."""
     from vqrae.common.cli import progress_line
-    from vqrae.data.sources import fingerprint, open_conversations, open_images, open_pairs, source_kind
-    from vqrae.data.tolerant import TolerantDataset
+    from vqrae.common.files import write_json
+    from vqrae.data.checks import check_source
+    from vqrae.data.mixture import parse_mixture
 
-    progress = progress_line("check-data")
-    kind = source_kind(arguments.source)
-    if kind == "json":
-        dataset: Any = open_conversations(arguments.source, image_size=64, split="all", image_folder=arguments.image_folder)
-    elif kind == "scenes":
-        dataset = open_pairs(arguments.source, image_size=64, size=100)
-    elif kind == "folder":
-        dataset = open_images(arguments.source, image_size=64, split="all")
-    else:
-        dataset = open_pairs(arguments.source, image_size=64, split="all")
-    count, broken = min(len(dataset), arguments.limit or len(dataset)), 0
-    for i in range(count):
-        try:
-            dataset.read(i) if isinstance(dataset, TolerantDataset) else dataset[i]
-        except ValueError as error:
-            print(f"broken: {error}")
-            broken += 1
-        if i % 100 == 99:
-            progress(i + 1, count)
-    print(f"{kind}: {count} of {len(dataset)} samples read, {broken} broken; {fingerprint(arguments.source)}")
-    return 1 if broken else 0
+    if min(arguments.limit or 1, arguments.workers + 1) < 1:
+        raise ValueError(f"got --limit {arguments.limit} --workers {arguments.workers}, expected positive numbers")
+    reports = []
+    for source in [name for name, _ in parse_mixture(arguments.source)] or [arguments.source]:
+        progress = progress_line("check-data")
+        options = {"image_folder": arguments.image_folder, "limit": arguments.limit, "workers": arguments.workers}
+        reports.append(check_source(source, progress=progress, **options))
+        print(reports[-1].text())
+    if arguments.json:
+        write_json(arguments.json, [asdict(report) for report in reports])
+    return 1 if any(report.problems for report in reports) else 0
 
 
 def _grid(rows: list[list["Tensor"]], labels: Sequence[str]) -> "Image":

@@ -5,7 +5,7 @@
 #
 #   config=tiny            a name in tokenizer/configs (siglip2_256, siglip2_512, internvit_448), or a YAML file
 #   stage=both             1, 2 or both
-#   data=scenes            scenes, scenes:emoji, a folder of pictures, FILE.jsonl, FILE.tar (or a glob, or x-{000..012}.tar)
+#   data=scenes            scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, A*0.5+B*0.5 (docs/data.md)
 #   encoder=runs/encoder   pretrained encoder: run directory, checkpoint folder or hub id; made first when there is none
 #   output=runs/tokenizer  run directory; the model is in output/model
 #   nproc, nnodes, zero    processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-2, default the config's)

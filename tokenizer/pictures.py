@@ -37,9 +37,9 @@ class StagePictures:
         device: torch.device,
     ) -> None:
         self.config, self.stage, self.seed, self.rank, self.device = config, stage, seed, rank, device
-        self.dataset: Any = open_images(config.train, image_size=size, augment=config.random_crop, seed=seed)
+        self.dataset: Any = open_images(config.train, image_size=size, crop=config.crop)
         self.validation: Any = open_images(config.validation or config.train, image_size=size, split="validation")
-        self.sampler = StreamSampler(len(self.dataset), seed=seed, rank=rank, world_size=world_size)
+        self.sampler = StreamSampler(self.dataset, seed=seed, rank=rank, world_size=world_size)
 
     def micro_batches(self, start: int) -> Iterator[Tensor]:
         """uint8 (B, 3, H, W) from optimizer step `start` on, without end."""

@@ -47,7 +47,7 @@ def test_every_value_of_table_7(variant: str, number: int) -> None:
     assert (stage.reconstruction_weight, stage.codebook_weight, stage.commitment_weight) == (1.0, 1.0, 0.25)  # Eq. 2-4
     assert (config.model.codebook_size, config.model.codebook_dim, config.model.quantizer) == (16384, 1536, "simvq")
     assert config.bf16
-    assert config.data.random_crop
+    assert config.data.crop == "random"
     assert config.data.random_flip
     # What only serves the embedded default stays off.
     assert (config.model.codebook_init, config.model.feature_norm, config.model.output_basis) == ("random", "none", "pixels")
