@@ -8,6 +8,7 @@ import copy
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from vqrae.common.distributed import is_main_process
@@ -24,14 +25,18 @@ def keep_original(encoder: PreTrainedModel, file: Path, *, tuned: bool) -> None:
             save_file(encoder.state_dict(), temporary)
 
 
-def original_encoder(encoder: PreTrainedModel, file: Path) -> PreTrainedModel:
+def original_encoder(encoder: PreTrainedModel, file: Path, *, bf16: bool = False) -> PreTrainedModel:
     """A frozen copy of the original encoder.
 
     Args:
         encoder: as it enters a stage.
         file: the weights that `keep_original` wrote; where there are none, nothing has tuned the encoder.
+        bf16: store matrices in bf16, as which bf16 autocast computes with them anyway: half the memory, the same features.
     """
     teacher = copy.deepcopy(encoder).eval().requires_grad_(False)
     if file.exists():
         teacher.load_state_dict(load_file(file))
+    for module in teacher.modules() if bf16 else ():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.bfloat16()
     return teacher

@@ -1,6 +1,6 @@
 """The typed configuration of a tokenizer training: one YAML file with both stages (VQRAE Table 7)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -11,7 +11,11 @@ class ModelConfig:
     encoder: str | None
     """Run directory, checkpoint folder or hub id of the pretrained encoder; None with `encoder_config`: random."""
     encoder_config: dict[str, Any] | None = None
-    """`model_type` and values of a randomly initialised encoder; for tests and dry runs."""
+    """`model_type` and values of the encoder. Beside `encoder` they are what it must be, and what a dry run builds when it
+    is not on this machine; alone they are a random encoder, for tests."""
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """The encoder's normalisation of images in [0, 1]: SigLIP2's 0.5, ImageNet's statistics for InternViT."""
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     feature_tap: str = "hidden_states[-1]"
     feature_norm: str = "none"
     quantizer: str = "simvq"
@@ -21,6 +25,7 @@ class ModelConfig:
     codebook_init: Literal["random", "features"] = "random"
     """`random` is the quantizer's published start; `features` takes k-means centres of projected encoder features."""
     output_patch_size: int | None = None
+    """Pixels of a side of a decoded patch; None is the encoder's own. 16 makes 512 px of InternViT's 448."""
     output_basis: str = "pixels"
 
 
@@ -122,11 +127,32 @@ class TokenizerTrainConfig:
     """Random weights for them and for the backbone of `dino`: for dry runs and tests, as these losses then mean nothing."""
     zero: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO stage; 0 is plain DDP."""
+    micro_batch_size: int | None = None
+    """In place of both stages' own, to fit another machine; the global batch stays."""
     bf16: bool = True
     attention: str = "auto"
+    activation_checkpointing: bool = False
+    """Keep one state for each block of encoder and decoder and compute the rest again: far less memory, a third more work."""
+    compile: bool = False
+    """`torch.compile` for the blocks of encoder and decoder; gains nothing on CPU."""
+    ema_decay: float = 0.0
+    """Also keep a moving average of the weights, saved as `model_ema`; 0: none."""
+    max_nonfinite_steps: int = 20
+    """Steps without a finite gradient are left out; after so many in a row the newest checkpoint is loaded."""
+    dry_run: int = 0
+    """Run so many steps on rendered scenes, keep nothing, and report parameters, memory and time."""
     seed: int = 0
     log_steps: int = 10
     save_steps: int = 200
     keep_checkpoints: int = 1
     sample_steps: int = 100
     """Write a picture grid of validation reconstructions every so many steps."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: got {self.ema_decay}, expected 0 for none or a number below 1")
+
+    def stage_config(self, number: int) -> StageConfig:
+        """The settings of stage 1 or 2, with what the run overrides in both."""
+        stage = self.stage1 if number == 1 else self.stage2
+        return stage if self.micro_batch_size is None else replace(stage, micro_batch_size=self.micro_batch_size)

@@ -184,6 +184,14 @@ def test_full_size_configurations_hold_their_own_defaults(repository: Repository
     assert "torch.distributed.run" in call
 
 
+def test_a_dry_run_of_a_published_variant(repository: Repository) -> None:
+    repository.run("train_tokenizer.sh", "config=siglip2_256", "stage=2", "dry_run=1", "micro_batch_size=2")
+    [call] = repository.calls()
+    config = read(call)
+    assert isinstance(config, TokenizerTrainConfig)
+    assert (config.dry_run, config.stage, config.stage_config(2).micro_batch_size) == (1, 2, 2)
+
+
 @pytest.mark.parametrize("script", TRAININGS)
 def test_zero_reaches_every_training(script: str, repository: Repository) -> None:
     repository.run(f"{script}.sh", "zero=1", "tokenizer=t", "llm=l", "encoder=e", "data=d")

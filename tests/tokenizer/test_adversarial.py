@@ -18,6 +18,7 @@ from transformers import AutoModel, Dinov2Config, PreTrainedModel, ViTConfig
 
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.discriminator import DinoDiscriminator, PatchDiscriminator, build_discriminator, frozen, pretrained_vit
+from vqrae.tokenizer.guard import SkippedSteps
 from vqrae.tokenizer.losses import LeCam, generator_hinge_loss
 from vqrae.tokenizer.stage import StageTrainer
 
@@ -96,12 +97,13 @@ def test_discriminator_step_parts_real_from_reconstruction() -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator((8, 16, 16))
     engine = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    wrapped, optimizer = engine.prepare(discriminator, torch.optim.Adam(discriminator.parameters(), 1e-3))
+    wrapped, optimizer = engine.prepare(discriminator, torch.optim.AdamW(discriminator.parameters(), 1e-3, fused=True))
     trainer = SimpleNamespace(
         d_engine=engine,
         d_wrapped=wrapped,
         discriminator=discriminator,
         d_optimizer=optimizer,
+        d_skipped=SkippedSteps(),
         lecam=LeCam(),
         stage=SimpleNamespace(lecam_weight=0.001, max_grad_norm=1.0),
         autocast=nullcontext,

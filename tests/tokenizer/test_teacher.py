@@ -10,8 +10,8 @@ import torch
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.configuration import FEATURE_TAPS
+from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.losses import distillation_loss
-from vqrae.tokenizer.modeling import encoder_features
 from vqrae.tokenizer.stage import StageTrainer
 from vqrae.tokenizer.teacher import original_encoder
 
@@ -49,7 +49,9 @@ def equal(first: Weights, second: Weights) -> bool:
 
 @pytest.fixture
 def run(tiny_run: list[str], tmp_path: Path) -> Run:
-    return lambda *more: tokenizer_train.main([*tiny_run, *STAGES, "save_steps=1", f"output_dir={tmp_path}", *more])
+    return lambda *more: tokenizer_train.main(
+        [*tiny_run, *STAGES, "save_steps=1", "bf16=false", f"output_dir={tmp_path}", *more]
+    )
 
 
 @pytest.mark.parametrize("freeze", ["true", "false"])
@@ -104,3 +106,16 @@ def test_teacher_and_student_read_one_tap(encoder: str, tap: str, make_tokenizer
     expected = (features - target).square().sum() / target.numel()  # VQRAE Eq. 5 as a mean over all elements
     torch.testing.assert_close(distillation_loss(features, target), expected)
     assert expected > 0
+
+
+@torch.no_grad()
+def test_a_teacher_of_half_the_size_has_the_same_features(tokenizer: VQRAEModel) -> None:
+    teacher = original_encoder(tokenizer.encoder, Path("nowhere"), bf16=True)
+    size = tokenizer.config.image_size
+    pixel_values = torch.randn(2, 3, size, size)
+    encoders = (tokenizer.encoder, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (encoder_features(encoder, pixel_values, "hidden_states[-1]") for encoder in encoders)
+    assert torch.equal(expected, found)
+    large, small = (sum(p.numel() * p.element_size() for p in encoder.parameters()) for encoder in encoders)
+    assert small < 0.65 * large
