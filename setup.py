@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("common", "data", "tokenizer", "understanding", "generation", "eval", "scripts")
+FOLDERS = ("common", "data", "tokenizer", "understanding", "generation", "eval", "benchmarks", "scripts")
 
 packages = [f"vqrae.{name}" for folder in FOLDERS for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]]
 
