@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,3 +45,12 @@ def sum_over_processes(*tensors: Tensor) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """The items of all processes on every one of them, in rank order; alone, the items."""
+    if not dist.is_initialized():
+        return items
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]

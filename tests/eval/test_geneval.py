@@ -190,8 +190,8 @@ class TestFolders:
         record("counting", {"class": "cat", "count": 2}, exclude=[{"class": "cat", "count": 3}]),
     )
 
-    def known(self) -> tuple[Image.Image, dict[str, Any]]:
-        return PICTURE, self.records[0]
+    def known(self) -> list[tuple[Image.Image, dict[str, Any]]]:
+        return [(PICTURE, self.records[0])]
 
     def fill(self, folder: Path, samples: int = 2) -> None:
         write_prompts(folder, self.records)
@@ -248,7 +248,7 @@ class TestFolders:
         self.fill(tmp_path)
         with pytest.raises(RuntimeError, match=r"fake fails on a known picture.*expected cat>=1, found 0"):
             score_folder(tmp_path, FakeDetector(), FakeColors(), known=self.known())
-        require_sight(FakeDetector(at("cat", 20, 20)), FakeColors(), *self.known())
+        require_sight(FakeDetector(at("cat", 20, 20)), FakeColors(), self.known())
 
 
 class TestSummary:
