@@ -1,8 +1,8 @@
 """Pictures in GenEval's folder layout, in and out.
 
-    OUT/00000/metadata.jsonl          one record: tag, include, [exclude,] prompt
-    OUT/00000/samples/00000.png       one picture per seed
-    OUT/00000/grid.png                the same pictures side by side, for people
+OUT/00000/metadata.jsonl          one record: tag, include, [exclude,] prompt
+OUT/00000/samples/00000.png       one picture per seed
+OUT/00000/grid.png                the same pictures side by side, for people
 """
 
 import json
@@ -17,6 +17,7 @@ from vqrae.common.pictures import open_picture, save_picture, tile
 from vqrae.eval.drawing import Order, picture_seed
 from vqrae.eval.geneval.rules import ColorClassifier, Detector, KnownPicture, evaluate_image, require_sight
 from vqrae.eval.sharding import gather, share
+
 
 def prompt_folder(folder: str | Path, index: int) -> Path:
     """The folder of prompt number `index`."""

@@ -1,0 +1,31 @@
+"""What stands beside every score: the code, the packages, and whatever decides the number."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vqrae.common.checkpoints import resolve_model
+from vqrae.common.files import weights_fingerprint
+from vqrae.common.run import git_commit, package_versions
+
+
+def score_manifest(**decides: Any) -> dict[str, Any]:
+    """The manifest of a score.
+
+    Args:
+        decides: model fingerprints, sampling, protocol, judge, suite …
+    """
+    return {
+        **decides,
+        "command": " ".join(sys.argv),
+        "git_commit": git_commit(),
+        "packages": package_versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+
+
+def model_fingerprint(name: str) -> str:
+    """Fingerprint of the weights behind a run directory or folder; a hub id is its own."""
+    folder = resolve_model(name)
+    return weights_fingerprint(folder) if Path(folder).is_dir() else name
