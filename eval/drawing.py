@@ -32,17 +32,16 @@ def picture_seed(prompt: int, sample: int) -> int:
     return SEEDS_PER_PROMPT * prompt + sample
 
 
-def claim_folder(folder: str | Path, settings: dict[str, Any]) -> None:
-    """Record in `settings.json` what decides the pictures of a folder.
+def claim_folder(folder: str | Path, settings: dict[str, Any], key: str = "pictures") -> None:
+    """Record in `settings.json` what decides the content of a folder, which the argument `key` names.
 
     Raises:
-        ValueError: when the folder holds pictures of other settings.
+        ValueError: when the folder was made with other settings.
     """
     stored = Path(folder) / "settings.json"
     if stored.exists() and read_json(stored) != settings:
         raise ValueError(
-            f"{folder} holds pictures drawn with {read_json(stored)}, expected {settings}: "
-            "set pictures= to a new folder, or delete this one"
+            f"{folder} was made with {read_json(stored)}, expected {settings}: set {key}= to a new folder, or delete this one"
         )
     if is_main_process():
         write_json(stored, settings)

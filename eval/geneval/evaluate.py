@@ -107,7 +107,7 @@ def draw_suite(config: GenEvalConfig, records: list[dict[str, Any]], folder: Pat
         "suite": suite_name(records),
         "images_per_prompt": config.images_per_prompt,
     }
-    claim_folder(folder, settings)
+    claim_folder(folder, settings, "out")
     if is_main_process():
         write_prompts(folder, records)
     generator = Generator.from_pretrained(
