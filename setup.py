@@ -47,6 +47,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19", "peft>=0.17"],
         "eval": ["lmms-eval==0.7.3"],
+        "mplug": ["modelscope>=1.40"],
         "demo": ["gradio>=6"],
         "flash": ["flash-attn"],
         "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "types-tqdm", "webdataset>=1.0"],

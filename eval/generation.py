@@ -33,6 +33,7 @@ from vqrae.eval.geneval import (
     write_prompts,
     write_rows,
 )
+from vqrae.eval.manifest import score_manifest
 from vqrae.eval.scene_detector import SceneColorClassifier, SceneDetector
 from vqrae.generation.generator import Generator
 from vqrae.generation.sampling import SamplingConfig
@@ -261,7 +262,10 @@ def main(argv: list[str] | None = None) -> None:
     scores, rows = benchmark.score_folder(pictures, progress_line("scores"))
     write_rows(output.with_suffix(".jsonl"), rows)
     ceiling = benchmark.ceilings(generator.tokenizer, progress_line)
-    write_json(output, {**scores, "ceiling": ceiling, "detector": benchmark.detector.name, **settings})
+    suite = f"scenes({config.sprites}, {config.per_family} per family, seed {config.prompt_seed})"
+    manifest = score_manifest(detector=benchmark.detector.name, suite=suite, pictures=settings)
+    origin = {"benchmark": "GenEval-scenes", "detector": benchmark.detector.name, **settings, "manifest": manifest}
+    write_json(output, {**scores, "ceiling": ceiling, **origin})
     columns = {"generator": scores, "reconstruction": ceiling["reconstruction"], "truth": ceiling["truth"]}
     print(f"{'':<16}" + "".join(f"{name:>16}" for name in columns))
     for key in ("overall", *dict.fromkeys(record["tag"] for record in benchmark.records)):

@@ -1,14 +1,16 @@
 """An evaluation on several processes: each scores a share of the pictures, and sums are added at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vqrae.common.distributed import world_size
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -38,6 +40,11 @@ def share(total: int) -> range:
     if total < size:
         raise ValueError(f"got {total} pictures for {size} processes, expected at least one for each: set nproc={total}")
     return range(rank * total // size, (rank + 1) * total // size)
+
+
+def stride(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of the items: every n-th, also when there are fewer than processes; alone, all."""
+    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
 def sum_over_processes(*tensors: Tensor) -> None:

@@ -10,14 +10,11 @@ Without a table, prompts and questions are made from the embedded scenes, and th
     OUT/scores.json             scores, counts, failures, manifest
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from vqrae.common.cli import parse_arguments, progress_line
 from vqrae.common.distributed import is_main_process
@@ -29,25 +26,18 @@ from vqrae.eval.dpg_bench.pictures import find_pictures, split_grid
 from vqrae.eval.dpg_bench.questions import Item, read_questions, write_questions
 from vqrae.eval.dpg_bench.scenes import scene_items, true_pictures
 from vqrae.eval.dpg_bench.scores import Answers, official_scores, summarize
-from vqrae.eval.drawing import Order, claim_folder, draw_missing, picture_seed
-from vqrae.eval.manifest import model_fingerprint, score_manifest
-from vqrae.eval.sharding import gather, processes
-from vqrae.generation.sampling import SamplingConfig
+from vqrae.eval.drawing import Order, PicturesConfig, claim_folder, draw_missing, picture_seed
+from vqrae.eval.manifest import score_manifest
+from vqrae.eval.sharding import gather, processes, stride
 
 Outcome = tuple[str, list[list[str]] | None, str]
 """Item id, its answers, or None and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPGConfig:
-    """Score pictures of dense prompts by questions about them."""
+class DPGConfig(PicturesConfig):
+    """Score pictures of dense prompts by questions about them; `images` holds ITEM.png, a 2 x 2 grid, for every item."""
 
-    out: str
-    """Folder of everything that is written."""
-    model: str | None = None
-    """Generator to draw with: run directory, model folder or hub id."""
-    images: str | None = None
-    """Score this folder instead: ITEM.png, a 2 x 2 grid, for every item of the table."""
     questions: str = "scenes"
     """DPG-Bench's table (dpg_bench.csv), or scenes: prompts and questions about embedded scenes."""
     num_prompts: int | None = None
@@ -66,26 +56,13 @@ class DPGConfig:
     """Score by the formulas of the published script, faults included, for comparison with old numbers."""
     sprites: str = "shapes"
     """What scenes are made of: shapes or emoji."""
-    tokenizer: str | None = None
-    """Visual tokenizer, where it is not at the place that the generator recorded."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How codes are drawn."""
-    batch_size: int = 64
-    """Pictures sampled at once; guidance doubles the rows."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the language model."""
-    device: str = "auto"
-    """cpu, cuda, …; auto takes CUDA when there is one."""
 
     def __post_init__(self) -> None:
-        if (self.model is None) == (self.images is None):
-            raise ValueError("give either model= to draw with, or images= to score")
+        super().__post_init__()
         if self.judge == "scenes" and self.questions != "scenes":
-            raise ValueError(
-                f"judge=scenes cannot answer the questions of {self.questions}: give judge=mplug, vqa, chat or endpoint"
-            )
-        if not 1 <= self.pictures_per_prompt <= 4 or self.batch_size < 1:
-            raise ValueError("pictures_per_prompt must be 1, 2, 3 or 4, and batch_size positive")
+            raise ValueError(f"judge=scenes cannot answer the questions of {self.questions}: give judge=mplug or another")
+        if not 1 <= self.pictures_per_prompt <= 4:
+            raise ValueError(f"got pictures_per_prompt={self.pictures_per_prompt}, expected 1, 2, 3 or 4")
 
 
 def load_items(config: DPGConfig) -> list[Item]:
@@ -100,20 +77,8 @@ def load_items(config: DPGConfig) -> list[Item]:
 
 def draw_grids(config: DPGConfig, items: Sequence[Item], out: Path, device: str) -> None:
     """Draw the pictures that `out` lacks, and lay them out."""
-    from vqrae.generation.generator import Generator
-
-    assert config.model is not None
-    settings = {
-        "generator": model_fingerprint(config.model),
-        "dtype": config.dtype,
-        "sampling": dataclasses.asdict(config.sampling),
-        "prompts": [item.prompt for item in items],
-        "pictures_per_prompt": config.pictures_per_prompt,
-    }
-    claim_folder(out / "singles", settings, "out")
-    generator = Generator.from_pretrained(
-        config.model, tokenizer=config.tokenizer, device=device, dtype=getattr(torch, config.dtype)
-    )
+    asked = {"prompts": [item.prompt for item in items], "pictures_per_prompt": config.pictures_per_prompt}
+    claim_folder(out / "singles", {**config.drawing_settings(), **asked}, "out")
     places = [[out / "singles" / item.id / f"{i}.png" for i in range(config.pictures_per_prompt)] for item in items]
     orders = [
         Order(item.prompt, picture_seed(number, sample), path)
@@ -121,6 +86,7 @@ def draw_grids(config: DPGConfig, items: Sequence[Item], out: Path, device: str)
         for sample, path in enumerate(paths)
     ]
     progress = progress_line("pictures") if is_main_process() else None
+    generator = config.load_generator(device)
     draw_missing(generator, orders, sampling=config.sampling, batch_size=config.batch_size, progress=progress)
     if is_main_process():
         for item, paths in zip(items, places, strict=True):
@@ -170,21 +136,16 @@ def judge_folder(
         "resolution": config.resolution,
     }
     claim_folder(kept, settings, "out")
-    mine = share_of(items)
+    mine = stride(items)
     outcomes: list[Outcome] = []
     for done, item in enumerate(mine, start=1):
         outcomes.append(judge_item(item, pictures.get(item.id), judge, config, kept / f"{item.id}.json"))
         if progress is not None:
             progress(done, len(mine))
-    everything = gather(outcomes)
-    answers = {name: given for name, given, _ in everything if given is not None}
-    return answers, {name: reason for name, given, reason in everything if given is None}
-
-
-def share_of(items: Sequence[Item]) -> Sequence[Item]:
-    """This process's part of the items: every n-th."""
-    dist = torch.distributed
-    return items if not dist.is_initialized() else items[dist.get_rank() :: dist.get_world_size()]
+    everything = {name: (given, reason) for name, given, reason in gather(outcomes)}
+    in_order = [(item.id, *everything[item.id]) for item in items]
+    answers = {name: given for name, given, _ in in_order if given is not None}
+    return answers, {name: reason for name, given, reason in in_order if given is None}
 
 
 def scene_ceiling(judge: VQA, items: Sequence[Item], sprites: str) -> float:
@@ -199,8 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(DPGConfig, argv)
     quiet_libraries()
     out, items = Path(config.out), load_items(config)
-    chosen = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    with processes(chosen) as device:
+    with processes(config.chosen_device()) as device:
         judge = build_judge(config.judge, model=config.judge_model, url=config.judge_url, sprites=config.sprites, device=device)
         known = ask_what_is_known(judge) if is_main_process() else {}
         folder = Path(config.images) if config.images is not None else out / "pictures"

@@ -91,7 +91,9 @@ class TransformersVQA:
                 labels = self.model(**inputs).logits.argmax(-1).tolist()
                 answers += [self.model.config.id2label[label] for label in labels]
             else:
-                answers += self.processor.batch_decode(self.model.generate(**inputs, max_new_tokens=16), skip_special_tokens=True)
+                answers += self.processor.batch_decode(
+                    self.model.generate(**inputs, max_new_tokens=16), skip_special_tokens=True
+                )
         return answers
 
 

@@ -7,20 +7,17 @@
 Writes scores.json and results.jsonl (GenEval's own format) into `out`. The detector is tested before anything is drawn.
 """
 
-import dataclasses
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from vqrae.common.cli import parse_arguments, progress_line
 from vqrae.common.distributed import is_main_process
 from vqrae.common.files import read_json, write_json, write_text
 from vqrae.common.run import quiet_libraries
 from vqrae.data.scenes.language import FAMILIES
-from vqrae.eval.drawing import claim_folder, draw_missing
+from vqrae.eval.drawing import PicturesConfig, claim_folder, draw_missing
 from vqrae.eval.geneval.folders import (
     picture_orders,
     read_prompts,
@@ -34,24 +31,17 @@ from vqrae.eval.geneval.judges import DetectorName, Judges, build_judges, requir
 from vqrae.eval.geneval.prompts import OFFICIAL_SEED, metadata_lines, official_prompts, suite_name
 from vqrae.eval.geneval.scores import summarize
 from vqrae.eval.leakage import leakage_report, training_captions
-from vqrae.eval.manifest import model_fingerprint, score_manifest
+from vqrae.eval.manifest import score_manifest
 from vqrae.eval.networks import NotMeasured
-from vqrae.eval.sharding import gather, processes
-from vqrae.generation.sampling import SamplingConfig
+from vqrae.eval.sharding import processes
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenEvalConfig:
+class GenEvalConfig(PicturesConfig):
     """GenEval with its own prompts, or on any folder of pictures in its layout."""
 
-    out: str
-    """Folder of everything that is written."""
     prompts_only: bool = False
     """Write evaluation_metadata.jsonl, with captions= also leakage.json, and stop."""
-    model: str | None = None
-    """Generator to draw with: run directory, model folder or hub id."""
-    images: str | None = None
-    """Score this folder instead: 00000/metadata.jsonl and 00000/samples/00000.png …"""
     seed: int = OFFICIAL_SEED
     """Of the prompts: 43 gives the official 553, any other a fresh suite."""
     images_per_prompt: int = 4
@@ -70,52 +60,29 @@ class GenEvalConfig:
     """Training captions to look for the prompts in: any data source, or FILE.txt."""
     num_captions: int | None = None
     """Look at so many captions; else at all, of scenes at 100,000."""
-    tokenizer: str | None = None
-    """Visual tokenizer, where it is not at the place that the generator recorded."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How codes are drawn."""
-    batch_size: int = 64
-    """Pictures sampled at once; guidance doubles the rows."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the language model."""
-    device: str = "auto"
-    """cpu, cuda, …; auto takes CUDA when there is one."""
 
     def __post_init__(self) -> None:
-        if not self.prompts_only and (self.model is None) == (self.images is None):
-            raise ValueError("give either model= to draw with, or images= to score, or prompts_only=true")
-        if self.images is not None and not Path(self.images).is_dir():
-            raise ValueError(f"images={self.images} is not a folder")
+        if self.prompts_only:
+            return
+        super().__post_init__()
         if self.model is not None and self.detector == "scenes":
             raise ValueError(
                 "detector=scenes knows sprites only and cannot see GenEval's objects: score a generator of scenes with "
                 "python -m vqrae.eval.generation, or give images="
             )
-        if min(self.images_per_prompt, self.batch_size) < 1:
-            raise ValueError("images_per_prompt and batch_size must be positive")
+        if self.images_per_prompt < 1:
+            raise ValueError(f"got images_per_prompt={self.images_per_prompt}, expected a positive number")
 
 
 def draw_suite(config: GenEvalConfig, records: list[dict[str, Any]], folder: Path, device: str) -> None:
     """Draw the pictures of a suite that `folder` lacks."""
-    from vqrae.generation.generator import Generator
-
-    assert config.model is not None
-    settings = {
-        "generator": model_fingerprint(config.model),
-        "dtype": config.dtype,
-        "sampling": dataclasses.asdict(config.sampling),
-        "suite": suite_name(records),
-        "images_per_prompt": config.images_per_prompt,
-    }
-    claim_folder(folder, settings, "out")
+    suite = {"suite": suite_name(records), "images_per_prompt": config.images_per_prompt}
+    claim_folder(folder, {**config.drawing_settings(), **suite}, "out")
     if is_main_process():
         write_prompts(folder, records)
-    generator = Generator.from_pretrained(
-        config.model, tokenizer=config.tokenizer, device=device, dtype=getattr(torch, config.dtype)
-    )
     orders = picture_orders(folder, records, config.images_per_prompt)
     draw_missing(
-        generator,
+        config.load_generator(device),
         orders,
         sampling=config.sampling,
         batch_size=config.batch_size,
@@ -165,8 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(out / "leakage.json", found)
             print(leakage_line(found))
         return
-    chosen = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    with processes(chosen) as device:
+    with processes(config.chosen_device()) as device:
         try:
             judges = build_judges(
                 config.detector,
@@ -182,7 +148,6 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(config.images) if config.images is not None else out / "pictures"
         if config.images is None:
             draw_suite(config, records, folder, device)
-            gather([])
         values, rows = score(config, judges, folder)
     if is_main_process():
         if config.captions is not None:

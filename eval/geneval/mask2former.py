@@ -7,6 +7,7 @@ Pre- and post-processing are mmdetection's, not those of the Hugging Face proces
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MAX_PER_IMAGE = 100
 
 # Of scalars that training hooks may have left among a checkpoint's metadata: harmless, but not loaded by default.
-_NUMPY_SCALARS = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+_NUMPY_SCALARS: list[Any] = [
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),  # its name before numpy 2
     np.dtype,
     *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "bool")),
 ]

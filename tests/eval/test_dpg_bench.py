@@ -2,6 +2,9 @@
 
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -374,7 +377,7 @@ class TestCommand:
             evaluate.main(self.arguments(tmp_path))
 
     @pytest.mark.parametrize(
-        "arguments", [[], ["model=m", "images=i"], ["images=i", "questions=q.csv"], ["images=i", "pictures_per_prompt=5"]]
+        "arguments", [[], ["model=m", "images=."], ["images=.", "questions=q.csv"], ["images=.", "pictures_per_prompt=5"]]
     )
     def test_what_cannot_be_meant(self, arguments: list[str]) -> None:
         with pytest.raises(SystemExit):
@@ -397,7 +400,7 @@ class TestCommand:
                 return torch.stack([picture_to_tensor(truth[prompt]) for prompt in prompts])
 
         monkeypatch.setattr(Generator, "from_pretrained", lambda *arguments, **options: Perfect())
-        monkeypatch.setattr(evaluate, "model_fingerprint", lambda name: "f" * 64)
+        monkeypatch.setattr("vqrae.eval.drawing.model_fingerprint", lambda name: "f" * 64)
         arguments = ["model=m", f"out={tmp_path}", "num_prompts=6"]
         evaluate.main(arguments)
         values = read_json(tmp_path / "scores.json")
@@ -409,6 +412,27 @@ class TestCommand:
         evaluate.main(arguments)
         assert len(drawn) == 24
         assert "scene-detector(shapes)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    """Shares of four and three, one of the first without its picture."""
+    (tmp_path / "p").mkdir()
+    for i, picture in enumerate(true_pictures("shapes", 7)):
+        if i != 2:
+            picture.save(tmp_path / "p" / f"scene{i}.png")
+    arguments = [f"images={tmp_path / 'p'}", "num_prompts=7", "pictures_per_prompt=1"]
+    evaluate.main([*arguments, f"out={tmp_path / 'one'}"])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "vqrae.eval.dpg_bench.evaluate", *arguments, f"out={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (read_json(tmp_path / name / "scores.json") for name in ("one", "two"))
+    for values in (one, two):
+        del values["manifest"]
+    assert one == two
+    assert (one["dpg"], one["failed"]) == (100, {"scene2": "no picture"})
 
 
 def test_self_test_of_a_judge_that_sees() -> None:
