@@ -11,7 +11,7 @@ import torch
 from vqrae.common.distributed import is_main_process
 from vqrae.common.files import read_json, write_json
 from vqrae.common.pictures import save_picture, tensor_to_picture
-from vqrae.eval.manifest import model_fingerprint
+from vqrae.eval.manifest import model_fingerprint, tokenizer_fingerprint
 from vqrae.eval.sharding import gather, stride
 from vqrae.generation.sampling import SamplingConfig
 
@@ -75,7 +75,8 @@ class PicturesConfig:
         """What decides the pictures of a prompt and a seed."""
         assert self.model is not None
         sampling = dataclasses.asdict(self.sampling)
-        return {"generator": model_fingerprint(self.model), "dtype": self.dtype, "sampling": sampling}
+        weights = {"generator": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.model)}
+        return {**weights, "dtype": self.dtype, "sampling": sampling}
 
 
 def picture_seed(prompt: int, sample: int) -> int:

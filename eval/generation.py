@@ -33,7 +33,7 @@ from vqrae.eval.geneval import (
     write_prompts,
     write_rows,
 )
-from vqrae.eval.manifest import score_manifest
+from vqrae.eval.manifest import score_manifest, tokenizer_fingerprint
 from vqrae.eval.scene_detector import SceneColorClassifier, SceneDetector
 from vqrae.generation.generator import Generator
 from vqrae.generation.sampling import SamplingConfig
@@ -263,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     write_rows(output.with_suffix(".jsonl"), rows)
     ceiling = benchmark.ceilings(generator.tokenizer, progress_line)
     suite = f"scenes({config.sprites}, {config.per_family} per family, seed {config.prompt_seed})"
-    manifest = score_manifest(detector=benchmark.detector.name, suite=suite, pictures=settings)
+    pictures_of = {**settings, "tokenizer": tokenizer_fingerprint(config.model)}
+    manifest = score_manifest(detector=benchmark.detector.name, suite=suite, pictures=pictures_of)
     origin = {"benchmark": "GenEval-scenes", "detector": benchmark.detector.name, **settings, "manifest": manifest}
     write_json(output, {**scores, "ceiling": ceiling, **origin})
     columns = {"generator": scores, "reconstruction": ceiling["reconstruction"], "truth": ceiling["truth"]}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.files import weights_fingerprint
+from vqrae.common.files import read_json, weights_fingerprint
 from vqrae.common.run import git_commit, package_versions
 
 
@@ -29,3 +29,9 @@ def model_fingerprint(name: str) -> str:
     """Fingerprint of the weights behind a run directory or folder; a hub id is its own."""
     folder = resolve_model(name)
     return weights_fingerprint(folder) if Path(folder).is_dir() else name
+
+
+def tokenizer_fingerprint(model: str) -> str | None:
+    """Fingerprint of the visual tokenizer that a generator or understanding model records; None where that is not known."""
+    config = Path(resolve_model(model)) / "config.json"
+    return read_json(config).get("vqrae_tokenizer_fingerprint") if config.is_file() else None

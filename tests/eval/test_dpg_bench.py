@@ -400,7 +400,8 @@ class TestCommand:
                 return torch.stack([picture_to_tensor(truth[prompt]) for prompt in prompts])
 
         monkeypatch.setattr(Generator, "from_pretrained", lambda *arguments, **options: Perfect())
-        monkeypatch.setattr("vqrae.eval.drawing.model_fingerprint", lambda name: "f" * 64)
+        for function in ("model_fingerprint", "tokenizer_fingerprint"):
+            monkeypatch.setattr(f"vqrae.eval.drawing.{function}", lambda name: "f" * 64)
         arguments = ["model=m", f"out={tmp_path}", "num_prompts=6"]
         evaluate.main(arguments)
         values = read_json(tmp_path / "scores.json")

@@ -281,12 +281,14 @@ class TestSummary:
         rows = [{"tag": "colors", "correct": p < 5, "metadata": str(p)} for p in range(10) for _ in range(4)]
         summary = summarize(rows)
         assert summary["intervals"]["colors"] == wilson_interval(5, 10)
-        low, high = summary["intervals"]["overall"]
-        assert (low, high) == (pytest.approx(0.2, abs=0.01), pytest.approx(0.8, abs=0.01))
+        assert summary["intervals"]["overall"] == pytest.approx(wilson_interval(5, 10))
         assert "Wilson with prompts as trials" in summary["interval_method"]
-        assert "bootstrap over prompts" in summary["interval_method"]
-        sure = [{"tag": tag, "correct": True, "metadata": tag} for tag in ("colors", "position")]
-        assert summarize(sure)["intervals"]["overall"] == (1, 1)
+
+    def test_overall_is_surer_than_a_task_and_never_certain(self) -> None:
+        tags = ("colors", "position", "counting", "two_object")
+        rows = [{"tag": tag, "correct": True, "metadata": f"{tag}{i}"} for tag in tags for i in range(10)]
+        low, high = summarize(rows)["intervals"]["overall"]
+        assert (low, high) == (pytest.approx(1 - (1 - wilson_interval(10, 10)[0]) / 2), 1)  # sqrt(4) / 4
 
     def test_wilson_interval(self) -> None:
         low, high = wilson_interval(5, 10)
