@@ -31,7 +31,7 @@ from vqrae.tokenizer.losses import (
 )
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput, encoder_features
 from vqrae.tokenizer.perceptual import build_perceptual
-from vqrae.tokenizer.quantizers import draw_by_error
+from vqrae.tokenizer.quantizers import CodebookQuantizer, draw_by_error
 from vqrae.tokenizer.train_config import StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.usage import CodeUsage
 
@@ -55,6 +55,8 @@ class StageTrainer:
         self.device = self.engine.device
         model.to(self.device)
         set_trainable(model, stage)
+        check_quantizer(config, number, model)
+        model.quantizer.compute_entropy(stage.entropy_weight > 0)
 
         # ---- networks that only judge
         self.teacher = copy.deepcopy(model.encoder).eval().requires_grad_(False)
@@ -178,6 +180,8 @@ class StageTrainer:
                 self.grad_norm = self.engine.clip_grad_norm_(self.model.parameters(), stage.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.engine.sync_gradients:
+                self.model.quantizer.after_step()
         return output, losses
 
     def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -242,14 +246,15 @@ class StageTrainer:
         Returns:
             How many were moved, a scalar tensor.
         """
+        quantizer: Any = self.model.quantizer
         self.revival_window.counts = self.engine.reduce(self.revival_window.counts)
         dead = (self.revival_window.counts == 0).nonzero().flatten()
         self.revival_window.reset()
         if len(dead) > 0:
             features = self.model.project(output.features).flatten(0, 1)
-            errors = (features - self.model.quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
+            errors = (quantizer.to_code_space(features) - quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
             chosen = draw_by_error(errors, len(dead), torch.Generator(errors.device).manual_seed(seed))
-            self.model.quantizer.revive(dead, broadcast(features[chosen]))
+            quantizer.revive(dead, broadcast(features[chosen]))
         return torch.tensor(len(dead))
 
     # ------------------------------------------------------------------------------------------- what is seen and kept
@@ -344,6 +349,25 @@ def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
     model.encoder.requires_grad_(not stage.freeze_encoder)
     if model.config.feature_tap == "hidden_states[-1]" and hasattr(model.encoder, "post_layernorm"):
         model.encoder.post_layernorm.requires_grad_(False)
+
+
+def check_quantizer(config: TokenizerTrainConfig, number: int, model: VQRAEModel) -> None:
+    """Refuse what a quantizer without a codebook cannot do, before anything is trained.
+
+    Raises:
+        ValueError: naming every setting that must change.
+    """
+    if isinstance(model.quantizer, CodebookQuantizer):
+        return
+    stages = {"stage1": config.stage1, "stage2": config.stage2}
+    if config.stage != "both":
+        stages = {f"stage{number}": stages[f"stage{number}"]}
+    keys = ("revival_interval", "bypass_steps")
+    wrong = [f"{name}.{key}=0" for name, stage in stages.items() for key in keys if getattr(stage, key)]
+    if number == 1 and config.model.codebook_init != "random":
+        wrong.append("model.codebook_init=random")
+    if wrong:
+        raise ValueError(f"quantizer {config.model.quantizer} has no codebook to start or revive: set {' '.join(wrong)}")
 
 
 def stack_images(dataset: Dataset, count: int) -> Tensor:
