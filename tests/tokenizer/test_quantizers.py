@@ -307,7 +307,7 @@ def naive_entropy(features: Tensor, table: Tensor, temperature: float) -> Tensor
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ibq, "BLOCK_SCORES", 32 * 7)
+    monkeypatch.setattr(ibq, "BLOCK_LOGITS", 32 * 7)
 
 
 @pytest.mark.usefixtures("small_blocks")

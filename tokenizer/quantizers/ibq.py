@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vqrae.tokenizer.quantizers.base import QuantizerOutput
-from vqrae.tokenizer.quantizers.search import BLOCK_SCORES, Precision, best_codes
+from vqrae.tokenizer.quantizers.search import Precision, best_codes
 from vqrae.tokenizer.quantizers.vq import VQ
+
+# Logits held at once, in blocks of features; the backward pass holds as many numbers three times.
+BLOCK_LOGITS = 2**22
 
 
 class IBQ(VQ):
@@ -63,7 +66,7 @@ class IndexBackPropagation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         features, table, codes = ctx.saved_tensors
-        size = max(1, BLOCK_SCORES // len(table))
+        size = max(1, BLOCK_LOGITS // len(table))
         gradient = gradient.flatten(0, -2)
         feature_gradients, table_gradient = [], torch.zeros_like(table)
         with torch.autocast(features.device.type, enabled=False):  # backward may run inside of the loop's autocast
@@ -91,7 +94,7 @@ def entropy_loss(features: Tensor, table: Tensor, temperature: float) -> Tensor:
         return -(probabilities * logarithms).sum(), probabilities.sum(0)
 
     flat = features.flatten(0, -2)
-    blocks = flat.split(max(1, BLOCK_SCORES // len(table)))
+    blocks = flat.split(max(1, BLOCK_LOGITS // len(table)))
     parts = [checkpoint(block_entropy, block, table, use_reentrant=False, preserve_rng_state=False) for block in blocks]
     mean = torch.stack([share for _, share in parts]).sum(0) / len(flat)
     mean = mean.clamp(min=torch.finfo(mean.dtype).tiny)  # the logarithm's slope at 0 is infinite, and 0 is frequent

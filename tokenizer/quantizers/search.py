@@ -18,12 +18,15 @@ from torch import Tensor
 
 Precision = Literal["bf16", "fp32"]
 
-# Scores held at once (16 MiB in fp32): the block of features shrinks as the codebook grows. Larger is no faster.
-BLOCK_SCORES = 2**22
+# Scores held at once, so that the block of features shrinks as the codebook grows: 48 MiB in fp32; 12 MiB for bf16, whose
+# scores exist a second time in fp32, and whose table is a copy. Larger blocks are hardly faster, smaller ones slower.
+BLOCK_SCORES = {"fp32": 3 * 2**22, "bf16": 2**21}
+# A GPU waits for the host in every block, where candidates are listed, so its blocks are larger (256 MiB). Not measured.
+GPU_BLOCK_SCORES = 2**26
 # Features with more candidates than this go on to the next precision.
 MAX_CANDIDATES = 32
-# Numbers that are widened to float64 at once (8 MiB).
-WIDE_NUMBERS = 2**20
+# Numbers that are widened to float64 at once (4 MiB).
+WIDE_NUMBERS = 2**19
 
 # Unit roundoffs: the largest relative error of one rounding.
 BF16, FP32, FP64 = 2.0**-8, 2.0**-24, 2.0**-53
@@ -51,7 +54,8 @@ def best_codes(features: Tensor, table: Tensor, offsets: Tensor, *, precision: P
     names = tuple(SCORERS)
     # Built when first needed: few searches get as far as fp64.
     scorer = functools.cache(lambda name: SCORERS[name](table, offsets))
-    blocks = features.flatten(0, -2).split(max(1, BLOCK_SCORES // len(table)))
+    block_scores = GPU_BLOCK_SCORES if features.is_cuda else BLOCK_SCORES[precision]
+    blocks = features.flatten(0, -2).split(max(1, block_scores // len(table)))
     with torch.autocast(features.device.type, enabled=False):
         codes = [_search(block, table, offsets, scorer, names[names.index(precision) :]) for block in blocks]
     return torch.cat(codes).view(features.shape[:-1])
@@ -124,7 +128,8 @@ def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
     center = table.mean(0)
     low = torch.empty_like(table, dtype=torch.bfloat16)
     norms, losses, shifts = [], [], []
-    for part, target in zip(table.split(1024), low.split(1024), strict=True):
+    size = max(1, WIDE_NUMBERS // table.shape[1])
+    for part, target in zip(table.split(size), low.split(size), strict=True):
         centred = part - center
         target.copy_(centred)
         norms.append(centred.norm(dim=-1).max())
@@ -139,13 +144,13 @@ def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
         centred = features - center
         rounded = centred.bfloat16()
         lost = (centred - rounded.float()).norm(dim=-1)
-        size = centred.norm(dim=-1) + lost
-        slack = lost * norm + size * loss + _accumulation(table) * FP32 * (size * (norm + loss) + largest_offset)
+        length = centred.norm(dim=-1) + lost
+        slack = lost * norm + length * loss + _accumulation(table) * FP32 * (length * (norm + loss) + largest_offset)
         if features.is_cuda:  # a bf16 result could also mean bf16 partial sums there
             product = torch.mm(rounded, low.T, out_dtype=torch.float32)
         else:
             rough = rounded @ low.T
-            slack = slack + BF16 * rough.abs().amax(-1)
+            slack = slack + BF16 * torch.maximum(rough.amax(-1), -rough.amin(-1))
             product = rough.float()
         return product.sub_(offset), 1.01 * slack  # the norms are rounded, too
 
