@@ -17,6 +17,7 @@ from vqrae.tokenizer.quantizers import (
     ibq,
     kmeans,
     nearest_codes,
+    search,
 )
 
 WITH_CODEBOOK = [name for name in QUANTIZERS if name != "fsq"]
@@ -135,32 +136,18 @@ def test_simvq_gradient_equals_that_of_the_whole_table(tokens: int, train_codebo
         torch.testing.assert_close(p.grad, gradient)
 
 
-class Calls(nn.Module):
-    """Counts the calls of a module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module, self.count = module, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name == "module" else getattr(super().__getattr__("module"), name)
-
-    def forward(self, features: Tensor) -> Tensor:
-        self.count += 1
-        return self.module(features)
-
-
 def test_simvq_projects_its_table_once_in_evaluation() -> None:
     quantizer = make("simvq").eval()
-    quantizer.projection = calls = Calls(quantizer.projection)  # type: ignore[assignment]
+    calls: list[None] = []
+    quantizer.projection.register_forward_hook(lambda *_: calls.append(None))
     features = features_for(quantizer, 1, 5)
     for _ in range(3):
         quantizer.lookup(quantizer(features).codes)
-    assert calls.count == 1
+    assert len(calls) == 1
     quantizer.train()
     for _ in range(3):
         quantizer(features)
-    assert calls.count == 4
+    assert len(calls) == 4
 
 
 def test_simvq_notices_every_change_of_its_weights() -> None:
@@ -308,6 +295,7 @@ def naive_entropy(features: Tensor, table: Tensor, temperature: float) -> Tensor
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ibq, "BLOCK_LOGITS", 32 * 7)
+    monkeypatch.setattr(search, "BLOCK_SCORES", {"fp32": 32 * 7})
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -358,6 +346,18 @@ def test_ibq_computes_no_entropy_unless_it_has_a_weight(monkeypatch: pytest.Monk
     monkeypatch.undo()
     quantizer.compute_entropy(True)
     assert quantizer(features_for(quantizer, 1, 5)).losses["entropy_loss"].isfinite()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("entropy", [False, True])
+def test_ibq_memory_does_not_grow_with_the_features(entropy: bool, largest_result: Any) -> None:
+    quantizer = make("ibq").train()
+    quantizer.compute_entropy(entropy)
+    features = features_for(quantizer, 2, 500).requires_grad_()
+    with largest_result:
+        output = quantizer(features)
+        (output.quantized.sum() + sum(output.losses.values())).backward()
+    assert largest_result.size == features.numel()  # 16,000 numbers, where all logits are 32,000
 
 
 # ---- fsq
