@@ -65,6 +65,11 @@ def weights_fingerprint(folder: str | Path) -> str:
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors file, so it is not a checkpoint folder")
+    return sha256(*files)
+
+
+def sha256(*files: Path) -> str:
+    """SHA-256 over the content of files, one after the other."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -54,9 +54,14 @@ def resize_and_crop(picture: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(picture, (size, size), method=Image.Resampling.BICUBIC)
 
 
+def picture_to_uint8(picture: Image.Image) -> Tensor:
+    """RGB picture -> uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
 def picture_to_tensor(picture: Image.Image) -> Tensor:
     """RGB picture -> float tensor (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).float() / 255
+    return picture_to_uint8(picture).float() / 255
 
 
 def tensor_to_uint8(images: Tensor) -> Tensor:

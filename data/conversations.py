@@ -10,6 +10,7 @@ from typing import Any
 
 from vqrae.common.files import read_json
 from vqrae.common.pictures import open_picture
+from vqrae.data.stream import Draw
 from vqrae.data.tolerant import TolerantDataset, missing_files, summary
 
 IMAGE_TAG = "<image>"
@@ -47,15 +48,12 @@ def normalize_turns(turns: Any, *, has_image: bool) -> list[dict[str, str]]:
     return clean
 
 
-def read_conversations(path: str | Path, image_folder: str | Path | None = None) -> list[dict[str, Any]]:
-    """All records of a LLaVA file, checked and in canonical form; `image` stays a path relative to `image_folder`.
-
-    Args:
-        image_folder: where the pictures lie; the file's own folder when not given.
+def scan_conversations(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The usable records of a LLaVA file in canonical form, and what is wrong with each other one.
 
     Raises:
-        FileNotFoundError: when the file or pictures are missing, with their number and the first few.
-        ValueError: listing the first records that cannot be used.
+        FileNotFoundError: when there is no such file.
+        ValueError: when it does not hold a JSON list.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,10 +69,24 @@ def read_conversations(path: str | Path, image_folder: str | Path | None = None)
         except ValueError as error:
             name = record.get("id", "no id") if isinstance(record, dict) else type(record).__name__
             problems.append(f"record {i} ({name}): {error}")
+    return records, problems
+
+
+def read_conversations(path: str | Path, image_folder: str | Path | None = None) -> list[dict[str, Any]]:
+    """All records of a LLaVA file, checked and in canonical form; `image` stays a path relative to `image_folder`.
+
+    Args:
+        image_folder: where the pictures lie; the file's own folder when not given.
+
+    Raises:
+        FileNotFoundError: when the file or pictures are missing, with their number and the first few.
+        ValueError: listing the first records that cannot be used.
+    """
+    path = Path(path)
+    records, problems = scan_conversations(path)
     if problems:
-        raise ValueError(
-            f"{path}: {len(problems)} of {len(raw)} records cannot be used; mend or remove them{summary(problems)}"
-        )
+        total = len(records) + len(problems)
+        raise ValueError(f"{path}: {len(problems)} of {total} records cannot be used; mend or remove them{summary(problems)}")
     folder = Path(image_folder or path.parent)
     missing = missing_files(folder / record["image"] for record in records if "image" in record)
     if missing:
@@ -107,8 +119,8 @@ class Conversations(TolerantDataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def read(self, index: int) -> dict[str, Any]:
-        record = dict(self.records[index])
+    def read(self, draw: Draw) -> dict[str, Any]:
+        record = dict(self.records[draw])
         if "image" in record:
             record["image"] = open_picture(self.folder / record["image"])
         return record

@@ -1,12 +1,13 @@
 """A folder of pictures as a data set."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from vqrae.common.pictures import PICTURE_SUFFIXES, open_picture
-from vqrae.data.tolerant import FileSplit, TolerantDataset, checksum, fit_picture, name_hash, split_indices
+from vqrae.common.pictures import PICTURE_SUFFIXES
+from vqrae.data.encoded import Crop, Encoded, EncodedPictures, read_bytes
+from vqrae.data.stream import Draw
+from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
@@ -24,13 +25,12 @@ def list_pictures(folder: str | Path) -> list[Path]:
     return found
 
 
-class ImageFolder(TolerantDataset):
-    """Pictures below a folder, of any size, mode and orientation -> {"image": uint8 (3, H, W)}.
+class ImageFolder(EncodedPictures):
+    """Pictures below a folder.
 
     Args:
         size: use the first `size` pictures only.
         split: `train` leaves 5 % (by name) to `validation`; `all` is everything.
-        augment: random crop and flip, decided by (seed, epoch, index) alone, so that a resumed run sees the same pictures.
     """
 
     def __init__(
@@ -40,11 +40,10 @@ class ImageFolder(TolerantDataset):
         image_size: int,
         size: int | None = None,
         split: FileSplit = "train",
-        augment: bool = False,
+        crop: Crop = "center",
         seed: int = 0,
     ) -> None:
-        super().__init__(str(folder))
-        self.image_size, self.augment, self.seed = image_size, augment, seed
+        super().__init__(str(folder), image_size=image_size, crop=crop, seed=seed)
         found = list_pictures(folder)
         hashes = np.array([name_hash(path.relative_to(folder).as_posix()) for path in found])
         self.paths = [found[i] for i in split_indices(hashes, split, self.source)][:size]
@@ -52,10 +51,9 @@ class ImageFolder(TolerantDataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, index: int) -> dict[str, Any]:
-        picture = open_picture(self.paths[index])
-        rng = np.random.default_rng([self.seed, self.epoch, index]) if self.augment else None
-        return {"image": fit_picture(picture, self.image_size, rng)}
+    def encoded(self, draw: Draw) -> Encoded:
+        path = self.paths[draw]
+        return Encoded(str(path), read_bytes(path))
 
 
 def folder_fingerprint(folder: str | Path) -> str:

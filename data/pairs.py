@@ -2,20 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from vqrae.common.pictures import open_picture
-from vqrae.data.tolerant import FileSplit, TolerantDataset, fit_picture, missing_files, name_hash, split_indices, summary
+from vqrae.data.encoded import Crop, Encoded, EncodedPictures, read_bytes
+from vqrae.data.stream import Draw
+from vqrae.data.tolerant import FileSplit, missing_files, name_hash, split_indices, summary
 
 
-def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
-    """(picture, caption) of each line {"image": path, "caption": text}; pictures lie relative to the file's folder.
+def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """(picture, caption) of each usable line {"image": path, "caption": text}, and what is wrong with each other line.
 
     Raises:
-        FileNotFoundError: when the file, or a picture that it names, does not exist; the first few are listed.
-        ValueError: listing the first lines that are not of this form.
+        FileNotFoundError: when there is no such file.
     """
     path = Path(path)
     if not path.is_file():
@@ -33,6 +32,18 @@ def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
                 pairs.append((record["image"], record["caption"].strip()))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 problems.append(f"line {number}: {type(error).__name__}: {error}")
+    return pairs, problems
+
+
+def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
+    """(picture, caption) of every line; pictures lie relative to the file's folder.
+
+    Raises:
+        FileNotFoundError: when the file, or a picture that it names, does not exist; the first few are listed.
+        ValueError: listing the first lines that cannot be used.
+    """
+    path = Path(path)
+    pairs, problems = scan_jsonl(path)
     if problems or not pairs:
         form = '{"image": "picture.jpg", "caption": "text"}'
         raise ValueError(f"{path}: {len(problems)} lines cannot be used; each must be {form}{summary(problems)}")
@@ -45,19 +56,33 @@ def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
     return pairs
 
 
-class CaptionedImages(TolerantDataset):
-    """Lines of a JSON-lines file -> {"image": uint8 (3, H, W), "caption": str}; see `read_jsonl` for the format."""
+class CaptionedImages(EncodedPictures):
+    """Pictures and captions of a JSON-lines file; see `scan_jsonl` for the format, `ImageFolder` for the split.
 
-    def __init__(self, path: str | Path, *, image_size: int, size: int | None = None, split: FileSplit = "train") -> None:
-        super().__init__(str(path))
-        self.image_size = image_size
-        found, self.folder = read_jsonl(path), Path(path).parent
+    Args:
+        strict: False leaves out lines that cannot be used, and looks for pictures only when they are read.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        image_size: int,
+        captions: bool = True,
+        size: int | None = None,
+        split: FileSplit = "train",
+        crop: Crop = "center",
+        seed: int = 0,
+        strict: bool = True,
+    ) -> None:
+        super().__init__(str(path), image_size=image_size, captions=captions, crop=crop, seed=seed)
+        found, self.folder = read_jsonl(path) if strict else scan_jsonl(path)[0], Path(path).parent
         hashes = np.array([name_hash(image) for image, _ in found])
         self.pairs = [found[i] for i in split_indices(hashes, split, self.source)][:size]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def read(self, index: int) -> dict[str, Any]:
-        image, caption = self.pairs[index]
-        return {"image": fit_picture(open_picture(self.folder / image), self.image_size), "caption": caption}
+    def encoded(self, draw: Draw) -> Encoded:
+        image, caption = self.pairs[draw]
+        return Encoded(str(self.folder / image), read_bytes(self.folder / image), caption)

@@ -1,27 +1,36 @@
 """One word names a source of samples, everywhere: in a YAML file, on the command line, in a manifest.
 
     scenes, scenes:emoji      the embedded scenes, with drawn shapes or with Twemoji artwork
+    emoji                     the embedded real pictures, 4,009 named emoji
     FOLDER                    pictures below a folder
     FILE.jsonl                lines {"image": path, "caption": text}
-    FILE.tar                  WebDataset tars, KEY.jpg beside KEY.txt; also a glob, or a range such as shard-{000..012}.tar
+    FILE.tar                  WebDataset tars, KEY.jpg beside KEY.txt or KEY.json; also a glob, or a range shard-{000..012}.tar
+    hf:NAME                   a Hugging Face data set: hub id or local folder; see `vqrae.data.huggingface` for its options
     FILE.json                 conversations in LLaVA's format
+    A*0.7+B*0.3               a mixture of these
 
-Image folders and caption files hold 5 % (by name) back as their `validation` split; a LLaVA file is used whole.
+All but scenes and LLaVA files hold 5 % (by name) back as their `validation` split; a LLaVA file is used whole.
+`docs/data.md` has an example of each.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from vqrae.common.config import did_you_mean
 from vqrae.data.conversations import Conversations
+from vqrae.data.emoji import EmojiDataset, artwork_folder
+from vqrae.data.encoded import Crop
+from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, parse_name, table_fingerprint
 from vqrae.data.images import ImageFolder, folder_fingerprint
+from vqrae.data.mixture import Mixture, parse_mixture
 from vqrae.data.pairs import CaptionedImages
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset
-from vqrae.data.tars import TarDataset, tars_fingerprint
+from vqrae.data.tars import TarDataset, is_tar, tars_fingerprint
 from vqrae.data.tolerant import FileSplit, TolerantDataset, checksum
 
-Samples = SceneDataset | TolerantDataset  # both map-style, with a length
-Kind = Literal["scenes", "folder", "jsonl", "tar", "json"]
+Samples = SceneDataset | TolerantDataset | Mixture  # all map-style, with a length
+Kind = Literal["scenes", "emoji", "folder", "jsonl", "tar", "hf", "json", "mixture"]
 DEFAULT_SCENES = {"train": 1_000_000, "validation": 1_000}
 
 
@@ -32,41 +41,63 @@ def source_kind(source: str) -> Kind:
         ValueError: when it is none of the forms above, or names an unknown sprite set.
         FileNotFoundError: when it looks like a path and nothing is there.
     """
+    if parse_mixture(source):
+        return "mixture"
+    if source.startswith(PREFIX):
+        parse_name(source)
+        return "hf"
     name, _, sprites = source.partition(":")
     if name == "scenes":
         if sprites and sprites not in SPRITE_SETS:
             raise ValueError(f"unknown scenes {sprites!r}. {did_you_mean(sprites, SPRITE_SETS)}")
         return "scenes"
-    for kind in ("jsonl", "tar", "json"):
-        if source.endswith(f".{kind}"):
-            return kind
+    if source == "emoji":
+        return "emoji"
+    if is_tar(source):
+        return "tar"
+    if source.endswith(".jsonl"):
+        return "jsonl"
+    if source.endswith(".json"):
+        return "json"
     if Path(source).is_dir():
         return "folder"
     if Path(source).is_file():
         raise ValueError(f"data source {source} is a file of unknown kind: expected .jsonl, .tar or .json")
-    raise FileNotFoundError(f"data source {source} does not exist: give scenes, a folder, or a .jsonl, .tar or .json file")
+    hint = "; each part of a mixture needs its weight, as in scenes*1+emoji*1" if "+" in source else ""
+    raise FileNotFoundError(
+        f"data source {source} does not exist: give scenes, emoji, a folder, a .jsonl, .tar or .json file, or hf:NAME{hint}"
+    )
 
 
 def open_images(
-    source: str, *, image_size: int, size: int | None = None, split: FileSplit = "train", augment: bool = False, seed: int = 0
+    source: str,
+    *,
+    image_size: int,
+    size: int | None = None,
+    split: FileSplit = "train",
+    crop: Crop = "center",
+    seed: int = 0,
 ) -> Samples:
     """Pictures of a source -> map-style data set of {"image": uint8 (3, H, W)}.
 
     Args:
         size: use so many samples; scenes default to a million for training and 1000 for validation.
-        augment: random crops and flips of training pictures; scenes have endless variety and take none.
-        seed: of the augmentation, or of the scenes.
+        crop: which square of a picture is used, see `fit_picture`; scenes are square and endless, and take none.
+        seed: of random crops, of scenes, of a mixture's order.
     """
+    options: dict[str, Any] = {"image_size": image_size, "split": split, "crop": crop, "seed": seed}
     kind = source_kind(source)
+    if kind == "mixture":
+        return _mix(source, open_images, size=size, **options)
     if kind == "scenes":
         return _scenes(source, "image", image_size=image_size, size=size, split=split, seed=seed)
     if kind == "folder":
-        return ImageFolder(source, image_size=image_size, size=size, split=split, augment=augment, seed=seed)
-    if kind == "tar":
-        return TarDataset(source, image_size=image_size, captions=False, size=size, split=split, augment=augment, seed=seed)
-    if kind == "jsonl":
-        return CaptionedImages(source, image_size=image_size, size=size, split=split)
-    raise ValueError(f"{source} holds conversations; for pictures give scenes, a folder, a .jsonl or a .tar")
+        return ImageFolder(source, size=size, **options)
+    if kind == "json":
+        raise ValueError(
+            f"{source} holds conversations; for pictures give scenes, emoji, a folder, a .jsonl, a .tar or hf:NAME"
+        )
+    return CAPTIONED[kind](source, captions=False, size=size, **options)
 
 
 def open_pairs(
@@ -77,15 +108,24 @@ def open_pairs(
     Args:
         detailed: captions of scenes name every colour and relation (for contrastive training).
     """
+    options: dict[str, Any] = {"image_size": image_size, "size": size, "split": split, "seed": seed}
     kind = source_kind(source)
+    if kind == "mixture":
+        return _mix(source, open_pairs, detailed=detailed, **options)
     if kind == "scenes":
-        item: Any = "detailed_pair" if detailed else "pair"
-        return _scenes(source, item, image_size=image_size, size=size, split=split, seed=seed)
-    if kind == "tar":
-        return TarDataset(source, image_size=image_size, captions=True, size=size, split=split)
-    if kind == "jsonl":
-        return CaptionedImages(source, image_size=image_size, size=size, split=split)
-    raise ValueError(f"{source} has no captions: give scenes, a .jsonl of image and caption, or a .tar of KEY.jpg and KEY.txt")
+        return _scenes(source, "detailed_pair" if detailed else "pair", **options)
+    if kind in ("folder", "json"):
+        forms = "scenes, emoji, a .jsonl of image and caption, a .tar of KEY.jpg and KEY.txt, or hf:NAME"
+        raise ValueError(f"{source} has no captions: give {forms}")
+    return CAPTIONED[kind](source, captions=True, **options)
+
+
+CAPTIONED: dict[str, Callable[..., Any]] = {
+    "emoji": EmojiDataset,
+    "jsonl": CaptionedImages,
+    "tar": TarDataset,
+    "hf": HuggingFaceDataset,
+}
 
 
 def open_conversations(
@@ -104,6 +144,9 @@ def open_conversations(
         image_folder: where a LLaVA file's pictures lie; its own folder when not given.
     """
     kind = source_kind(source)
+    if kind == "mixture":
+        options = {"image_size": image_size, "image_folder": image_folder}
+        return _mix(source, open_conversations, size=size, split=split, seed=seed, **options)
     if kind == "scenes":
         return _scenes(source, "conversation", image_size=image_size, size=size, split=split, seed=seed)
     if kind != "json":
@@ -111,6 +154,14 @@ def open_conversations(
     if split == "validation":
         raise ValueError(f"{source} is trained on whole, it has no validation split: give another file")
     return Conversations(source, image_folder=image_folder, size=size)
+
+
+def _mix(
+    source: str, open_part: Callable[..., Samples], *, size: int | None, split: FileSplit, seed: int, **options: Any
+) -> Mixture:
+    names, weights = zip(*parse_mixture(source), strict=True)
+    parts = [open_part(name, split=split, seed=seed, **options) for name in names]
+    return Mixture(parts, weights, seed=seed, size=size, repeat=split != "validation")
 
 
 def _scenes(source: str, item: Any, *, image_size: int, size: int | None, split: FileSplit, seed: int) -> SceneDataset:
@@ -123,16 +174,23 @@ def _scenes(source: str, item: Any, *, image_size: int, size: int | None, split:
 def fingerprint(source: str) -> str:
     """Identity of a source for a run's manifest: what it is, how much, and a checksum.
 
-    Scenes are identified by what they render; files by content; folders and tars by names and sizes.
+    Scenes are identified by what they render; files by content; folders and tars by names and sizes; Hugging Face data sets by
+    their rows, of which a hundred are read.
     """
     kind = source_kind(source)
+    if kind == "mixture":
+        return "; ".join(f"{float(weight):g} of {fingerprint(name)}" for name, weight in parse_mixture(source))
     if kind == "scenes":
         dataset = _scenes(source, "pair", image_size=64, size=4, split="train", seed=0)
         drawn = b"".join(dataset.pixels(i).tobytes() + dataset.caption(i).encode() for i in range(len(dataset)))
         return f"{source}: crc32 {checksum(drawn)}"
+    if kind == "emoji":
+        return f"{source}: {folder_fingerprint(artwork_folder())}"
     if kind == "folder":
         return f"{source}: {folder_fingerprint(source)}"
     if kind == "tar":
         return f"{source}: {tars_fingerprint(source)}"
+    if kind == "hf":
+        return f"{source}: {table_fingerprint(source)}"
     content = Path(source).read_bytes()
     return f"{source}: {len(content)} bytes, crc32 {checksum(content)}"

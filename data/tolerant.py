@@ -1,4 +1,4 @@
-"""What all data sets made of files share: splits, fixed-size pictures, and stepping over broken samples."""
+"""What all data sets made of files share: splits, and stepping over broken samples."""
 
 import sys
 import zlib
@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqrae.common.pictures import resize_and_crop
+from vqrae.data.stream import Draw
 
 FileSplit = Literal["train", "validation", "all"]
 VALIDATION_SHARE = 0.05
@@ -29,7 +26,7 @@ class TooManyBrokenSamples(RuntimeError):
 class TolerantDataset(Dataset, ABC):
     """A map-style data set that answers a broken sample with the next readable one, reports it and counts it.
 
-    Subclasses give `__len__`, and `read(index)`, which raises ValueError for a sample that cannot be read.
+    Subclasses give `__len__`, and `read(draw)`, which raises ValueError for a sample that cannot be read.
     Substitution keeps the length and the order exact, so that resuming and sharding need no bookkeeping.
     Counts are per process (each loader worker has its own).
     """
@@ -41,7 +38,7 @@ class TolerantDataset(Dataset, ABC):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the random crops of this epoch (`accelerate` and `Trainer` call this where it exists)."""
+        """The epoch of plain indices (`accelerate` and `Trainer` call this where it exists); a `Draw` carries its own."""
         self.epoch = epoch
 
     @abstractmethod
@@ -49,14 +46,15 @@ class TolerantDataset(Dataset, ABC):
         """Number of samples, broken ones included."""
 
     @abstractmethod
-    def read(self, index: int) -> dict[str, Any]:
-        """The sample at `index`; ValueError when it is broken."""
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """The sample of an index in an epoch; ValueError when it is broken."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of {self.source} with {len(self)} samples")
+        epoch = index.epoch if isinstance(index, Draw) else self.epoch
         for step in range(len(self)):
-            candidate = (index + step) % len(self)
+            candidate = Draw((index + step) % len(self), epoch)
             self.seen += 1
             try:
                 return self.read(candidate)
@@ -66,7 +64,7 @@ class TolerantDataset(Dataset, ABC):
 
     def _note(self, index: int, error: ValueError) -> None:
         if index not in self.broken:
-            self.broken.add(index)
+            self.broken.add(int(index))
             print(f"skipped a broken sample ({len(self.broken)} of {self.source} so far): {error}", file=sys.stderr, flush=True)
         if len(self.broken) > BROKEN_SHARE * max(self.seen, BROKEN_WINDOW):
             raise TooManyBrokenSamples(
@@ -98,22 +96,6 @@ def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarr
     held_out = max(1, round(VALIDATION_SHARE * len(hashes)))
     order = np.argsort(hashes, kind="stable")
     return np.sort(order[-held_out:] if split == "validation" else order[:-held_out])
-
-
-def fit_picture(picture: Image.Image, size: int, rng: np.random.Generator | None = None) -> Tensor:
-    """RGB picture -> uint8 (3, size, size): centre crop, or with `rng` a random square crop and flip for training.
-
-    The random crop covers 80 to 100 % of the shorter edge.
-    """
-    if rng is None:
-        picture = resize_and_crop(picture, size)
-    else:
-        edge = max(1, round(min(picture.size) * rng.uniform(0.8, 1.0)))
-        left, top = (int(rng.integers(extent - edge + 1)) for extent in picture.size)
-        box = (left, top, left + edge, top + edge)
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-        picture = ImageOps.mirror(picture) if rng.random() < 0.5 else picture
-    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
 def missing_files(paths: Iterable[Path]) -> list[Path]:

@@ -1,96 +1,50 @@
-"""How much of a picture survives the codes: PSNR, SSIM and codebook usage.
+"""How much of a picture survives the codes: rFID, PSNR, SSIM, LPIPS and the use of the codebook.
 
-    python -m vqrae.eval.reconstruction model=runs/tokenizer data=scenes num_images=1000 output=reconstruction.json
+    python -m vqrae.eval.reconstruction model=runs/tokenizer data=scenes output=reconstruction.json
+    torchrun --standalone --nproc_per_node 8 -m vqrae.eval.reconstruction model=… data=imagenet/val protocol=titok output=…
 
-Both pictures are clamped and rounded to 8 bits once, which is what a saved reconstruction holds; then metrics are taken per
-picture in [0, 1] and averaged. SSIM is the original one (Wang et al. 2004: 11 x 11 Gaussian window, sigma 1.5) at data
-range 1, which is neither scikit-image's 7 x 7 default nor the inflated range 2 of some published code.
+Pictures stream: nothing of an evaluation grows with their number. On several processes each scores a share, and the sums are
+added, so that the numbers are those of one process. A metric whose network has no weights here is "not measured", with the
+reason; it is never taken with random ones.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torch.utils.data import Dataset
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments, progress_line
-from vqrae.common.files import weights_fingerprint, write_json
-from vqrae.common.pictures import picture_grid, save_picture, tensor_to_uint8
-from vqrae.data.sources import open_images
+from vqrae.common.distributed import is_main_process
+from vqrae.common.files import weights_fingerprint, write_json, write_text
+from vqrae.common.pictures import picture_grid, save_picture
+from vqrae.common.run import package_versions, quiet_libraries
+from vqrae.data.sources import fingerprint, source_kind
+from vqrae.eval.frechet import FeatureStatistics
+from vqrae.eval.metrics import Distance, FrechetMetric, ReconstructionMetrics
+from vqrae.eval.networks import (
+    Backbone,
+    EfficientNetLite0,
+    Inception,
+    NotMeasured,
+    OriginalEncoder,
+    build_lpips,
+    original_tokenizer,
+)
+from vqrae.eval.pictures import PictureBatches, SplitChoice, open_evaluation, resolve_split
+from vqrae.eval.protocols import Protocol, get_protocol
+from vqrae.eval.sharding import processes
+from vqrae.eval.tables import markdown_table
 from vqrae.tokenizer import VQRAEModel
 
-SSIM_VARIANT = "11x11 Gaussian window, sigma 1.5, data range 1.0"
-MIN_SQUARED_ERROR = 1e-10  # an exact copy counts 100 dB
 EXAMPLES = 16
-
-
-class ReconstructionMetrics:
-    """Streaming metrics over a set of pictures.
-
-    Args:
-        codebook_size: K.
-        num_codebooks: G; with several, shares and perplexity are means over the codebooks.
-    """
-
-    def __init__(self, codebook_size: int, num_codebooks: int = 1) -> None:
-        self.codebook_size = codebook_size
-        self.histogram = torch.zeros(num_codebooks, codebook_size, dtype=torch.int64)
-        self._psnr: list[Tensor] = []
-        self._ssim: list[Tensor] = []
-
-    def update(self, images: Tensor, reconstruction: Tensor, codes: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            images, reconstruction: (B, 3, H, W) in [0, 1]; what exceeds the range is clamped.
-            codes: (B, N), or (B, N, G) with several codebooks.
-
-        Raises:
-            ValueError: when the two are not of one shape.
-        """
-        if images.shape != reconstruction.shape:
-            raise ValueError(
-                f"got images {tuple(images.shape)} and reconstruction {tuple(reconstruction.shape)}, expected alike"
-            )
-        target, copy = (tensor_to_uint8(batch).float() / 255 for batch in (images, reconstruction))
-        error = (target - copy).square().flatten(1).mean(dim=1).clamp(min=MIN_SQUARED_ERROR)
-        self._psnr.append((-10 * error.log10()).cpu())
-        ssim = structural_similarity_index_measure(copy, target, kernel_size=11, sigma=1.5, reduction="none", data_range=1.0)
-        self._ssim.append(torch.as_tensor(ssim).reshape(-1).cpu())
-        for counts, column in zip(self.histogram, codes.reshape(-1, len(self.histogram)).T.cpu(), strict=True):
-            counts += torch.bincount(column, minlength=self.codebook_size)
-
-    def compute(self) -> dict[str, Any]:
-        """All metrics over everything that was added.
-
-        Returns:
-            psnr (dB) and ssim, means over pictures; codebook_usage, the share of the K codes that any picture used;
-            perplexity and entropy_bits of the codes; dead_codes; num_images, codebook_size, ssim_variant.
-
-        Raises:
-            ValueError: when nothing was added.
-        """
-        if not self._psnr:
-            raise ValueError("got no pictures, expected at least one")
-        share = self.histogram.double() / self.histogram.sum(dim=1, keepdim=True)
-        entropy = -(share * share.clamp(min=1e-12).log()).sum(dim=1)
-        psnr, ssim = torch.cat(self._psnr), torch.cat(self._ssim)
-        return {
-            "psnr": psnr.mean().item(),
-            "ssim": ssim.mean().item(),
-            "codebook_usage": (self.histogram > 0).double().mean().item(),
-            "perplexity": entropy.exp().mean().item(),
-            "entropy_bits": (entropy / torch.tensor(2.0).log()).mean().item(),
-            "dead_codes": int((self.histogram == 0).sum()),
-            "num_images": len(psnr),
-            "codebook_size": self.codebook_size,
-            "ssim_variant": SSIM_VARIANT,
-        }
+SCENES = 1000  # how many, when nobody says
+SHOWN = ("rfid", "inception_score", "lpips_vgg", "lpips_alex")
 
 
 @dataclass(frozen=True)
@@ -110,77 +64,222 @@ def evaluate_reconstruction(
     *,
     batch_size: int = 32,
     num_images: int | None = None,
+    num_workers: int = 0,
+    protocol: Protocol | None = None,
+    frechet: tuple[FrechetMetric, ...] = (),
+    lpips: dict[str, Distance] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reconstructions:
     """Encode and decode the first `num_images` (or all) pictures of a data set of {"image": uint8 (3, H, W)}.
 
+    In a process group each process scores its share; metrics are those of all, pictures those of the process.
+
     Args:
+        frechet, lpips: what else to measure than pixels and codes.
         progress: called with (pictures done, pictures in all).
 
     Raises:
-        ValueError: when the data set holds fewer pictures than asked for.
+        ValueError: when the data set holds fewer pictures than asked for, or than there are processes.
     """
     model = model.eval()
     available: int = len(dataset)  # type: ignore[arg-type]  # every source of ours has a length
     total = available if num_images is None else num_images
     if not 0 < total <= available:
         raise ValueError(f"got num_images={total}, expected 1 to {available}, the pictures of this data set")
-    metrics: ReconstructionMetrics | None = None
-    originals, copies, done = [], [], 0
-    for batch in DataLoader(Subset(dataset, range(total)), batch_size=batch_size):
-        images = batch["image"].to(model.device).float() / 255
+    batches = PictureBatches(
+        dataset, total, batch_size=batch_size, num_workers=num_workers, device=model.device, progress=progress
+    )
+    metrics = ReconstructionMetrics(
+        model.config.codebook_size,
+        getattr(model.quantizer, "num_codebooks", 1),
+        protocol=protocol,
+        frechet=frechet,
+        lpips=lpips,
+        device=model.device,
+    )
+    originals, copies, done = [torch.empty(0)], [torch.empty(0)], 0
+    for images in batches:
         codes = model.encode(images)
         reconstruction = model.decode(codes)
-        if metrics is None:
-            metrics = ReconstructionMetrics(model.config.codebook_size, codes.shape[2] if codes.ndim == 3 else 1)
         metrics.update(images, reconstruction, codes)
         if done < EXAMPLES:
             originals.append(images[: EXAMPLES - done].cpu())
             copies.append(reconstruction[: EXAMPLES - done].cpu())
         done += len(images)
-        if progress is not None:
-            progress(done, total)
-    assert metrics is not None
-    return Reconstructions(metrics.compute(), metrics.histogram, torch.cat(originals), torch.cat(copies))
+    metrics.reduce()
+    batches.reduce()
+    values = {**metrics.compute(), "broken_images": int(batches.broken)}
+    return Reconstructions(values, metrics.histogram.cpu(), torch.cat(originals), torch.cat(copies))
+
+
+# ---- the command
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
-    """Score a tokenizer's reconstructions: PSNR, SSIM, codebook usage."""
+    """Score a tokenizer's reconstructions: rFID, Inception score, PSNR, SSIM, LPIPS, codebook usage."""
 
     model: str
     """Tokenizer: run directory, checkpoint folder or hub id."""
     output: str
-    """JSON file of the scores; a grid of examples (originals above copies) goes beside it as a PNG."""
+    """JSON file of the scores; a Markdown table and a grid of examples (originals above copies) go beside it."""
     data: str = "scenes"
-    """Source of pictures: scenes, scenes:emoji, a folder, FILE.jsonl or FILE.tar; its validation split is used."""
-    num_images: int = 1000
-    """Pictures to score; fewer when the source has fewer."""
+    """Source of pictures: scenes, scenes:emoji, a folder, FILE.jsonl or FILE.tar."""
+    split: SplitChoice = "auto"
+    """Which part of the source: its 5 % for validation, or all; auto is all of files, and validation of scenes."""
+    num_images: int | None = None
+    """Pictures to score, the first ones of the split; None: 1000 scenes, or everything that files hold."""
+    protocol: Literal["standard", "titok", "vgt", "vgt_script", "maskbit", "llamagen", "rae", "seed_voken"] = "standard"
+    """Resizing, rounding and SSIM of a public evaluator, see vqrae.eval.protocols."""
+    frechet: tuple[Literal["inception", "efficientnet_lite0", "encoder"], ...] = ("inception",)
+    """Networks to take a Fréchet distance in: inception gives rfid and inception_score, others frechet_NAME."""
+    lpips: tuple[Backbone, ...] = ("vgg",)
+    """Backbones of LPIPS."""
+    inception_weights: str | None = None
+    """File of Inception weights; None: torch's cache."""
+    vgg_weights: str | None = None
+    """File of VGG-16 weights; None: torch's cache."""
+    alex_weights: str | None = None
+    """File of AlexNet weights; None: torch's cache."""
+    original_encoder: str | None = None
+    """Tokenizer whose encoder is the original one, for frechet=[encoder]; None: stage 1 of the run directory."""
+    reference: str | None = None
+    """Folder that keeps statistics of the originals, so that the next tokenizer is scored in less time."""
     batch_size: int = 32
     """Pictures of one pass."""
+    num_workers: int = 0
+    """Processes that read pictures."""
     device: str = "auto"
     """cpu, cuda, …; auto takes CUDA when there is one."""
 
     def __post_init__(self) -> None:
-        if self.num_images < 1 or self.batch_size < 1:
+        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 1):
             raise ValueError(f"got num_images={self.num_images}, batch_size={self.batch_size}, expected both positive")
+        get_protocol(self.protocol)
+
+
+def build_network(name: str, config: ReconstructionConfig) -> torch.nn.Module:
+    """A network for Fréchet distances.
+
+    Raises:
+        NotMeasured: when its weights are not there.
+    """
+    if name == "inception":
+        return Inception(config.inception_weights)
+    if name == "efficientnet_lite0":
+        return EfficientNetLite0.from_package()
+    return OriginalEncoder(original_tokenizer(config.model, config.original_encoder))
+
+
+@dataclass
+class Judges:
+    """What measures more than pixels and codes, and for each metric that cannot be taken the reason.
+
+    Args:
+        identity: of the originals; kept statistics of them must have the same.
+    """
+
+    config: ReconstructionConfig
+    identity: dict[str, Any]
+    device: str
+
+    def __post_init__(self) -> None:
+        self.frechet: list[FrechetMetric] = []
+        self.lpips: dict[str, Distance] = {}
+        self.not_measured: dict[str, str] = {}
+        for name in self.config.frechet:
+            try:
+                network: Any = build_network(name, self.config)
+            except NotMeasured as error:
+                metrics = ("rfid", "inception_score") if name == "inception" else (f"frechet_{name}",)
+                self.not_measured |= dict.fromkeys(metrics, str(error))
+                continue
+            path, identity = self._reference(network)
+            known = FeatureStatistics.load(path, identity) if path is not None and path.exists() else None
+            self.frechet.append(FrechetMetric(network, known, self.device))
+        for backbone in self.config.lpips:
+            try:
+                self.lpips[backbone] = build_lpips(backbone, getattr(self.config, f"{backbone}_weights"))
+            except NotMeasured as error:
+                self.not_measured[f"lpips_{backbone}"] = str(error)
+
+    def _reference(self, network: Any) -> tuple[Path | None, dict[str, Any]]:
+        folder = self.config.reference
+        return Path(folder) / f"{network.name}.npz" if folder else None, {**self.identity, "network": network.identity}
+
+    def keep_references(self) -> None:
+        """Write the statistics of the originals that were taken in this run."""
+        for metric in self.frechet:
+            path, identity = self._reference(metric.network)
+            if path is not None and not metric.known:
+                metric.originals.save(path, identity)
+
+
+def markdown(values: dict[str, Any]) -> str:
+    """The scores as a table, with what they were measured on and what was not measured."""
+    numbers = [(name, f"{value:.6g}") for name, value in values.items() if isinstance(value, int | float)]
+    missing = [(name, f"not measured: {reason}") for name, reason in values["not_measured"].items()]
+    settings = ", ".join(f"{name} {value}" for name, value in values["protocol"].items())
+    lines = [
+        "# Reconstruction",
+        "",
+        f"Tokenizer `{values['tokenizer']}` on `{values['data']}`, split {values['split']}. Protocol: {settings}.",
+        *values["notes"],
+        "",
+        *markdown_table(("metric", "value"), [*missing, *numbers]),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(ReconstructionConfig, argv)
-    folder = resolve_model(config.model)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = VQRAEModel.from_pretrained(folder).to(device)
-    dataset = open_images(config.data, image_size=model.config.image_size, size=config.num_images, split="validation")
-    result = evaluate_reconstruction(model, dataset, batch_size=config.batch_size, progress=progress_line("reconstruction"))
-    fingerprint = weights_fingerprint(folder) if Path(folder).is_dir() else config.model
-    write_json(config.output, {**result.metrics, "data": config.data, "tokenizer": fingerprint})
+    quiet_libraries()
+    folder, protocol = resolve_model(config.model), get_protocol(config.protocol)
+    with processes(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu") as device:
+        model = VQRAEModel.from_pretrained(folder).to(device)
+        split = resolve_split(config.data, config.split)
+        size = config.num_images or (SCENES if source_kind(config.data) == "scenes" else None)
+        dataset = open_evaluation(config.data, image_size=model.config.image_size, split=split, size=size, protocol=protocol)
+        originals = {
+            "data": fingerprint(config.data),
+            "split": split,
+            "requested_images": len(dataset),
+            "image_size": model.config.image_size,
+            "protocol": {"name": config.protocol, **dataclasses.asdict(protocol)},
+        }
+        judges = Judges(config, originals, device)
+        result = evaluate_reconstruction(
+            model,
+            dataset,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            protocol=protocol,
+            frechet=tuple(judges.frechet),
+            lpips=judges.lpips,
+            progress=progress_line("reconstruction") if is_main_process() else None,
+        )
+    if is_main_process():
+        judges.keep_references()
+        tokenizer = weights_fingerprint(folder) if Path(folder).is_dir() else config.model
+        write_result(config, result, {**originals, "tokenizer": tokenizer, "not_measured": judges.not_measured})
+
+
+def write_result(config: ReconstructionConfig, result: Reconstructions, origin: dict[str, Any]) -> None:
+    """Write JSON, Markdown and the grid of examples, and print the main numbers."""
+    unknown = dict.fromkeys(origin["not_measured"])
+    values = {**unknown, **result.metrics, **origin, "packages": package_versions()}
+    output = Path(config.output)
+    write_json(output, values)
+    write_text(output.with_suffix(".md"), markdown(values))
     rows = [list(result.originals[:8]), list(result.copies[:8])]
-    save_picture(picture_grid(rows, labels=["original", "copy"]), Path(config.output).with_suffix(".png"))
-    metrics = result.metrics
+    save_picture(picture_grid(rows, labels=["original", "copy"]), output.with_suffix(".png"))
+    for name, reason in values["not_measured"].items():
+        print(f"{name} not measured: {reason}")
+    measured = "".join(f"{name} {value:.4g}  " for name, value in result.metrics.items() if name in SHOWN or "frechet" in name)
     print(
-        f"psnr {metrics['psnr']:.2f} dB  ssim {metrics['ssim']:.4f}  codebook usage {metrics['codebook_usage']:.1%}  "
-        f"perplexity {metrics['perplexity']:.1f}  ({metrics['num_images']} pictures)  ->  {config.output}"
+        f"psnr {values['psnr']:.2f} dB  ssim {values['ssim']:.4f}  {measured}codebook usage {values['codebook_usage']:.1%}  "
+        f"perplexity {values['perplexity']:.1f}  ({values['num_images']} pictures of {config.data}, split {values['split']}, "
+        f"protocol {config.protocol})  ->  {output}"
     )
 
 

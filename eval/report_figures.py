@@ -19,7 +19,7 @@ from vqrae.eval.report_evidence import BUDGETS, CURVES, Curve, Evidence, Prompt,
 
 INK, SOFT, ACCENT, SECOND, RIGHT, WRONG, PAPER = "#22262b", "#646b73", "#1f6f8b", "#c2762b", "#2d7d4a", "#b8452f", "#fcfbf8"
 _PAGE_COLORS = {INK: "currentColor", SOFT: "var(--soft)", ACCENT: "var(--accent)", SECOND: "var(--accent-2)"}
-_STYLE = {
+STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -48,7 +48,7 @@ def data_uri(picture: Image.Image | Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _svg(figure: Figure, name: str) -> str:
+def inline_svg(figure: Figure, name: str) -> str:
     """The figure as an inline SVG: its colours become the page's, its ids carry `name` so that two figures never mix."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
@@ -62,18 +62,18 @@ def _svg(figure: Figure, name: str) -> str:
 
 def curve_svg(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
     """A small chart of one metric."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.2, 2.0), layout="constrained")
         draw_curve(figure.subplots(), steps, values)
-        return _svg(figure, name)
+        return inline_svg(figure, name)
 
 
 def usage_svg(counts: np.ndarray) -> str:
     """How often each code was chosen, most frequent first, on a logarithmic scale."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 2.4), layout="constrained")
         draw_usage(figure.subplots(), counts)
-        return _svg(figure, "usage")
+        return inline_svg(figure, "usage")
 
 
 # ---- charts
@@ -111,7 +111,7 @@ def summary_picture(
         rows: the table of figures.
         pairs, prompts: the examples that are shown.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 10.8), dpi=110, facecolor=PAPER)
         minutes = evidence.plan.get("minutes")
         budget = f", in a budget of {minutes:g} minutes" if minutes else ""

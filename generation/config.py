@@ -15,7 +15,7 @@ class ExtractionConfig:
     tokenizer: str
     """Run directory, checkpoint folder or hub id of the visual tokenizer."""
     source: str
-    """Captioned pictures: scenes, scenes:emoji, FILE.jsonl or FILE.tar (see `vqrae.data.sources`)."""
+    """Captioned pictures: scenes, emoji, FILE.jsonl, FILE.tar, hf:NAME or a mixture (see `vqrae.data.sources`)."""
     output_dir: str
     size: int | None = None
     """Pictures to take; null takes all."""

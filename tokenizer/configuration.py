@@ -88,6 +88,11 @@ class VQRAEConfig(PreTrainedConfig):
         return self.image_size // self.patch_size
 
     @property
+    def output_size(self) -> int:
+        """Pixels of a side of a reconstruction."""
+        return self.grid_size * (self.output_patch_size or self.patch_size)
+
+    @property
     def feature_dim(self) -> int:
         """D, the width of the continuous features."""
         return self.build_encoder_config().hidden_size

@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vqrae.common.distributed import prepare_cpu_deepspeed
+from vqrae.tokenizer.encoders import final_norm
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.train_config import StageConfig
+
+BUCKET = 100_000_000  # values that ZeRO sends at once: buffers of 0.4 GB each instead of the default's 2 GB
 
 
 def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16: bool) -> tuple[Accelerator, Accelerator]:
@@ -23,8 +28,9 @@ def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16
     """
     on_cpu = not torch.cuda.is_available()
     if not zero:
-        first, second = (Accelerator(cpu=on_cpu, gradient_accumulation_steps=accumulation) for _ in range(2))
-        return first, second
+        views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else DDP holds all gradients twice
+        options: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "kwargs_handlers": [views]}
+        return Accelerator(cpu=on_cpu, **options), Accelerator(cpu=on_cpu, **options)
     prepare_cpu_deepspeed()
     AcceleratorState._reset_state()  # plugins are read once per process; the second stage brings its own
     if on_cpu:
@@ -33,7 +39,12 @@ def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": stage.max_grad_norm,
-        "zero_optimization": {"stage": zero, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": zero,
+            "overlap_comm": False,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
     }
@@ -51,6 +62,13 @@ def prepare(accelerator: Accelerator, name: str, model: nn.Module, optimizer: to
     return accelerator.prepare(model, optimizer)
 
 
+def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
+    """Stage 1 freezes the encoder; what lies behind the feature tap never gets a gradient and is frozen too."""
+    model.encoder.requires_grad_(not stage.freeze_encoder)
+    if model.config.feature_tap == "hidden_states[-1]":
+        final_norm(model.encoder).requires_grad_(False)
+
+
 def parameter_groups(modules: dict[str, tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups of the trainable parameters of modules with their learning rates.
 
@@ -65,3 +83,14 @@ def parameter_groups(modules: dict[str, tuple[nn.Module, float]], weight_decay: 
             if parameters:
                 groups.append({"params": parameters, "lr": learning_rate, "weight_decay": decay, "name": name})
     return groups
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """`torch.compile` every transformer block of a model, in place; equal blocks share one compilation.
+
+    Args:
+        options: of `torch.compile`.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(**options)

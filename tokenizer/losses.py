@@ -40,6 +40,7 @@ class LeCam(nn.Module):
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
         self.decay = decay
+        self._observed: list[Tensor] = []
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
 
@@ -47,6 +48,16 @@ class LeCam(nn.Module):
         """`relu(E[D(real)] - fake_mean)^2 + relu(real_mean - E[D(fake)])^2`, a scalar."""
         real, fake = real_logits.mean(), fake_logits.mean()
         return nn.functional.relu(real - self.fake_mean).square() + nn.functional.relu(self.real_mean - fake).square()
+
+    def observe(self, real_logits: Tensor, fake_logits: Tensor) -> None:
+        """Take note of the logits of one micro-batch."""
+        self._observed.append(torch.stack([real_logits.mean(), fake_logits.mean()]).detach())
+
+    def take_means(self) -> Tensor:
+        """The means (2,) of real and fake logits over what was observed since the last call."""
+        means = torch.stack(self._observed).mean(0)
+        self._observed.clear()
+        return means
 
     @torch.no_grad()
     def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor, SiglipVisionModel
+from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor
 from transformers import initialization as init
 
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.decoder import DCTBasis, ViTDecoder
+from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.quantizers import CodebookQuantizer, Quantizer, build_quantizer
 
 
@@ -214,13 +215,6 @@ class VQRAEModel(PreTrainedModel):
         """Write config.json, model.safetensors and preprocessor_config.json."""
         super().save_pretrained(save_directory, **kwargs)
         self.image_processor().save_pretrained(save_directory)
-
-
-def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap: str) -> Tensor:
-    """Features (B, N, D) of a Hugging Face vision encoder at the configured tap, without a class token."""
-    output = encoder(pixel_values, output_hidden_states=feature_tap == "hidden_states[-1]")
-    features = output.hidden_states[-1] if feature_tap == "hidden_states[-1]" else output.last_hidden_state
-    return features if isinstance(encoder, SiglipVisionModel) else features[:, 1:]
 
 
 AutoModel.register(VQRAEConfig, VQRAEModel)

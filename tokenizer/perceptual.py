@@ -1,16 +1,28 @@
-"""Perceptual distances by name: networks that never train and never start from random weights.
+"""Perceptual distances by name: networks that never train and never start from random weights unasked.
+
+The published term is TiTok's `lpips-convnext_s-1.0-0.1` (VQRAE Table 7 through its code lineage): LPIPS-VGG and the squared
+difference of ConvNeXt-S logits, in a weighted mean. Both see unclamped fp32 pictures outside of autocast, for bf16 would round
+away the small differences that they measure.
 
 `encoder` compares the features that the frozen original encoder sees. It needs no download, which is why the embedded
 default uses it; the same network is then encoder, teacher and loss, so it is never a *metric* beside them.
 """
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Sequence
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, WeightsEnum, convnext_small, vgg
+from torchvision.transforms.v2 import functional as vision
 from transformers import PreTrainedModel
 
 from vqrae.common.config import did_you_mean
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class EncoderPerceptual(nn.Module):
@@ -32,15 +44,144 @@ class EncoderPerceptual(nn.Module):
         return torch.stack([nn.functional.mse_loss(state, target) for state, target in pairs]).mean()
 
 
-PERCEPTUAL_NETWORKS = {"encoder": EncoderPerceptual}
+class LPIPS(nn.Module):
+    """LPIPS with VGG16 (arXiv 1801.03924, version 0.1) at the resolution of the pictures; random until `load_pretrained`."""
+
+    # Between these layers of VGG16 lie relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, with so many channels.
+    BOUNDS, CHANNELS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)
+    # ImageNet's statistics for pictures in [-1, 1], with the digits that the heads were fitted to.
+    MEAN, STD = [-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)[: self.BOUNDS[-1]]
+        self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.CHANNELS)
+
+    def load_pretrained(self, folder: str | None) -> None:
+        """Load torchvision's VGG16 (see `pretrained_weights`) and the linear heads that torchmetrics ships."""
+        backbone = pretrained_weights(VGG16_Weights.IMAGENET1K_V1, folder)
+        file = resources.files("torchmetrics") / "functional" / "image" / "lpips_models" / "vgg.pth"
+        with resources.as_file(file) as path:
+            heads = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key: value for key, value in backbone.items() if key.startswith("features.")}
+        self.load_state_dict(state | {f"heads.{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.heads))})
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """Mean LPIPS of pictures (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
+        with torch.autocast(images.device.type, enabled=False):
+            hidden, target = (vision.normalize(2 * x.float() - 1, self.MEAN, self.STD) for x in (reconstruction, images))
+            distances = []
+            for (start, end), head in zip(pairwise(self.BOUNDS), self.heads, strict=True):
+                hidden = self.features[start:end](hidden)
+                with torch.no_grad():
+                    target = self.features[start:end](target)
+                distances.append(head((self._unit(hidden) - self._unit(target)).square()).mean())
+            return torch.stack(distances).sum()
+
+    @staticmethod
+    def _unit(hidden: Tensor) -> Tensor:
+        return hidden / (hidden.square().sum(1, keepdim=True) + 1e-8).sqrt()
 
 
-def build_perceptual(name: str, teacher: PreTrainedModel, normalize: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The perceptual network of that name.
+class ConvNeXtLogits(nn.Module):
+    """Mean squared difference of ConvNeXt-S ImageNet logits at 224 px (TiTok, MaskBit); random until `load_pretrained`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = convnext_small()
+
+    def load_pretrained(self, folder: str | None) -> None:
+        """Load torchvision's ConvNeXt-S (see `pretrained_weights`)."""
+        self.network.load_state_dict(pretrained_weights(ConvNeXt_Small_Weights.IMAGENET1K_V1, folder))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        resized = nn.functional.interpolate(images.float(), size=(224, 224), mode="bilinear", antialias=True)
+        return self.network(vision.normalize(resized, IMAGENET_MEAN, IMAGENET_STD))
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """Scalar distance of pictures (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
+        with torch.autocast(images.device.type, enabled=False):
+            with torch.no_grad():
+                target = self._logits(images)
+            return nn.functional.mse_loss(self._logits(reconstruction), target)
+
+
+class PerceptualMix(nn.Module):
+    """Weighted mean of perceptual distances, as TiTok parametrises it.
+
+    With weights (1.0, 0.1) and a `perceptual_weight` of 1.1 the loss is `1.0 * first + 0.1 * second`.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.networks, self.weights = nn.ModuleList(networks), tuple(weights)
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """Scalar distance of pictures (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
+        pairs = zip(self.weights, self.networks, strict=True)
+        return torch.stack([weight * network(reconstruction, images) for weight, network in pairs]).sum() / sum(self.weights)
+
+
+PRETRAINED: dict[str, type[LPIPS | ConvNeXtLogits]] = {"lpips": LPIPS, "convnext_s": ConvNeXtLogits}
+
+
+def build_perceptual(
+    name: str,
+    mix: Sequence[float] = (),
+    *,
+    teacher: PreTrainedModel | None = None,
+    normalize: Callable[[Tensor], Tensor] | None = None,
+    folder: str | None = None,
+    random: bool = False,
+) -> nn.Module:
+    """The frozen perceptual network of that name, or the weighted mean of several.
+
+    Args:
+        name: `encoder`, `lpips` or `convnext_s`, or some of them joined by `+`.
+        mix: one weight for each of several names.
+        teacher, normalize: what `encoder` compares features with: the frozen original encoder and its input normalisation.
+        folder: with the pretrained weights; None: torch's cache, or a download into it.
+        random: leave the weights random instead, so that the distance means nothing.
 
     Raises:
         ValueError: for an unknown name, listing the known ones.
+        FileNotFoundError: when weights cannot be reached, saying which and what to do.
     """
-    if name not in PERCEPTUAL_NETWORKS:
-        raise ValueError(f"unknown perceptual network {name!r}. {did_you_mean(name, PERCEPTUAL_NETWORKS)}")
-    return PERCEPTUAL_NETWORKS[name](teacher, normalize)
+    networks: list[nn.Module] = []
+    for part in name.split("+"):
+        if part == "encoder":
+            assert teacher is not None, "`encoder` compares features of the teacher"
+            assert normalize is not None, "`encoder` needs the teacher's normalisation"
+            networks.append(EncoderPerceptual(teacher, normalize))
+        elif part in PRETRAINED:
+            network = PRETRAINED[part]()
+            if not random:
+                network.load_pretrained(folder)
+            networks.append(network)
+        else:
+            raise ValueError(f"unknown perceptual network {part!r}. {did_you_mean(part, ['encoder', *PRETRAINED])}")
+    loss = PerceptualMix(networks, mix) if len(networks) > 1 else networks[0]
+    return loss.eval().requires_grad_(False)
+
+
+def pretrained_weights(weights: WeightsEnum, folder: str | None) -> dict[str, Tensor]:
+    """The state dict of torchvision `weights`, from `folder` or else from torch's cache, downloaded when absent.
+
+    Raises:
+        FileNotFoundError: when they are neither there nor within reach.
+        ValueError: when the file is damaged.
+    """
+    file = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / weights.url.rpartition("/")[2]
+    try:
+        if not folder and not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=file.stem.rpartition("-")[2])
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{weights} cannot be had ({error}): download {weights.url} and save it as {file}"
+            + ("" if folder else ", or in any folder that perceptual_weights=FOLDER then names")
+            + ". A dry run or a test, where the loss may mean nothing, can set random_perceptual_weights=true instead."
+        ) from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): remove it and download {weights.url} again") from error

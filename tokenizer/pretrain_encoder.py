@@ -1,6 +1,9 @@
-"""Give a small encoder semantics before it is quantized: SigLIP's sigmoid image-text loss (arXiv 2303.15343).
+"""Give a small encoder semantics before it is quantized: SigLIP's sigmoid loss (arXiv 2303.15343) on pictures and captions
+and, densely, on patches and the phrases of what they show.
 
-The full-size tokenizers start from published encoders; the embedded default earns its own on captioned scenes.
+The full-size tokenizers start from published encoders; the embedded default earns its own on captioned scenes. SigLIP 2
+learns local semantics by decoding grounded captions; on minutes of data the same grounding teaches much sooner as a
+contrast (docs/quickstart.md has the comparison).
 
     python -m vqrae.tokenizer.pretrain_encoder tiny_encoder output_dir=runs/encoder
 """
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import SiglipConfig, SiglipModel, SiglipVisionModel, Trainer
 from transformers.trainer_utils import set_seed
@@ -21,7 +24,7 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.files import atomic_path
 from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, run_trainer, training_arguments
+from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
 from vqrae.data.scenes import SceneDataset, load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import END, build_word_tokenizer
@@ -37,30 +40,80 @@ class EncoderPretrainingConfig:
     text: dict[str, Any]
     """`SiglipTextConfig` values; the vocabulary comes from the captions."""
     optimization: OptimizationConfig
+    logit_bias: float = -10.0
+    """Where the sigmoid's bias starts: the log-odds of a match. SigLIP's -10 fits batches of ten thousands."""
+    grounding_weight: float = 0.0
+    """Of the sigmoid loss between patches and phrases."""
     sprites: str = "shapes"
     attention: str = "auto"
     seed: int = 0
 
 
-class ContrastiveCollator:
-    """Captioned pictures -> SigLIP inputs. As in SigLIP, text is padded to full length and padding is attended."""
+class GroundedSiglip(SiglipModel):
+    """`SiglipModel` with a second sigmoid loss: every patch of an object against every phrase of the batch.
 
-    def __init__(self, text_tokenizer: Any, max_length: int) -> None:
+    The loss over whole pictures is dominated by what is easiest to tell apart, colours; this one asks every patch.
+    """
+
+    def __init__(self, config: SiglipConfig, *, grounding_weight: float = 0.0) -> None:
+        super().__init__(config)
+        self.grounding_weight = grounding_weight
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, phrase_ids: Tensor, patches: Tensor, truth: Tensor) -> Any:
+        """One loss of pictures (B, 3, H, W), captions (B, T) and phrases (P, T).
+
+        Args:
+            patches: (R,) indices into the batch's B x N patches, those that show an object.
+            truth: (R, P) bool, whether a phrase is true of the object that a patch shows.
+        """
+        output = super().forward(pixel_values=pixel_values, input_ids=input_ids, return_loss=True)
+        if self.grounding_weight:
+            features = output.vision_model_output.last_hidden_state.flatten(0, 1)[patches]
+            phrases = self.get_text_features(input_ids=phrase_ids).pooler_output
+            similarity = nn.functional.normalize(features.float(), dim=-1) @ nn.functional.normalize(phrases.float(), dim=-1).T
+            logits = similarity * self.logit_scale.exp() + self.logit_bias
+            grounding_loss = -nn.functional.logsigmoid(torch.where(truth, logits, -logits)).sum(-1).mean()
+            output.loss = output.loss + self.grounding_weight * grounding_loss
+        return output
+
+
+class GroundedCollator:
+    """Captioned pictures with grounded phrases -> inputs of `GroundedSiglip`.
+
+    As in SigLIP, text is padded to full length and padding is attended.
+    """
+
+    def __init__(self, text_tokenizer: Any, max_length: int, grid_size: int) -> None:
         self.text_tokenizer, self.max_length = text_tokenizer, max_length
+        centers = (torch.arange(grid_size) + 0.5) / grid_size
+        self.y, self.x = (axis.flatten() for axis in torch.meshgrid(centers, centers, indexing="ij"))  # (N,) each
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = torch.stack([sample["image"] for sample in samples]).float() / 255
-        text = self.text_tokenizer(
-            [sample["caption"] for sample in samples],
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
+        phrases = sorted({phrase for sample in samples for both in sample["phrases"] for phrase in both})
+        patches, truth = [], []
+        for i, sample in enumerate(samples):
+            for (left, top, right, bottom), true_phrases in zip(sample["boxes"], sample["phrases"], strict=True):
+                inside = (self.x > left) & (self.x < right) & (self.y > top) & (self.y < bottom)
+                patches.append(inside.nonzero().flatten() + i * len(inside))
+                truth += [[phrase in true_phrases for phrase in phrases]] * int(inside.sum())
+        return {
+            "pixel_values": (images - 0.5) / 0.5,
+            "input_ids": self.tokenize([sample["caption"] for sample in samples]),
+            "phrase_ids": self.tokenize(phrases),
+            "patches": torch.cat(patches),
+            "truth": torch.tensor(truth),
+        }
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Texts -> token ids (n, max_length)."""
+        encoded = self.text_tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
-        return {"pixel_values": (images - 0.5) / 0.5, "input_ids": text["input_ids"], "return_loss": True}
+        return encoded["input_ids"]
 
 
-def build_siglip(config: EncoderPretrainingConfig, vocabulary_size: int, end_token_id: int) -> SiglipModel:
+def build_siglip(config: EncoderPretrainingConfig, vocabulary_size: int, end_token_id: int) -> GroundedSiglip:
     """A SigLIP of the configured size, ready to learn.
 
     From a bare configuration the logit scale and bias are 0 and nothing contrastive is learned; the paper starts from
@@ -68,18 +121,23 @@ def build_siglip(config: EncoderPretrainingConfig, vocabulary_size: int, end_tok
     """
     text = {**config.text, "vocab_size": vocabulary_size, "eos_token_id": end_token_id}
     siglip = SiglipConfig(text_config=text, vision_config=config.vision)
-    model = SiglipModel._from_config(siglip, attn_implementation=attention_implementation(config.attention))
-    torch.nn.init.constant_(model.logit_scale, math.log(10))
-    torch.nn.init.constant_(model.logit_bias, -10.0)
+    model = GroundedSiglip._from_config(
+        siglip,
+        attn_implementation=attention_implementation(config.attention),
+        grounding_weight=config.grounding_weight,
+    )
+    nn.init.constant_(model.logit_scale, math.log(10))
+    nn.init.constant_(model.logit_bias, config.logit_bias)
     return model
 
 
 @torch.no_grad()
-def retrieval_accuracy(model: SiglipModel, collator: ContrastiveCollator, dataset: Dataset, size: int = 100) -> float:
+def retrieval_accuracy(model: SiglipModel, collator: GroundedCollator, dataset: Dataset, size: int = 100) -> float:
     """Share of `size` pictures whose own caption scores highest among all of theirs (equal captions count as own)."""
     model.eval()
     samples = [dataset[i] for i in range(size)]
-    logits: Tensor = model(**collator(samples)).logits_per_image
+    inputs = collator(samples)
+    logits: Tensor = model(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"]).logits_per_image
     best = logits.argmax(-1).tolist()
     return sum(samples[i]["caption"] == samples[j]["caption"] for i, j in enumerate(best)) / size
 
@@ -95,15 +153,17 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(config.seed)
     texts = vocabulary_texts(load_sprites(config.sprites).names)
     text_tokenizer = build_word_tokenizer(texts, end_with=END)
-    collator = ContrastiveCollator(text_tokenizer, config.text["max_position_embeddings"])
-    model = build_siglip(config, len(text_tokenizer), text_tokenizer.eos_token_id)
     image_size = config.vision["image_size"]
+    grid_size = image_size // config.vision["patch_size"]
+    collator = GroundedCollator(text_tokenizer, config.text["max_position_embeddings"], grid_size)
+    model = build_siglip(config, len(text_tokenizer), text_tokenizer.eos_token_id)
     options: dict[str, Any] = {"image_size": image_size, "sprites": config.sprites, "seed": config.seed}
     trainer = Trainer(
         model=model,
         args=training_arguments(config.optimization, run.path / "checkpoints", seed=config.seed),
-        train_dataset=SceneDataset("train", item="contrastive_pair", **options),
+        train_dataset=SceneDataset("train", item="grounded_pair", **options),
         data_collator=collator,
+        optimizers=build_optimizers(config.optimization, model),
         callbacks=[InstrumentCallback(run, "encoder")],
     )
     run_trainer(trainer)
@@ -111,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         save_vision_tower(run.path / "siglip", final)
         trained = SiglipModel.from_pretrained(run.path / "siglip")
-        accuracy = retrieval_accuracy(trained, collator, SceneDataset("validation", item="contrastive_pair", **options))
+        accuracy = retrieval_accuracy(trained, collator, SceneDataset("validation", item="grounded_pair", **options))
         run.log(config.optimization.max_steps, {"retrieval_accuracy": accuracy})
         print(f"encoder in {final}: of 100 held-out pictures {accuracy:.0%} find their own caption")
 

@@ -4,6 +4,8 @@ everything together, with the encoder held by distillation to its frozen origina
     python -m vqrae.tokenizer.train tiny output_dir=runs/tokenizer model.encoder=runs/encoder
     torchrun --standalone --nproc_per_node 2 -m vqrae.tokenizer.train tiny zero=2 ...
 
+    python -m vqrae.tokenizer.train siglip2_256 stage=2 dry_run=1 micro_batch_size=2
+
 Relaunching the same command continues where it stopped.
 """
 
@@ -11,53 +13,26 @@ import shutil
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
-from vqrae.common.checkpoints import resolve_model
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.files import atomic_path, weights_fingerprint
 from vqrae.common.run import RunDirectory
-from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.build import build_tokenizer, check_quantizer
+from vqrae.tokenizer.dry_run import dry_run
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.stage import StageTrainer
-from vqrae.tokenizer.train_config import ModelConfig, TokenizerTrainConfig
-
-
-def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
-    """A tokenizer whose encoder has its pretrained weights (or random ones, when only a configuration is given)."""
-    if (config.encoder is None) == (config.encoder_config is None):
-        raise ValueError("model: give either encoder (pretrained weights) or encoder_config (random ones)")
-    encoder: PreTrainedModel | None = None
-    encoder_config = config.encoder_config
-    if config.encoder:
-        source = resolve_model(config.encoder)
-        loaded = AutoConfig.from_pretrained(source)
-        options = {"vision_use_head": False} if "siglip" in loaded.model_type else {}
-        encoder = AutoModel.from_pretrained(source, attn_implementation=attention, **options)
-        encoder_config = encoder.config.to_diff_dict() | {"model_type": encoder.config.model_type}
-    tokenizer_config = VQRAEConfig(
-        encoder_config=encoder_config,
-        feature_tap=config.feature_tap,
-        feature_norm=config.feature_norm,
-        quantizer=config.quantizer,
-        quantizer_options=config.quantizer_options,
-        codebook_size=config.codebook_size,
-        codebook_dim=config.codebook_dim,
-        output_patch_size=config.output_patch_size,
-        output_basis=config.output_basis,
-        attn_implementation=attention,
-    )
-    model = VQRAEModel(tokenizer_config)
-    if encoder is not None:
-        model.encoder.load_state_dict(encoder.state_dict())
-    return model
+from vqrae.tokenizer.train_config import TokenizerTrainConfig
 
 
 def main(argv: list[str] | None = None) -> None:
     name, *overrides = argv if argv is not None else sys.argv[1:]
     config = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), overrides)
+    check_quantizer(config)
+    if config.dry_run:
+        dry_run(config)
+        return
     attention = attention_implementation(config.attention)
     output = Path(config.output_dir)
     stages = [1, 2] if config.stage == "both" else [config.stage]
@@ -77,8 +52,9 @@ def main(argv: list[str] | None = None) -> None:
         run = RunDirectory(folder, seed=config.seed)
         StageTrainer(config, number, model, run).train()
     if is_main_process():
-        with atomic_path(output / "model") as temporary:
-            shutil.copytree(output / f"stage{stages[-1]}" / "model", temporary)
+        for folder in (output / f"stage{stages[-1]}").glob("model*"):  # and its moving average
+            with atomic_path(output / folder.name) as temporary:
+                shutil.copytree(folder, temporary)
         print(f"tokenizer {weights_fingerprint(output / 'model')[:16]} in {output / 'model'}")
 
 

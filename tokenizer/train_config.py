@@ -1,6 +1,6 @@
 """The typed configuration of a tokenizer training: one YAML file with both stages (VQRAE Table 7)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -11,7 +11,11 @@ class ModelConfig:
     encoder: str | None
     """Run directory, checkpoint folder or hub id of the pretrained encoder; None with `encoder_config`: random."""
     encoder_config: dict[str, Any] | None = None
-    """`model_type` and values of a randomly initialised encoder; for tests and dry runs."""
+    """`model_type` and values of the encoder. Beside `encoder` they are what it must be, and what a dry run builds when it
+    is not on this machine; alone they are a random encoder, for tests."""
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """The encoder's normalisation of images in [0, 1]: SigLIP2's 0.5, ImageNet's statistics for InternViT."""
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     feature_tap: str = "hidden_states[-1]"
     feature_norm: str = "none"
     quantizer: str = "simvq"
@@ -21,6 +25,7 @@ class ModelConfig:
     codebook_init: Literal["random", "features"] = "random"
     """`random` is the quantizer's published start; `features` takes k-means centres of projected encoder features."""
     output_patch_size: int | None = None
+    """Pixels of a side of a decoded patch; None is the encoder's own. 16 makes 512 px of InternViT's 448."""
     output_basis: str = "pixels"
 
 
@@ -29,11 +34,13 @@ class DataConfig:
     """What it learns from."""
 
     train: str = "scenes"
-    """A source: `scenes`, `scenes:emoji`, an image folder, a caption file, tars."""
+    """A source of pictures, see `vqrae.data.sources`."""
     validation: str | None = None
     """None: the validation split of `train`."""
     num_workers: int = 0
     random_flip: bool = True
+    crop: Literal["center", "random", "zoom"] = "center"
+    """Of training pictures; the paper's is `random` (Table 7), `zoom` cuts out 80 to 100 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +72,22 @@ class StageConfig:
     """0: not even computed. Published: 0.05."""
     perceptual_weight: float = 0.0
     perceptual_network: str = "encoder"
+    """`encoder`, `lpips`, `convnext_s` or several joined by `+`. Published: `lpips+convnext_s`, mix [1.0, 0.1], weight 1.1."""
+    perceptual_mix: tuple[float, ...] = ()
+    """One weight for each of several networks, whose weighted mean is the loss."""
     distillation_weight: float = 0.0
     adversarial_weight: float = 0.0
+    discriminator: str = "maskbit"
+    """`maskbit`, or `dino`: heads on a frozen ViT."""
     discriminator_start: int = 0
     """Stage step of the discriminator's first update; it is not run before."""
     discriminator_ramp: int = 0
     """Steps over which the adversarial weight grows from 0."""
     discriminator_lr: float = 0.0
     discriminator_channels: tuple[int, ...] = (128, 128, 256, 512)
+    """Of `maskbit`."""
+    discriminator_backbone: str = "facebook/dino-vits16"
+    """Folder or hub id of the frozen ViT of `dino`."""
     lecam_weight: float = 0.001
     bypass_steps: int = 0
     """The first steps of the stage train a continuous autoencoder; the codebook then starts anew from its features."""
@@ -86,6 +101,18 @@ class StageConfig:
             raise ValueError("adversarial_weight is set but discriminator_lr is 0: the discriminator would never learn")
         if not self.freeze_encoder and not self.encoder_lr:
             raise ValueError("the encoder is not frozen but encoder_lr is 0: set encoder_lr or freeze_encoder")
+        networks = self.perceptual_network.split("+")
+        if len(self.perceptual_mix) != (len(networks) if len(networks) > 1 else 0):
+            raise ValueError(
+                f"perceptual_mix {list(self.perceptual_mix)} does not fit perceptual_network {self.perceptual_network!r}: "
+                "give one weight for each of several networks, and none for a single one"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a frozen copy of the original encoder has a part in this stage."""
+        perceptual = bool(self.perceptual_weight) and "encoder" in self.perceptual_network.split("+")
+        return bool(self.distillation_weight) or perceptual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +125,38 @@ class TokenizerTrainConfig:
     stage1: StageConfig
     stage2: StageConfig
     stage: Literal[1, 2, "both"] = "both"
+    perceptual_weights: str | None = None
+    """Folder with the weights of `lpips` and `convnext_s`; None: torch's cache, or a download into it."""
+    random_perceptual_weights: bool = False
+    """Random weights for them and for the backbone of `dino`: for dry runs and tests, as these losses then mean nothing."""
     zero: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO stage; 0 is plain DDP."""
+    micro_batch_size: int | None = None
+    """In place of both stages' own, to fit another machine; the global batch stays."""
     bf16: bool = True
     attention: str = "auto"
+    activation_checkpointing: bool = False
+    """Keep one state for each block of encoder and decoder and compute the rest again: far less memory, a third more work."""
+    compile: bool = False
+    """`torch.compile` for the blocks of encoder and decoder; gains nothing on CPU."""
+    ema_decay: float = 0.0
+    """Also keep a moving average of the weights, saved as `model_ema`; 0: none."""
+    max_nonfinite_steps: int = 20
+    """Steps without a finite gradient are left out; after so many in a row the newest checkpoint is loaded."""
+    dry_run: int = 0
+    """Run so many steps on rendered scenes, keep nothing, and report parameters, memory and time."""
     seed: int = 0
     log_steps: int = 10
     save_steps: int = 200
     keep_checkpoints: int = 1
     sample_steps: int = 100
     """Write a picture grid of validation reconstructions every so many steps."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: got {self.ema_decay}, expected 0 for none or a number below 1")
+
+    def stage_config(self, number: int) -> StageConfig:
+        """The settings of stage 1 or 2, with what the run overrides in both."""
+        stage = self.stage1 if number == 1 else self.stage2
+        return stage if self.micro_batch_size is None else replace(stage, micro_batch_size=self.micro_batch_size)

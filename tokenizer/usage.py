@@ -1,6 +1,7 @@
 """How much of the codebook is alive."""
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 
@@ -18,6 +19,10 @@ class CodeUsage:
         """Count codes of any shape; no host synchronisation."""
         flat = codes.flatten()
         self.counts.index_add_(0, flat, torch.ones_like(flat))
+
+    def gather(self, engine: Accelerator) -> None:
+        """Make the counts those of all processes, on each of them."""
+        self.counts = engine.reduce(self.counts)
 
     def reset(self) -> None:
         """Start a new window."""

@@ -8,12 +8,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqrae.data.scenes.language import DESCRIBE, Question, caption, questions
+from vqrae.data.scenes.language import DESCRIBE, Question, caption, object_phrases, questions
 from vqrae.data.scenes.scene import Scene, SceneSampler, render
 from vqrae.data.scenes.sprites import load_sprites
 
 Split = Literal["train", "validation"]
-Item = Literal["image", "pair", "detailed_pair", "contrastive_pair", "conversation"]
+Item = Literal["image", "pair", "detailed_pair", "grounded_pair", "conversation"]
 _SPLIT_SEED = {"train": 0, "validation": 1}
 _LANGUAGE_SEED = 7  # a stream of its own: asking a question never changes a picture
 
@@ -27,9 +27,10 @@ class SceneDataset(Dataset):
         split: `train` or `validation`, disjoint by seed.
         size: number of scenes; rendering is on the fly, so a million costs nothing.
         item: what `dataset[i]` returns: `image` -> {image}, `pair` -> {image, caption}, `detailed_pair` -> the same
-            with every colour and relation named, `contrastive_pair` -> three of four captions without colours (an encoder
-            that may tell scenes apart by colours does not learn shapes), `conversation` -> a LLaVA record
-            {id, image, conversations}. Images are uint8 tensors (3, H, W); a conversation holds a PIL image.
+            with every colour and relation named, `grounded_pair` -> that and for every object its box (left, top, right,
+            bottom) as shares of the image in `boxes` (n, 4) and the phrases that are true of it in `phrases`,
+            `conversation` -> a LLaVA record {id, image, conversations}. Images are uint8 tensors (3, H, W); a conversation
+            holds a PIL image.
         num_questions: questions of one conversation.
     """
 
@@ -68,10 +69,19 @@ class SceneDataset(Dataset):
         """Rendered scene, uint8 (3, H, W)."""
         return torch.from_numpy(self.pixels(index)).permute(2, 0, 1).contiguous()
 
-    def caption(self, index: int, *, detailed: bool = False, colored: bool = True) -> str:
+    def caption(self, index: int, *, detailed: bool = False) -> str:
         """A caption of the scene behind `index`."""
         rng = self._rng(index, _LANGUAGE_SEED)
-        return caption(self.scene(index), self.sprites.names, rng, detailed=detailed, colored=colored)
+        return caption(self.scene(index), self.sprites.names, rng, detailed=detailed)
+
+    def grounding(self, index: int) -> dict[str, Any]:
+        """Boxes and phrases of the objects behind `index`."""
+        objects = self.scene(index).objects
+        corners = [(o.left, o.top, o.left + o.size, o.top + o.size) for o in objects]
+        return {
+            "boxes": torch.tensor(corners) / self.sampler.image_size,
+            "phrases": [object_phrases(o, self.sprites.names) for o in objects],
+        }
 
     def questions(self, index: int, limit: int | None = None) -> list[Question]:
         """Questions about the scene behind `index`, with answers."""
@@ -102,6 +112,7 @@ class SceneDataset(Dataset):
             return self.conversation(index)
         sample: dict[str, Any] = {"image": self.image(index)}
         if self.item != "image":
-            colored = self.item != "contrastive_pair" or index % 4 == 0
-            sample["caption"] = self.caption(index, detailed=self.item == "detailed_pair", colored=colored)
+            sample["caption"] = self.caption(index, detailed=self.item != "pair")
+        if self.item == "grounded_pair":
+            sample |= self.grounding(index)
         return sample

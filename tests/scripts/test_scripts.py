@@ -15,6 +15,7 @@ import pytest
 
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
+from vqrae.eval.features import FeaturesConfig
 from vqrae.eval.generation import GenerationConfig as GenerationEvaluation
 from vqrae.eval.reconstruction import ReconstructionConfig
 from vqrae.eval.scene_questions import SceneQuestionsConfig
@@ -27,7 +28,7 @@ from vqrae.understanding.train_llm import TinyLLMConfig
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if path.name != "lib.sh")
 TRAININGS = ["pretrain_encoder", "train_tokenizer", "train_llm", "train_llava", "train_ar_gen"]
-EVALUATIONS = ["eval_reconstruction", "eval_understanding", "eval_geneval"]
+EVALUATIONS = ["eval_reconstruction", "eval_features", "eval_understanding", "eval_geneval"]
 # What reads the command line of each training module.
 READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.tokenizer.pretrain_encoder": lambda a: load_config(
@@ -39,6 +40,7 @@ READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.generation.extract_codes": lambda a: read_config(a, "extraction"),
     "vqrae.generation.train": lambda a: read_config(a, "training"),
     "vqrae.eval.reconstruction": lambda a: parse_arguments(ReconstructionConfig, a),
+    "vqrae.eval.features": lambda a: parse_arguments(FeaturesConfig, a),
     "vqrae.eval.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
     "vqrae.eval.generation": lambda a: parse_arguments(GenerationEvaluation, a),
 }
@@ -124,6 +126,14 @@ def test_a_bare_call_launches_the_embedded_default(script: str, repository: Repo
     assert read(last)
 
 
+@pytest.mark.parametrize("script", EVALUATIONS)
+def test_an_evaluation_needs_a_model_only(script: str, repository: Repository) -> None:
+    result = repository.run(f"{script}.sh", "model=m")
+    assert result.returncode == 0, result.stderr
+    [call] = repository.calls()
+    assert read(call)
+
+
 def test_missing_artefacts_are_made_first(repository: Repository) -> None:
     repository.run("train_ar_gen.sh")
     modules = [call[1].removeprefix("vqrae.") for call in repository.calls()]
@@ -172,6 +182,14 @@ def test_full_size_configurations_hold_their_own_defaults(repository: Repository
     [call] = repository.calls()
     assert call[-2:] == ["vqrae.generation.train", "qwen3_0_6b"]
     assert "torch.distributed.run" in call
+
+
+def test_a_dry_run_of_a_published_variant(repository: Repository) -> None:
+    repository.run("train_tokenizer.sh", "config=siglip2_256", "stage=2", "dry_run=1", "micro_batch_size=2")
+    [call] = repository.calls()
+    config = read(call)
+    assert isinstance(config, TokenizerTrainConfig)
+    assert (config.dry_run, config.stage, config.stage_config(2).micro_batch_size) == (1, 2, 2)
 
 
 @pytest.mark.parametrize("script", TRAININGS)

@@ -17,6 +17,13 @@ def test_hinge_signs() -> None:
     assert discriminator_hinge_loss(torch.tensor([2.0]), torch.tensor([-2.0])) == 0
 
 
+def test_hinge_by_hand() -> None:
+    real, fake = torch.tensor([0.5, 2.0, -1.0]), torch.tensor([-2.0, 0.0, 2.0])
+    expected = 0.5 * ((0.5 + 0 + 2) / 3 + (0 + 1 + 3) / 3)
+    torch.testing.assert_close(discriminator_hinge_loss(real, fake), torch.tensor(expected))
+    assert generator_hinge_loss(torch.tensor([1.0, 2.0, 6.0])) == -3
+
+
 def test_lecam_pulls_towards_the_other_class_and_keeps_its_means() -> None:
     lecam = LeCam(decay=0.9)
     lecam.update(torch.tensor(1.0), torch.tensor(-1.0))
@@ -24,6 +31,23 @@ def test_lecam_pulls_towards_the_other_class_and_keeps_its_means() -> None:
     torch.testing.assert_close(lecam.fake_mean, torch.tensor(-0.1))
     torch.testing.assert_close(lecam(torch.tensor([0.5]), torch.tensor([-0.5])), torch.tensor(0.6**2 + 0.6**2))
     assert set(lecam.state_dict()) == {"real_mean", "fake_mean"}
+
+
+def test_lecam_steers_logits_by_fixed_statistics() -> None:
+    lecam = LeCam(decay=0.0)
+    lecam.update(torch.tensor(0.4), torch.tensor(-0.6))
+    real, fake = torch.tensor([0.1, 0.5], requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
+    loss = lecam(real, fake)
+    torch.testing.assert_close(loss, torch.tensor((0.3 + 0.6) ** 2))  # the second term is off: fake lies above the real mean
+    loss.backward()
+    torch.testing.assert_close(real.grad, torch.full((2,), 2 * 0.9 / 2))
+    assert (fake.grad == 0).all()
+    assert not lecam.real_mean.requires_grad
+    lecam.observe(real, fake)
+    lecam.observe(real + 1, fake - 1)
+    torch.testing.assert_close(lecam.take_means(), torch.tensor([0.8, 1.0]))
+    lecam.observe(real, fake)
+    torch.testing.assert_close(lecam.take_means(), torch.tensor([0.3, 1.5]))  # what was taken is forgotten
 
 
 def test_discriminator_shapes_and_blur() -> None:
@@ -35,8 +59,9 @@ def test_discriminator_shapes_and_blur() -> None:
 
 def test_published_size() -> None:
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in PatchDiscriminator().parameters())
-    assert parameters == 1_909_889  # TiTok's 1.91 M
+        networks = PatchDiscriminator(), PatchDiscriminator((128, 128, 256, 512, 1024))
+        parameters = [sum(p.numel() for p in network.parameters()) for network in networks]
+    assert parameters == [1_909_889, 7_431_297]  # TiTok's 1.91 M, MaskBit's 7.43 M
 
 
 def test_usage_counts_only_what_it_saw() -> None:

@@ -110,8 +110,12 @@ def test_the_two_taps_differ_by_the_last_norm_of_siglip(make_tokenizer: Callable
     assert not torch.allclose(before.encode_features(images), expected)
 
 
-def test_own_normalisation_equals_the_image_processors(make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path) -> None:
-    model = make_tokenizer()
+@pytest.mark.parametrize("encoder", ["siglip", "internvit"])
+def test_own_normalisation_equals_the_image_processors(
+    encoder: str, make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path
+) -> None:
+    imagenet = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+    model = make_tokenizer(encoder, **(imagenet if encoder == "internvit" else {}))
     model.save_pretrained(tmp_path)
     picture = tensor_to_picture(images_for(model)[0])
     pixel_values = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"][0]

@@ -29,16 +29,13 @@ class IBQ(VQ):
     """
 
     equals_vq = False
+    has_entropy = True
 
     def __init__(
         self, codebook_size: int, codebook_dim: int, *, entropy_temperature: float = 0.01, search: Precision = "fp32"
     ) -> None:
         super().__init__(codebook_size, codebook_dim, search=search)
         self.entropy_temperature = entropy_temperature
-        self._has_entropy = False
-
-    def compute_entropy(self, wanted: bool) -> None:
-        self._has_entropy = wanted
 
     def nearest(self, features: Tensor, table: Tensor) -> Tensor:
         """Codes of the largest product z.e, IBQ's logit."""
@@ -49,7 +46,7 @@ class IBQ(VQ):
         output = super().forward(features)
         output.quantized = IndexBackPropagation.apply(features, self.codebook, output.codes)
         output.losses["index_loss"] = (output.quantized - features).square().mean()
-        if self._has_entropy:
+        if self.compute_entropy:
             output.losses["entropy_loss"] = entropy_loss(features, self.codebook, self.entropy_temperature)
         return output
 

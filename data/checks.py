@@ -1,0 +1,275 @@
+"""What is wrong with a data set, found before a GPU is spent on it: every sample is read and decoded as training would.
+
+Problems (broken pictures, missing files, unusable lines or records, empty captions) make a source unfit; notes (duplicates,
+extreme shapes, colour modes that are converted) are for a person to judge.
+"""
+
+import hashlib
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from vqrae.common.pictures import open_picture
+from vqrae.data.conversations import scan_conversations
+from vqrae.data.encoded import Encoded, read_bytes
+from vqrae.data.pairs import CaptionedImages, scan_jsonl
+from vqrae.data.sources import fingerprint, open_images, open_pairs, source_kind
+from vqrae.data.stream import Draw
+from vqrae.data.tars import TarDataset, parse_tars
+from vqrae.data.tolerant import missing_files
+
+EDGES = (64, 128, 256, 512, 1024)  # of the histogram of shorter edges
+EDGE_RANGES = [f"< {EDGES[0]}", *(f"{a}-{b - 1}" for a, b in itertools.pairwise(EDGES)), f">= {EDGES[-1]}"]
+EXTREME_ASPECT = 3.0  # a square crop loses two thirds of such a picture
+SCENES = 100  # have no end: so many are drawn
+EXAMPLES = 1000  # names that a finding keeps
+
+
+class Inspection(NamedTuple):
+    """What is known of a sample; `error` is empty when it can be decoded."""
+
+    name: str
+    error: str = ""
+    mode: str = ""
+    width: int = 0
+    height: int = 0
+    digest: bytes = b""
+    words: int | None = None
+    """Of the caption; None when it has none."""
+
+
+class Shelf(Protocol):
+    """Where samples lie, as they are stored."""
+
+    def __len__(self) -> int: ...
+    def encoded(self, draw: Draw) -> Encoded: ...
+
+
+class Inspector(Dataset):
+    """A shelf as a data set of inspections, so that loader workers share the decoding."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
+
+    def __len__(self) -> int:
+        return len(self.shelf)
+
+    def __getitem__(self, index: int) -> Inspection:
+        try:
+            name, data, caption = self.shelf.encoded(Draw(index, 0))
+        except ValueError as error:
+            return Inspection(f"sample {index}", error=str(error))
+        words = None if caption is None else len(caption.split())
+        digest = hashlib.blake2b(data, digest_size=8).digest()
+        try:
+            open_picture(io.BytesIO(data), name=name)
+        except ValueError as error:
+            return Inspection(name, error=str(error), digest=digest, words=words)
+        with Image.open(io.BytesIO(data)) as stored:
+            return Inspection(name, "", stored.mode, *stored.size, digest, words)
+
+
+@dataclass
+class Finding:
+    """How often something was found, and where first."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, example: str) -> None:
+        self.count += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(example)
+
+
+@dataclass
+class DataReport:
+    """What `check_source` found."""
+
+    source: str
+    identity: str
+    samples: int = 0
+    read: int = 0
+    problems: dict[str, Finding] = field(default_factory=dict)
+    notes: dict[str, Finding] = field(default_factory=dict)
+    shorter_edges: dict[str, int] = field(default_factory=lambda: dict.fromkeys(EDGE_RANGES, 0))
+    modes: dict[str, int] = field(default_factory=dict)
+    captions: int = 0
+    caption_words: int = 0
+    uncaptioned: Finding = field(default_factory=Finding)
+
+    @property
+    def num_problems(self) -> int:
+        return sum(finding.count for finding in self.problems.values())
+
+    def problem(self, what: str, example: str) -> None:
+        """Count something that makes the source unfit."""
+        self.problems.setdefault(what, Finding()).add(example)
+
+    def note(self, what: str, example: str) -> None:
+        """Count something that a person should know."""
+        self.notes.setdefault(what, Finding()).add(example)
+
+    def add(self, sample: Inspection) -> None:
+        """Count one sample."""
+        self.read += 1
+        if sample.words is not None:
+            self.captions += 1
+            self.caption_words += sample.words
+            if not sample.words:
+                self.problem("empty captions", sample.name)
+        if sample.error:
+            self.problem("broken pictures", sample.error)
+            return
+        if sample.words is None:
+            self.uncaptioned.add(sample.name)
+        self.modes[sample.mode] = self.modes.get(sample.mode, 0) + 1
+        if sample.mode != "RGB":
+            self.note(f"stored as {sample.mode}, read as RGB", sample.name)
+        short, long = sorted((sample.width, sample.height))
+        self.shorter_edges[edge_range(short)] += 1
+        if long / short > EXTREME_ASPECT:
+            shape = f"{sample.name} ({sample.width} x {sample.height})"
+            self.note(f"more than {EXTREME_ASPECT:g} times as long as wide", shape)
+
+    def text(self) -> str:
+        """The report for people."""
+        lines = [f"{self.source}: {self.samples} samples, {self.read} read", f"  {self.identity}"]
+        if self.captions:
+            average = self.caption_words / self.captions
+            lines.append(f"  {self.captions} captions, {average:.1f} words on average")
+        lines += _histogram("shorter edge", self.shorter_edges)
+        lines += _histogram("mode", self.modes)
+        for title, findings, shown in (("problem", self.problems, 10), ("note", self.notes, 3)):
+            for name, finding in findings.items():
+                lines.append(f"{title}: {finding.count} {name}")
+                lines += [f"    {example}" for example in finding.examples[:shown]]
+                if finding.count > shown:
+                    lines.append(f"    … and {finding.count - shown} more")
+        verdict = "no problem found" if not self.num_problems else f"{self.num_problems} problem{'s' * (self.num_problems > 1)}"
+        return "\n".join([*lines, f"{self.read} of {self.samples} samples read, {verdict}"])
+
+
+def edge_range(pixels: int) -> str:
+    """The bar of the histogram that a shorter edge belongs to."""
+    return EDGE_RANGES[int(np.searchsorted(EDGES, pixels, side="right"))]
+
+
+def _histogram(title: str, counts: dict[str, int]) -> list[str]:
+    counts = {name: count for name, count in counts.items() if count}
+    most = max(counts.values(), default=1)
+    bars = [f"  {name:>12} {count:>10}  {'#' * -(-30 * count // most)}" for name, count in counts.items()]
+    return [f"  {title:>12} {'pictures':>10}", *bars] if bars else []
+
+
+class PictureFiles:
+    """A shelf of files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def encoded(self, draw: Draw) -> Encoded:
+        return Encoded(str(self.paths[draw]), read_bytes(self.paths[draw]))
+
+
+class DrawnScenes:
+    """A shelf of rendered scenes."""
+
+    def __init__(self, source: str) -> None:
+        self.pairs = open_pairs(source, image_size=64, size=SCENES)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def encoded(self, draw: Draw) -> Encoded:
+        sample, stream = self.pairs[draw], io.BytesIO()
+        Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).save(stream, "PNG")
+        return Encoded(f"scene {draw:d}", stream.getvalue(), sample["caption"])
+
+
+def _existing(paths: Sequence[Path], report: DataReport) -> set[Path]:
+    """Those of `paths` that exist; the others go into the report."""
+    missing = missing_files(paths)
+    for path in missing:
+        report.problem("missing pictures", str(path))
+    return set(paths) - set(missing)
+
+
+def _open(source: str, report: DataReport, image_folder: str | Path | None) -> Any:
+    """The samples of a source as a data set of inspections; what is wrong before any is read goes into the report."""
+    kind = source_kind(source)
+    if kind == "scenes":
+        return Inspector(DrawnScenes(source))
+    if kind == "json":
+        records, problems = scan_conversations(source)
+        for problem in problems:
+            report.problem("unusable records", problem)
+        folder = Path(image_folder or Path(source).parent)
+        pictures = [folder / record["image"] for record in records if "image" in record]
+        return Inspector(PictureFiles(sorted(_existing(pictures, report))))
+    if kind == "jsonl":
+        pairs, problems = scan_jsonl(source)
+        for problem in problems:
+            report.problem("unusable lines", problem)
+        pictures = [Path(source).parent / image for image, _ in pairs]
+        existing = _existing(pictures, report)
+        dataset = CaptionedImages(source, image_size=8, split="all", strict=False)
+        return Subset(Inspector(dataset), [i for i, path in enumerate(pictures) if path in existing])
+    if kind == "tar":
+        paths, key = parse_tars(source)
+        tars = []
+        for path in paths:
+            try:
+                tar = f"{path},caption={key}" if key else str(path)
+                tars.append(Inspector(TarDataset(tar, image_size=8, captions=False, split="all")))
+            except ValueError as error:
+                report.problem("damaged tars", str(error))
+        return ConcatDataset(tars) if tars else []
+    return Inspector(open_images(source, image_size=8, split="all"))  # type: ignore[arg-type]
+
+
+def check_source(
+    source: str,
+    *,
+    image_folder: str | Path | None = None,
+    limit: int | None = None,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> DataReport:
+    """Read and decode the samples of a source (of a mixture: give its parts).
+
+    Args:
+        image_folder: where the pictures of a LLaVA file lie; each picture is read once, however many records show it.
+        limit: read so many samples, evenly spread over the source; duplicates are found among these only.
+        workers: loader processes that share the decoding.
+        progress: called with (samples read, samples to read).
+
+    Raises:
+        ValueError, OSError: when the source cannot be opened at all.
+    """
+    report = DataReport(source, fingerprint(source))
+    dataset = _open(source, report, image_folder)
+    report.samples = len(dataset)
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(limit or len(dataset), len(dataset))).astype(int)).tolist()
+    first: dict[bytes, int] = {}
+    for batch in DataLoader(Subset(dataset, chosen), 32, num_workers=workers, collate_fn=list):
+        for sample in batch:
+            index = chosen[report.read]
+            report.add(sample)
+            original = first.setdefault(sample.digest, index) if sample.digest else index
+            if original != index:
+                report.note("duplicates", f"{sample.name} = {dataset[original].name}")
+        progress(report.read, len(chosen))
+    if report.captions and report.uncaptioned.count:
+        report.notes["pictures without a readable caption, left out of pairs"] = report.uncaptioned
+    return report

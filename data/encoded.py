@@ -1,0 +1,92 @@
+"""What all sources of encoded pictures share: bytes -> a decoded, cropped uint8 tensor, with or without its caption."""
+
+import io
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vqrae.common.pictures import open_picture, resize_and_crop
+from vqrae.data.stream import Draw
+from vqrae.data.tolerant import TolerantDataset
+
+Crop = Literal["center", "random", "zoom"]
+ZOOM = 0.8  # smallest part of the shorter edge that a zoom keeps
+
+
+class Encoded(NamedTuple):
+    """A sample as it is stored."""
+
+    name: str
+    """What messages call it: a path, a member of a tar, a row of a table."""
+    data: bytes
+    caption: str | None = None
+
+
+class EncodedPictures(TolerantDataset):
+    """Pictures of any size, mode and orientation -> {"image": uint8 (3, H, W)}, with `captions` also {"caption": str}.
+
+    Subclasses give `__len__` and `encoded(draw)`.
+
+    Args:
+        captions: a sample needs a caption; without one it is broken.
+        crop: see `fit_picture`; decided by (seed, epoch, index) alone, so that a resumed run sees the same pictures.
+    """
+
+    def __init__(self, source: str, *, image_size: int, captions: bool = False, crop: Crop = "center", seed: int = 0) -> None:
+        super().__init__(source)
+        self.image_size, self.captions, self.crop, self.seed = image_size, captions, crop, seed
+
+    @abstractmethod
+    def encoded(self, draw: Draw) -> Encoded:
+        """The stored bytes of a sample and its caption, if it has one; ValueError when they cannot be had."""
+
+    def picture(self, sample: Encoded, draw: Draw) -> Image.Image:
+        """Decode a sample as upright RGB."""
+        return open_picture(io.BytesIO(sample.data), name=sample.name)
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        sample = self.encoded(draw)
+        caption = (sample.caption or "").strip()
+        if self.captions and not caption:
+            raise ValueError(f"{sample.name}: it has no readable caption")
+        rng = np.random.default_rng([self.seed, draw.epoch, draw]) if self.crop != "center" else None
+        image = fit_picture(self.picture(sample, draw), self.image_size, self.crop, rng)
+        return {"image": image, "caption": caption} if self.captions else {"image": image}
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        ValueError: when it cannot be read, which makes its sample a broken one.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+def fit_picture(picture: Image.Image, size: int, crop: Crop = "center", rng: np.random.Generator | None = None) -> Tensor:
+    """RGB picture -> uint8 (3, size, size): the shorter edge resized (bicubic, antialiased), then a square cut out.
+
+    Args:
+        crop: `center`; `random`: anywhere along the longer edge (paper, Table 7); `zoom`: a square of 80 to 100 % of the
+            shorter edge, anywhere. Mirroring is left to the training loop, where it costs nothing.
+        rng: for the last two.
+    """
+    if crop == "center":
+        picture = resize_and_crop(picture, size)
+    else:
+        assert rng is not None, "a random crop needs a generator"
+        scale = rng.uniform(ZOOM, 1) if crop == "zoom" else 1.0
+        edge = max(1, round(min(picture.size) * scale))
+        left, top = (int(rng.integers(extent - edge + 1)) for extent in picture.size)
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))
+    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()

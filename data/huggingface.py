@@ -1,0 +1,147 @@
+"""Hugging Face data sets: a hub id, a folder that `save_to_disk` wrote, or a folder of parquet files or pictures.
+
+`hf:NAME,config=…,split=…,image=…,caption=…`; only the name is needed where one column holds pictures and one captions.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqrae.common.config import did_you_mean
+from vqrae.data.encoded import Crop, Encoded, EncodedPictures, read_bytes
+from vqrae.data.stream import Draw
+from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
+
+PREFIX = "hf:"
+OPTIONS = ("config", "split", "image", "caption")
+CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "prompt", "sentence", "sentences", "description")
+
+
+def parse_name(source: str) -> tuple[str, dict[str, str]]:
+    """Name and options of `hf:NAME,key=value,…`.
+
+    Raises:
+        ValueError: for an unknown option.
+    """
+    name, *pairs = source.removeprefix(PREFIX).split(",")
+    options = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in OPTIONS or not value:
+            raise ValueError(
+                f"{source}: cannot use {pair!r}, expected one of {'=…, '.join(OPTIONS)}=…. {did_you_mean(key, OPTIONS)}"
+            )
+        options[key] = value
+    return name, options
+
+
+def open_table(source: str) -> Any:
+    """The `datasets.Dataset` behind a source name.
+
+    Raises:
+        FileNotFoundError, ConnectionError: when there is none, or the hub cannot be reached.
+        ValueError: when its files are damaged, or its splits are several and none is named.
+    """
+    import datasets
+
+    name, options = parse_name(source)
+    folder = Path(name)
+    try:
+        if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, options.get("config"))
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    split = options.get("split") or ("train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else None)
+    if split not in loaded:
+        raise ValueError(
+            f"{source} has the splits {', '.join(loaded)}: name one, as in {PREFIX}{name},split={next(iter(loaded))}"
+        )
+    return loaded[split]
+
+
+def find_columns(source: str, features: Any) -> tuple[str, str | None]:
+    """Names of the picture column and of the caption column (None when there is none), as named or as found.
+
+    Raises:
+        ValueError: when a named column is absent, or the picture column is not clear.
+    """
+    import datasets
+
+    _, options = parse_name(source)
+    for key in ("image", "caption"):
+        if key in options and options[key] not in features:
+            raise ValueError(f"{source}: no column {options[key]!r}. {did_you_mean(options[key], list(features))}")
+
+    def is_picture(feature: Any) -> bool:
+        if isinstance(feature, dict):
+            return "bytes" in feature
+        return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+    pictures = [options["image"]] if "image" in options else [name for name, kind in features.items() if is_picture(kind)]
+    if len(pictures) != 1:
+        found = (
+            f"columns {', '.join(pictures)} hold pictures" if pictures else f"no column of {', '.join(features)} holds pictures"
+        )
+        raise ValueError(f"{source}: {found}; name the one to use with ,image=COLUMN")
+    caption = options.get("caption") or next((name for name in CAPTION_COLUMNS if name in features), None)
+    return pictures[0], caption
+
+
+class HuggingFaceDataset(EncodedPictures):
+    """Rows of a Hugging Face data set; a list of captions gives another one each epoch. See `ImageFolder` for the split.
+
+    Rows stay in their memory-mapped Arrow files; 5 % of the chosen Hugging Face split, by row number, are for validation.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        image_size: int,
+        captions: bool,
+        size: int | None = None,
+        split: FileSplit = "train",
+        crop: Crop = "center",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(source, image_size=image_size, captions=captions, crop=crop, seed=seed)
+        import datasets
+
+        table = open_table(source)
+        self.image_column, self.caption_column = find_columns(source, table.features)
+        if captions and self.caption_column is None:
+            raise ValueError(f"{source} has no caption column among {', '.join(table.features)}: name one with ,caption=COLUMN")
+        if isinstance(table.features[self.image_column], datasets.Image):
+            table = table.cast_column(self.image_column, datasets.Image(decode=False))
+        self.table = table.select_columns([name for name in (self.image_column, self.caption_column) if name])
+        hashes = np.array([name_hash(str(row)) for row in range(len(table))])
+        self.rows = split_indices(hashes, split, source)[:size].astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def encoded(self, draw: Draw) -> Encoded:
+        row = int(self.rows[draw])
+        name, record = f"{self.source}, row {row}", self.table[row]
+        data = record[self.image_column]
+        if isinstance(data, dict):
+            data = data["bytes"] or (read_bytes(Path(data["path"])) if data["path"] else None)
+        if not data:
+            raise ValueError(f"{name}: holds no picture")
+        caption = record[self.caption_column] if self.caption_column else None
+        if isinstance(caption, list):
+            caption = caption[draw.epoch % len(caption)] if caption else None
+        return Encoded(name, data, caption if isinstance(caption, str) else None)
+
+
+def table_fingerprint(source: str) -> str:
+    """Rows of a data set and a checksum of a hundred of them, evenly spread."""
+    dataset = HuggingFaceDataset(source, image_size=8, captions=False, split="all")
+    rows = np.unique(np.linspace(0, len(dataset) - 1, 100).astype(int)).tolist()
+    content = [repr(dataset.table[row]).encode() for row in rows]
+    return f"{len(dataset)} rows, crc32 {checksum(b''.join(content))}"

@@ -1,0 +1,137 @@
+"""Pictures with labels for probes: which shape stands in a cell or in a picture of scenes, and folders of classes.
+
+A sample is {"image": uint8 (3, H, W), "label": int64, () for the picture or (N,) for its tokens with -1 where there is none}.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vqrae.common.pictures import open_picture, picture_to_uint8, resize_and_crop
+from vqrae.data.images import list_pictures
+from vqrae.data.scenes import Scene, SceneDataset
+from vqrae.data.tolerant import TolerantDataset, name_hash
+
+TEST_SHARE = 5  # every fifth picture of a class, by name, when there is no folder of test pictures
+Pair = tuple[Dataset, Dataset]  # to fit on, to ask about
+
+
+class LabelledScenes(Dataset):
+    """Scenes with the shape in each cell, or lone objects with their shape.
+
+    Args:
+        grid_size: tokens of a side: labels of cells; None: one label for the picture, which then has a single object.
+    """
+
+    def __init__(self, scenes: SceneDataset, count: int, grid_size: int | None) -> None:
+        self.scenes, self.grid_size = scenes, grid_size
+        self.indices: list[int] = []
+        index = 0
+        while len(self.indices) < count:
+            if grid_size is not None or len(scenes.scene(index).objects) == 1:
+                self.indices.append(index)
+            index += 1
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = self.indices[index]
+        scene = self.scenes.scene(place)
+        if self.grid_size is None:
+            label = torch.tensor(scene.objects[0].name)
+        else:
+            label = cell_labels(scene, self.grid_size, self.scenes.sampler.image_size).flatten()
+        return {"image": self.scenes.image(place), "label": label}
+
+
+def cell_labels(scene: Scene, grid_size: int, image_size: int) -> Tensor:
+    """The name index of the object whose box holds the centre of each cell (grid, grid); -1 where there is none."""
+    labels = torch.full((grid_size, grid_size), -1)
+    centers = (torch.arange(grid_size) + 0.5) * image_size / grid_size
+    for item in scene.objects:
+        rows = (centers >= item.top) & (centers < item.top + item.size)
+        columns = (centers >= item.left) & (centers < item.left + item.size)
+        labels[rows[:, None] & columns[None]] = item.name
+    return labels
+
+
+def scene_tasks(sprites: str, image_size: int, grid_size: int, num_train: int, num_test: int) -> dict[str, Pair]:
+    """`cells` and `pictures`, each of training scenes and of validation scenes."""
+    counts = {"train": num_train, "validation": num_test}
+
+    def pair(grid: int | None) -> Pair:
+        first, second = (
+            LabelledScenes(SceneDataset(split, image_size=image_size, sprites=sprites), count, grid)  # type: ignore[arg-type]
+            for split, count in counts.items()
+        )
+        return first, second
+
+    return {"cells": pair(grid_size), "pictures": pair(None)}
+
+
+class ClassFolder(TolerantDataset):
+    """Some pictures of a folder whose sub-folders are classes (ImageNet's layout)."""
+
+    def __init__(self, folder: str, paths: Sequence[Path], classes: Sequence[str], image_size: int) -> None:
+        super().__init__(folder)
+        self.paths, self.image_size = list(paths), image_size
+        self.labels = [classes.index(class_of(path, folder)) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> dict[str, Any]:
+        picture = resize_and_crop(open_picture(self.paths[index]), self.image_size)
+        return {"image": picture_to_uint8(picture), "label": torch.tensor(self.labels[index])}
+
+
+def class_of(path: Path, folder: str | Path) -> str:
+    """The name of the sub-folder that a picture lies in.
+
+    Raises:
+        ValueError: when it lies in none.
+    """
+    parts = path.relative_to(folder).parts
+    if len(parts) < 2:
+        raise ValueError(f"{path} lies in no class: expected {folder}/CLASS/picture")
+    return parts[0]
+
+
+def folder_tasks(folder: str, test_folder: str | None, image_size: int, num_train: int, num_test: int) -> dict[str, Pair]:
+    """`pictures`: of a folder of classes, and of another one or of a fifth that is held back.
+
+    Pictures are taken in the order of a hash of their names, so that a part of a large folder holds all classes.
+
+    Raises:
+        ValueError: when there are not two classes, or the test folder has others.
+    """
+
+    def shuffled(source: str) -> list[Path]:
+        return sorted(list_pictures(source), key=lambda path: name_hash(path.relative_to(source).as_posix()))
+
+    train = shuffled(folder)
+    classes = sorted({class_of(path, folder) for path in train})
+    if len(classes) < 2:
+        raise ValueError(f"{folder} holds the class {classes[0]} only, expected at least two sub-folders with pictures")
+    if test_folder is not None:
+        test = shuffled(test_folder)
+        if unknown := {class_of(path, test_folder) for path in test} - set(classes):
+            raise ValueError(f"{test_folder} holds classes that {folder} does not: {', '.join(sorted(unknown)[:5])}")
+    else:
+        seen: dict[str, int] = defaultdict(int)
+        parts: tuple[list[Path], list[Path]] = ([], [])
+        for path in train:
+            name = class_of(path, folder)
+            parts[seen[name] % TEST_SHARE == TEST_SHARE - 1].append(path)
+            seen[name] += 1
+        train, test = parts
+    if not test:
+        raise ValueError(f"{folder} holds fewer than {TEST_SHARE} pictures of each class: give more, or test_data=")
+    first = ClassFolder(folder, train[:num_train], classes, image_size)
+    return {"pictures": (first, ClassFolder(test_folder or folder, test[:num_test], classes, image_size))}

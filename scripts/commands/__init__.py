@@ -1,0 +1,1 @@
+"""The commands of `vqrae`, one module a job; each has a `register(commands)`."""

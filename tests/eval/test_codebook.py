@@ -1,0 +1,98 @@
+"""Codebook statistics against their definitions, and the command with its page."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqrae.common.pictures import save_picture, tensor_to_picture
+from vqrae.data.scenes import SceneDataset
+from vqrae.eval import codebook
+from vqrae.eval.codebook import CodebookStatistics, describe_codes, measure_codebook, nearest_others
+from vqrae.eval.codebook_page import ranges
+from vqrae.scripts.cli import main
+from vqrae.tokenizer import VQRAEModel
+
+
+def test_nearest_others_are_those_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codebook, "BLOCK", 7)
+    generator = torch.Generator().manual_seed(0)
+    table, features = torch.randn(20, 6, generator=generator), torch.randn(30, 6, generator=generator)
+    expected = torch.cdist(features, table).topk(2, largest=False)
+    codes, distances = nearest_others(features, table, expected.indices[:, 0])
+    assert torch.equal(codes, expected.indices[:, 1])
+    torch.testing.assert_close(distances, expected.values[:, 1])
+    among = torch.cdist(table, table).fill_diagonal_(math.inf).min(1)
+    others, spacing = CodebookStatistics(table, patch_size=2).neighbors
+    assert torch.equal(others, among.indices)
+    torch.testing.assert_close(spacing, among.values)
+
+
+def test_summary() -> None:
+    """Four codes on a line at 0, 10, 20, 40; four tokens at 0, 0, 12 and 14."""
+    statistics = CodebookStatistics(torch.tensor([[0.0], [10.0], [20.0], [40.0]]), patch_size=2)
+    statistics.update(torch.rand(1, 3, 4, 4), torch.tensor([[[0.0], [0.0], [12.0], [14.0]]]), torch.tensor([[0, 0, 1, 1]]))
+    values = statistics.summary()
+    assert statistics.counts.tolist() == [2, 2, 0, 0]
+    assert (values["used_codes"], values["dead_codes"], values["usage"]) == (2, 2, 0.5)
+    assert values["perplexity"] == pytest.approx(2)
+    assert values["entropy_bits"] == pytest.approx(1)
+    assert values["rms_error"] == pytest.approx(math.sqrt((4 + 16) / 4))
+    assert values["error_share"] == pytest.approx(5 / np.var([0, 0, 12, 14]))
+    assert values["median_spacing"] == pytest.approx(10)
+    assert values["top_share"] == pytest.approx(0.5)
+    # Margins are 1, 1, 1 - 2/8 and 1 - 4/6.
+    assert statistics.margins.nonzero().flatten().tolist() == [16, 37, 49]
+    assert values["duplicates"] == 0
+
+
+def test_patches_are_cut_where_the_code_stands_and_from_different_pictures() -> None:
+    statistics = CodebookStatistics(torch.tensor([[0.0], [1.0]]), patch_size=2)
+    images = torch.arange(16).view(1, 1, 4, 4).expand(12, 3, 4, 4) / 255
+    codes = torch.tensor([[0, 1, 1, 0]]).expand(12, -1)
+    statistics.update(images, codes[..., None].float(), codes)
+    assert len(statistics.patches[0]) == len(statistics.patches[1]) == codebook.EXAMPLES
+    assert statistics.patches[0][0][..., 0].tolist() == [[0, 1], [4, 5]]
+    assert statistics.patches[1][7][..., 0].tolist() == [[2, 3], [6, 7]]
+
+
+def test_statistics_of_a_tokenizer(tokenizer_folder: Path) -> None:
+    model = VQRAEModel.from_pretrained(tokenizer_folder).eval()
+    scenes = SceneDataset("validation", 6)
+    images = torch.stack([scenes.image(i) for i in range(6)]).float() / 255
+    whole, parts = (measure_codebook(model, images.split(size)) for size in (6, 4))
+    codes = model.encode(images)
+    assert torch.equal(whole.counts, torch.bincount(codes.flatten(), minlength=64))
+    assert whole.summary() == pytest.approx(parts.summary(), rel=1e-4)
+    [code] = describe_codes(model, whole, codes[0, :1])
+    assert code.count == int((codes == code.index).sum())
+    assert code.alone.shape == code.patches[0].shape == (8, 8, 3)
+    assert np.array_equal(code.patches[0], scenes.pixels(0)[:8, :8])
+
+
+def test_command(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenes, out = SceneDataset("validation", 3), tmp_path / "out"
+    for i in range(3):
+        save_picture(tensor_to_picture(scenes.image(i).float() / 255), tmp_path / "pictures" / f"{i}.png")
+    arguments = ["--model", str(tokenizer_folder), "--images", str(tmp_path / "pictures"), "--out", str(out)]
+    assert main(["codebook", *arguments]) == 0
+    values = json.loads((out / "codebook.json").read_text())
+    assert sum(values["counts"]) == values["tokens"] == 3 * 64
+    page = (out / "codebook.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
+    assert page.count('class="code"') == min(48, -(-values["used_codes"] // 3)) + sum(
+        min(24, len(part)) for part in np.array_split(np.arange(values["used_codes"]), 3)[1:]
+    )
+    assert f"{values['dead_codes']} of 64 codes were not chosen" in page
+    assert Image.open(out / "codebook.png").width > 1000
+    assert "dead codes; see" in capsys.readouterr().out
+
+
+def test_ranges() -> None:
+    assert ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
+    assert ranges([]) == ""

@@ -1,0 +1,139 @@
+"""Probes against problems whose answer is known, labels of scenes and folders, and the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqrae.common.pictures import save_picture, tensor_to_picture
+from vqrae.data.scenes import SceneDataset
+from vqrae.eval import features
+from vqrae.eval.features import FeaturesConfig, evaluate_features, extract
+from vqrae.eval.labelled import LabelledScenes, cell_labels, folder_tasks
+from vqrae.eval.probes import Samples, knn_accuracy, linear_accuracy, majority_share
+from vqrae.tokenizer import VQRAEModel
+
+
+def clusters(count: int, seed: int, noise: float = 0.1) -> Samples:
+    """Three classes around three directions in eight dimensions, far from the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    centers = torch.eye(8)[:3] * 3
+    return Samples(centers[labels] + noise * torch.randn(count, 8, generator=generator) + 1, labels)
+
+
+def test_probes_tell_clusters_apart_and_know_nothing_of_noise() -> None:
+    known, asked = clusters(120, seed=0), clusters(60, seed=1)
+    assert knn_accuracy(known, asked, k=5) == 1
+    assert linear_accuracy(known, asked) == 1
+    lost = Samples(torch.randn(600, 8, generator=torch.Generator().manual_seed(2)), torch.arange(600) % 3)
+    noise = Samples(torch.randn(600, 8, generator=torch.Generator().manual_seed(3)), torch.arange(600) % 3)
+    assert linear_accuracy(lost, noise) == pytest.approx(1 / 3, abs=0.08)
+    assert knn_accuracy(lost, noise) == pytest.approx(1 / 3, abs=0.08)
+    assert majority_share(noise) == pytest.approx(1 / 3)
+
+
+def test_linear_probe_does_not_mind_scales_and_offsets() -> None:
+    known, asked = clusters(120, seed=0, noise=0.5), clusters(60, seed=1, noise=0.5)
+    scale, offset = torch.logspace(-3, 3, 8), 100 * torch.arange(8)
+    moved = [Samples(samples.features.double() * scale + offset, samples.labels) for samples in (known, asked)]
+    assert linear_accuracy(*moved) == linear_accuracy(known, asked)
+
+
+def test_the_ridge_is_chosen_on_samples_that_were_not_fitted() -> None:
+    """More features than samples: a tiny ridge fits everything, and only held-out samples show that it is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    signal = torch.eye(3)[labels].repeat(1, 20) + torch.randn(90, 60, generator=generator)
+    wide = torch.cat([signal, 0.3 * torch.randn(90, 200, generator=generator)], dim=1)
+    assert linear_accuracy(Samples(wide[:60], labels[:60]), Samples(wide[60:], labels[60:])) > 0.8
+
+
+def test_knn_needs_as_many_samples_as_neighbors() -> None:
+    with pytest.raises(ValueError, match="at least k = 20"):
+        knn_accuracy(clusters(10, seed=0), clusters(5, seed=1))
+
+
+def test_cells_are_labelled_by_the_object_that_stands_there() -> None:
+    scenes = SceneDataset("validation", 20)
+    for i in range(20):
+        scene = scenes.scene(i)
+        labels = cell_labels(scene, 8, 64)
+        assert int((labels >= 0).sum()) == sum(round((item.size + 4) / 8) ** 2 for item in scene.objects)
+        for item in scene.objects:
+            assert labels[int(item.center[1] // 8), int(item.center[0] // 8)] == item.name
+    assert cell_labels(scenes.scene(0), 16, 64).shape == (16, 16)
+
+
+def test_lone_objects_are_found() -> None:
+    scenes = SceneDataset("train")
+    lone = LabelledScenes(scenes, 5, None)
+    assert len(lone) == 5
+    for index, place in enumerate(lone.indices):
+        [item] = scenes.scene(place).objects
+        assert lone[index]["label"] == item.name
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Dark and light pictures in two folders."""
+    folder = tmp_path / "classes"
+    for name, level in {"dark": 0.2, "light": 0.8}.items():
+        for i in range(20):
+            noise = torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(i))
+            save_picture(tensor_to_picture(level + 0.1 * noise), folder / name / f"{i}.png")
+    return folder
+
+
+def test_folders_of_classes(classes: Path, tmp_path: Path) -> None:
+    known, asked = folder_tasks(str(classes), None, 64, 1000, 1000)["pictures"]
+    assert (len(known), len(asked)) == (32, 8)  # type: ignore[arg-type]
+    assert asked[0]["image"].shape == (3, 64, 64)
+    assert sorted(int(asked[i]["label"]) for i in range(8)) == [0] * 4 + [1] * 4
+    _, same = folder_tasks(str(classes), str(classes), 64, 10, 1000)["pictures"]
+    assert len(same) == 40  # type: ignore[arg-type]
+    save_picture(tensor_to_picture(torch.rand(3, 8, 8)), tmp_path / "other" / "grey" / "1.png")
+    with pytest.raises(ValueError, match=r"classes that .* does not: grey"):
+        folder_tasks(str(classes), str(tmp_path / "other"), 64, 10, 10)
+    with pytest.raises(ValueError, match="the class grey only"):
+        folder_tasks(str(tmp_path / "other"), None, 64, 10, 10)
+    with pytest.raises(ValueError, match="lies in no class"):
+        folder_tasks(str(tmp_path / "other" / "grey"), None, 64, 10, 10)
+
+
+def test_quantized_features_are_the_vectors_of_the_codes(tokenizer_folder: Path) -> None:
+    model = VQRAEModel.from_pretrained(tokenizer_folder).eval()
+    lone = LabelledScenes(SceneDataset("train"), 3, None)
+    found = extract(model, lone, FeaturesConfig(model="m", output="o", batch_size=2))
+    image = lone[2]["image"][None].float() / 255
+    expected = model.code_vectors()[model.encode(image)].mean(1)
+    torch.testing.assert_close(found["quantized"].features[2:], expected)
+    torch.testing.assert_close(found["continuous"].features[2:], model.encode_features(image).mean(1))
+
+
+def test_every_stage_of_a_run_is_probed(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    for stage in ("stage1", "stage2"):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "model").symlink_to(tokenizer_folder)
+    output = tmp_path / "features.json"
+    features.main([f"model={run}", f"output={output}", "num_train=24", "num_test=8", "neighbors=5"])
+    values = json.loads(output.read_text())
+    assert list(values["stages"]) == ["stage1", "stage2"]
+    stage = values["stages"]["stage2"]
+    assert stage["teacher_cosine"] == pytest.approx(1, abs=1e-6)
+    assert stage["teacher_cosine_other_picture"] < 1
+    assert set(stage["tasks"]) == {"cells", "pictures"}
+    assert 0 <= stage["tasks"]["cells"]["quantized"]["linear"] <= 1
+    assert "| stage2 | quantized |" in output.with_suffix(".md").read_text()
+    assert "teacher cosine" in capsys.readouterr().out
+
+
+def test_a_lone_tokenizer_is_probed_without_its_teacher(tokenizer_folder: Path, classes: Path) -> None:
+    config = FeaturesConfig(model=str(tokenizer_folder), output="o", data=str(classes), neighbors=3)
+    values = evaluate_features(config)
+    assert "original_encoder=" in values["not_measured"]["teacher_cosine"]
+    scores = values["stages"]["model"]["tasks"]["pictures"]
+    assert scores["continuous"]["linear"] == 1  # brightness survives even a random encoder
+    assert scores["chance"] == 0.5

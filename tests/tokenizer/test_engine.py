@@ -1,0 +1,220 @@
+"""What the training engine adds around the loop: less memory, compiled blocks, left-out steps, averages, a rehearsal."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vqrae.common.config import ConfigError, load_config, shipped_config
+from vqrae.common.run import RunDirectory
+from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer import train as tokenizer_train
+from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.dry_run import rehearsal, state_bytes
+from vqrae.tokenizer.ema import WeightAverage
+from vqrae.tokenizer.engine import compile_blocks
+from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
+from vqrae.tokenizer.meters import LossWindow
+from vqrae.tokenizer.stage import StageTrainer
+from vqrae.tokenizer.train_config import TokenizerTrainConfig
+
+ENCODER = (
+    "{model_type: internvl_vision, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,"
+    " image_size: [56, 56], patch_size: [14, 14]}"
+)
+# A tokenizer of InternViT's kind that draws more pixels than it sees, with everything that may wait for the device.
+ARGUMENTS = [
+    "model.encoder=",
+    f"model.encoder_config={ENCODER}",
+    "model.codebook_size=64",
+    "model.codebook_dim=32",
+    "model.feature_norm=none",
+    "model.codebook_init=random",
+    "model.output_patch_size=16",
+    "stage=2",
+    "stage2.global_batch_size=4",
+    "stage2.micro_batch_size=2",
+    "stage2.bypass_steps=0",
+    "stage2.distillation_weight=1.0",
+    "stage2.adversarial_weight=0.1",
+    "stage2.discriminator_lr=1e-3",
+    "stage2.discriminator_channels=[8, 16, 16]",
+    "ema_decay=0.9",
+]
+
+
+def configure(*more: str) -> TokenizerTrainConfig:
+    overrides = ["output_dir=unused", *ARGUMENTS, *more]
+    return load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", "tiny"), overrides)
+
+
+def gradients(model: VQRAEModel) -> dict[str, torch.Tensor]:
+    size = model.config.image_size
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    output = model.train()(images)
+    (output.reconstruction.square().mean() + sum(output.losses.values())).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_activation_checkpointing_leaves_gradients_as_they_are(tokenizer: VQRAEModel) -> None:
+    recomputing = copy.deepcopy(tokenizer)
+    recomputing.activation_checkpointing_enable()
+    forwards = 0
+
+    def count(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    for blocks in (recomputing.encoder.encoder, recomputing.decoder.blocks):
+        next(module for name, module in blocks.named_modules() if name.endswith("mlp")).register_forward_pre_hook(count)
+    expected, found = gradients(tokenizer), gradients(recomputing)
+    assert forwards == 4  # the first block of encoder and decoder, each once more in the backward pass
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_compute_the_same(make_tokenizer: Callable[..., VQRAEModel], checkpointing: bool) -> None:
+    model, compiled = make_tokenizer(), make_tokenizer()
+    if checkpointing:
+        compiled.activation_checkpointing_enable()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(compiled, backend="aot_eager")
+    expected, found = gradients(model), gradients(compiled)
+    torch.testing.assert_close(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # not one for each of the four blocks
+    assert compiled.state_dict().keys() == model.state_dict().keys()
+    torch._dynamo.reset()
+
+
+# ---- the guard
+
+
+def test_a_left_out_step_changes_nothing() -> None:
+    engine, module, skipped = Accelerator(cpu=True), nn.Linear(3, 2), SkippedSteps()
+    raw = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    module, optimizer = engine.prepare(module, raw)
+
+    def step(scale: float) -> torch.Tensor:
+        (module(torch.ones(1, 3)).sum() * scale).backward()
+        norm = clip_gradients(engine, optimizer, module.parameters(), 1.0)
+        skipped.update(norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def state() -> list[torch.Tensor]:
+        values = [value for slot in raw.state.values() for value in slot.values()]
+        return [tensor.detach().clone() for tensor in (*module.parameters(), *values)]
+
+    assert step(1.0).isfinite()
+    before = state()
+    for scale in (float("nan"), float("inf")):
+        assert step(scale).isnan()
+    assert all(map(torch.equal, before, state()))
+    assert (skipped.total, skipped.in_a_row) == (2, 2)
+    step(1.0)
+    assert not any(map(torch.equal, before, state()))
+    assert (skipped.total, skipped.in_a_row) == (2, 0)
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts operations that hand a value to the host, for which a GPU would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "equal.default")):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
+    config = configure("stage2.revival_interval=0")
+    trainer = StageTrainer(config, 2, build_tokenizer(config.model, "eager"), RunDirectory(tmp_path))
+    stream = trainer.pictures.micro_batches(0)
+    batches = iter([next(stream) for _ in range(4)])
+    trainer.set_mode()
+    trainer.train_step(0, batches)  # the optimizers make their states
+    with HostWaits() as waits:
+        trainer.train_step(1, batches)
+    assert waits.names == []
+    assert trainer.losses.means().keys() >= {"discriminator_loss", "adversarial_loss", "distillation_loss"}
+
+
+# ---- what is averaged
+
+
+def test_weight_average(make_tokenizer: Callable[..., VQRAEModel]) -> None:
+    model = make_tokenizer()
+    average = WeightAverage(model, decay=0.15)
+    expected: torch.Tensor = torch.zeros(())
+    for t, decay in enumerate((0, 1 / 10, 0.15)):  # a copy, then (1 + t) / (10 + t) up to the decay
+        with torch.no_grad():
+            model.in_proj.weight += 1
+            model.quantizer.codebook += 1
+        average.update(model)
+        expected = torch.lerp(expected, model.in_proj.weight, 1 - decay) if t else model.in_proj.weight.clone()
+    torch.testing.assert_close(average.model.in_proj.weight, expected)
+    assert torch.equal(average.model.quantizer.codebook, model.quantizer.codebook)  # buffers are not averaged
+
+
+def test_a_loss_window_passes_over_what_is_not_finite() -> None:
+    window = LossWindow()
+    for value in (1.0, float("nan"), 3.0):
+        window.update({"loss": torch.tensor(value, requires_grad=True)})
+    window.update({"late": torch.tensor(5.0)})
+    window.gather(Accelerator(cpu=True))
+    assert window.means() == {"loss": 2.0, "late": 5.0}
+    assert not any(total.requires_grad for total in window.state_dict().values())
+
+
+# ---- the dry run
+
+
+def test_a_dry_run_reports_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["tiny", *ARGUMENTS, "dry_run=2", "micro_batch_size=1", "data.train=no/such/folder", "ema_decay=0"]
+    tokenizer_train.main([*arguments, "model.encoder=nobody/has-this", f"output_dir={tmp_path / 'run'}"])
+    printed = capsys.readouterr().out
+    for part in ("encoder", "decoder", "quantizer", "teacher", "discriminator"):
+        assert f"\n  {part} " in printed
+    for line in ("2 steps of 1 pictures", "peak memory", "seconds per step", "1,100 steps of 4 = 4,400 pictures", "zero=2"):
+        assert line in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_leaves_out_nothing_that_costs() -> None:
+    config = load_config(
+        TokenizerTrainConfig, shipped_config("vqrae.tokenizer", "siglip2_256"), ["dry_run=3", "micro_batch_size=2"]
+    )
+    short = rehearsal(config, 2)
+    stage = short.stage_config(2)
+    assert (stage.max_steps, stage.global_batch_size, stage.micro_batch_size) == (3, 2, 2)
+    assert stage.discriminator_start == 0  # judged from the first step on
+    assert stage.perceptual_weight == 1.1
+    assert short.random_perceptual_weights
+    assert short.data.train == "scenes"
+    assert short.model.encoder is None  # known by its configuration
+    assert short.model.encoder_config == config.model.encoder_config
+
+
+def test_memory_of_model_states() -> None:
+    # 100 parameters, all trained: 16 bytes each; ZeRO holds its own fp32 copy and partitions all but the weights.
+    assert state_bytes(400, 100, zero=0, gpus=4) == 1600
+    assert state_bytes(400, 100, zero=1, gpus=4) == 400 + 400 + 1200 / 4
+    assert state_bytes(400, 100, zero=2, gpus=4) == 400 + 1600 / 4
+
+
+def test_an_impossible_decay_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ema_decay: got 1\.0, expected 0 for none or a number below 1"):
+        configure("ema_decay=1.0")

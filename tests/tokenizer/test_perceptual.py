@@ -1,0 +1,176 @@
+"""Perceptual losses against references: values, gradients, and weights that cannot be reached."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import lpips as reference
+from torchvision.models import convnext_small, vgg16
+from torchvision.transforms.v2.functional import normalize
+
+from vqrae.common.config import ConfigError, build_config
+from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.perceptual import LPIPS, build_perceptual
+from vqrae.tokenizer.train_config import StageConfig
+
+STAGE = {
+    "max_steps": 1,
+    "global_batch_size": 1,
+    "micro_batch_size": 1,
+    "freeze_encoder": True,
+    "decoder_lr": 1e-3,
+    "end_lr": 1e-4,
+}
+
+
+@pytest.fixture(scope="module")
+def vgg_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with random VGG16 weights under torchvision's name, with a classifier that LPIPS has no use for."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        layers = vgg16().features
+    layers.to_empty(device="cpu")
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=0.1)
+    folder = tmp_path_factory.mktemp("weights")
+    state = {f"features.{key}": value for key, value in layers.state_dict().items()}
+    torch.save({**state, "classifier.6.bias": torch.zeros(1000)}, folder / "vgg16-397923af.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lpips(vgg_folder: Path) -> nn.Module:
+    return build_perceptual("lpips", folder=str(vgg_folder))
+
+
+def pictures(size: int = 64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    images = torch.rand(2, 3, size, size)
+    return (images + 0.1 * torch.randn_like(images)).requires_grad_(), images
+
+
+def test_lpips_equals_torchmetrics(lpips: LPIPS) -> None:
+    network = reference._LPIPS(net="vgg", pnet_rand=True)  # the heads are its own, read from its own file
+    layers = {key: value for part in network.net.children() for key, value in part.named_children()}
+    for key, layer in lpips.features.named_children():
+        layers[key].load_state_dict(layer.state_dict())
+    reconstruction, images = pictures()
+    expected = network(reconstruction, images, normalize=True).mean()
+    found = lpips(reconstruction, images)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, reconstruction)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, reconstruction)[0])
+
+
+def test_convnext_compares_logits_at_224() -> None:
+    loss = build_perceptual("convnext_s", random=True)
+    torch.manual_seed(0)
+    network = convnext_small().eval()
+    for layer in network.modules():
+        if hasattr(layer, "layer_scale"):
+            layer.layer_scale.data.fill_(0.5)  # at its start of 1e-6 the blocks would hardly be seen
+    loss.network.load_state_dict(network.state_dict())
+    reconstruction, images = (x[:1] for x in pictures(96))
+
+    def logits(x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(x, (224, 224), mode="bilinear", antialias=True, align_corners=False)
+        return network(normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+    with torch.no_grad():
+        expected = (logits(reconstruction) - logits(images)).square().sum() / 1000
+    found = loss(reconstruction, images)
+    torch.testing.assert_close(found, expected)
+    assert loss(images, images) == 0
+
+
+class Squares(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def load_pretrained(self, folder: str | None) -> None:
+        pass
+
+    def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        return self.factor * nn.functional.mse_loss(reconstruction, images)
+
+
+def test_published_mix_is_one_lpips_and_a_tenth_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"lpips": lambda: Squares(3.0), "convnext_s": lambda: Squares(5.0)}
+    monkeypatch.setattr("vqrae.tokenizer.perceptual.PRETRAINED", table)
+    reconstruction, images = pictures()
+    mixed = build_perceptual("lpips+convnext_s", (1.0, 0.1))(reconstruction, images)
+    error = nn.functional.mse_loss(reconstruction, images)
+    torch.testing.assert_close(1.1 * mixed, 1.0 * 3 * error + 0.1 * 5 * error)
+
+
+def test_a_mix_has_one_weight_for_each_network() -> None:
+    build_config(StageConfig, {**STAGE, "perceptual_network": "lpips+convnext_s", "perceptual_mix": [1.0, 0.1]})
+    for network, mix in (("lpips+convnext_s", []), ("lpips+convnext_s", [1.0]), ("lpips", [1.0])):
+        with pytest.raises(ConfigError, match="give one weight for each of several networks"):
+            build_config(StageConfig, {**STAGE, "perceptual_network": network, "perceptual_mix": mix})
+    with pytest.raises(ValueError, match="Did you mean 'lpips'"):
+        build_perceptual("lpip", random=True)
+
+
+def test_gradient_reaches_only_the_reconstruction(lpips: LPIPS, make_tokenizer: Callable[..., VQRAEModel]) -> None:
+    model = make_tokenizer()
+    encoder = build_perceptual("encoder", teacher=model.encoder, normalize=model.normalize)
+    for loss in (lpips, encoder):
+        reconstruction, images = pictures()
+        images.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss(reconstruction, images).backward()
+        assert reconstruction.grad is not None
+        assert reconstruction.grad.abs().sum() > 0
+        assert images.grad is None
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in loss.parameters())
+        assert not any(module.training for module in loss.modules())
+
+
+def test_pictures_are_compared_in_fp32_under_autocast(lpips: LPIPS) -> None:
+    reconstruction, images = pictures()
+    plain = lpips(reconstruction, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = lpips(reconstruction, images)
+    assert inside.dtype == torch.float32
+    assert torch.equal(plain, inside)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Neither a cache nor a way out; returns where torch would keep its weights."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.mark.parametrize(("name", "file"), [("lpips", "vgg16-397923af.pth"), ("convnext_s", "convnext_small-0c510722.pth")])
+def test_unreachable_weights_are_an_error_that_helps(no_network: Path, name: str, file: str) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        build_perceptual(name)
+    for part in (f"https://download.pytorch.org/models/{file}", str(no_network / file), "perceptual_weights=FOLDER"):
+        assert part in str(error.value)
+    assert "random_perceptual_weights=true" in str(error.value)
+    build_perceptual(name, random=True)
+
+
+def test_a_folder_without_the_weights_is_not_left_for_the_cache(vgg_folder: Path, tmp_path: Path, no_network: Path) -> None:
+    no_network.mkdir(parents=True)
+    (no_network / "vgg16-397923af.pth").symlink_to(vgg_folder / "vgg16-397923af.pth")
+    build_perceptual("lpips")
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "vgg16-397923af.pth")):
+        build_perceptual("lpips", folder=str(tmp_path))
+
+
+def test_damaged_weights_are_named(vgg_folder: Path, tmp_path: Path) -> None:
+    whole = (vgg_folder / "vgg16-397923af.pth").read_bytes()
+    (tmp_path / "vgg16-397923af.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"vgg16-397923af\.pth cannot be read"):
+        build_perceptual("lpips", folder=str(tmp_path))

@@ -1,0 +1,61 @@
+"""From the configuration of a run to a tokenizer."""
+
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.encoders import load_encoder
+from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.quantizers import CodebookQuantizer, quantizer_class
+from vqrae.tokenizer.train_config import ModelConfig, TokenizerTrainConfig
+
+
+def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
+    """A tokenizer whose encoder has its pretrained weights, or random ones when only its configuration is given.
+
+    Raises:
+        ValueError: when neither is given, or the pretrained encoder is not what the configuration says.
+    """
+    if config.encoder is None and config.encoder_config is None:
+        raise ValueError("model: give encoder (pretrained weights) or encoder_config (random ones)")
+    encoder = load_encoder(config.encoder, attention) if config.encoder else None
+    encoder_config = config.encoder_config
+    if encoder is not None:
+        for key, expected in (config.encoder_config or {}).items():
+            found = getattr(encoder.config, key)
+            if (list(found) if isinstance(found, tuple) else found) != expected:
+                raise ValueError(f"model.encoder_config.{key}: {config.encoder} has {found!r}, expected {expected!r}")
+        encoder_config = encoder.config.to_diff_dict() | {"model_type": encoder.config.model_type}
+    tokenizer_config = VQRAEConfig(
+        encoder_config=encoder_config,
+        feature_tap=config.feature_tap,
+        feature_norm=config.feature_norm,
+        quantizer=config.quantizer,
+        quantizer_options=config.quantizer_options,
+        codebook_size=config.codebook_size,
+        codebook_dim=config.codebook_dim,
+        output_patch_size=config.output_patch_size,
+        output_basis=config.output_basis,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+        attn_implementation=attention,
+    )
+    model = VQRAEModel(tokenizer_config)
+    if encoder is not None:
+        model.encoder.load_state_dict(encoder.state_dict())
+    return model
+
+
+def check_quantizer(config: TokenizerTrainConfig) -> None:
+    """Refuse settings that the quantizer cannot follow, before anything is trained.
+
+    Raises:
+        ValueError: naming every setting that must change.
+    """
+    quantizer = quantizer_class(config.model.quantizer)
+    has_codebook = issubclass(quantizer, CodebookQuantizer)
+    keys = [] if has_codebook else ["revival_interval", "bypass_steps"]
+    keys += [] if quantizer.has_entropy else ["entropy_weight"]
+    stages = {f"stage{n}": config.stage_config(n) for n in ((1, 2) if config.stage == "both" else (config.stage,))}
+    wrong = [f"{name}.{key}=0" for name, stage in stages.items() for key in keys if getattr(stage, key)]
+    if not has_codebook and config.model.codebook_init != "random":
+        wrong.append("model.codebook_init=random")
+    if wrong:
+        raise ValueError(f"quantizer {config.model.quantizer} cannot do all that is asked for: set {' '.join(wrong)}")

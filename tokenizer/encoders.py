@@ -1,0 +1,125 @@
+"""Pretrained encoders, read from a folder or the hub into the Hugging Face vision classes, and their features.
+
+Shapes: B batch, H W pixels, N visual tokens, D feature width.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import InternVLVisionConfig, InternVLVisionModel, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
+
+from vqrae.common.checkpoints import local_model, resolve_model
+
+# `model_type` of a checkpoint -> its vision class; whole image-text models give their vision part.
+VISION_MODELS: dict[str, type[PreTrainedModel]] = {
+    "siglip_vision_model": SiglipVisionModel,
+    "siglip": SiglipVisionModel,  # google/siglip2-*-patch16-256 and the like; only NaFlex ones are "siglip2"
+    "internvl_vision": InternVLVisionModel,
+    "internvl": InternVLVisionModel,  # OpenGVLab/InternVL3-*-hf
+}
+DROPOUT = ("attention_dropout", "hidden_dropout_prob", "projection_dropout")
+OPENGVLAB_FORMAT = "intern_vit_6b"  # OpenGVLab/InternViT-300M-448px-V2_5 and the like, whatever their size
+
+
+def load_encoder(source: str, attention: str) -> PreTrainedModel:
+    """The pretrained encoder in fp32, without pooling head and with all dropout off (it would blur the teacher's target).
+
+    Args:
+        source: run directory, checkpoint folder or hub id.
+
+    Raises:
+        ValueError: for a checkpoint of another kind of model, or one that lacks weights of the encoder.
+    """
+    source = resolve_model(source)
+    values, _ = PreTrainedConfig.get_config_dict(source)
+    kind = values.get("model_type")
+    if kind == OPENGVLAB_FORMAT:
+        return _load_opengvlab(source, values, attention)
+    if kind not in VISION_MODELS:
+        known = ", ".join([*VISION_MODELS, OPENGVLAB_FORMAT])
+        raise ValueError(f"{source} is a {kind!r} checkpoint, which is no encoder of a tokenizer; expected one of {known}")
+    vision = VISION_MODELS[kind]
+    options: dict[str, Any] = {"vision_use_head": False} if vision is SiglipVisionModel else {}
+    options |= {name: 0.0 for name in DROPOUT if hasattr(vision.config_class, name)}
+    if kind == "internvl":
+        options["key_mapping"] = {r"^(model\.)?vision_tower\.": ""}
+    encoder, report = vision.from_pretrained(
+        source, attn_implementation=attention, dtype=torch.float32, output_loading_info=True, **options
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"{source} lacks weights of its {vision.__name__}: {sorted(report['missing_keys'])[:5]} …")
+    return encoder
+
+
+def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap: str) -> Tensor:
+    """Features (B, N, D) of a Hugging Face vision encoder at the configured tap, without a class token.
+
+    Its parts are called directly, for `output_hidden_states=True` would keep the states of all layers.
+    """
+    hidden = encoder.encoder(encoder.embeddings(pixel_values)).last_hidden_state
+    if feature_tap == "last_hidden_state":
+        hidden = final_norm(encoder)(hidden)
+    return hidden if isinstance(encoder, SiglipVisionModel) else hidden[:, 1:]
+
+
+def final_norm(encoder: PreTrainedModel) -> nn.Module:
+    """What lies between `hidden_states[-1]` and `last_hidden_state`; for InternViT the identity."""
+    return encoder.post_layernorm if isinstance(encoder, SiglipVisionModel) else encoder.layernorm
+
+
+# ---- OpenGVLab's own format (remote code on the hub) -> InternVLVisionModel
+
+OPENGVLAB_VALUES = {  # theirs -> Hugging Face's; what is not named here has no part in the forward pass
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_act": "hidden_act",
+    "layer_norm_eps": "layer_norm_eps",
+    "norm_type": "norm_type",
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+}
+OPENGVLAB_KEYS = (
+    (r"^vision_model\.", ""),
+    (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
+    (r"^embeddings\.position_embedding$", "embeddings.position_embeddings"),
+    (r"^embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
+    (r"^encoder\.layers\.", "encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.projection_layer."),
+    (r"\.attn\.([qk]_norm)\.", r".attention.\1."),
+    (r"\.ls([12])$", r".lambda_\1"),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+)
+
+
+def convert_opengvlab(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of OpenGVLab's InternViT under the names of `InternVLVisionModel`; the joint qkv becomes three."""
+    converted = {}
+    for key, tensor in state.items():
+        for pattern, replacement in OPENGVLAB_KEYS:
+            key = re.sub(pattern, replacement, key)
+        if ".attn.qkv." in key:
+            for name, part in zip("qkv", tensor.chunk(3), strict=True):
+                converted[key.replace(".attn.qkv.", f".attention.{name}_proj.")] = part.clone()
+        else:
+            converted[key] = tensor
+    return converted
+
+
+def _load_opengvlab(source: str, values: Mapping[str, Any], attention: str) -> PreTrainedModel:
+    config = InternVLVisionConfig(**{new: values[old] for old, new in OPENGVLAB_VALUES.items() if old in values})
+    encoder = InternVLVisionModel._from_config(config, attn_implementation=attention)
+    files = sorted(local_model(source).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{source} holds no *.safetensors file")
+    state = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    encoder.load_state_dict(convert_opengvlab(state))
+    return encoder
