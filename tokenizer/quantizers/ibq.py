@@ -19,7 +19,7 @@ BLOCK_LOGITS = 2**22
 
 
 class IBQ(VQ):
-    """The published objective: `index_loss` 1, `commitment_loss` 1, `codebook_loss` 0.25 and `entropy_loss` 0.05.
+    """The public code weighs `index_loss` 1, `commitment_loss` 1 and `codebook_loss` 0.25; `entropy_loss` is optional.
 
     Args:
         codebook_size: K.
@@ -81,7 +81,7 @@ class IndexBackPropagation(torch.autograd.Function):
 def entropy_loss(features: Tensor, table: Tensor, temperature: float) -> Tensor:
     """Mean entropy of each feature's distribution over codes, minus the entropy of the mean distribution.
 
-    Low when single choices are sure and all codes are in use (LFQ, arXiv 2310.05737, Eq. 5). Blocks are recomputed in
+    Low when single choices are sure and all codes are in use (as LFQ, arXiv 2310.05737). Blocks are recomputed in
     the backward pass. The mean is over the features (B, N, E) of this process.
     """
 
