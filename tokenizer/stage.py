@@ -21,7 +21,7 @@ from vqrae.common.schedule import warmup_cosine
 from vqrae.tokenizer.discriminator import build_discriminator, frozen
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.encoders import encoder_features
-from vqrae.tokenizer.engine import build_accelerators, compile_blocks, parameter_groups, prepare, set_trainable
+from vqrae.tokenizer.engine import build_accelerators, build_optimizer, compile_blocks, prepare, set_trainable
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
 from vqrae.tokenizer.losses import (
     LeCam,
@@ -120,13 +120,11 @@ class StageTrainer:
             "quantizer": (model.quantizer, stage.quantizer_lr or stage.decoder_lr),
             "decoder": (nn.ModuleList([model.in_proj, model.out_proj, model.decoder]), stage.decoder_lr),
         }
-        groups = parameter_groups(modules, stage.weight_decay)
-        self.base_rates = [group["lr"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, betas=stage.adam_betas, fused=True)
+        optimizer = build_optimizer(modules, stage, "adamw" if config.zero else stage.optimizer)
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.wrapped, self.optimizer = prepare(self.engine, "tokenizer", model, optimizer)
         if stage.adversarial_weight:
-            groups = parameter_groups({"discriminator": (self.discriminator, stage.discriminator_lr)}, stage.weight_decay)
-            optimizer = torch.optim.AdamW(groups, betas=stage.adam_betas, fused=True)
+            optimizer = build_optimizer({"discriminator": (self.discriminator, stage.discriminator_lr)}, stage)
             self.d_wrapped, self.d_optimizer = prepare(self.d_engine, "discriminator", self.discriminator, optimizer)
 
         # ---- counters

@@ -59,6 +59,9 @@ class StageConfig:
     encoder_lr: float = 0.0
     quantizer_lr: float | None = None
     """None: `decoder_lr`. A faster quantizer than encoder empties the codebook."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the tokenizer. `muon` orthogonalises the updates of encoder's and decoder's matrices, scaled like AdamW's; under
+    ZeRO, which cuts matrices into pieces, it is AdamW all the same."""
     warmup_steps: int = 0
     weight_decay: float = 1e-4
     adam_betas: tuple[float, float] = (0.9, 0.999)
