@@ -97,6 +97,7 @@ def picture_grid(rows: Sequence[Sequence[Tensor]], *, labels: Sequence[str] = ()
             canvas.paste(picture, (margin + gap + j * (width + gap), top))
     return canvas
 
+
 def tile(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Image:
     """Equally large pictures without gaps, row by row; cells that are left are black."""
     width, height = pictures[0].size
