@@ -1,5 +1,5 @@
-"""What training takes of a GPU's memory: weights, gradients and moments by arithmetic, activations by a forward pass on the
-meta device, where tensors have shapes and no content.
+"""What training takes of a GPU's memory: weights, gradients and moments by arithmetic, activations by a forward pass over
+tensors that have shapes and no content.
 """
 
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -59,9 +60,15 @@ def measure_activations(forward: Callable[[], Tensor], modules: nn.Module) -> Ac
     """Run `forward` and count what autograd keeps; parameters are not counted, for they are there anyway.
 
     Args:
-        forward: builds a graph on the meta device, with `attn_implementation=PLANNING_ATTENTION`.
-        modules: everything that takes part, whose blocks are what activation checkpointing computes again.
+        forward: computes a loss from tensors that it makes itself.
+        modules: everything that takes part, on the meta device and with `attn_implementation=PLANNING_ATTENTION`; their blocks
+            are what activation checkpointing computes again. They are of no further use.
     """
+    with FakeTensorMode(allow_non_fake_inputs=True):  # autocast does not know the device "meta"
+        return _measure(forward, modules.to_empty(device="cpu"))
+
+
+def _measure(forward: Callable[[], Tensor], modules: nn.Module) -> Activations:
     seen = {tensor.untyped_storage()._cdata for tensor in (*modules.parameters(), *modules.buffers())}
     kept: list[Tensor] = []  # alive, so that no storage takes the place of another
     total = 0

@@ -1,11 +1,11 @@
 """What a training configuration takes of each GPU, by number of GPUs and ZeRO stage: `vqrae plan CONFIG`.
 
-Nothing is downloaded or computed: models are built on the meta device from the configuration alone. Runs and models that are
+Nothing is downloaded or computed: models are built from the configuration alone, on the meta device. Runs and models that are
 not on this machine are known from the shipped configuration that would make them, or from `PUBLIC_MODELS`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.config import ConfigError, did_you_mean, load_config, shipped_config
+from vqrae.common.config import ConfigError, did_you_mean, load_config
 from vqrae.common.memory import (
     GIB,
     PLANNING_ATTENTION,
@@ -36,7 +37,6 @@ from vqrae.generation.vocabulary import VisualVocabulary
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.discriminator import build_discriminator
-from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.engine import set_trainable
 from vqrae.tokenizer.perceptual import build_perceptual
 from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
@@ -192,7 +192,7 @@ def tokenizer_config(name: str) -> VQRAEConfig:
     config = _shipped_run("tokenizer", TokenizerTrainConfig, name)
     if config is None:
         raise ValueError(f"tokenizer {name}: not on this machine, and no shipped configuration makes it: give tokenizer=FOLDER")
-    return _meta_tokenizer(config.model).config
+    return build_like(config.model).config
 
 
 def llm_config(name: str) -> PreTrainedConfig:
@@ -208,7 +208,7 @@ def llm_config(name: str) -> PreTrainedConfig:
     raise ValueError(f"language model {name}: not on this machine. {did_you_mean(name, PUBLIC_MODELS)}")
 
 
-def _meta_tokenizer(config: ModelConfig) -> VQRAEModel:
+def build_like(config: ModelConfig) -> VQRAEModel:
     """The tokenizer without weights; where its encoder is not known, the shapes that the configuration names."""
     values = config.encoder_config
     if config.encoder and Path(config.encoder).is_dir():
@@ -217,7 +217,9 @@ def _meta_tokenizer(config: ModelConfig) -> VQRAEModel:
     elif values is None:
         source = _shipped_run("tokenizer", EncoderPretrainingConfig, str(config.encoder))
         if source is None:
-            raise ValueError(f"encoder {config.encoder}: not on this machine: give model.encoder=FOLDER or model.encoder_config")
+            raise ValueError(
+                f"encoder {config.encoder}: not on this machine: give model.encoder=FOLDER or model.encoder_config"
+            )
         values = source.vision
     values = {"model_type": "siglip_vision_model", **values}
     if values["model_type"] == "siglip_vision_model":
@@ -245,48 +247,43 @@ def _understanding_job(config: TrainConfig, stage: Stage) -> Job:
     samples, text = optimization.micro_batch_size, max(config.max_length - eyes.grid_size**2, 1)
 
     def forward() -> Tensor:
-        features = torch.empty(samples, eyes.grid_size**2, vision.hidden_size, dtype=torch.bfloat16, device="meta")
-        ids = torch.zeros(samples, text, dtype=torch.int64, device="meta")
+        features = torch.empty(samples, eyes.grid_size**2, vision.hidden_size, dtype=torch.bfloat16)
+        ids = torch.zeros(samples, text, dtype=torch.int64)
         embedded = torch.cat([model.model.multi_modal_projector(features), model.get_input_embeddings()(ids)], dim=1)
         hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        logits, labels = model.lm_head(hidden), torch.zeros(embedded.shape[:2], dtype=torch.int64, device="meta")
+        logits, labels = model.lm_head(hidden), torch.zeros(embedded.shape[:2], dtype=torch.int64)
         return model.loss_function(logits, labels, logits.shape[-1])
 
     inner = model.model
     parts = {"encoder": inner.vision_tower, "projector": inner.multi_modal_projector}
     parts |= {"language model": nn.ModuleList([inner.language_model, model.lm_head])}
-    return _trainer_job(f"understanding, {stage}", model, parts, optimization, measure_activations(forward, model))
+    return _trainer_job(f"understanding, {stage}", model, parts, optimization, forward)
 
 
 def _generation_job(config: TrainingConfig) -> Job:
     eyes = tokenizer_config(config.tokenizer)
-    vocabulary = VisualVocabulary(
-        offset=config.model.offset, codebook_size=eyes.codebook_size, num_codes=eyes.grid_size**2
-    )
+    vocabulary = VisualVocabulary(offset=config.model.offset, codebook_size=eyes.codebook_size, num_codes=eyes.grid_size**2)
     values = config.model.llm_config
     if config.model.llm is not None:
         values = llm_config(config.model.llm).to_diff_dict()
         values = {key: value for key, value in values.items() if key not in ("vocab_size", "model_type", "dtype")}
     with torch.device("meta"):
         model = build_generator(vocabulary, llm_config=values, attention=PLANNING_ATTENTION).to(torch.bfloat16)
-    whole_head = model.lm_head
     if not config.full_vocabulary_loss:
         model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
     shape = (config.optimization.micro_batch_size, config.model.max_caption_tokens + CHAT_TOKENS + vocabulary.num_codes)
 
     def forward() -> Tensor:
-        ids = torch.zeros(shape, dtype=torch.int64, device="meta")
+        ids = torch.zeros(shape, dtype=torch.int64)
         if config.full_vocabulary_loss:
             return model(input_ids=ids, labels=ids, use_cache=False).loss
         return visual_loss(model, {"input_ids": ids, "labels": ids}, vocabulary)
 
-    activations = measure_activations(forward, model)
-    model.lm_head = whole_head
-    return _trainer_job("generation", model, {"language model": model}, config.optimization, activations)
+    return _trainer_job("generation", model, {"language model": model}, config.optimization, forward)
 
 
 def _trainer_job(
-    name: str, model: nn.Module, parts: dict[str, nn.Module], optimization: OptimizationConfig, activations: Activations
+    name: str, model: nn.Module, parts: dict[str, nn.Module], optimization: OptimizationConfig, forward: Callable[[], Tensor]
 ) -> Job:
     """A job on the `Trainer`: under DeepSpeed weights and gradients are bf16 beside fp32 masters, else weights are fp32."""
     parameters, trained = count_parameters(model)
@@ -299,7 +296,7 @@ def _trainer_job(
         weights=4 * parameters,
         weights_under_zero=size * parameters,
         gradient_bytes=size,
-        activations=activations,
+        activations=measure_activations(forward, model),
         checkpointing=bool(extra.get("gradient_checkpointing") or extra.get("activation_checkpointing")),
         micro_batch_size=optimization.micro_batch_size,
         global_batch_size=optimization.global_batch_size,
@@ -309,17 +306,17 @@ def _trainer_job(
 
 def _tokenizer_job(config: TokenizerTrainConfig, number: int) -> Job:
     stage = config.stage_config(number)
-    model = _meta_tokenizer(config.model)
+    model = build_like(config.model)
     size, output_size = model.config.image_size, model.config.output_size
     set_trainable(model, stage)
     aside: dict[str, nn.Module] = {}
     discriminator: nn.Module | None = None
     with torch.device("meta"):
         if stage.needs_teacher:
-            aside["teacher"] = _meta_tokenizer(config.model).encoder.to(torch.bfloat16 if config.bf16 else torch.float32)
+            aside["teacher"] = build_like(config.model).encoder.to(torch.bfloat16 if config.bf16 else torch.float32)
             aside["teacher"].requires_grad_(False)
         if stage.perceptual_weight:
-            networks = {"teacher": aside.get("teacher"), "normalize": lambda images: images.to(model.dtype), "random": True}
+            networks = {"teacher": aside.get("teacher"), "normalize": model.normalize, "random": True}
             aside["perceptual network"] = build_perceptual(stage.perceptual_network, stage.perceptual_mix, **networks)
         if stage.adversarial_weight:
             channels = stage.discriminator_channels
@@ -331,20 +328,20 @@ def _tokenizer_job(config: TokenizerTrainConfig, number: int) -> Job:
         parts["discriminator"] = discriminator
     counts = {key: count_parameters(part) for key, part in parts.items()}
     resident = sum(weight_bytes(part) for part in aside.values())
-    model.to(torch.bfloat16 if config.bf16 else torch.float32)  # what autocast computes in; the weights are counted already
 
     def forward() -> Tensor:
-        images = torch.empty(stage.micro_batch_size, 3, size, size, dtype=model.dtype, device="meta")
-        features = encoder_features(model.encoder, images, model.config.feature_tap)
-        projected = model.in_proj(features)
-        pictures = model.decoder(model.out_proj(projected)).float()
-        losses = [pictures.square().mean()]
-        targets = torch.empty(stage.micro_batch_size, 3, output_size, output_size, device="meta")
-        if "perceptual network" in aside:
-            losses.append(aside["perceptual network"](pictures, targets))
-        if discriminator is not None:
-            losses.append(discriminator(pictures).mean())
-        return torch.stack(losses).sum()
+        images = torch.empty(stage.micro_batch_size, 3, size, size)
+        targets = torch.empty(stage.micro_batch_size, 3, output_size, output_size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            output = model(images)
+            losses = [F.mse_loss(output.reconstruction, targets), *output.losses.values()]
+            if stage.distillation_weight:
+                losses.append(F.mse_loss(output.features.float(), torch.empty_like(output.features, dtype=torch.float32)))
+            if "perceptual network" in aside:
+                losses.append(aside["perceptual network"](output.reconstruction, targets))
+            if discriminator is not None:
+                losses.append(discriminator(output.reconstruction).mean())
+        return torch.stack([loss.float() for loss in losses]).sum()
 
     everything = nn.ModuleList([trained_modules, *aside.values()])
     return Job(

@@ -102,13 +102,8 @@ def evaluate(config: UnderstandingConfig) -> dict[str, dict[str, Any]]:
     if is_main_process():  # before the model is loaded: what is not there should fail now
         for name in missing:
             _write_task(config, name, tasks, data)
-    model: LMMSEvalModel | None = None
+    model = _load(config) if missing else None
     for name in missing:
-        if model is None:
-            from vqrae.eval.lmms_eval_model import LMMSEvalModel
-
-            model = LMMSEvalModel(config.model, batch_size=config.batch_size, device=config.device, dtype=config.dtype)
-            model.accelerator.wait_for_everyone()  # for the task files
         task = TASK if name == SCENES else task_name(name, data)
         if is_main_process():
             print(f"{name}: task {task} of lmms-eval", flush=True)
@@ -123,6 +118,14 @@ def evaluate(config: UnderstandingConfig) -> dict[str, dict[str, Any]]:
         if is_main_process():
             found[name] = _store(output / f"{name}.json", name, task, results, settings[name])
     return {name: found[name] for name in settings if name in found}
+
+
+def _load(config: UnderstandingConfig) -> "LMMSEvalModel":
+    from vqrae.eval.lmms_eval_model import LMMSEvalModel  # needs lmms-eval
+
+    model = LMMSEvalModel(config.model, batch_size=config.batch_size, device=config.device, dtype=config.dtype)
+    model.accelerator.wait_for_everyone()  # for the task files
+    return model
 
 
 def _settings(config: UnderstandingConfig, name: str, identities: dict[str, str]) -> dict[str, Any]:
@@ -170,7 +173,7 @@ def markdown(found: Mapping[str, Mapping[str, Any]], model_config: Mapping[str, 
         title, paper = paper_row(model_config)
         theirs = [paper[BENCHMARKS[name].paper] for name in names]
         rows = [
-            [title, *("–" if value is None else f"{value:.1f}" for value in theirs)],
+            [title, *("-" if value is None else f"{value:.1f}" for value in theirs)],
             ["ours", *(f"{found[name]['score']:.1f}" for name in names)],
         ]
         lines += [*markdown_table(["", *(BENCHMARKS[name].column for name in names)], rows), ""]

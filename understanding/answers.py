@@ -59,7 +59,9 @@ def answer_file(
             batch = records[start : start + batch_size]
             answers = _answer(chat, batch, folder)
             failed += sum("error" in answer for answer in answers)
-            lines = [json.dumps({**record, **answer}, ensure_ascii=False) for record, answer in zip(batch, answers, strict=True)]
+            lines = [
+                json.dumps({**record, **answer}, ensure_ascii=False) for record, answer in zip(batch, answers, strict=True)
+            ]
             stream.write("".join(f"{line}\n" for line in lines))
             stream.flush()
             if progress is not None:

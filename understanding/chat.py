@@ -25,6 +25,7 @@ from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.pictures import open_picture, to_rgb
 from vqrae.understanding.conversation import IMAGE_TOKEN
+from vqrae.understanding.quantized import is_quantized, read_quantized_features
 
 Picture = str | Path | Image.Image
 Pictures = Picture | Sequence[Picture] | None
@@ -51,13 +52,25 @@ class Chat:
         device: str | torch.device | None = None,
         max_new_tokens: int = 128,
         dtype: str | torch.dtype = "auto",
+        tokenizer: str | Path | None = None,
     ) -> "Chat":
-        """Load a run directory, model folder or hub id; the device is CUDA when there is one, the type that of its weights."""
+        """Load a run directory, model folder or hub id; the device is CUDA when there is one, the type that of its weights.
+
+        Args:
+            tokenizer: of a model that was trained on quantized features; others do not need it.
+
+        Raises:
+            ValueError: when the model was trained on quantized features, and no tokenizer is given.
+        """
         folder = resolve_model(name)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention_implementation(attn_implementation)
         )
+        if is_quantized(model.config):
+            if tokenizer is None:
+                raise ValueError(f"{folder} was trained on quantized features: give the tokenizer that quantizes them")
+            read_quantized_features(model, tokenizer)
         return cls(model.to(device), AutoProcessor.from_pretrained(folder), max_new_tokens=max_new_tokens)
 
     def answer(

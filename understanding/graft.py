@@ -79,7 +79,10 @@ def _require_same_tower(source: Path, donor: Path, tokenizer: VQRAEConfig) -> No
     if not isinstance(ours, InternVLVisionConfig):
         raise ValueError(f"{donor} encodes with a {ours.model_type!r}, but the tower of {source} is {theirs.model_type!r}")
     processor = AutoImageProcessor.from_pretrained(source)
-    pairs = {"image_mean": (processor.image_mean, tokenizer.image_mean), "image_std": (processor.image_std, tokenizer.image_std)}
+    pairs = {
+        "image_mean": (processor.image_mean, tokenizer.image_mean),
+        "image_std": (processor.image_std, tokenizer.image_std),
+    }
     own = {field.name for field in fields(InternVLVisionConfig) if field.name in InternVLVisionConfig.__annotations__}
     pairs |= {name: (getattr(theirs, name), getattr(ours, name)) for name in sorted(own - WITHOUT_EFFECT)}
     plain = {name: (_plain(a), _plain(b)) for name, (a, b) in pairs.items()}

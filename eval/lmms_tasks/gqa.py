@@ -14,7 +14,9 @@ def join_local_images(questions: Dataset) -> Dataset:
     """The questions with their pictures, from `$VQRAE_BENCHMARKS/gqa/testdev_balanced_images/*.parquet` (id, image)."""
     files = sorted(str(path) for path in (Path(os.environ[FOLDER_VARIABLE]) / "gqa").glob(IMAGES))
     if not files:
-        raise ValueError(f"{os.environ[FOLDER_VARIABLE]}/gqa holds no {IMAGES}: GQA keeps its pictures apart from its questions")
+        raise ValueError(
+            f"{os.environ[FOLDER_VARIABLE]}/gqa holds no {IMAGES}: GQA keeps its pictures apart from its questions"
+        )
     pictures = load_dataset("parquet", data_files=files, split="train")
     rows = {identity: row for row, identity in enumerate(pictures["id"])}
 

@@ -1,7 +1,7 @@
 """Questions about validation scenes as an lmms-eval task over a local parquet file.
 
-    python -m vqrae.eval.lmms_tasks.scenes output=runs/tasks
-    python -m lmms_eval --model vqrae --model_args pretrained=runs/understanding --include_path runs/tasks --tasks vqrae_scenes
+python -m vqrae.eval.lmms_tasks.scenes output=runs/tasks
+python -m lmms_eval --model vqrae --model_args pretrained=runs/understanding --include_path runs/tasks --tasks vqrae_scenes
 """
 
 import io

@@ -81,7 +81,9 @@ def _talk(model: "Chat", pictures: list) -> None:
             elif command.startswith("/"):
                 raise ValueError(f"unknown command {command}. {HELP}")
             else:
-                session.ask(line, pictures, streamer=TextStreamer(model.text_tokenizer, skip_prompt=True, skip_special_tokens=True))
+                session.ask(
+                    line, pictures, streamer=TextStreamer(model.text_tokenizer, skip_prompt=True, skip_special_tokens=True)
+                )
                 pictures = []  # the session remembers them
         except ValueError as error:
             print(f"vqrae: {error}", file=sys.stderr)

@@ -10,7 +10,9 @@ def register(commands: Any) -> None:
     """Add this module's commands."""
     command = add_command(commands, "plan", plan, "say what memory a training takes, by GPUs and ZeRO stage")
     command.add_argument("config", help="a shipped YAML such as siglip2_256 or tokenizer/tiny, or a file")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration, such as sft.micro_batch_size=8")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the configuration, such as sft.micro_batch_size=8"
+    )
     command.add_argument("--gpus", type=int, action="append", help="may be given several times (default: 1, 2, 4 … 64)")
     command.add_argument("--gpu-memory", type=float, default=80, help="GB of one GPU (default: %(default)s)")
 

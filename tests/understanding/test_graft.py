@@ -96,7 +96,10 @@ def test_the_grafted_tower_gives_the_tokenizers_features(internvl: Path, tokeniz
     [
         ({"image_mean": (0.5, 0.5, 0.5)}, r"image_mean: .*internvl has \[0.485, 0.456, 0.406\], .*other has \[0.5, 0.5, 0.5\]"),
         ({"layers": 3}, r"num_hidden_layers: .*internvl has 2, .*other has 3"),
-        ({"encoder": "siglip"}, r"other encodes with a 'siglip_vision_model', but the tower of .*internvl is 'internvl_vision'"),
+        (
+            {"encoder": "siglip"},
+            r"other encodes with a 'siglip_vision_model', but the tower of .*internvl is 'internvl_vision'",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, message, internvl: Path, tokenizer: Path, make_tokenizer, tmp_path) -> None:
