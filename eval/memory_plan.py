@@ -174,7 +174,7 @@ def _shipped_run(package: str, cls: type, output_dir: str) -> Any:
     """The shipped configuration that would make the run `output_dir`, or None."""
     for file in sorted(_config_folder(package).glob("*.yaml")):
         try:
-            config = load_config(cls, file)
+            config: Any = load_config(cls, file)
         except ConfigError:
             continue
         if config.output_dir == output_dir:
@@ -316,8 +316,10 @@ def _tokenizer_job(config: TokenizerTrainConfig, number: int) -> Job:
             aside["teacher"] = build_like(config.model).encoder.to(torch.bfloat16 if config.bf16 else torch.float32)
             aside["teacher"].requires_grad_(False)
         if stage.perceptual_weight:
-            networks = {"teacher": aside.get("teacher"), "normalize": model.normalize, "random": True}
-            aside["perceptual network"] = build_perceptual(stage.perceptual_network, stage.perceptual_mix, **networks)
+            teacher: Any = aside.get("teacher")
+            aside["perceptual network"] = build_perceptual(
+                stage.perceptual_network, stage.perceptual_mix, teacher=teacher, normalize=model.normalize, random=True
+            )
         if stage.adversarial_weight:
             channels = stage.discriminator_channels
             discriminator = build_discriminator(stage.discriminator, channels=channels, random_backbone=True)

@@ -152,7 +152,7 @@ def _store(file: Path, name: str, task: str, results: Mapping[str, Any] | None, 
     assert results is not None
     samples = results["samples"][task]
     write_text(file.with_name(f"{name}.samples.jsonl"), "".join(json.dumps(s, default=str) + "\n" for s in samples))
-    identities = {key: settings[key] for key in ("model", "tokenizer") if key in settings}
+    identities = {key: str(settings[key]) for key in settings if key in ("model", "tokenizer")}
     value = {
         "score": scale * score,
         "num_samples": len(samples),

@@ -98,7 +98,8 @@ def test_public_models_have_their_published_sizes(name: str, billions: float) ->
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_every_shipped_training_has_a_plan(name: str) -> None:
-    for job in plan(name):
+    full_size_tokenizer = name.startswith("tokenizer/") and not name.endswith("tiny")
+    for job in plan(name, ["model.encoder_config.num_hidden_layers=2"] if full_size_tokenizer else []):  # more is more of it
         assert job.trained == sum(
             trained for key, (_, trained) in job.parts.items() if key in ("total", "tokenizer, total")
         ) + sum(trained for key, (_, trained) in job.parts.items() if key == "discriminator")
@@ -147,7 +148,7 @@ def test_command_names_and_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "understanding, pretrain: global batch 32, micro-batch 32" in text
     assert "understanding, sft: global batch 32, micro-batch 8" in text
-    assert text.count("| 2 |") == 2
+    assert text.count("\n| 2 |") == 2
     for command, message in (
         (["tiny"], "is one of"),
         (["siglip_256"], "Did you mean"),
