@@ -335,14 +335,16 @@ def _tokenizer_job(config: TokenizerTrainConfig, number: int) -> Job:
         images = torch.empty(stage.micro_batch_size, 3, size, size)
         targets = torch.empty(stage.micro_batch_size, 3, output_size, output_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            output = model(images)
-            losses = [F.mse_loss(output.reconstruction, targets), *output.losses.values()]
+            features = model.encode_features(images)
+            # Without the search for codes, which looks at values; what the quantizer keeps is small beside the rest.
+            pictures = model.decoder(model.out_proj(model.project(features))).float()
+            losses = [F.mse_loss(pictures, targets)]
             if stage.distillation_weight:
-                losses.append(F.mse_loss(output.features.float(), torch.empty_like(output.features, dtype=torch.float32)))
+                losses.append(F.mse_loss(features.float(), torch.empty_like(features, dtype=torch.float32)))
             if "perceptual network" in aside:
-                losses.append(aside["perceptual network"](output.reconstruction, targets))
+                losses.append(aside["perceptual network"](pictures, targets))
             if discriminator is not None:
-                losses.append(discriminator(output.reconstruction).mean())
+                losses.append(discriminator(pictures).mean())
         return torch.stack([loss.float() for loss in losses]).sum()
 
     everything = nn.ModuleList([trained_modules, *aside.values()])
