@@ -29,6 +29,7 @@ has_packages() {
   for extra in "$@"; do
     case "$extra" in
       dev) markers="$markers pytest ruff mypy webdataset" ;;
+      eval) markers="$markers lmms_eval" ;;
       *) markers="$markers $extra" ;;
     esac
   done

@@ -29,6 +29,7 @@ from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_o
 from vqrae.data.sources import fingerprint, open_conversations, open_pairs, source_kind
 from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, require_tokenizer
 from vqrae.understanding.conversation import ConversationCollator, load_template
+from vqrae.understanding.quantized import QUANTIZED, read_quantized_features
 
 Stage = Literal["pretrain", "sft"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft")
@@ -57,6 +58,8 @@ class TrainConfig:
     max_length: int = 2048
     """Tokens of a sample, image tokens included."""
     attn_implementation: str = "auto"
+    features: Literal["continuous", "quantized"] = "continuous"
+    """What the projector reads; `quantized` is for comparison only (see `vqrae.understanding.quantized`)."""
     seed: int = 0
 
 
@@ -128,6 +131,8 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
     set_seed(config.seed)  # the projector's first weights
     model, processor = load_or_build(config, stage)
     freeze(model, stage)
+    if config.features == QUANTIZED:
+        read_quantized_features(model, config.tokenizer)
     dataset = open_data(config, stage, model.config.vision_config.image_size)
     collator = ConversationCollator(
         processor,

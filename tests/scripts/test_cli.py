@@ -221,6 +221,19 @@ def test_chat_about_a_broken_picture(llava_folder: Path, tmp_path: Path, capsys:
     assert "not a readable picture" in capsys.readouterr().err
 
 
+def test_chat_answers_a_file(llava_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions.write_text('{"image": "palette.gif", "question": "what ?"}\n{"question": "how many ?"}\n')
+    call = ["chat", "--model", str(llava_folder), "--max-new-tokens", "3", "--questions", str(questions)]
+    assert main([*call, "--out", str(out), "--image-folder", str(pictures)]) == 0
+    assert "2 answers are in" in capsys.readouterr().out
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["what ?", "how many ?"]
+    assert main([*call, "--out", str(out), "--image-folder", str(pictures)]) == 0
+    assert "2 answers (2 from before)" in capsys.readouterr().out
+    assert main(call) == 2
+    assert "belong together" in capsys.readouterr().err
+
+
 # ---- data
 
 

@@ -21,6 +21,7 @@ from vqrae.eval.generation import GenerationConfig as GenerationEvaluation
 from vqrae.eval.geneval.evaluate import GenEvalConfig
 from vqrae.eval.reconstruction import ReconstructionConfig
 from vqrae.eval.scene_questions import SceneQuestionsConfig
+from vqrae.eval.understanding import UnderstandingConfig
 from vqrae.generation.config import read_config
 from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
@@ -44,6 +45,7 @@ READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.eval.reconstruction": lambda a: parse_arguments(ReconstructionConfig, a),
     "vqrae.eval.features": lambda a: parse_arguments(FeaturesConfig, a),
     "vqrae.eval.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
+    "vqrae.eval.understanding": lambda a: parse_arguments(UnderstandingConfig, a),
     "vqrae.eval.generation": lambda a: parse_arguments(GenerationEvaluation, a),
     "vqrae.eval.geneval.evaluate": lambda a: parse_arguments(GenEvalConfig, a),
     "vqrae.eval.dpg_bench.evaluate": lambda a: parse_arguments(DPGConfig, a),
@@ -152,6 +154,19 @@ def test_benchmarks_with_their_own_prompts_make_no_model(script: str, arguments:
     assert result.returncode == 0, result.stderr
     [call] = repository.calls()
     assert read(call)
+
+
+def test_understanding_goes_through_lmms_eval_when_asked(repository: Repository) -> None:
+    repository.run("eval_understanding.sh", "model=m", "benchmark=pope,mme", "nproc=2", "limit=5")
+    [call] = repository.calls()
+    assert "torch.distributed.run" in call
+    config = read(call)
+    assert isinstance(config, UnderstandingConfig)
+    assert (config.names(), config.limit, config.output) == (["pope", "mme"], 5, "runs/evaluation/understanding")
+    repository.run("eval_understanding.sh", "model=m", "benchmark=lmms_scenes")
+    config = read(repository.calls()[0])
+    assert isinstance(config, UnderstandingConfig)
+    assert config.names() == ["scenes"]
 
 
 def test_missing_artefacts_are_made_first(repository: Repository) -> None:

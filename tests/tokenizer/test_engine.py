@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqrae.common.config import ConfigError, load_config, shipped_config
+from vqrae.common.memory import state_bytes
 from vqrae.common.run import RunDirectory
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
-from vqrae.tokenizer.dry_run import rehearsal, state_bytes
+from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.engine import compile_blocks
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
