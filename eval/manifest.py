@@ -1,13 +1,11 @@
 """What stands beside every score: the code, the packages, and whatever decides the number."""
 
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.files import read_json, weights_fingerprint
-from vqrae.common.run import git_commit, package_versions
+from vqrae.common.run import run_manifest
 
 
 def score_manifest(**decides: Any) -> dict[str, Any]:
@@ -16,13 +14,7 @@ def score_manifest(**decides: Any) -> dict[str, Any]:
     Args:
         decides: model fingerprints, sampling, protocol, judge, suite …
     """
-    return {
-        **decides,
-        "command": " ".join(sys.argv),
-        "git_commit": git_commit(),
-        "packages": package_versions(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S"),
-    }
+    return {**run_manifest(), **decides}
 
 
 def model_fingerprint(name: str) -> str:
