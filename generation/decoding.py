@@ -86,17 +86,18 @@ class CachedRows:
         for layer in self.buffer.layers:
             layer[:, :, :, :length] = layer[:, choice, :, :length]
 
-    def feed(self, ids: Tensor, places: Tensor, end: int, rows: slice) -> Tensor:
+    def feed(self, ids: Tensor, places: Tensor, end: int, rows: slice, *, once: bool = False) -> Tensor:
         """Hidden states (R, Q, D) of ids (R, Q) in some of the rows; whatever is fed from now on sees them.
 
         Args:
             places: where the ids belong, (Q,), counted from the end of the prompt; a place that was fed before is replaced.
             end: one past the last place fed so far.
+            once: this many ids will not come again, so that compiling the pass does not pay.
         """
         slots = self.prompt_length + places
         self.mask[rows].index_fill_(1, slots, 0)
         length = len(self.all_slots) if self.compile else self.prompt_length + end
-        return self._forward(self.forward, ids, slots, length, rows)
+        return self._forward(self.model.model if once else self.forward, ids, slots, length, rows)
 
     def _forward(self, forward: Callable[..., Any], ids: Tensor, slots: Tensor, length: int, rows: slice) -> Tensor:
         self.buffer.rows, self.buffer.slots, self.buffer.length = rows, slots, length

@@ -127,19 +127,11 @@ def sample_codes(
         ValueError: when prompts and seeds differ in number, a prompt does not end in BOI, or guidance is asked of a model
             trained without it.
     """
-    batch = len(prompts)
-    if not prompts or batch != len(seeds):
-        raise ValueError(f"got {batch} prompts and {len(seeds)} seeds, expected as many, at least one")
-    if any(not prompt or prompt[-1] != vocabulary.begin_of_image for prompt in (*prompts, unconditional)):
-        raise ValueError(f"got a prompt that does not end in BOI ({vocabulary.begin_of_image}): make it with PromptEncoder")
     steps = decoding_steps(vocabulary.num_codes, config.window)
     scales = guidance_scales(config, len(steps))
     guided = any(scale != 1 for scale in scales)
-    if guided and getattr(model.config, "caption_dropout", None) == 0:
-        raise ValueError(
-            f"got guidance_scale {config.guidance_scale}, but this generator was trained with caption_dropout 0 and knows no "
-            "unconditional prompt: set guidance_scale=1, or train with caption_dropout=0.1"
-        )
+    _check_arguments(model, [*prompts, unconditional], len(seeds), vocabulary, guided)
+    batch = len(prompts)
     sequences = [tuple(prompt[:-1]) for prompt in (*prompts, *[unconditional] * (batch if guided else 0))]
     different = list(dict.fromkeys(sequences))
     choice = [different.index(sequence) for sequence in sequences]
@@ -164,7 +156,7 @@ def sample_codes(
         else:
             if missed:
                 before = torch.tensor(sorted(missed), device=model.device)
-                rows.feed(inputs[:, before], before, end, without_caption)
+                rows.feed(inputs[:, before], before, end, without_caption, once=True)
                 missed.clear()
             hidden = rows.feed(inputs[:, places].repeat(2, 1), places, end, both)[:, : len(drawn)]
             with_caption, without = F.linear(hidden, head).float().chunk(2)
@@ -175,3 +167,17 @@ def sample_codes(
         if progress is not None:
             progress(done, vocabulary.num_codes)
     return vocabulary.to_codes(inputs[:, 1:]).cpu()
+
+
+def _check_arguments(
+    model: Qwen3ForCausalLM, prompts: list[Sequence[int]], num_seeds: int, vocabulary: VisualVocabulary, guided: bool
+) -> None:
+    if not num_seeds or len(prompts) - 1 != num_seeds:
+        raise ValueError(f"got {len(prompts) - 1} prompts and {num_seeds} seeds, expected as many, at least one")
+    if any(not prompt or prompt[-1] != vocabulary.begin_of_image for prompt in prompts):
+        raise ValueError(f"got a prompt that does not end in BOI ({vocabulary.begin_of_image}): make it with PromptEncoder")
+    if guided and getattr(model.config, "caption_dropout", None) == 0:
+        raise ValueError(
+            "got guidance, but this generator was trained with caption_dropout 0 and knows no unconditional prompt: "
+            "set guidance_scale=1, or train with caption_dropout=0.1"
+        )
