@@ -160,13 +160,14 @@ def test_guidance_scales() -> None:
 
 
 def test_a_window_of_a_row_is_the_plain_order(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
-    plain = sample(model, vocabulary, SAMPLED, [0, 1, 2])
-    for window in (4, 9):
-        config = dataclasses.replace(SAMPLED, window=window)
-        assert torch.equal(plain, sample(model, vocabulary, config, [0, 1, 2]))
-    narrow = sample(model, vocabulary, dataclasses.replace(SAMPLED, window=2), [0, 1, 2])
-    assert not torch.equal(plain, narrow)
-    assert torch.equal(narrow[:, :4], plain[:, :4])  # the first row has nothing above it
+    def windowed(window: int, **options: float) -> Tensor:
+        return sample(model, vocabulary, dataclasses.replace(SAMPLED, window=window, **options), [0, 1, 2])
+
+    for options in ({}, {"guidance_start": 0.5}):
+        assert torch.equal(windowed(0, **options), windowed(4, **options))
+        assert torch.equal(windowed(0, **options), windowed(9, **options))
+        assert not torch.equal(windowed(0, **options), windowed(2, **options))
+    assert torch.equal(windowed(0)[:, :4], windowed(2)[:, :4])  # the first row has nothing above it
 
 
 @pytest.mark.parametrize(("window", "count"), [(1, 7), (2, 10), (3, 13), (4, 16), (0, 16)])
