@@ -34,6 +34,7 @@ setup(
         "pyyaml>=6",
         "tqdm",
         "einops",
+        "timm>=1.0.31",
         "jinja2",
         "braceexpand",
         "scipy>=1.14",
@@ -47,6 +48,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19", "peft>=0.17"],
         "eval": ["lmms-eval==0.7.3"],
+        "mplug": ["modelscope>=1.40"],
         "demo": ["gradio>=6"],
         "flash": ["flash-attn"],
         "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "types-tqdm", "webdataset>=1.0"],

@@ -15,8 +15,10 @@ import pytest
 
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
+from vqrae.eval.dpg_bench.evaluate import DPGConfig
 from vqrae.eval.features import FeaturesConfig
 from vqrae.eval.generation import GenerationConfig as GenerationEvaluation
+from vqrae.eval.geneval.evaluate import GenEvalConfig
 from vqrae.eval.reconstruction import ReconstructionConfig
 from vqrae.eval.scene_questions import SceneQuestionsConfig
 from vqrae.generation.config import read_config
@@ -28,7 +30,7 @@ from vqrae.understanding.train_llm import TinyLLMConfig
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if path.name != "lib.sh")
 TRAININGS = ["pretrain_encoder", "train_tokenizer", "train_llm", "train_llava", "train_ar_gen"]
-EVALUATIONS = ["eval_reconstruction", "eval_features", "eval_understanding", "eval_geneval"]
+EVALUATIONS = ["eval_reconstruction", "eval_features", "eval_understanding", "eval_geneval", "eval_dpg"]
 # What reads the command line of each training module.
 READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.tokenizer.pretrain_encoder": lambda a: load_config(
@@ -43,6 +45,8 @@ READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.eval.features": lambda a: parse_arguments(FeaturesConfig, a),
     "vqrae.eval.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
     "vqrae.eval.generation": lambda a: parse_arguments(GenerationEvaluation, a),
+    "vqrae.eval.geneval.evaluate": lambda a: parse_arguments(GenEvalConfig, a),
+    "vqrae.eval.dpg_bench.evaluate": lambda a: parse_arguments(DPGConfig, a),
 }
 
 
@@ -129,6 +133,22 @@ def test_a_bare_call_launches_the_embedded_default(script: str, repository: Repo
 @pytest.mark.parametrize("script", EVALUATIONS)
 def test_an_evaluation_needs_a_model_only(script: str, repository: Repository) -> None:
     result = repository.run(f"{script}.sh", "model=m")
+    assert result.returncode == 0, result.stderr
+    [call] = repository.calls()
+    assert read(call)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("eval_geneval", ["prompts_only=true", "out=o"]),
+        ("eval_geneval", ["images=.", "detector=transformers"]),
+        ("eval_geneval", ["model=m", "seed=43"]),
+        ("eval_dpg", ["images=."]),
+    ],
+)
+def test_benchmarks_with_their_own_prompts_make_no_model(script: str, arguments: list[str], repository: Repository) -> None:
+    result = repository.run(f"{script}.sh", *arguments)
     assert result.returncode == 0, result.stderr
     [call] = repository.calls()
     assert read(call)
