@@ -180,6 +180,26 @@ def test_generate_writes_pictures_that_can_be_drawn_again(generator_folder: Path
     assert np.abs(first - second).max() <= 1
 
 
+def test_generate_draws_what_is_missing(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["generate", "--model", str(generator_folder), "--prompt", "a photo of a circle", "--out", str(tmp_path)]
+    quick = ["--batch-size", "1", "--window", "2", "--guidance-schedule", "linear", "--guidance-end", "0.5"]
+    assert main([*call, *quick, "--num-images", "2"]) == 0
+    assert "generate 2/2  0s left" in capsys.readouterr().err
+    first, second, third = (tmp_path / f"0000-{seed}.png" for seed in range(3))
+    written = first.stat().st_mtime_ns
+    second.unlink()
+    assert main([*call, *quick, "--num-images", "3"]) == 0
+    output = capsys.readouterr()
+    assert "3 pictures" in output.out
+    assert "1 of them were there" in output.out
+    assert "2/2" in output.err
+    assert first.stat().st_mtime_ns == written
+    assert second.exists()
+    assert third.exists()
+    assert main([*call, "--num-images", "1"]) == 0  # drawn another way
+    assert first.stat().st_mtime_ns > written
+
+
 def test_generate_without_a_prompt(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model", str(generator_folder), "--out", str(tmp_path)]) == 2
     assert "--prompts-file" in capsys.readouterr().err
