@@ -18,15 +18,8 @@ from vqrae.understanding.conversation import (
 )
 
 
-class _NoModel:
-    """Stands in for the language model where only the text tokenizer matters."""
-
-    def get_input_embeddings(self):
-        return torch.nn.Embedding(10_000, 1)
-
-
 def _processor(text_tokenizer, chat_template="chatml"):
-    prepare_text_tokenizer(text_tokenizer, _NoModel())
+    prepare_text_tokenizer(text_tokenizer)
     encoder = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8}
     return build_processor(VQRAEConfig(encoder_config=encoder), text_tokenizer, chat_template)
 
