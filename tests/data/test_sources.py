@@ -298,7 +298,11 @@ def test_several_images_stay_in_their_turns(tmp_path: Path) -> None:
 def test_tables_of_conversations(as_text: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns: Any = [TURNS, [{**turn, "value": "a word"} for turn in TURNS], [*TURNS, *TURNS], TURNS]
     stored = [{"bytes": encoded(i), "path": None} if i != 1 else None for i in range(4)]
-    columns = {"id": ["a", "b", "c", "d"], "image": stored, "conversations": [json.dumps(t) for t in turns] if as_text else turns}
+    columns = {
+        "id": ["a", "b", "c", "d"],
+        "image": stored,
+        "conversations": [json.dumps(t) for t in turns] if as_text else turns,
+    }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     dataset = open_conversations(f"hf:{tmp_path / '*.parquet'}", image_size=8)
     assert [dataset[i]["id"] for i in range(4)] == ["a", "b", "d", "d"]  # row 2 shows one picture twice: stepped over
