@@ -14,7 +14,9 @@ from vqrae.understanding.train_llm import main as train_llm
 def llm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llm")
     small = ["model.hidden_size=32", "model.num_hidden_layers=1", "optimization.max_steps=1"]
-    train_llm(["tiny_llm", f"output_dir={folder}", *small, "optimization.global_batch_size=1", "optimization.micro_batch_size=1"])
+    train_llm(
+        ["tiny_llm", f"output_dir={folder}", *small, "optimization.global_batch_size=1", "optimization.micro_batch_size=1"]
+    )
     return folder
 
 
