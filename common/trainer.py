@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from timm.optim.muon import Muon
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from vqrae.common.distributed import gradient_accumulation, is_main_process, prepare_cpu_deepspeed, world_size
+from vqrae.common.distributed import fit_batch, is_main_process, prepare_cpu_deepspeed, world_size
+from vqrae.common.optimizers import Muon, muon_groups
 from vqrae.common.run import RunDirectory, format_duration
 
 IGNORE_INDEX = -100  # labels that carry no loss
@@ -62,10 +62,11 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
     named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for ours in ("global_batch_size", "micro_batch_size", "optimizer", "zero", "extra"):
         named.pop(ours)
+    micro_batch_size, accumulation = fit_batch(config.global_batch_size, config.micro_batch_size, world_size())
     return TrainingArguments(
         output_dir=str(output_dir),
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=gradient_accumulation(config.global_batch_size, config.micro_batch_size, world_size()),
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
         deepspeed=deepspeed,
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
@@ -88,15 +89,8 @@ def build_optimizers(config: OptimizationConfig, model: nn.Module) -> tuple[torc
         if is_main_process():
             print(f"optimizer: adamw instead of muon, for zero={config.zero} cuts matrices into pieces", flush=True)
         return None, None
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    outer = embeddings | ({id(head.weight)} if head is not None else set())
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in outer]
-    rest = [p for p in trainable if p.ndim != 2 or id(p) in outer]
-    groups = [{"params": matrices}, {"params": rest, "use_fallback": True, "weight_decay": 0.0}]
     betas = (config.adam_beta1, config.adam_beta2)
-    muon = Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay, nesterov=True, betas=betas)
+    muon = Muon(muon_groups(model, config.weight_decay), lr=config.learning_rate, nesterov=True, betas=betas)
     return muon, None
 
 
