@@ -47,6 +47,8 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19", "peft>=0.17"],
+        "lora": ["peft>=0.17"],
+        "smollm2": ["gguf>=0.17"],
         "eval": ["lmms-eval==0.7.3"],
         "mplug": ["modelscope>=1.40"],
         "demo": ["gradio>=6"],

@@ -219,6 +219,20 @@ def test_full_size_configurations_hold_their_own_defaults(repository: Repository
     assert "torch.distributed.run" in call
 
 
+@pytest.mark.parametrize("config", ["smollm2", "vicuna_7b", "vicuna_13b", "qwen2_5_7b"])
+def test_language_models_of_llava(config: str, repository: Repository) -> None:
+    result = repository.run("train_llava.sh", f"config={config}", "tokenizer=t", "stage=sft", "lora={}")
+    assert result.returncode == 0, result.stderr
+    *before, call = repository.calls()
+    assert ("torch.distributed.run" in call) == (config != "smollm2")
+    assert [c[1:] for c in before] == ([["vqrae.understanding.smollm2", "runs/smollm2"]] if config == "smollm2" else [])
+    trained = read(call)
+    assert isinstance(trained, TrainConfig)
+    assert trained.output_dir.endswith(config)
+    assert trained.lora is not None
+    assert trained.lora.rank == 128
+
+
 def test_a_dry_run_of_a_published_variant(repository: Repository) -> None:
     repository.run("train_tokenizer.sh", "config=siglip2_256", "stage=2", "dry_run=1", "micro_batch_size=2")
     [call] = repository.calls()
