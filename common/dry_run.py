@@ -79,8 +79,9 @@ def is_here(model: str) -> bool:
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Parameters of a module: all of them, and those that are trained."""
-    return sum(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters() if p.requires_grad)
+    """Parameters of a module: all of them, and those that are trained. ZeRO-3's parts count whole."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -12,7 +12,7 @@ def register(commands: Any) -> None:
     command = add_command(commands, "check-data", check_data, "read a whole data source before training on it")
     command.description = check_data.__doc__
     command.add_argument(
-        "source", help="scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, a mixture"
+        "source", help="scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, code shards, a mixture"
     )
     command.add_argument("--image-folder", help="where the pictures of a FILE.json lie (default: beside it)")
     command.add_argument("--limit", type=int, help="read so many samples, evenly spread (default: all)")

@@ -14,7 +14,7 @@ from vqrae.data.code_shards import CodeDataset
 from vqrae.generation import Generator, train
 from vqrae.generation.model import VisualHead
 from vqrae.generation.stream import GenerationCollator, TrainingStream
-from vqrae.generation.train import visual_loss
+from vqrae.generation.trainer import visual_loss
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
