@@ -17,6 +17,7 @@ from transformers import (
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import attention_implementation
+from vqrae.common.trainer import build_optimizers
 from vqrae.data.scenes import SPRITE_SETS
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import fit_word_tokenizer
@@ -134,6 +135,7 @@ def build_trainer(
         args=arguments,
         train_dataset=stream,
         data_collator=GenerationCollator(encode_prompt, vocabulary),
+        optimizers=build_optimizers(config.optimization, model),
         callbacks=[callback],
         vocabulary=vocabulary,
         full_vocabulary=config.full_vocabulary_loss,

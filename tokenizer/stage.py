@@ -21,7 +21,7 @@ from vqrae.common.schedule import warmup_cosine
 from vqrae.tokenizer.discriminator import build_discriminator, frozen
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.encoders import encoder_features
-from vqrae.tokenizer.engine import build_accelerators, compile_blocks, parameter_groups, prepare, set_trainable
+from vqrae.tokenizer.engine import build_accelerators, build_optimizer, compile_blocks, prepare, set_trainable
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
 from vqrae.tokenizer.losses import (
     LeCam,
@@ -59,6 +59,7 @@ class StageTrainer:
         self.device = self.engine.device
         model.to(self.device)
         set_trainable(model, stage)
+        model.quantizer.compute_entropy = stage.entropy_weight > 0
         if config.activation_checkpointing:
             model.activation_checkpointing_enable()
 
@@ -119,13 +120,11 @@ class StageTrainer:
             "quantizer": (model.quantizer, stage.quantizer_lr or stage.decoder_lr),
             "decoder": (nn.ModuleList([model.in_proj, model.out_proj, model.decoder]), stage.decoder_lr),
         }
-        groups = parameter_groups(modules, stage.weight_decay)
-        self.base_rates = [group["lr"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, betas=stage.adam_betas, fused=True)
+        optimizer = build_optimizer(modules, stage, "adamw" if config.zero else stage.optimizer)
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.wrapped, self.optimizer = prepare(self.engine, "tokenizer", model, optimizer)
         if stage.adversarial_weight:
-            groups = parameter_groups({"discriminator": (self.discriminator, stage.discriminator_lr)}, stage.weight_decay)
-            optimizer = torch.optim.AdamW(groups, betas=stage.adam_betas, fused=True)
+            optimizer = build_optimizer({"discriminator": (self.discriminator, stage.discriminator_lr)}, stage)
             self.d_wrapped, self.d_optimizer = prepare(self.d_engine, "discriminator", self.discriminator, optimizer)
 
         # ---- counters
@@ -170,7 +169,7 @@ class StageTrainer:
         self.d_engine.free_memory()
 
     def train_step(self, step: int, batches: Iterator[Tensor]) -> None:
-        """One step of both optimizers: `accumulation` micro-batches on this process. The host never waits for the device."""
+        """One step of both optimizers: `accumulation` micro-batches on this process. The host waits only in the code search."""
         done = step + 1
         self.set_learning_rates(step)
         if step and step == self.stage.bypass_steps:
@@ -184,6 +183,7 @@ class StageTrainer:
             if self.is_adversarial(step):
                 losses["discriminator_loss"] = self.discriminator_step(targets, output.reconstruction.detach())
             self.losses.update(losses)
+        self.model.quantizer.after_step(self.grad_norm.isfinite())
         self.skipped.update(self.grad_norm)
         if self.ema is not None and step >= self.stage.bypass_steps:
             self.ema.update(self.model)
@@ -292,14 +292,15 @@ class StageTrainer:
         Returns:
             How many were moved, a scalar tensor.
         """
+        quantizer: Any = self.model.quantizer
         self.revival_usage.gather(self.engine)
         dead = (self.revival_usage.counts == 0).nonzero().flatten()
         self.revival_usage.reset()
         if len(dead) > 0:
             features = self.model.project(output.features).flatten(0, 1)
-            errors = (features - self.model.quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
+            errors = (quantizer.to_code_space(features) - quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
             chosen = draw_by_error(errors, len(dead), torch.Generator(errors.device).manual_seed(seed))
-            self.model.quantizer.revive(dead, broadcast(features[chosen]))
+            quantizer.revive(dead, broadcast(features[chosen]))
         return torch.tensor(len(dead), device=self.device)
 
     # ------------------------------------------------------------------------------------------- what is seen and kept
