@@ -76,17 +76,20 @@ def train(config: TrainingConfig) -> Path:
     encode_prompt = fit_prompts(config.model, text_tokenizer, vocabulary)
 
     # The tokenizer comes before the arguments and these before the model: under ZeRO-3 they decide how it is built.
-    live, from_codebook = not is_encoded(samples), config.model.embedding_init == "codebook"
-    encoder = load_encoder(tokenizer) if live or from_codebook else None
+    encoder = load_encoder(tokenizer)
+    code_vectors = encoder.code_vectors() if config.model.embedding_init == "codebook" else None
     in_sequence = {**config.optimization.extra, "train_sampling_strategy": "sequential"}
     arguments = training_arguments(dataclasses.replace(config.optimization, extra=in_sequence), output, seed=config.seed)
+    encode = None if is_encoded(samples) else functools.partial(encode_pictures, encoder.to(arguments.device))
+    del encoder  # training on shards keeps nothing of it
+
     fingerprints = {"tokenizer": fingerprint, "data": data_fingerprint(config.data)}
     run = RunDirectory(output, config, seed=config.seed, fingerprints=fingerprints)
     torch.manual_seed(config.seed)
     model = build_model(config.model, vocabulary, encode_prompt)
     model.config.vqrae_tokenizer, model.config.vqrae_tokenizer_fingerprint = str(tokenizer.resolve()), fingerprint
-    if encoder is not None and from_codebook:
-        start_from_codebook(model, vocabulary, encoder.code_vectors())
+    if code_vectors is not None:
+        start_from_codebook(model, vocabulary, code_vectors)
     length = config.optimization.max_steps * config.optimization.global_batch_size
     trainer = build_trainer(
         config,
@@ -96,7 +99,7 @@ def train(config: TrainingConfig) -> Path:
         encode_prompt,
         vocabulary,
         callback=InstrumentCallback(run, "generator"),
-        encode=functools.partial(encode_pictures, encoder.to(arguments.device)) if encoder is not None and live else None,
+        encode=encode,
     )
     run_trainer(trainer)
     model.config.use_cache = True  # Trainer turns it off
