@@ -234,8 +234,10 @@ class ConversationRows(Dataset):
             return Inspection(str(error), remark=Remark("unusable rows", unusable=True))
         remark = self.examine(record) if self.examine else None
         picture = record.get("image")
+        if picture is None:
+            return Inspection(name, remark=remark)
         first = picture[0] if isinstance(picture, list) else picture
-        return Inspection(name, "", *((first.mode, *first.size) if first else ()), remark=remark)
+        return Inspection(name, mode=first.mode, width=first.width, height=first.height, remark=remark)
 
 
 def _existing(paths: Iterable[Path], report: DataReport) -> set[Path]:
@@ -259,8 +261,8 @@ def _open(source: str, report: DataReport, image_folder: str | Path | None, exam
             if examine and (remark := examine(record)):
                 report.remark(remark, f"record {record['id']}")
         folder = Path(image_folder or Path(source).parent)
-        pictures = {folder / image for record in records for image in image_paths(record)}
-        return Inspector(PictureFiles(sorted(_existing(pictures, report))))
+        files = {folder / image for record in records for image in image_paths(record)}
+        return Inspector(PictureFiles(sorted(_existing(files, report))))
     if kind == "jsonl":
         pairs, problems = scan_jsonl(source)
         for problem in problems:

@@ -63,8 +63,8 @@ class PackingCollator(ConversationCollator):
         order = [index for row in rows for index in row]  # pictures must come as their tokens do
         pictures = [samples[i]["pixel_values"] for i in order if "pixel_values" in samples[i]]
         labels = [sample["labels"].clone() for sample in samples]
-        for row in labels:
-            row[0] = IGNORE_INDEX  # else the sample before would be trained to predict it
+        for own in labels:
+            own[0] = IGNORE_INDEX  # else the sample before would be trained to predict it
         columns = {
             "input_ids": ([sample["input_ids"] for sample in samples], self.processor.tokenizer.pad_token_id),
             "labels": (labels, IGNORE_INDEX),
