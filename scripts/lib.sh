@@ -31,6 +31,7 @@ has_packages() {
       smollm2) markers="$markers gguf" ;;
       lora) markers="$markers peft" ;;
       dev) markers="$markers pytest ruff mypy webdataset" ;;
+      eval) markers="$markers lmms_eval" ;;
       *) markers="$markers $extra" ;;
     esac
   done

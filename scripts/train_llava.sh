@@ -18,7 +18,7 @@
 #   nproc, nnodes, zero        processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-3, default the config's)
 #   any.key=value              of the configuration, such as sft.max_steps=100
 #
-# The full-size configurations hold Table 8 of the paper; vqrae plan --config NAME says what they need. global_batch_size stays
+# The full-size configurations hold Table 8 of the paper; vqrae plan NAME says what they need. global_batch_size stays
 # on any number of GPUs, accumulation is computed. The same command resumes an interrupted run. Paths are relative to the
 # repository.
 . "$(dirname "$0")/lib.sh"

@@ -17,12 +17,12 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from vqrae.common.distributed import attention_implementation, is_main_process, world_size
+from vqrae.common.memory import GIB, count_parameters, state_bytes, weight_bytes
 from vqrae.common.run import RunDirectory, format_duration
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.stage import StageTrainer
 from vqrae.tokenizer.train_config import ModelConfig, TokenizerTrainConfig
 
-GIB = 2**30
 GPUS = 8  # of the machine that memory is estimated for
 
 
@@ -113,33 +113,6 @@ def measure(config: TokenizerTrainConfig, number: int, run: RunDirectory) -> dic
     trainer.engine.free_memory()
     trainer.d_engine.free_memory()
     return report
-
-
-def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Parameters of a module: all of them, and those that are trained."""
-    return sum(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """What parameters and buffers of a module occupy."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-
-
-def state_bytes(weights: int, trained: int, *, zero: int, gpus: int) -> float:
-    """What weights, gradients and AdamW's moments occupy on each GPU, in fp32.
-
-    ZeRO partitions its fp32 copy of the weights and the moments, and at stage 2 the gradients too; the weights stay whole.
-
-    Args:
-        weights: bytes of all weights, frozen ones included.
-        trained: trained parameters.
-    """
-    gradients, moments, master = 4 * trained, 8 * trained, 4 * trained
-    if zero == 0:
-        return weights + gradients + moments
-    if zero == 1:
-        return weights + gradients + (moments + master) / gpus
-    return weights + (gradients + moments + master) / gpus
 
 
 def held_bytes() -> int:

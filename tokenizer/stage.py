@@ -171,7 +171,7 @@ class StageTrainer:
         self.d_engine.free_memory()
 
     def train_step(self, step: int, batches: Iterator[Tensor]) -> None:
-        """One step of both optimizers: `accumulation` micro-batches on this process. The host waits only in the code search."""
+        """One step of both optimizers: `accumulation` micro-batches. The host waits only for Muon and a bf16 search."""
         done = step + 1
         self.set_learning_rates(step)
         if step and step == self.stage.bypass_steps:

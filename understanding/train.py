@@ -28,13 +28,14 @@ from vqrae.common.files import atomic_path
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
 from vqrae.data.sources import Samples, fingerprint, holds_conversations, open_conversations, open_pairs
+from vqrae.understanding.architecture import Architecture
 from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, require_tokenizer
 from vqrae.understanding.conversation import ConversationCollator, load_template
 from vqrae.understanding.llava_trainer import LlavaTrainer
 from vqrae.understanding.lora import LoraSettings, add_lora, merge_lora
 from vqrae.understanding.packing import PackingCollator
-from vqrae.understanding.plan import Architecture
 from vqrae.understanding.projector import PROJECTOR_FILE, load_projector, save_projector
+from vqrae.understanding.quantized import QUANTIZED, read_quantized_features
 
 Stage = Literal["pretrain", "sft"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft")
@@ -77,6 +78,8 @@ class TrainConfig:
     architecture: Architecture | None = None
     """What tokenizer and llm are, for `vqrae plan`, which needs no weights."""
     attn_implementation: str = "auto"
+    features: Literal["continuous", "quantized"] = "continuous"
+    """What the projector reads; `quantized` is for comparison only (see `vqrae.understanding.quantized`)."""
     seed: int = 0
 
 
@@ -165,6 +168,8 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         optimization = dataclasses.replace(optimization, learning_rate=lora.learning_rate)
     else:
         freeze(model, stage)
+    if config.features == QUANTIZED:
+        read_quantized_features(model, config.tokenizer)
     dataset = open_data(config, stage, model.config.vision_config.image_size)
     identities = {
         "tokenizer": getattr(model.config, FINGERPRINT_KEY),

@@ -1,4 +1,4 @@
-"""What to know of a LLaVA run before it starts: what a batch holds, what a model needs."""
+"""What to know of a LLaVA run before it starts: what a batch holds."""
 
 import argparse
 import sys
@@ -11,25 +11,20 @@ if TYPE_CHECKING:
 
     from vqrae.understanding.train import TrainConfig
 
-GPUS = (1, 2, 4, 8, 16, 32)
-
 
 def register(commands: Any) -> None:
     """Add this module's commands."""
     command = add_command(commands, "inspect-batch", inspect_batch, "print a training batch, trained tokens in colour")
-    add_config(command, required=True)
+    add_config(command)
     command.add_argument("--stage", choices=("pretrain", "sft"), default="sft", help="default: %(default)s")
     command.add_argument("--samples", type=int, default=4, help="so many, from the beginning (default: %(default)s)")
     command.add_argument("--no-color", action="store_true", help="trained tokens in [[ ]] (default unless on a terminal)")
 
-    command = add_command(commands, "plan", plan, "parameters of a LLaVA configuration, and memory per GPU")
-    add_config(command, required=True)
 
-
-def add_config(command: argparse.ArgumentParser, *, required: bool = False) -> None:
+def add_config(command: argparse.ArgumentParser) -> None:
     """Options that name a LLaVA run."""
     text = "a name in understanding/configs or a YAML file, then key=value of it, such as tokenizer=RUN"
-    command.add_argument("--config", required=required, nargs="+", metavar=("NAME", "key=value"), help=text)
+    command.add_argument("--config", required=True, nargs="+", metavar=("NAME", "key=value"), help=text)
 
 
 def read_run(arguments: argparse.Namespace) -> "TrainConfig":
@@ -63,27 +58,3 @@ def inspect_batch(arguments: argparse.Namespace) -> None:
         [dataset[i] for i in range(min(arguments.samples, len(dataset)))]
     )
     print(describe_batch(batch, processor, color=sys.stdout.isatty() and not arguments.no_color))
-
-
-def plan(arguments: argparse.Namespace) -> None:
-    """Print what a configuration needs, without its weights."""
-    from vqrae.understanding.plan import GIB, count_parameters, empty_llava, state_bytes
-    from vqrae.understanding.train import freeze
-
-    config = read_run(arguments)
-    if config.architecture is None:
-        raise ValueError(
-            f"{arguments.config[0]} has no architecture: section, so its parts are not known without their weights"
-        )
-    model = empty_llava(config.architecture)
-    counts = count_parameters(model)
-    for name, number in counts.items():
-        print(f"{name:>10} {number:>15,}")
-    total = sum(counts.values())
-    print(f"{'all':>10} {total:>15,}")
-    for stage in ("pretrain", "sft"):
-        freeze(model, stage)
-        trained, zero = sum(p.numel() for p in model.parameters() if p.requires_grad), getattr(config, stage).zero
-        print(f"\n{stage}: {trained:,} trained, ZeRO-{zero}; GiB per GPU of weights, gradients, optimizer; activations on top")
-        print("".join(f"{gpus:>7} GPU" for gpus in GPUS))
-        print("".join(f"{state_bytes(total, trained, zero=zero, gpus=gpus) / GIB:>11.1f}" for gpus in GPUS))

@@ -1,4 +1,4 @@
-"""Two processes on CPU (gloo): pretrain under ZeRO-2, sft under ZeRO-3, interrupted and resumed; the folder stays plain."""
+"""Two CPU processes (gloo): pretrain under ZeRO-2 and sft under ZeRO-3, interrupted and resumed; the folder stays plain."""
 
 import os
 import subprocess

@@ -1,19 +1,15 @@
-"""What a LLaVA run needs, before any weight is there: parameters by part, and memory per GPU."""
+"""What a LLaVA is made of, before any weight is there."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, LlavaForConditionalGeneration, PretrainedConfig
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.tokenizer import VQRAEConfig
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.understanding.build import llava_config
-
-GIB = 2**30
-# Bytes of a parameter: bfloat16 weight and gradient; float32 master weight and AdamW's two moments.
-WEIGHT, GRADIENT, OPTIMIZER = 2, 2, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +26,15 @@ def empty_llava(architecture: Architecture) -> LlavaForConditionalGeneration:
     """The model on the meta device: every shape, no weight."""
     shipped = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", architecture.tokenizer))
     tokenizer = VQRAEConfig(encoder_config=shipped.model.encoder_config)
-    values = dict(architecture.llm)
-    text_config = AutoConfig.for_model(values.pop("model_type"), **values)
+    text_config = text_architecture(architecture)
     with torch.device("meta"):
         return LlavaForConditionalGeneration(llava_config(tokenizer, text_config, image_token_id=text_config.vocab_size - 1))
+
+
+def text_architecture(architecture: Architecture) -> PretrainedConfig:
+    """The language model's configuration."""
+    values = dict(architecture.llm)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def count_parameters(model: LlavaForConditionalGeneration) -> dict[str, int]:
@@ -41,13 +42,3 @@ def count_parameters(model: LlavaForConditionalGeneration) -> dict[str, int]:
     parts = {"encoder": model.model.vision_tower, "projector": model.model.multi_modal_projector}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     return {**counts, "llm": sum(p.numel() for p in model.parameters()) - sum(counts.values())}
-
-
-def state_bytes(all_parameters: int, trained: int, *, zero: int, gpus: int) -> float:
-    """Bytes of weights, gradients and optimizer on each GPU under bf16 and ZeRO; activations come on top.
-
-    ZeRO-1 spreads the optimizer, ZeRO-2 the gradients as well, ZeRO-3 the weights too.
-    """
-    share = [gpus if zero >= stage else 1 for stage in (3, 2, 1)]
-    parts = (all_parameters * WEIGHT, trained * GRADIENT, trained * OPTIMIZER)
-    return sum(size / split for size, split in zip(parts, share, strict=True))
