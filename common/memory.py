@@ -18,8 +18,9 @@ PLANNING_ATTENTION = "vqrae_planning"
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Parameters of a module: all of them, and those that are trained."""
-    return sum(p.numel() for p in module.parameters()), sum(p.numel() for p in module.parameters() if p.requires_grad)
+    """Parameters of a module: all of them, and those that are trained. ZeRO-3's parts count whole."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -27,7 +28,7 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
-def state_bytes(weights: int, trained: int, *, zero: int, gpus: int, gradient_bytes: int = 4) -> float:
+def state_bytes(weights: float, trained: int, *, zero: int, gpus: int, gradient_bytes: int = 4) -> float:
     """What weights, gradients and AdamW's moments occupy on each GPU.
 
     ZeRO partitions its fp32 copy of the weights and the moments, at stage 2 the gradients too, at stage 3 everything.

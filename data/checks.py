@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from vqrae.common.pictures import open_picture
+from vqrae.data.code_shards import read_manifest, verify_shard
 from vqrae.data.conversations import ConversationTable, image_paths, scan_conversations
 from vqrae.data.encoded import Encoded, read_bytes
 from vqrae.data.pairs import CaptionedImages, scan_jsonl
@@ -286,6 +287,39 @@ def _open(source: str, report: DataReport, image_folder: str | Path | None, exam
     return Inspector(open_images(source, image_size=8, split="all"))  # type: ignore[arg-type]
 
 
+def _check_codes(report: DataReport, limit: int | None, progress: Callable[[int, int], None]) -> None:
+    """Read a code set, or shards of about `limit` pictures, evenly spread, and compare it with its checksums."""
+    folder, manifest = Path(report.source), read_manifest(report.source)
+    report.samples = manifest.num_pictures
+    used = np.zeros(manifest.codebook_size, dtype=np.int64)
+    shards = _spread(manifest.num_shards, -(-(limit or report.samples) // manifest.shard_size))
+    for done, number in enumerate(shards, 1):
+        try:
+            shard = verify_shard(folder, number, manifest)
+            counts = np.bincount(shard.codes.ravel(), minlength=manifest.codebook_size)
+            if len(counts) > manifest.codebook_size:
+                raise ValueError(f"{folder}, shard {number} holds code {len(counts) - 1} of {manifest.codebook_size}")
+        except (ValueError, FileNotFoundError) as error:
+            report.problem("shards that cannot be used", str(error))
+            continue
+        used += counts
+        for row in range(len(shard.codes)):
+            texts = shard.captions(row)
+            report.captions += len(texts)
+            report.caption_words += sum(len(text.split()) for text in texts)
+            if not all(text.strip() for text in texts):
+                report.note("empty captions", f"picture {number * manifest.shard_size + row}")
+        report.read += len(shard.codes)
+        progress(done, len(shards))
+    if report.read and not used.all():
+        report.notes["codes of the codebook that no picture uses"] = Finding(int((used == 0).sum()))
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """`count` indices below `size`, or all, evenly spread."""
+    return np.unique(np.linspace(0, size - 1, min(count, size)).astype(int)).tolist()
+
+
 def check_source(
     source: str,
     *,
@@ -302,15 +336,18 @@ def check_source(
         limit: read so many samples, evenly spread over the source; duplicates are found among these only.
         workers: loader processes that share the decoding.
         examine: asked about every conversation, for what only the text tokenizer knows.
-        progress: called with (samples read, samples to read).
+        progress: called with (samples read, samples to read); for code sets with shards.
 
     Raises:
         ValueError, OSError: when the source cannot be opened at all.
     """
     report = DataReport(source, fingerprint(source))
+    if source_kind(source) == "codes":
+        _check_codes(report, limit, progress)
+        return report
     dataset = _open(source, report, image_folder, examine)
     report.samples = len(dataset)
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(limit or len(dataset), len(dataset))).astype(int)).tolist()
+    chosen = _spread(len(dataset), limit or len(dataset))
     first: dict[bytes, int] = {}
     for batch in DataLoader(Subset(dataset, chosen), 32, num_workers=workers, collate_fn=list):
         for sample in batch:

@@ -32,7 +32,7 @@ from vqrae.common.trainer import OptimizationConfig
 from vqrae.eval.tables import markdown_table
 from vqrae.generation.config import GenerationConfig, TrainingConfig
 from vqrae.generation.model import VisualHead, build_generator
-from vqrae.generation.train import visual_loss
+from vqrae.generation.trainer import visual_loss
 from vqrae.generation.vocabulary import VisualVocabulary
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
 from vqrae.tokenizer.build import build_tokenizer
@@ -79,6 +79,8 @@ PUBLIC_MODELS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8, 151936, head_dim=128, tie_word_embeddings=True),
     "HuggingFaceTB/SmolLM2-135M-Instruct": _llama(576, 1536, 30, 9, 49152, 3) | {"tie_word_embeddings": True},
 }
+# Folders that a command of ours makes from a public model (`vqrae.understanding.smollm2`).
+MADE_FROM = {"runs/smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ def llm_config(name: str) -> PreTrainedConfig:
     """The configuration of a language model that is on this machine, or known by its name."""
     if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return AutoConfig.from_pretrained(resolve_model(name), local_files_only=True)
+    name = MADE_FROM.get(name, name)
     if name in PUBLIC_MODELS:
         values = dict(PUBLIC_MODELS[name])
         return AutoConfig.for_model(values.pop("model_type"), **values)

@@ -22,7 +22,7 @@ from vqrae.eval.geneval.evaluate import GenEvalConfig
 from vqrae.eval.reconstruction import ReconstructionConfig
 from vqrae.eval.scene_questions import SceneQuestionsConfig
 from vqrae.eval.understanding import UnderstandingConfig
-from vqrae.generation.config import read_config
+from vqrae.generation.config import TrainingConfig, read_config
 from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.understanding.train import TrainConfig
@@ -239,6 +239,15 @@ def test_a_dry_run_of_a_published_variant(repository: Repository) -> None:
     config = read(call)
     assert isinstance(config, TokenizerTrainConfig)
     assert (config.dry_run, config.stage, config.stage_config(2).micro_batch_size) == (1, 2, 2)
+
+
+def test_a_dry_run_of_the_generator_makes_no_artefacts(repository: Repository) -> None:
+    for config in ("qwen3_0_6b", "tiny"):
+        repository.run("train_ar_gen.sh", f"config={config}", "dry_run=1")
+        [call] = repository.calls()
+        settings = read(call)
+        assert isinstance(settings, TrainingConfig)
+        assert settings.dry_run == 1
 
 
 @pytest.mark.parametrize("script", TRAININGS)
