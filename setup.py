@@ -34,6 +34,7 @@ setup(
         "pyyaml>=6",
         "tqdm",
         "einops",
+        "timm>=1.0.31",
         "jinja2",
         "braceexpand",
         "scipy>=1.14",

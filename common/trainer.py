@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from timm.optim.muon import Muon
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -33,6 +35,9 @@ class OptimizationConfig:
     """Steps, or a share of all steps when below 1."""
     lr_scheduler_type: Literal["cosine", "constant_with_warmup", "linear"] = "cosine"
     weight_decay: float = 0.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of matrices (scaled like AdamW's, so rates carry over); vectors, embeddings and
+    heads stay with AdamW. ZeRO cuts matrices into pieces: there it is AdamW for all."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -55,7 +60,7 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
         prepare_cpu_deepspeed()
         deepspeed = str(resources.files("vqrae.scripts") / "deepspeed" / f"zero{config.zero}.json")
     named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    for ours in ("global_batch_size", "micro_batch_size", "zero", "extra"):
+    for ours in ("global_batch_size", "micro_batch_size", "optimizer", "zero", "extra"):
         named.pop(ours)
     return TrainingArguments(
         output_dir=str(output_dir),
@@ -73,6 +78,26 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
         **named,
         **config.extra,
     )
+
+
+def build_optimizers(config: OptimizationConfig, model: nn.Module) -> tuple[torch.optim.Optimizer | None, None]:
+    """`Trainer(optimizers=…)`: Muon for the trainable matrices of a model, or (None, None), which is Trainer's AdamW."""
+    if config.optimizer == "adamw":
+        return None, None
+    if config.zero:
+        if is_main_process():
+            print(f"optimizer: adamw instead of muon, for zero={config.zero} cuts matrices into pieces", flush=True)
+        return None, None
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    outer = embeddings | ({id(head.weight)} if head is not None else set())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in outer]
+    rest = [p for p in trainable if p.ndim != 2 or id(p) in outer]
+    groups = [{"params": matrices}, {"params": rest, "use_fallback": True, "weight_decay": 0.0}]
+    betas = (config.adam_beta1, config.adam_beta2)
+    muon = Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay, nesterov=True, betas=betas)
+    return muon, None
 
 
 class InstrumentCallback(TrainerCallback):

@@ -20,7 +20,7 @@ from vqrae.common.checkpoints import local_model, resolve_model
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
 from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import InstrumentCallback, run_trainer, training_arguments
+from vqrae.common.trainer import InstrumentCallback, build_optimizers, run_trainer, training_arguments
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.scenes import SPRITE_SETS
 from vqrae.data.scenes.language import vocabulary_texts
@@ -143,6 +143,7 @@ def train(config: TrainingConfig) -> Path:
         args=arguments,
         train_dataset=TrainingStream(codes, samples, caption_dropout=config.model.caption_dropout, seed=config.seed),
         data_collator=GenerationCollator(encode_prompt, vocabulary),
+        optimizers=build_optimizers(config.optimization, model),
         callbacks=[InstrumentCallback(run, "generator")],
         vocabulary=None if config.full_vocabulary_loss else vocabulary,
     )

@@ -24,7 +24,7 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.files import atomic_path
 from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, run_trainer, training_arguments
+from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
 from vqrae.data.scenes import SceneDataset, load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import END, build_word_tokenizer
@@ -163,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         args=training_arguments(config.optimization, run.path / "checkpoints", seed=config.seed),
         train_dataset=SceneDataset("train", item="grounded_pair", **options),
         data_collator=collator,
+        optimizers=build_optimizers(config.optimization, model),
         callbacks=[InstrumentCallback(run, "encoder")],
     )
     run_trainer(trainer)

@@ -25,7 +25,7 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.files import atomic_path
 from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, run_trainer, training_arguments
+from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
 from vqrae.data.sources import fingerprint, open_conversations, open_pairs, source_kind
 from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, require_tokenizer
 from vqrae.understanding.conversation import ConversationCollator, load_template
@@ -146,6 +146,7 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         train_dataset=dataset,
         data_collator=collator,
         processing_class=processor,
+        optimizers=build_optimizers(optimization, model),
         callbacks=[InstrumentCallback(run, stage)],
     )
     run_trainer(trainer)

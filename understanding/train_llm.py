@@ -24,7 +24,14 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM,
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import IGNORE_INDEX, InstrumentCallback, OptimizationConfig, run_trainer, training_arguments
+from vqrae.common.trainer import (
+    IGNORE_INDEX,
+    InstrumentCallback,
+    OptimizationConfig,
+    build_optimizers,
+    run_trainer,
+    training_arguments,
+)
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset, load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import build_word_tokenizer
@@ -129,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=SceneText(config.sprites, seed=config.seed),
         data_collator=TextCollator(text_tokenizer),
         processing_class=text_tokenizer,
+        optimizers=build_optimizers(config.optimization, model),
         callbacks=[InstrumentCallback(run, "llm")],
     )
     run_trainer(trainer)
