@@ -32,6 +32,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed over all processes, in place; as it is where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def prepare_cpu_deepspeed() -> None:
     """Let DeepSpeed start on CPU without its 90 s build of the shared-memory collective; gloo takes its place."""
     if torch.cuda.is_available():

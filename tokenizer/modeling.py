@@ -7,6 +7,7 @@
 Shapes: B batch, H W pixels, N visual tokens, D feature width, E codebook width.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from transformers import initialization as init
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.decoder import DCTBasis, ViTDecoder
 from vqrae.tokenizer.encoders import encoder_features
-from vqrae.tokenizer.quantizers import build_quantizer
-from vqrae.tokenizer.quantizers.base import Quantizer
+from vqrae.tokenizer.quantizers import CodebookQuantizer, Quantizer, build_quantizer
 
 
 @dataclass
@@ -127,7 +127,7 @@ class VQRAEModel(PreTrainedModel):
         projected = self.project(features)
         with torch.autocast(images.device.type, enabled=False):
             output = self.quantizer(projected)
-            hidden = self.out_proj(projected if bypass else output.quantized)
+            hidden = self.out_proj(self.quantizer.to_code_space(projected) if bypass else output.quantized)
         reconstruction = self._paint(hidden)
         if not self.training:
             reconstruction = reconstruction.clamp(0, 1)
@@ -172,9 +172,32 @@ class VQRAEModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_codebook(self, images: Tensor, batch_size: int = 64) -> None:
-        """Start the codebook from the projected features of images (M, 3, H, W); they must give at least K."""
+        """Start the codebook from the projected features of images (M, 3, H, W); they must give at least K.
+
+        Raises:
+            ValueError: where the quantizer has no codebook to start.
+        """
+        if not isinstance(self.quantizer, CodebookQuantizer):
+            raise ValueError(f"quantizer {self.config.quantizer} has no codebook that could start from features")
         batches = [self.project(self.encode_features(batch)).flatten(0, 1) for batch in images.split(batch_size)]
         self.quantizer.initialize_from(torch.cat(batches))
+
+    def with_plain_codebook(self) -> "VQRAEModel":
+        """An equal model with `quantizer=vq`: the same codes and pictures, from a table that needs nothing of its training.
+
+        It is another tokenizer to everything that checks fingerprints, though codes can be exchanged.
+
+        Raises:
+            ValueError: where the codes are not the nearest rows of a table.
+        """
+        if not (isinstance(self.quantizer, CodebookQuantizer) and self.quantizer.equals_vq):
+            raise ValueError(f"the codes of quantizer {self.config.quantizer} are not those of a plain table")
+        config = copy.deepcopy(self.config)
+        config.quantizer, config.quantizer_options = "vq", {"search": self.quantizer.search}
+        model = VQRAEModel(config).to(self.device)
+        rest = {key: value for key, value in self.state_dict().items() if not key.startswith("quantizer.")}
+        model.load_state_dict(rest | {"quantizer.codebook": self.code_vectors()})
+        return model.train(self.training)
 
     def _check_images(self, images: Tensor) -> None:
         size = self.config.image_size

@@ -34,7 +34,7 @@ from vqrae.tokenizer.meters import LossWindow
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
 from vqrae.tokenizer.perceptual import build_perceptual
 from vqrae.tokenizer.pictures import StagePictures, resize
-from vqrae.tokenizer.quantizers import draw_by_error
+from vqrae.tokenizer.quantizers import CodebookQuantizer, draw_by_error
 from vqrae.tokenizer.teacher import keep_original, original_encoder
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.tokenizer.train_state import TrainState
@@ -61,6 +61,8 @@ class StageTrainer:
         set_trainable(model, stage)
         if config.activation_checkpointing:
             model.activation_checkpointing_enable()
+        check_quantizer(config, number, model)
+        model.quantizer.compute_entropy(stage.entropy_weight > 0)
 
         # ---- networks that only judge
         original = run.path.with_name("stage1") / "original_encoder.safetensors"
@@ -223,6 +225,8 @@ class StageTrainer:
                 self.grad_norm = clip_gradients(self.engine, self.optimizer, self.model.parameters(), stage.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.engine.sync_gradients:
+                self.model.quantizer.after_step(self.grad_norm.isfinite())
         return output, losses
 
     def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -292,14 +296,15 @@ class StageTrainer:
         Returns:
             How many were moved, a scalar tensor.
         """
+        quantizer: Any = self.model.quantizer
         self.revival_usage.gather(self.engine)
         dead = (self.revival_usage.counts == 0).nonzero().flatten()
         self.revival_usage.reset()
         if len(dead) > 0:
             features = self.model.project(output.features).flatten(0, 1)
-            errors = (features - self.model.quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
+            errors = (quantizer.to_code_space(features) - quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
             chosen = draw_by_error(errors, len(dead), torch.Generator(errors.device).manual_seed(seed))
-            self.model.quantizer.revive(dead, broadcast(features[chosen]))
+            quantizer.revive(dead, broadcast(features[chosen]))
         return torch.tensor(len(dead), device=self.device)
 
     # ------------------------------------------------------------------------------------------- what is seen and kept
@@ -397,3 +402,22 @@ class StageTrainer:
         self.restore(newest)
         self.skipped.total.copy_(total)
         self.rolled_back_to = newest
+
+
+def check_quantizer(config: TokenizerTrainConfig, number: int, model: VQRAEModel) -> None:
+    """Refuse what a quantizer without a codebook cannot do, before anything is trained.
+
+    Raises:
+        ValueError: naming every setting that must change.
+    """
+    if isinstance(model.quantizer, CodebookQuantizer):
+        return
+    stages = {"stage1": config.stage1, "stage2": config.stage2}
+    if config.stage != "both":
+        stages = {f"stage{number}": stages[f"stage{number}"]}
+    keys = ("revival_interval", "bypass_steps")
+    wrong = [f"{name}.{key}=0" for name, stage in stages.items() for key in keys if getattr(stage, key)]
+    if number == 1 and config.model.codebook_init != "random":
+        wrong.append("model.codebook_init=random")
+    if wrong:
+        raise ValueError(f"quantizer {config.model.quantizer} has no codebook to start or revive: set {' '.join(wrong)}")

@@ -66,6 +66,10 @@ class StageConfig:
     reconstruction_weight: float = 1.0
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
+    index_weight: float = 1.0
+    """Of the quantizer `ibq`, as is the next; 1 is published, with codebook_weight 0.25 and commitment_weight 1."""
+    entropy_weight: float = 0.0
+    """0: not even computed. Published: 0.05."""
     perceptual_weight: float = 0.0
     perceptual_network: str = "encoder"
     """`encoder`, `lpips`, `convnext_s` or several joined by `+`. Published: `lpips+convnext_s`, mix [1.0, 0.1], weight 1.1."""

@@ -1,13 +1,16 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 from vqrae.common.pictures import picture_to_tensor, tensor_to_picture
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer.decoder import DCTBasis
+from vqrae.tokenizer.quantizers import QUANTIZERS
 
 
 def images_for(model: VQRAEModel, count: int = 3) -> torch.Tensor:
@@ -26,6 +29,57 @@ def test_decode_of_encode_is_the_reconstruction(tokenizer: VQRAEModel, feature_n
     assert output.reconstruction.shape == images.shape
     assert output.reconstruction.min() >= 0
     assert output.reconstruction.max() <= 1
+
+
+def options_of(quantizer: str) -> dict[str, Any]:
+    """A configuration of that quantizer with 64 codes."""
+    levels = {"codebook_dim": 2, "quantizer_options": {"levels": [8, 8]}}
+    return {"quantizer": quantizer, **(levels if quantizer == "fsq" else {})}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_every_quantizer_keeps_the_contract(quantizer: str, make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path) -> None:
+    model = make_tokenizer(**options_of(quantizer))
+    images = images_for(model)
+    if quantizer != "fsq":
+        model.initialize_codebook(images)
+    output = model(images)
+    assert output.codes.unique().numel() > 1
+    assert torch.equal(model.encode(images), output.codes)
+    assert torch.equal(model.decode(output.codes), output.reconstruction)
+    assert model.code_vectors().shape == (64, model.config.codebook_dim)
+    model.save_pretrained(tmp_path)
+    loaded = VQRAEModel.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation).eval()
+    assert torch.equal(loaded(images).reconstruction, output.reconstruction)
+    assert torch.equal(loaded.decode(output.codes), output.reconstruction)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantizer", ["simvq", "ema_vq", "vq"])
+def test_plain_codebook_gives_the_same_codes_and_pictures(
+    quantizer: str, make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path
+) -> None:
+    model = make_tokenizer(**options_of(quantizer), feature_norm="standardize")
+    images = images_for(model)
+    model.standardize_features(images)
+    model.initialize_codebook(images)
+    plain = model.with_plain_codebook()
+    plain.save_pretrained(tmp_path)
+    plain = VQRAEModel.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation).eval()
+    assert (plain.config.quantizer, model.config.quantizer) == ("vq", quantizer)
+    assert list(plain.quantizer.state_dict()) == ["codebook"]
+    codes = model.encode(images)
+    assert torch.equal(plain.encode(images), codes)
+    assert torch.equal(plain.decode(codes), model.decode(codes))
+
+
+@pytest.mark.parametrize("quantizer", ["l2_vq", "ibq", "fsq"])
+def test_plain_codebook_is_refused_where_codes_are_chosen_otherwise(
+    quantizer: str, make_tokenizer: Callable[..., VQRAEModel]
+) -> None:
+    with pytest.raises(ValueError, match=f"quantizer {quantizer} are not those of a plain table"):
+        make_tokenizer(**options_of(quantizer)).with_plain_codebook()
 
 
 @torch.no_grad()
@@ -122,3 +176,12 @@ def test_bypass_decodes_the_features_themselves(make_tokenizer: Callable[..., VQ
         bypassed = model(images, bypass=True)
     torch.testing.assert_close(bypassed.reconstruction, expected)
     assert torch.equal(bypassed.codes, model.encode(images))
+
+
+@torch.no_grad()
+def test_bypass_gives_the_decoder_what_lies_where_codes_lie(make_tokenizer: Callable[..., VQRAEModel]) -> None:
+    model = make_tokenizer(quantizer="l2_vq")
+    images = images_for(model)
+    hidden = model.out_proj(nn.functional.normalize(model.project(model.encode_features(images)), dim=-1))
+    expected = (model.decoder(hidden) * model.image_std + model.image_mean).clamp(0, 1)
+    torch.testing.assert_close(model(images, bypass=True).reconstruction, expected)

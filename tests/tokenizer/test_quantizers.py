@@ -1,45 +1,86 @@
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from vqrae.tokenizer.quantizers import QUANTIZERS, build_quantizer, draw_by_error, kmeans, nearest_codes
-from vqrae.tokenizer.quantizers import base as quantizer_base
+from vqrae.common import distributed
+from vqrae.tokenizer.quantizers import (
+    FSQ,
+    IBQ,
+    QUANTIZERS,
+    CodebookQuantizer,
+    Quantizer,
+    SimVQ,
+    build_quantizer,
+    draw_by_error,
+    ibq,
+    kmeans,
+    nearest_codes,
+)
+
+WITH_CODEBOOK = [name for name in QUANTIZERS if name != "fsq"]
 
 
-@pytest.mark.parametrize("rows", [7, 4096])
-def test_search_equals_brute_force(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantizer_base, "SEARCH_ROWS", rows)
+def make(name: str, **options: Any) -> Any:
+    """A random quantizer with 32 codes of width 16, or of width 2 where levels make the codes."""
     torch.manual_seed(0)
-    features, table = torch.randn(3, 11, 16), torch.randn(50, 16)
-    brute_force = torch.cdist(features.flatten(0, 1), table).argmin(-1).view(3, 11)
-    assert torch.equal(nearest_codes(features, table), brute_force)
+    if name == "fsq":
+        return build_quantizer(name, 32, 2, levels=[4, 8])
+    return build_quantizer(name, 32, 16, **options)
+
+
+def features_for(quantizer: Quantizer, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(*shape, quantizer.codebook_dim, generator=generator)
+
+
+# ---- what holds for all
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_contract(name: str) -> None:
-    torch.manual_seed(0)
-    quantizer = build_quantizer(name, 32, 16).eval()
-    features = torch.randn(2, 9, 16)
+    quantizer = make(name).eval()
+    features = features_for(quantizer, 2, 9)
     output = quantizer(features)
     assert output.codes.shape == (2, 9)
     assert output.codes.dtype == torch.int64
     assert torch.equal(quantizer.lookup(output.codes), output.quantized)
-    assert set(output.losses) == {"codebook_loss", "commitment_loss"}
+    assert output.quantized.shape == features.shape
+    assert all(loss.shape == () for loss in output.losses.values())
+    assert quantizer.lookup(torch.arange(32)).unique(dim=0).shape == (32, quantizer.codebook_dim)
+    assert torch.equal(quantizer(features[1:]).codes, output.codes[1:])  # whatever else is in the batch
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
+def test_losses_have_weights_and_published_names(name: str) -> None:
+    expected = {"codebook_loss", "commitment_loss"}
+    expected = {"ema_vq": {"commitment_loss"}, "fsq": set(), "ibq": {*expected, "index_loss"}}.get(name, expected)
+    quantizer = make(name)
+    assert set(quantizer(features_for(quantizer, 1, 3)).losses) == expected
+
+
+@pytest.mark.parametrize("name", WITH_CODEBOOK)
+def test_search_precision_changes_no_code(name: str) -> None:
+    fast, exact = make(name, search="bf16").eval(), make(name).eval()
+    features = features_for(exact, 20, 30)
+    assert torch.equal(fast(features).codes, exact(features).codes)
+
+
+@pytest.mark.parametrize("name", ["simvq", "vq", "ema_vq"])
 def test_gradients_go_where_they_belong(name: str) -> None:
-    torch.manual_seed(0)
-    quantizer = build_quantizer(name, 32, 16).train()
-    features = torch.randn(2, 9, 16, requires_grad=True)
+    quantizer = make(name).train()
+    features = features_for(quantizer, 2, 9).requires_grad_()
     weights = torch.randn(2, 9, 16)
     (quantizer(features).quantized * weights).sum().backward()
     torch.testing.assert_close(features.grad, weights)  # straight through, unchanged
     assert all(p.grad is None or not p.grad.any() for p in quantizer.parameters())
 
-    features.grad = None
-    quantizer(features).losses["codebook_loss"].backward()
-    assert features.grad is None  # moves codes only
-    assert any(p.grad is not None and p.grad.any() for p in quantizer.parameters())
+    if name != "ema_vq":
+        features.grad = None
+        quantizer(features).losses["codebook_loss"].backward()
+        assert features.grad is None  # moves codes only
+        assert any(p.grad is not None and p.grad.any() for p in quantizer.parameters())
 
     quantizer.zero_grad()
     quantizer(features).losses["commitment_loss"].backward()
@@ -47,32 +88,333 @@ def test_gradients_go_where_they_belong(name: str) -> None:
     assert all(p.grad is None or not p.grad.any() for p in quantizer.parameters())
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", WITH_CODEBOOK)
 def test_start_from_features_and_revival(name: str) -> None:
-    torch.manual_seed(0)
-    quantizer = build_quantizer(name, 32, 16).eval()
-    features = 3 + 2 * torch.randn(500, 16)
+    quantizer = make(name).eval()
+    features = 3 + 2 * features_for(quantizer, 500)
     with torch.no_grad():
         quantizer.initialize_from(features)
-        assert quantizer(features[None]).codes.unique().numel() == 32  # every code is some feature, so every code is used
+        if name != "ibq":  # whose choice is not the nearest code
+            assert quantizer(features[None]).codes.unique().numel() == 32  # every code is some feature, so all are used
         dead, targets = torch.tensor([3, 17]), torch.full((2, 16), 9.0) + torch.eye(2, 16)
         quantizer.revive(dead, targets)
-        torch.testing.assert_close(quantizer.lookup(dead), targets, atol=1e-3, rtol=1e-3)
+        expected = quantizer.to_code_space(targets)
+        torch.testing.assert_close(quantizer.lookup(dead), expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="expected at least as many"):
         quantizer.initialize_from(features[:31])
 
 
-def test_cached_table_follows_the_weights() -> None:
-    quantizer = build_quantizer("simvq", 8, 4).eval()
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "ibq"])
+def test_entropy_is_refused_where_there_is_none(name: str) -> None:
+    quantizer = make(name)
+    quantizer.compute_entropy(False)
+    with pytest.raises(ValueError, match="has no entropy_loss"):
+        quantizer.compute_entropy(True)
+
+
+# ---- simvq
+
+
+def naive_projection(quantizer: SimVQ, codes: Tensor) -> Tensor:
+    return nn.functional.embedding(codes, quantizer.projection(quantizer.codebook))
+
+
+@pytest.mark.parametrize("train_codebook", [False, True])
+@pytest.mark.parametrize("tokens", [5, 100])  # fewer and more than codes
+def test_simvq_gradient_equals_that_of_the_whole_table(tokens: int, train_codebook: bool) -> None:
+    quantizer = make("simvq", train_codebook=train_codebook).train()
+    codes, weights = torch.randint(32, (2, tokens)), torch.randn(2, tokens, 16)
+    (naive_projection(quantizer, codes) * weights).sum().backward()
+    expected = [p.grad.clone() for p in quantizer.parameters()]
+    quantizer.zero_grad()
+    total = (quantizer.gather(quantizer.table(), codes) * weights).sum()
+    with torch.autocast("cpu", torch.bfloat16):  # as in the loop, where it must not reach the gradient
+        total.backward()
+    assert len(expected) == 2 + train_codebook
+    for p, gradient in zip(quantizer.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+class Calls(nn.Module):
+    """Counts the calls of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.count = module, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "module" else getattr(super().__getattr__("module"), name)
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.count += 1
+        return self.module(features)
+
+
+def test_simvq_projects_its_table_once_in_evaluation() -> None:
+    quantizer = make("simvq").eval()
+    quantizer.projection = calls = Calls(quantizer.projection)  # type: ignore[assignment]
+    features = features_for(quantizer, 1, 5)
+    for _ in range(3):
+        quantizer.lookup(quantizer(features).codes)
+    assert calls.count == 1
+    quantizer.train()
+    for _ in range(3):
+        quantizer(features)
+    assert calls.count == 4
+
+
+def test_simvq_notices_every_change_of_its_weights() -> None:
+    quantizer = make("simvq").eval()
+    codes = torch.arange(32)
+
+    def check() -> None:
+        torch.testing.assert_close(quantizer.lookup(codes), naive_projection(quantizer, codes))
+
+    check()
     with torch.no_grad():
-        first = quantizer.lookup(torch.tensor([0]))
         quantizer.projection.bias += 1
-        torch.testing.assert_close(quantizer.lookup(torch.tensor([0])), first + 1)
+        check()
+        quantizer.codebook[3] = 7
+        check()
+    quantizer.load_state_dict(SimVQ(32, 16).state_dict())
+    check()
+    quantizer.load_state_dict(SimVQ(32, 16).state_dict(), assign=True)
+    check()
+    quantizer.train()
+    quantizer.projection.weight.data.mul_(2)  # as an engine does, unseen by version counters
+    check()
+    quantizer.eval()
+    check()
+    quantizer.double()
+    check()
+
+
+# ---- ema_vq
+
+
+def test_ema_follows_the_decayed_mean() -> None:
+    quantizer = make("ema_vq", decay=0.9).train()
+    features = features_for(quantizer, 4, 50)
+    before, codes = quantizer.codebook.clone(), quantizer(features).codes
+    assert torch.equal(quantizer.codebook, before)  # not before the step is done
+    quantizer.after_step()
+    for k in range(32):
+        chosen = features[codes == k]
+        size = 0.9 + 0.1 * len(chosen)
+        mean = (0.9 * before[k] + 0.1 * chosen.sum(0)) / size if len(chosen) else before[k]
+        torch.testing.assert_close(quantizer.codebook[k], mean)
+        torch.testing.assert_close(quantizer.cluster_size[k].item(), size)
+
+
+def test_ema_code_that_nothing_chooses_stays() -> None:
+    quantizer = make("ema_vq", decay=0.5).train()
+    with torch.no_grad():
+        quantizer.codebook[5] = 100
+    features = features_for(quantizer, 1, 50)
+    for _ in range(300):  # until its weight is 0
+        quantizer(features)
+        quantizer.after_step()
+    assert quantizer.cluster_size[5] == 0
+    assert (quantizer.codebook[5] == 100).all()
+    assert quantizer.codebook.isfinite().all()
+    with torch.no_grad():
+        quantizer.revive(torch.tensor([5]), features[0, :1])
+    assert quantizer.cluster_size[5] == 1
+    assert quantizer(features).codes[0, 0] == 5
+    quantizer.after_step()
+    assert quantizer.codebook[5].abs().max() < 10  # statistics of before its revival would pull it back
+
+
+def test_ema_accumulation_equals_one_batch() -> None:
+    whole, parts = make("ema_vq").train(), make("ema_vq").train()
+    features = features_for(whole, 4, 50)
+    whole(features)
+    for part in features.split(1):
+        parts(part)
+    for quantizer in (whole, parts):
+        quantizer.after_step()
+    torch.testing.assert_close(whole.state_dict(), parts.state_dict())
+
+
+def test_ema_sums_over_processes_in_one_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, first, second = (make("ema_vq").train() for _ in range(3))
+    features = features_for(whole, 4, 50)
+    whole(features)
+    whole.after_step()
+    first(features[:1])
+    second(features[1:])
+    reductions = []
+
+    def all_reduce(tensor: Tensor) -> None:
+        reductions.append(tensor.shape)
+        tensor.add_(second._sums)
+
+    monkeypatch.setattr(distributed.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.torch.distributed, "all_reduce", all_reduce)
+    first.after_step()
+    assert reductions == [(32, 17)]  # sums and counts together
+    torch.testing.assert_close(first.state_dict(), whole.state_dict())
+
+
+def test_ema_evaluation_changes_nothing_and_the_state_holds_all() -> None:
+    quantizer = make("ema_vq", decay=0.7).train()
+    features = features_for(quantizer, 2, 50)
+    quantizer(features)
+    quantizer.after_step()
+    copy = make("ema_vq", decay=0.7).train()
+    copy.load_state_dict(quantizer.state_dict())
+    for each in (quantizer, copy):
+        each(features)
+        each.after_step()
+    assert torch.equal(quantizer.codebook, copy.codebook)
+    before = quantizer.state_dict()
+    quantizer.eval()(features)
+    quantizer.after_step()
+    torch.testing.assert_close(quantizer.state_dict()["codebook"], before["codebook"], atol=0, rtol=0)
+
+
+# ---- l2_vq
+
+
+def test_l2_vq_lives_on_the_sphere() -> None:
+    quantizer = make("l2_vq").eval()
+    features = features_for(quantizer, 2, 50)
+    output = quantizer(features)
+    torch.testing.assert_close(output.quantized.norm(dim=-1), torch.ones(2, 50))
+    cosine = nn.functional.cosine_similarity(features[:, :, None], quantizer.codebook, dim=-1)
+    assert torch.equal(output.codes, cosine.argmax(-1))
+    assert torch.equal(quantizer(1000 * features).codes, output.codes)
+    features.requires_grad_()
+    quantizer.train()(features).quantized[..., 0].sum().backward()
+    assert (features.grad * features).sum(-1).abs().max() < 1e-5  # the length of a feature has no effect
+
+
+# ---- ibq
+
+
+def naive_ibq(features: Tensor, table: Tensor) -> Tensor:
+    logits = features @ table.T
+    soft = logits.softmax(-1)
+    hard = nn.functional.one_hot(logits.argmax(-1), len(table)).to(soft)
+    return (soft + (hard - soft).detach()) @ table
+
+
+def naive_entropy(features: Tensor, table: Tensor, temperature: float) -> Tensor:
+    soft = (features @ table.T / temperature).softmax(-1).flatten(0, -2)
+    mean = soft.mean(0)
+    return -(soft * soft.clamp(min=1e-30).log()).sum(-1).mean() + (mean * mean.clamp(min=1e-30).log()).sum()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ibq, "BLOCK_LOGITS", 32 * 7)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_ibq_gradient_equals_the_formula() -> None:
+    quantizer = IBQ(32, 16).train()
+    with torch.no_grad():
+        quantizer.codebook.normal_(std=0.3)
+    features, weights = features_for(quantizer, 2, 30).requires_grad_(), torch.randn(2, 30, 16)
+    expected = naive_ibq(features, quantizer.codebook)
+    wanted = torch.autograd.grad((expected * weights).sum(), (features, quantizer.codebook))
+    output = quantizer(features)
+    torch.testing.assert_close(output.quantized, expected)
+    assert torch.equal(output.quantized, quantizer.lookup(output.codes))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad((output.quantized * weights).sum(), (features, quantizer.codebook))
+    torch.testing.assert_close(found, wanted)
+    assert (found[1] != 0).all()  # every code, chosen or not
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_ibq_entropy_equals_the_formula() -> None:
+    features = torch.randn(2, 30, 16, requires_grad=True)
+    table = torch.randn(32, 16, requires_grad=True)
+    expected, found = naive_entropy(features, table, 2.0), ibq.entropy_loss(features, table, 2.0)
+    torch.testing.assert_close(found, expected)
+    wanted = torch.autograd.grad(expected, (features, table))
+    torch.testing.assert_close(torch.autograd.grad(found, (features, table)), wanted)
+
+
+def test_ibq_entropy_prefers_sure_choices_and_all_codes() -> None:
+    sure, table = torch.eye(16)[None], torch.eye(16)
+    unsure, same = torch.ones(1, 16, 16), torch.eye(16)[:1].expand(1, 16, 16)
+    losses = [ibq.entropy_loss(features, table, 0.1).item() for features in (sure, unsure, same)]
+    assert losses[0] < min(losses[1:])
+
+
+def test_ibq_entropy_has_a_gradient_where_probabilities_vanish() -> None:
+    features, table = torch.randn(1, 30, 16, requires_grad=True), torch.randn(32, 16, requires_grad=True)
+    ibq.entropy_loss(features, table, 0.01).backward()
+    assert features.grad.isfinite().all()
+    assert table.grad.isfinite().all()
+
+
+def test_ibq_computes_no_entropy_unless_it_has_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = make("ibq").train()
+    monkeypatch.setattr(ibq, "entropy_loss", lambda *_: pytest.fail("computed though its weight is 0"))
+    quantizer(features_for(quantizer, 1, 5))
+    monkeypatch.undo()
+    quantizer.compute_entropy(True)
+    assert quantizer(features_for(quantizer, 1, 5)).losses["entropy_loss"].isfinite()
+
+
+# ---- fsq
+
+
+@pytest.mark.parametrize("levels", [(2,), (3, 2), (8, 5, 4), (8, 8, 8, 8, 4)])
+def test_fsq_reaches_every_level_and_leaves_none(levels: tuple[int, ...]) -> None:
+    size = torch.tensor(levels).prod().item()
+    quantizer = FSQ(size, len(levels), levels=levels).eval()
+    vectors = quantizer.lookup(torch.arange(size))
+    assert vectors.unique(dim=0).shape == vectors.shape
+    assert vectors.abs().max() == 1
+    extremes = torch.cartesian_prod(*[torch.tensor([-50.0, 0.0, 50.0])] * len(levels)).view(1, -1, len(levels))
+    output = quantizer(extremes)
+    assert output.codes.min() == 0
+    assert output.codes.max() == size - 1
+    assert (output.quantized[0, len(output.quantized[0]) // 2] == 0).all()  # 0 stays 0
+    ramp = torch.linspace(-20, 20, 2001)[:, None].expand(-1, len(levels))
+    assert [channel.unique().numel() for channel in quantizer(ramp[None]).quantized[0].T] == list(levels)
+
+
+def test_fsq_gradient_passes_through_the_rounding() -> None:
+    quantizer = make("fsq").train()
+    features = features_for(quantizer, 1, 50).requires_grad_()
+    quantizer(features).quantized.sum().backward()
+    found, features.grad = features.grad.clone(), None
+    quantizer.to_code_space(features).sum().backward()
+    torch.testing.assert_close(found, features.grad)
+    assert list(quantizer.parameters()) == []
+    assert quantizer.state_dict() == {}
+
+
+def test_fsq_checks_its_levels() -> None:
+    with pytest.raises(ValueError, match="make codebook_size=32 and codebook_dim=2"):
+        FSQ(64, 2, levels=[4, 8])
+    with pytest.raises(ValueError, match="expected at least 2"):
+        FSQ(8, 2, levels=[8, 1])
+    assert not isinstance(make("fsq"), CodebookQuantizer)  # nothing to start, nothing to revive
+
+
+# ---- the table of names, and what quantizers start from
 
 
 def test_unknown_quantizer_suggests_a_name() -> None:
     with pytest.raises(ValueError, match="Did you mean 'simvq'"):
         build_quantizer("simqv", 8, 4)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"quantizer_options\.decays: unknown option of ema_vq\. Did you mean 'decay'"):
+        build_quantizer("ema_vq", 8, 4, decays=0.9)
+    with pytest.raises(ValueError, match=r"quantizer_options\.levels is required by fsq"):
+        build_quantizer("fsq", 8, 4)
+    with pytest.raises(ValueError, match="search: got 'fp16'"):
+        build_quantizer("vq", 8, 4, search="fp16")
+    with pytest.raises(ValueError, match=r"decay: got 1\.0"):
+        build_quantizer("ema_vq", 8, 4, decay=1.0)
 
 
 def test_kmeans_finds_clusters_and_leaves_no_centre_empty() -> None:
@@ -95,3 +437,18 @@ def test_errors_decide_what_is_drawn() -> None:
     drawn = draw_by_error(errors, 50, torch.Generator().manual_seed(0))
     assert (drawn == 7).float().mean() > 0.9
     assert draw_by_error(torch.zeros(10), 5, torch.Generator().manual_seed(0)).shape == (5,)
+
+
+def test_ema_takes_nothing_from_a_step_that_was_left_out() -> None:
+    quantizer = make("ema_vq").train()
+    features = features_for(quantizer, 2, 50)
+    quantizer(features)
+    quantizer.after_step()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer(features / 0)
+    quantizer.after_step(torch.tensor(False))
+    torch.testing.assert_close(quantizer.state_dict(), before, atol=0, rtol=0)
+    quantizer(features)
+    quantizer.after_step(torch.tensor(True))
+    assert quantizer.codebook.isfinite().all()
+    assert not torch.equal(quantizer.codebook, before["codebook"])

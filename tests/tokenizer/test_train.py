@@ -17,6 +17,7 @@ from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.pictures import StagePictures
+from vqrae.tokenizer.quantizers import QUANTIZERS
 from vqrae.tokenizer.train_config import ModelConfig
 
 ENCODER = (
@@ -123,6 +124,56 @@ def test_a_finished_run_is_left_alone(finished: tuple[Path, dict], capsys: pytes
     train(output)
     assert "stage 2 is finished" in capsys.readouterr().out
     assert (output / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+# Two steps of both stages with each quantizer: options, and names of its losses beside commitment_loss.
+EVERY_QUANTIZER = {
+    "simvq": (["model.quantizer_options.search=bf16"], {"codebook_loss"}),
+    "vq": (["model.quantizer_options.search=bf16"], {"codebook_loss"}),
+    "ema_vq": (["model.quantizer_options.decay=0.9"], set()),
+    "l2_vq": ([], {"codebook_loss"}),
+    "ibq": (["stage1.entropy_weight=0.05", "stage2.entropy_weight=0.05"], {"codebook_loss", "index_loss", "entropy_loss"}),
+    "fsq": (
+        [
+            "model.quantizer_options.levels=[8, 8]",
+            "model.codebook_dim=2",
+            "model.codebook_init=random",
+            *(f"stage{n}.{key}=0" for n in (1, 2) for key in ("revival_interval", "bypass_steps")),
+        ],
+        None,
+    ),
+}
+
+
+def test_every_quantizer_is_trained_here() -> None:
+    assert set(EVERY_QUANTIZER) == set(QUANTIZERS)
+
+
+@pytest.mark.parametrize("name", EVERY_QUANTIZER)
+def test_every_quantizer_trains_through_both_stages(name: str, tmp_path: Path) -> None:
+    options, losses = EVERY_QUANTIZER[name]
+    steps = ["stage1.max_steps=2", "stage2.max_steps=2", "stage2.adversarial_weight=0"]
+    train(tmp_path, f"model.quantizer={name}", *steps, *options)
+    expected = set() if losses is None else {"commitment_loss", *losses}
+    for stage in (1, 2):
+        assert {key for key in metrics(tmp_path, stage)[-1] if key.endswith("_loss")} - {
+            "reconstruction_loss",
+            "perceptual_loss",
+            "distillation_loss",
+        } == expected
+    first, second = (VQRAEModel.from_pretrained(tmp_path / f"stage{n}" / "model") for n in (1, 2))
+    moved = not torch.equal(first.code_vectors(), second.code_vectors())
+    assert moved == (name != "fsq")
+
+
+def test_what_a_quantizer_cannot_do_is_refused_before_training(tmp_path: Path) -> None:
+    fsq = ["model.quantizer=fsq", "model.quantizer_options.levels=[8, 8]", "model.codebook_dim=2"]
+    with pytest.raises(
+        ValueError, match=r"set stage1\.revival_interval=0 .*stage2\.bypass_steps=0 model\.codebook_init=random"
+    ):
+        train(tmp_path / "fsq", *fsq)
+    with pytest.raises(ValueError, match="SimVQ has no entropy_loss"):
+        train(tmp_path / "entropy", "stage1.entropy_weight=0.1")
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

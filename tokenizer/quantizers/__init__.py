@@ -1,15 +1,35 @@
 """Quantizers by name. A new one is a file here and a line in the table."""
 
+import inspect
 from typing import Any
 
 from vqrae.common.config import did_you_mean
-from vqrae.tokenizer.quantizers.base import Quantizer, QuantizerOutput, draw_by_error, kmeans, nearest_codes
+from vqrae.tokenizer.quantizers.base import CodebookQuantizer, Quantizer, QuantizerOutput, draw_by_error, kmeans
+from vqrae.tokenizer.quantizers.ema_vq import EMAVQ
+from vqrae.tokenizer.quantizers.fsq import FSQ
+from vqrae.tokenizer.quantizers.ibq import IBQ
+from vqrae.tokenizer.quantizers.l2_vq import L2VQ
+from vqrae.tokenizer.quantizers.search import nearest_codes
 from vqrae.tokenizer.quantizers.simvq import SimVQ
+from vqrae.tokenizer.quantizers.vq import VQ
 
-QUANTIZERS: dict[str, type[SimVQ]] = {"simvq": SimVQ}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "simvq": SimVQ,
+    "vq": VQ,
+    "ema_vq": EMAVQ,
+    "l2_vq": L2VQ,
+    "ibq": IBQ,
+    "fsq": FSQ,
+}
 
 __all__ = [
+    "EMAVQ",
+    "FSQ",
+    "IBQ",
+    "L2VQ",
     "QUANTIZERS",
+    "VQ",
+    "CodebookQuantizer",
     "Quantizer",
     "QuantizerOutput",
     "SimVQ",
@@ -21,11 +41,22 @@ __all__ = [
 
 
 def build_quantizer(name: str, codebook_size: int, codebook_dim: int, **options: Any) -> Quantizer:
-    """The quantizer of that name.
+    """The quantizer of that name, with the options of its class.
 
     Raises:
-        ValueError: for an unknown name, listing the known ones.
+        ValueError: for an unknown name or option, listing the known ones, and for a missing option.
     """
     if name not in QUANTIZERS:
         raise ValueError(f"unknown quantizer {name!r}. {did_you_mean(name, QUANTIZERS)}")
+    known = {
+        key: parameter
+        for key, parameter in inspect.signature(QUANTIZERS[name]).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for key in options:
+        if key not in known:
+            raise ValueError(f"quantizer_options.{key}: unknown option of {name}. {did_you_mean(key, known)}")
+    for key, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and key not in options:
+            raise ValueError(f"quantizer_options.{key} is required by {name}")
     return QUANTIZERS[name](codebook_size, codebook_dim, **options)

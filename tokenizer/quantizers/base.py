@@ -5,20 +5,20 @@ Shapes: B batch, N visual tokens, E codebook width, K codebook size.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-# Rows of features searched at once: bounds the score matrix at SEARCH_ROWS x K (256 MiB at K = 16384) and never N x K.
-SEARCH_ROWS = 4096
+from vqrae.tokenizer.quantizers.search import Precision, nearest_codes
 
 
 @dataclass
 class QuantizerOutput:
     """Attributes:
-    quantized: (B, N, E) chosen code vectors; the gradient passes straight through to the features.
+    quantized: (B, N, E) chosen code vectors; what gradient the features get from them is the quantizer's matter.
     codes: (B, N) int64.
-    losses: unweighted `codebook_loss` and `commitment_loss`, scalars.
+    losses: unweighted, scalars; `codebook_loss` and `commitment_loss` where the quantizer has them.
     """
 
     quantized: Tensor
@@ -27,7 +27,7 @@ class QuantizerOutput:
 
 
 class Quantizer(nn.Module, ABC):
-    """Features -> nearest code vectors. A subclass says what the table of code vectors is.
+    """Features -> codes and their vectors. Outside of training `lookup` gives exactly what `forward` chose.
 
     All arithmetic is fp32: callers leave autocast before.
     """
@@ -37,17 +37,73 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw the table's random start."""
+        """The published random start."""
 
     @abstractmethod
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantize features (B, N, E)."""
+
+    @abstractmethod
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Code vectors (B, N, E) of codes (B, N)."""
+
+    def to_code_space(self, features: Tensor) -> Tensor:
+        """Features (..., E) as they are compared with code vectors (..., E)."""
+        return features
+
+    def after_step(self, taken: Tensor | None = None) -> None:
+        """Called after every step of the optimizer, on all processes: what is learned without gradients.
+
+        Args:
+            taken: bool scalar; False where the optimizer left the step out, as its gradient was not finite. None: it did not.
+        """
+
+    def compute_entropy(self, wanted: bool) -> None:
+        """Whether `forward` is to give an `entropy_loss`, which costs as much as the search.
+
+        Raises:
+            ValueError: when it is wanted of a quantizer that has none.
+        """
+        if wanted:
+            raise ValueError(f"{type(self).__name__} has no entropy_loss: set entropy_weight=0, or quantizer=ibq")
+
+
+class CodebookQuantizer(Quantizer):
+    """Chooses the nearest row of a table that is learned. A subclass says what the table is and how it starts.
+
+    Args:
+        codebook_size: K.
+        codebook_dim: E.
+        search: precision of the product that finds candidates, `fp32` or `bf16`; the codes are the same.
+    """
+
+    codebook: Tensor
+    equals_vq: ClassVar[bool] = True
+    """Its codes are what `vq` finds with the same table."""
+
+    def __init__(self, codebook_size: int, codebook_dim: int, *, search: Precision = "fp32") -> None:
+        super().__init__()
+        if search not in get_args(Precision):
+            raise ValueError(f"search: got {search!r}, expected one of {get_args(Precision)}")
+        self.codebook_size, self.codebook_dim, self.search = codebook_size, codebook_dim, search
+
     def table(self) -> Tensor:
-        """The effective code vectors (K, E), differentiable where they are trained."""
+        """The code vectors (K, E)."""
+        return self.codebook
+
+    def nearest(self, features: Tensor, table: Tensor) -> Tensor:
+        """Codes (B, N) of features (B, N, E) in code space; squared Euclidean distance (VQRAE Eq. 1)."""
+        return nearest_codes(features, table, precision=self.search)
+
+    def gather(self, table: Tensor, codes: Tensor) -> Tensor:
+        """Rows (B, N, E) of the table, with a gradient for what it is made of."""
+        return nn.functional.embedding(codes, table)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        """Quantize features (B, N, E) by squared Euclidean distance (VQRAE Eq. 1)."""
+        features = self.to_code_space(features)
         table = self.table()
-        codes = nearest_codes(features, table)
-        quantized = nn.functional.embedding(codes, table)
+        codes = self.nearest(features, table)
+        quantized = self.gather(table, codes)
         losses = {  # Eq. 3: the first term moves codes to features, the second features to codes
             "codebook_loss": (quantized - features.detach()).square().mean(),
             "commitment_loss": (quantized.detach() - features).square().mean(),
@@ -58,31 +114,21 @@ class Quantizer(nn.Module, ABC):
         return QuantizerOutput(quantized, codes, losses)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Code vectors (B, N, E) of codes (B, N), exactly those that `forward` chose."""
-        return nn.functional.embedding(codes, self.table())
+        return self.gather(self.table(), codes)
 
-    @abstractmethod
+    @torch.no_grad()
     def initialize_from(self, features: Tensor) -> None:
-        """Start the table from a sample of features (M, E), M >= K."""
+        """Start the table from a sample of features (M, E), M >= K: from their k-means centres."""
+        self.codebook.copy_(kmeans(self.to_code_space(features), self.codebook_size, precision=self.search))
 
-    @abstractmethod
+    @torch.no_grad()
     def revive(self, dead: Tensor, features: Tensor) -> None:
         """Move the code vectors of codes `dead` (R,) onto features (R, E)."""
+        self.codebook[dead] = self.to_code_space(features)
 
 
 @torch.no_grad()
-def nearest_codes(features: Tensor, table: Tensor) -> Tensor:
-    """Indices (B, N) of the table rows (K, E) nearest to features (B, N, E), searched in blocks of rows.
-
-    argmin |z - e|^2 = argmax (z.e - |e|^2 / 2): one product and one offset, no distances.
-    """
-    offset = table.square().sum(-1) / 2
-    blocks = [(block @ table.T - offset).argmax(-1) for block in features.flatten(0, -2).split(SEARCH_ROWS)]
-    return torch.cat(blocks).view(features.shape[:-1])
-
-
-@torch.no_grad()
-def kmeans(features: Tensor, num_centers: int, iterations: int = 10, seed: int = 0) -> Tensor:
+def kmeans(features: Tensor, num_centers: int, iterations: int = 10, seed: int = 0, precision: Precision = "fp32") -> Tensor:
     """Lloyd's algorithm from a random sample; an empty cluster moves onto a badly served feature.
 
     Args:
@@ -100,7 +146,7 @@ def kmeans(features: Tensor, num_centers: int, iterations: int = 10, seed: int =
     order = torch.randperm(len(features), generator=generator, device=features.device)
     centers = features[order[:num_centers]].clone()
     for _ in range(iterations):
-        codes = nearest_codes(features, centers)
+        codes = nearest_codes(features, centers, precision=precision)
         counts = torch.bincount(codes, minlength=num_centers)
         sums = torch.zeros_like(centers).index_add_(0, codes, features)
         errors = (features - centers[codes]).square().sum(-1)

@@ -1,0 +1,84 @@
+"""VQ whose table follows running means of features instead of gradients (VQ-VAE-2, arXiv 1906.00446)."""
+
+import torch
+from torch import Tensor
+from transformers import initialization as init
+
+from vqrae.common.distributed import sum_over_processes
+from vqrae.tokenizer.quantizers.base import CodebookQuantizer, QuantizerOutput
+from vqrae.tokenizer.quantizers.search import Precision
+
+
+class EMAVQ(CodebookQuantizer):
+    """Code k is the decayed mean of the features that chose it, and `cluster_size` their decayed number.
+
+    A code that nothing chose stays where it is, however long: the usual ratio of decayed sums ends in 0 / 0, or with
+    smoothing at the origin. It comes back by `revive`, as in every quantizer (`revival_interval` of a stage).
+
+    Args:
+        codebook_size: K.
+        codebook_dim: E.
+        decay: share of the old mean that an optimizer step keeps.
+        search: see `CodebookQuantizer`.
+    """
+
+    cluster_size: Tensor
+
+    def __init__(self, codebook_size: int, codebook_dim: int, *, decay: float = 0.99, search: Precision = "fp32") -> None:
+        super().__init__(codebook_size, codebook_dim, search=search)
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: got {decay}, expected 0 <= decay < 1")
+        self.decay = decay
+        self.register_buffer("codebook", torch.empty(codebook_size, codebook_dim))
+        self.register_buffer("cluster_size", torch.empty(codebook_size))
+        self._sums: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, 1), each code with the weight of one feature."""
+        init.normal_(self.codebook)
+        init.ones_(self.cluster_size)
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        output = super().forward(features)
+        del output.losses["codebook_loss"]  # moves nothing here
+        if self.training:
+            self._collect(features.detach().flatten(0, -2), output.codes.flatten())
+        return output
+
+    @torch.no_grad()
+    def _collect(self, features: Tensor, codes: Tensor) -> None:
+        """Add features and their number to their codes' sums (K, E + 1), until the step is done."""
+        if self._sums is None:
+            self._sums = features.new_zeros(self.codebook_size, self.codebook_dim + 1)
+        self._sums[:, :-1].index_add_(0, codes, features)
+        self._sums[:, -1].index_add_(0, codes, features.new_ones(len(codes)))
+
+    @torch.no_grad()
+    def after_step(self, taken: Tensor | None = None) -> None:
+        """Move the table by what all processes saw since the last step: one sum over processes for all of it.
+
+        Nothing moves, and nothing decays, by a step that was left out.
+        """
+        if self._sums is None:
+            return
+        sums, decay = sum_over_processes(self._sums), torch.full_like(self.cluster_size[0], self.decay)
+        if taken is not None:
+            sums, decay = torch.where(taken, sums, 0), torch.where(taken, decay, 1)
+        totals, counts = sums[:, :-1], sums[:, -1]
+        kept = decay * self.cluster_size
+        self.cluster_size.copy_(kept + (1 - self.decay) * counts)
+        # (kept e + (1 - decay) sum z) / cluster_size, written as a step from e, which is none where nothing was counted.
+        share = torch.where(counts > 0, (1 - self.decay) / self.cluster_size, 0)
+        self.codebook.add_(share[:, None] * (totals - counts[:, None] * self.codebook))
+        self._sums.zero_()
+
+    @torch.no_grad()
+    def initialize_from(self, features: Tensor) -> None:
+        super().initialize_from(features)
+        self.cluster_size.fill_(1)
+
+    @torch.no_grad()
+    def revive(self, dead: Tensor, features: Tensor) -> None:
+        super().revive(dead, features)
+        self.cluster_size[dead] = 1

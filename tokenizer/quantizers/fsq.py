@@ -1,0 +1,69 @@
+"""Finite scalar quantization (FSQ, arXiv 2309.15505): every channel is rounded to one of a few levels. Nothing is learned."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import initialization as init
+
+from vqrae.tokenizer.quantizers.base import Quantizer, QuantizerOutput
+
+
+class FSQ(Quantizer):
+    """A code is a number whose digits are the channels' levels, the first channel the lowest.
+
+    Args:
+        codebook_size: K, the product of the levels.
+        codebook_dim: E, the number of levels.
+        levels: how many values each channel has, such as [8, 8, 8, 8, 4] for K = 16384; the paper advises at least 5.
+
+    Raises:
+        ValueError: when K or E disagree with the levels.
+    """
+
+    levels: Tensor
+    bases: Tensor
+
+    def __init__(self, codebook_size: int, codebook_dim: int, *, levels: Sequence[int]) -> None:
+        super().__init__()
+        if len(levels) == 0 or min(levels) < 2:
+            raise ValueError(f"levels: got {list(levels)}, expected at least 2 for every channel")
+        if (codebook_size, codebook_dim) != (math.prod(levels), len(levels)):
+            raise ValueError(
+                f"levels {list(levels)} make codebook_size={math.prod(levels)} and codebook_dim={len(levels)}, "
+                f"but codebook_size={codebook_size} and codebook_dim={codebook_dim} are set"
+            )
+        self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
+        self._levels = tuple(levels)
+        self.register_buffer("levels", torch.empty(len(levels), dtype=torch.int64), persistent=False)
+        self.register_buffer("bases", torch.empty(len(levels), dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.copy_(self.levels, torch.tensor(self._levels))
+        init.copy_(self.bases, torch.tensor([math.prod(self._levels[:i]) for i in range(len(self._levels))]))
+
+    def to_code_space(self, features: Tensor) -> Tensor:
+        """Squash each channel to a hair more than the span of its levels: all are reached, none is left, and 0 stays 0.
+
+        An even number of levels lies half a step off the centre of tanh.
+        """
+        reach = (self.levels - 1) * (1 + 1e-3) / 2
+        off_centre = (self.levels % 2 == 0) / 2
+        bounded = torch.tanh(features + torch.atanh(off_centre / reach)) * reach - off_centre
+        return bounded / (self.levels // 2)
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        features = self.to_code_space(features)
+        half = self.levels // 2
+        digits = (features.detach() * half).round().long() + half
+        codes = (digits * self.bases).sum(-1)
+        quantized = self.lookup(codes)
+        if self.training:
+            quantized = features + (quantized - features).detach()
+        return QuantizerOutput(quantized, codes, {})
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        half = self.levels // 2
+        return (codes[..., None] // self.bases % self.levels - half) / half

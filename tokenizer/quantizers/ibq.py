@@ -1,0 +1,101 @@
+"""Index back-propagation (IBQ, arXiv 2412.02692; SEED-Voken): the choice itself gets a gradient, and through it every code.
+
+The code with the largest product z.e is chosen. Backward, the choice is taken for the softmax over all K products. Its
+(B N, K) probabilities are recomputed in blocks there, and never exist at once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vqrae.tokenizer.quantizers.base import QuantizerOutput
+from vqrae.tokenizer.quantizers.search import Precision, best_codes
+from vqrae.tokenizer.quantizers.vq import VQ
+
+# Logits held at once, in blocks of features; the backward pass holds as many numbers three times.
+BLOCK_LOGITS = 2**22
+
+
+class IBQ(VQ):
+    """The published objective: `index_loss` 1, `commitment_loss` 1, `codebook_loss` 0.25 and `entropy_loss` 0.05.
+
+    Args:
+        codebook_size: K.
+        codebook_dim: E.
+        entropy_temperature: of the softmax in the entropy term.
+        search: see `CodebookQuantizer`.
+    """
+
+    equals_vq = False
+
+    def __init__(
+        self, codebook_size: int, codebook_dim: int, *, entropy_temperature: float = 0.01, search: Precision = "fp32"
+    ) -> None:
+        super().__init__(codebook_size, codebook_dim, search=search)
+        self.entropy_temperature = entropy_temperature
+        self._has_entropy = False
+
+    def compute_entropy(self, wanted: bool) -> None:
+        self._has_entropy = wanted
+
+    def nearest(self, features: Tensor, table: Tensor) -> Tensor:
+        """Codes of the largest product z.e, IBQ's logit."""
+        offsets = torch.zeros(len(table), dtype=torch.float64, device=table.device)
+        return best_codes(features, table, offsets, precision=self.search)
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        output = super().forward(features)
+        output.quantized = IndexBackPropagation.apply(features, self.codebook, output.codes)
+        output.losses["index_loss"] = (output.quantized - features).square().mean()
+        if self._has_entropy:
+            output.losses["entropy_loss"] = entropy_loss(features, self.codebook, self.entropy_temperature)
+        return output
+
+
+class IndexBackPropagation(torch.autograd.Function):
+    """Forward the chosen rows of the table; backward as if p + (one-hot - p).detach() had been multiplied with the table."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, table: Tensor, codes: Tensor) -> Tensor:
+        """Rows (B, N, E) of the table (K, E)."""
+        ctx.save_for_backward(features, table, codes)
+        return nn.functional.embedding(codes, table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        features, table, codes = ctx.saved_tensors
+        size = max(1, BLOCK_LOGITS // len(table))
+        gradient = gradient.flatten(0, -2)
+        feature_gradients, table_gradient = [], torch.zeros_like(table)
+        with torch.autocast(features.device.type, enabled=False):  # backward may run inside of the loop's autocast
+            table_gradient.index_add_(0, codes.flatten(), gradient)
+            for block, given in zip(features.flatten(0, -2).split(size), gradient.split(size), strict=True):
+                probabilities = (block @ table.T).softmax(-1)
+                by_choice = given @ table.T
+                by_choice -= (by_choice * probabilities).sum(-1, keepdim=True)
+                by_logit = by_choice.mul_(probabilities)
+                feature_gradients.append(by_logit @ table)
+                table_gradient.addmm_(by_logit.T, block)
+        return torch.cat(feature_gradients).view_as(features), table_gradient, None
+
+
+def entropy_loss(features: Tensor, table: Tensor, temperature: float) -> Tensor:
+    """Mean entropy of each feature's distribution over codes, minus the entropy of the mean distribution.
+
+    Low when single choices are sure and all codes are in use (LFQ, arXiv 2310.05737, Eq. 5). Blocks are recomputed in
+    the backward pass. The mean is over the features (B, N, E) of this process.
+    """
+
+    def block_entropy(block: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        logarithms = (block @ table.T / temperature).log_softmax(-1)
+        probabilities = logarithms.exp()
+        return -(probabilities * logarithms).sum(), probabilities.sum(0)
+
+    flat = features.flatten(0, -2)
+    blocks = flat.split(max(1, BLOCK_LOGITS // len(table)))
+    parts = [checkpoint(block_entropy, block, table, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    mean = torch.stack([share for _, share in parts]).sum(0) / len(flat)
+    mean = mean.clamp(min=torch.finfo(mean.dtype).tiny)  # the logarithm's slope at 0 is infinite, and 0 is frequent
+    return torch.stack([entropy for entropy, _ in parts]).sum() / len(flat) + (mean * mean.log()).sum()
