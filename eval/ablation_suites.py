@@ -24,7 +24,7 @@ class Metric:
 METRICS = {
     "psnr": Metric("PSNR, dB", ".2f"),
     "ssim": Metric("SSIM", ".3f"),
-    "frechet": Metric("Fréchet", ".3f"),  # the heading is the distance's own key, which names its network
+    "frechet": Metric("Fréchet", ".1f"),  # the heading is the distance's own key, which names its network
     "codebook_usage": Metric("usage", ".1%"),
     "perplexity": Metric("perplexity", ".0f"),
     "teacher_cosine": Metric("cosine to the original features", ".3f", of_features=True),
