@@ -49,7 +49,7 @@ def cell(result: dict[str, Any], metric: str) -> str:
     """`mean ± half range` of a row, and what became of seeds that have no number."""
     values, missing = numbers(result, metric), sum("diverged" in run["metrics"] for run in result["runs"])
     if not values:
-        return "diverged" if missing else "not measured" if result["runs"] else "–"
+        return "diverged" if missing else "not measured" if result["runs"] else ""
     spec = METRICS[metric].format
     mean, half_range = mean_and_half_range(values)
     text = format(mean, spec) if len(values) == 1 else f"{format(mean, spec)} ± {format(half_range, spec)}"
@@ -80,6 +80,8 @@ def markdown(values: dict[str, Any], suite: Suite) -> str:
     lines += [f"- {note}" for note in [*values["notes"], *(f"`{recipe.name}`: {recipe.note}" for recipe in suite.recipes)]]
     if suite.claims:
         heading = ["what the paper finds", "compared by", *(f"in `{recipe.name}`" for recipe in suite.recipes)]
-        verdicts = [[claim["text"], claim["metric"], *claim["verdicts"].values()] for claim in values["claims"]]
+        verdicts = [
+            [claim["text"], METRICS[claim["metric"]].heading, *claim["verdicts"].values()] for claim in values["claims"]
+        ]
         lines += ["", *markdown_table(heading, verdicts)]
     return "\n".join(lines) + "\n"

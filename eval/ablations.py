@@ -13,6 +13,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from vqrae.common.checkpoints import local_model
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
-from vqrae.common.run import git_commit, package_versions, quiet_libraries
+from vqrae.common.run import format_duration, git_commit, package_versions, quiet_libraries
 from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval import features, reconstruction
 from vqrae.eval.ablation_suites import Recipe, Row, Suite, load_suite, suite_names
@@ -88,6 +89,15 @@ class Run:
     arguments: list[str]
     config: TokenizerTrainConfig
 
+    @property
+    def record_file(self) -> Path:
+        """Settings of the training, and scores once it has them."""
+        return self.folder / "ablation.json"
+
+    def record(self) -> dict[str, Any]:
+        """What is known of the run; empty before its first launch."""
+        return read_json(self.record_file) if self.record_file.exists() else {}
+
     def settings(self) -> dict[str, Any]:
         """All that decides the result, but for the encoder's weights: a flat mapping, as JSON would give it back."""
         values = {**dataclasses.asdict(self.config), "output_dir": ""}
@@ -141,8 +151,12 @@ class Ablation:
     def execute(self) -> None:
         """Train and score what is not done yet, and keep the table up to date."""
         self._prepare()
+        open_runs = sum("metrics" not in run.record() for run in self.runs)
+        begun, done = time.monotonic(), 0
         for i, run in enumerate(self.runs):
-            print(f"===== {self.name}, run {i + 1} of {len(self.runs)}: {run.folder} =====", flush=True)
+            left = f", {format_duration((time.monotonic() - begun) / done * (open_runs - done))} left" if done else ""
+            print(f"===== {self.name}, run {i + 1} of {len(self.runs)}{left}: {run.folder} =====", flush=True)
+            done += "metrics" not in run.record()
             self.records[run.folder] = self._finish(run)
             self._write()
 
@@ -164,8 +178,7 @@ class Ablation:
         Raises:
             ValueError: when its folder holds a run with other settings.
         """
-        path = run.folder / "ablation.json"
-        record = read_json(path) if path.exists() else {}
+        record = run.record()
         training = {**run.settings(), "encoder_weights": self.encoder}
         if record and record["training"] != training:
             old = record["training"]
@@ -173,19 +186,21 @@ class Ablation:
             changes = ", ".join(f"{key}={old.get(key)} (now {training.get(key)})" for key in keys)
             raise ValueError(f"{run.folder} was trained with {changes}: give another output=, or delete it")
         if not record:
-            write_json(path, {"training": training})
+            write_json(run.record_file, {"training": training})
+        model = run.folder / "model"
         try:
-            self._launch("vqrae.tokenizer.train", run.arguments)
+            if not model.is_dir():
+                self._launch("vqrae.tokenizer.train", run.arguments)
         except FloatingPointError as error:  # an outcome, and the other rows are as good as ever
             print(f"{run.folder} diverged: {error}", flush=True)
             return {"metrics": {"diverged": str(error)}}
-        evaluation = {**self._evaluation(), "tokenizer": weights_fingerprint(run.folder / "model")}
+        evaluation = {**self._evaluation(), "tokenizer": weights_fingerprint(model)}
         if record.get("evaluation") != evaluation:
-            metrics = self._reconstruction(run.folder / "model")
+            metrics = self._reconstruction(model)
             if self.suite.of_features:
-                metrics |= self._features(run.folder / "model")
+                metrics |= self._features(model)
             record = {"training": training, "evaluation": evaluation, "metrics": metrics}
-            write_json(path, record)
+            write_json(run.record_file, record)
         return record
 
     def _launch(self, module: str, arguments: list[str]) -> None:
@@ -271,8 +286,8 @@ class Ablation:
         """What a reader of the table must know."""
         config = self.config
         notes = [
-            f"Encoder `{self.encoder[:16]}`; scored on {config.num_images} pictures of `{config.data}` that were not trained on; "
-            f"{config.seeds} seed{'s' if config.seeds > 1 else ''}, mean ± half range.",
+            f"{config.seeds} seed{'s' if config.seeds > 1 else ''}, mean ± half range, of {config.num_images} pictures of "
+            f"`{config.data}` that were not trained on; encoder `{self.encoder[:16]}`.",
             f"`{config.frechet_key}` stands where the paper has rFID.",
         ]
         if config.frechet == "encoder":
