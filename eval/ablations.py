@@ -9,7 +9,6 @@ A suite is a file of overrides (`configs/`), each run an ordinary `vqrae.tokeniz
 """
 
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval import features, reconstruction
 from vqrae.eval.ablation_suites import Recipe, Row, Suite, load_suite, suite_names
 from vqrae.eval.ablation_tables import judge, markdown
+from vqrae.tokenizer import train
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
 
@@ -100,8 +100,8 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """All that decides the result, but for the encoder's weights: a flat mapping, as JSON would give it back."""
-        values = {**dataclasses.asdict(self.config), "output_dir": ""}
-        return dict(_flat(json.loads(json.dumps(values)), ""))
+        flat = dict(_flat(json.loads(json.dumps(dataclasses.asdict(self.config))), ""))
+        return {key: value for key, value in flat.items() if key not in ("output_dir", "model.encoder")}
 
 
 def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -149,8 +149,14 @@ class Ablation:
         return Run(recipe, row, seed, folder, [self.suite.config, *arguments], config)
 
     def execute(self) -> None:
-        """Train and score what is not done yet, and keep the table up to date."""
+        """Train and score what is not done yet, and keep the table up to date.
+
+        Raises:
+            ValueError: when a folder holds a run with other settings, before anything is trained.
+        """
         self._prepare()
+        for run in self.runs:
+            self._check(run)
         open_runs = sum("metrics" not in run.record() for run in self.runs)
         begun, done = time.monotonic(), 0
         for i, run in enumerate(self.runs):
@@ -172,25 +178,24 @@ class Ablation:
             scores = self._features(self.original)
             self.original_features = {name: scores[name] for name in ("linear_continuous", "linear_chance")}
 
-    def _finish(self, run: Run) -> dict[str, Any]:
-        """The record of a run: trained and scored now, or read.
+    def _training(self, run: Run) -> dict[str, Any]:
+        return {**run.settings(), "encoder_weights": self.encoder}
 
-        Raises:
-            ValueError: when its folder holds a run with other settings.
-        """
-        record = run.record()
-        training = {**run.settings(), "encoder_weights": self.encoder}
-        if record and record["training"] != training:
-            old = record["training"]
-            keys = [key for key in {**old, **training} if old.get(key) != training.get(key)]
-            changes = ", ".join(f"{key}={old.get(key)} (now {training.get(key)})" for key in keys)
+    def _check(self, run: Run) -> None:
+        old, new = run.record().get("training", {}), self._training(run)
+        if old and old != new:
+            changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            changes = ", ".join(f"{key}={old.get(key)} (now {new.get(key)})" for key in changed)
             raise ValueError(f"{run.folder} was trained with {changes}: give another output=, or delete it")
+
+    def _finish(self, run: Run) -> dict[str, Any]:
+        """The record of a run: trained and scored now, or read."""
+        record, training, model = run.record(), self._training(run), run.folder / "model"
         if not record:
             write_json(run.record_file, {"training": training})
-        model = run.folder / "model"
         try:
             if not model.is_dir():
-                self._launch("vqrae.tokenizer.train", run.arguments)
+                self._train(run.arguments)
         except FloatingPointError as error:  # an outcome, and the other rows are as good as ever
             print(f"{run.folder} diverged: {error}", flush=True)
             return {"metrics": {"diverged": str(error)}}
@@ -203,13 +208,13 @@ class Ablation:
             write_json(run.record_file, record)
         return record
 
-    def _launch(self, module: str, arguments: list[str]) -> None:
-        """Run the `main` of a module here, or in several processes."""
+    def _train(self, arguments: list[str]) -> None:
+        """A training in this process, or in several others."""
         if self.config.nproc == 1:
-            importlib.import_module(module).main(arguments)
+            train.main(arguments)
             return
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.config.nproc)]
-        subprocess.run([sys.executable, *launcher, "-m", module, *arguments], check=True)
+        subprocess.run([sys.executable, *launcher, "-m", "vqrae.tokenizer.train", *arguments], check=True)
 
     # ---- scores
 

@@ -115,7 +115,7 @@ def test_a_sweep_ends_in_a_table_and_is_not_repeated(
     assert "| two are better than one | PSNR, dB | not separable (" in page  # of one seed
     assert page in capsys.readouterr().out
 
-    for work in ("_launch", "_reconstruction"):
+    for work in ("_train", "_reconstruction"):
         monkeypatch.setattr(Ablation, work, None)
     ablations.main(arguments)
     assert json.loads((output / "mine.json").read_text())["rows"] == values["rows"]
@@ -124,11 +124,11 @@ def test_a_sweep_ends_in_a_table_and_is_not_repeated(
 
 
 def test_a_row_that_diverges_leaves_the_others(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch(self: Ablation, module: str, arguments: list[str]) -> None:
+    def fail(self: Ablation, arguments: list[str]) -> None:
         if f"output_dir={tmp_path}/s/plain/a/seed-0" in arguments:
             raise FloatingPointError("no finite gradient")
 
-    monkeypatch.setattr(Ablation, "_launch", launch)
+    monkeypatch.setattr(Ablation, "_train", fail)
     monkeypatch.setattr(Ablation, "_reconstruction", lambda self, model: {"psnr": 20.0})
     monkeypatch.setattr(ablations, "weights_fingerprint", lambda folder: "0" * 64)
     config = AblationConfig(encoder=str(encoder), output=str(tmp_path), seeds=2)
@@ -143,7 +143,7 @@ def test_several_processes_are_launched_by_torchrun(tmp_path: Path, monkeypatch:
     commands: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
     ablation = Ablation("s", suite(), AblationConfig(output=str(tmp_path), nproc=4))
-    ablation._launch("vqrae.tokenizer.train", ["tiny"])
+    ablation._train(["tiny"])
     assert commands[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "-m", *commands[0][7:]]
     assert commands[0][7:] == ["vqrae.tokenizer.train", "tiny"]
 
