@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from timm.optim.muon import Muon
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from vqrae.common.distributed import gradient_accumulation, is_main_process, prepare_cpu_deepspeed, world_size
+from vqrae.common.optimizers import Muon, muon_groups
 from vqrae.common.run import RunDirectory, format_duration
 
 IGNORE_INDEX = -100  # labels that carry no loss
@@ -88,15 +88,8 @@ def build_optimizers(config: OptimizationConfig, model: nn.Module) -> tuple[torc
         if is_main_process():
             print(f"optimizer: adamw instead of muon, for zero={config.zero} cuts matrices into pieces", flush=True)
         return None, None
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    outer = embeddings | ({id(head.weight)} if head is not None else set())
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in outer]
-    rest = [p for p in trainable if p.ndim != 2 or id(p) in outer]
-    groups = [{"params": matrices}, {"params": rest, "use_fallback": True, "weight_decay": 0.0}]
     betas = (config.adam_beta1, config.adam_beta2)
-    muon = Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay, nesterov=True, betas=betas)
+    muon = Muon(muon_groups(model, config.weight_decay), lr=config.learning_rate, nesterov=True, betas=betas)
     return muon, None
 
 

@@ -30,7 +30,7 @@ from vqrae.eval import features, reconstruction
 from vqrae.eval.ablation_suites import Recipe, Row, Suite, load_suite, suite_names
 from vqrae.eval.ablation_tables import judge, markdown
 from vqrae.tokenizer import train
-from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.build import build_tokenizer, check_quantizer
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
 
 
@@ -119,8 +119,8 @@ class Ablation:
         name: of the results.
 
     Raises:
-        ConfigError: for an override that the tokenizer's configuration does not accept, before anything is trained.
-        ValueError: when features are to be probed and the data has no labels.
+        ConfigError: for an override that the tokenizer's configuration does not accept.
+        ValueError: for settings that a row's quantizer cannot follow, or when features are to be probed and the data has no labels.
     """
 
     def __init__(self, name: str, suite: Suite, config: AblationConfig) -> None:
@@ -146,6 +146,7 @@ class Ablation:
             f"output_dir={folder}",
         ]
         config = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", self.suite.config), arguments)
+        check_quantizer(config)
         return Run(recipe, row, seed, folder, [self.suite.config, *arguments], config)
 
     def execute(self) -> None:
@@ -183,9 +184,9 @@ class Ablation:
 
     def _check(self, run: Run) -> None:
         old, new = run.record().get("training", {}), self._training(run)
-        if old and old != new:
-            changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-            changes = ", ".join(f"{key}={old.get(key)} (now {new.get(key)})" for key in changed)
+        # A setting that came after the run has the default that leaves it as it was.
+        if changed := [key for key in old if old[key] != new.get(key)]:
+            changes = ", ".join(f"{key}={old[key]} (now {new.get(key)})" for key in changed)
             raise ValueError(f"{run.folder} was trained with {changes}: give another output=, or delete it")
 
     def _finish(self, run: Run) -> dict[str, Any]:

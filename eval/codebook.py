@@ -172,14 +172,13 @@ def measure_codebook(model: VQRAEModel, batches: Iterable[Tensor]) -> CodebookSt
         ValueError: for a tokenizer with several codebooks.
     """
     statistics = CodebookStatistics(model.code_vectors(), model.config.patch_size)
-    to_code_space = getattr(model.quantizer, "to_code_space", lambda features: features)
     for images in batches:
         images = images.to(model.device)
         projected = model.project(model.encode_features(images))
         codes = model.quantizer(projected).codes
         if codes.ndim != 2:
             raise ValueError(f"got a tokenizer with {codes.shape[2]} codebooks; the report is of a single one")
-        statistics.update(images, to_code_space(projected), codes)
+        statistics.update(images, model.quantizer.to_code_space(projected), codes)
     return statistics
 
 

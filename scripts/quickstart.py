@@ -21,17 +21,17 @@ REFERENCE_MINUTES = 12
 
 # Optimizer steps of every training step at the reference minutes; they grow in proportion with the time that one has.
 TRAINING_STEPS = {
-    "encoder": 500,
+    "encoder": 400,
     "tokenizer.stage1": 50,
-    "tokenizer.stage2": 1100,
-    "llm": 120,
-    "understanding.pretrain": 50,
-    "understanding.sft": 500,
-    "generation": 2600,
+    "tokenizer.stage2": 700,
+    "llm": 60,
+    "understanding.pretrain": 30,
+    "understanding.sft": 550,
+    "generation": 2500,
 }
 GENERATION_BATCH = 32  # of the configuration `tiny`
 GENERATION_EPOCHS = 2  # times that a picture's codes are seen; another epoch draws another of its captions
-GUIDANCE_SCALE = 3.0  # best of 1.5 to 4.5 (docs/quickstart.md)
+GUIDANCE_SCALE = 2.0  # docs/quickstart.md compares
 BYPASS_SHARE = 0.2  # of stage 2: the continuous warm-up grows with the stage
 
 
@@ -72,7 +72,7 @@ def tokenizer_steps(output: Path, steps: dict[str, int], sprites: str, source: s
                 f"optimization.max_steps={steps['encoder']}",
                 f"optimization.{save_every(steps['encoder'])}",
             ],
-            70,
+            65,
         ),
         Step(
             "tokenizer",
@@ -87,7 +87,7 @@ def tokenizer_steps(output: Path, steps: dict[str, int], sprites: str, source: s
                 f"stage2.bypass_steps={round(BYPASS_SHARE * steps['tokenizer.stage2'])}",
                 save_every(steps["tokenizer.stage2"]),
             ],
-            150,
+            95,
         ),
         Step(
             "eval_reconstruction",
@@ -126,7 +126,7 @@ def understanding_steps(output: Path, steps: dict[str, int], sprites: str, sourc
                 f"sft.max_steps={steps['understanding.sft']}",
                 f"sft.{save_every(steps['understanding.sft'])}",
             ],
-            230,
+            200,
         ),
         Step(
             "eval_understanding",
@@ -168,7 +168,7 @@ def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: 
                 f"optimization.max_steps={steps['generation']}",
                 f"optimization.{save_every(steps['generation'])}",
             ],
-            360,
+            330,
         ),
         Step(
             "eval_generation",

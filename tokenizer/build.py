@@ -3,7 +3,8 @@
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.encoders import load_encoder
 from vqrae.tokenizer.modeling import VQRAEModel
-from vqrae.tokenizer.train_config import ModelConfig
+from vqrae.tokenizer.quantizers import CodebookQuantizer, quantizer_class
+from vqrae.tokenizer.train_config import ModelConfig, TokenizerTrainConfig
 
 
 def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
@@ -40,3 +41,21 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
     if encoder is not None:
         model.encoder.load_state_dict(encoder.state_dict())
     return model
+
+
+def check_quantizer(config: TokenizerTrainConfig) -> None:
+    """Refuse settings that the quantizer cannot follow, before anything is trained.
+
+    Raises:
+        ValueError: naming every setting that must change.
+    """
+    quantizer = quantizer_class(config.model.quantizer)
+    has_codebook = issubclass(quantizer, CodebookQuantizer)
+    keys = [] if has_codebook else ["revival_interval", "bypass_steps"]
+    keys += [] if quantizer.has_entropy else ["entropy_weight"]
+    stages = {f"stage{n}": config.stage_config(n) for n in ((1, 2) if config.stage == "both" else (config.stage,))}
+    wrong = [f"{name}.{key}=0" for name, stage in stages.items() for key in keys if getattr(stage, key)]
+    if not has_codebook and config.model.codebook_init != "random":
+        wrong.append("model.codebook_init=random")
+    if wrong:
+        raise ValueError(f"quantizer {config.model.quantizer} cannot do all that is asked for: set {' '.join(wrong)}")

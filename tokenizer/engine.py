@@ -4,7 +4,7 @@ Each holds one model and one optimizer, so the same loop runs in one process, un
 (where every trained model needs an engine of its own).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vqrae.common.distributed import prepare_cpu_deepspeed
+from vqrae.common.optimizers import Muon
 from vqrae.tokenizer.encoders import final_norm
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.train_config import StageConfig
@@ -69,19 +70,32 @@ def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
         final_norm(model.encoder).requires_grad_(False)
 
 
-def parameter_groups(modules: dict[str, tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups of the trainable parameters of modules with their learning rates.
+def build_optimizer(
+    modules: dict[str, tuple[nn.Module, float]], stage: StageConfig, name: Literal["adamw", "muon"] = "adamw"
+) -> torch.optim.Optimizer:
+    """The optimizer of modules with their learning rates. Under Muon, vectors and the quantizer stay with AdamW."""
+    groups = parameter_groups(modules, stage.weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, betas=stage.adam_betas, fused=True)
+    for group in groups:
+        group["use_fallback"] = group["name"] == "quantizer" or group["plain"]
+    return Muon(groups, nesterov=True, betas=stage.adam_betas)
 
-    Vectors (biases, norms, positions, scales) are not decayed. Groups without parameters are left out.
+
+def parameter_groups(modules: dict[str, tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters of modules with their learning rates.
+
+    Vectors (biases, norms, positions, scales) are `plain`: not decayed. Groups without parameters are left out.
     """
     groups = []
     for name, (module, learning_rate) in modules.items():
         trainable = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
         plain = {key for key, p in trainable if p.ndim < 2 or "position" in key}
-        for decay, keys in ((0.0, plain), (weight_decay, {key for key, _ in trainable} - plain)):
+        for is_plain, keys in ((True, plain), (False, {key for key, _ in trainable} - plain)):
+            group = {"lr": learning_rate, "weight_decay": 0.0 if is_plain else weight_decay, "name": name, "plain": is_plain}
             parameters = [p for key, p in trainable if key in keys]
             if parameters:
-                groups.append({"params": parameters, "lr": learning_rate, "weight_decay": decay, "name": name})
+                groups.append({"params": parameters, **group})
     return groups
 
 

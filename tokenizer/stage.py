@@ -21,7 +21,7 @@ from vqrae.common.schedule import warmup_cosine
 from vqrae.tokenizer.discriminator import build_discriminator, frozen
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.encoders import encoder_features
-from vqrae.tokenizer.engine import build_accelerators, compile_blocks, parameter_groups, prepare, set_trainable
+from vqrae.tokenizer.engine import build_accelerators, build_optimizer, compile_blocks, prepare, set_trainable
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
 from vqrae.tokenizer.losses import (
     LeCam,
@@ -34,7 +34,7 @@ from vqrae.tokenizer.meters import LossWindow
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
 from vqrae.tokenizer.perceptual import build_perceptual
 from vqrae.tokenizer.pictures import StagePictures, resize
-from vqrae.tokenizer.quantizers import CodebookQuantizer, draw_by_error
+from vqrae.tokenizer.quantizers import draw_by_error
 from vqrae.tokenizer.teacher import keep_original, original_encoder
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.tokenizer.train_state import TrainState
@@ -59,10 +59,9 @@ class StageTrainer:
         self.device = self.engine.device
         model.to(self.device)
         set_trainable(model, stage)
+        model.quantizer.compute_entropy = stage.entropy_weight > 0
         if config.activation_checkpointing:
             model.activation_checkpointing_enable()
-        check_quantizer(config, number, model)
-        model.quantizer.compute_entropy(stage.entropy_weight > 0)
 
         # ---- networks that only judge
         original = run.path.with_name("stage1") / "original_encoder.safetensors"
@@ -121,13 +120,11 @@ class StageTrainer:
             "quantizer": (model.quantizer, stage.quantizer_lr or stage.decoder_lr),
             "decoder": (nn.ModuleList([model.in_proj, model.out_proj, model.decoder]), stage.decoder_lr),
         }
-        groups = parameter_groups(modules, stage.weight_decay)
-        self.base_rates = [group["lr"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, betas=stage.adam_betas, fused=True)
+        optimizer = build_optimizer(modules, stage, "adamw" if config.zero else stage.optimizer)
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.wrapped, self.optimizer = prepare(self.engine, "tokenizer", model, optimizer)
         if stage.adversarial_weight:
-            groups = parameter_groups({"discriminator": (self.discriminator, stage.discriminator_lr)}, stage.weight_decay)
-            optimizer = torch.optim.AdamW(groups, betas=stage.adam_betas, fused=True)
+            optimizer = build_optimizer({"discriminator": (self.discriminator, stage.discriminator_lr)}, stage)
             self.d_wrapped, self.d_optimizer = prepare(self.d_engine, "discriminator", self.discriminator, optimizer)
 
         # ---- counters
@@ -172,7 +169,7 @@ class StageTrainer:
         self.d_engine.free_memory()
 
     def train_step(self, step: int, batches: Iterator[Tensor]) -> None:
-        """One step of both optimizers: `accumulation` micro-batches on this process. The host never waits for the device."""
+        """One step of both optimizers: `accumulation` micro-batches on this process. The host waits only in the code search."""
         done = step + 1
         self.set_learning_rates(step)
         if step and step == self.stage.bypass_steps:
@@ -186,6 +183,7 @@ class StageTrainer:
             if self.is_adversarial(step):
                 losses["discriminator_loss"] = self.discriminator_step(targets, output.reconstruction.detach())
             self.losses.update(losses)
+        self.model.quantizer.after_step(self.grad_norm.isfinite())
         self.skipped.update(self.grad_norm)
         if self.ema is not None and step >= self.stage.bypass_steps:
             self.ema.update(self.model)
@@ -225,8 +223,6 @@ class StageTrainer:
                 self.grad_norm = clip_gradients(self.engine, self.optimizer, self.model.parameters(), stage.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.engine.sync_gradients:
-                self.model.quantizer.after_step(self.grad_norm.isfinite())
         return output, losses
 
     def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> Tensor:
@@ -402,22 +398,3 @@ class StageTrainer:
         self.restore(newest)
         self.skipped.total.copy_(total)
         self.rolled_back_to = newest
-
-
-def check_quantizer(config: TokenizerTrainConfig, number: int, model: VQRAEModel) -> None:
-    """Refuse what a quantizer without a codebook cannot do, before anything is trained.
-
-    Raises:
-        ValueError: naming every setting that must change.
-    """
-    if isinstance(model.quantizer, CodebookQuantizer):
-        return
-    stages = {"stage1": config.stage1, "stage2": config.stage2}
-    if config.stage != "both":
-        stages = {f"stage{number}": stages[f"stage{number}"]}
-    keys = ("revival_interval", "bypass_steps")
-    wrong = [f"{name}.{key}=0" for name, stage in stages.items() for key in keys if getattr(stage, key)]
-    if number == 1 and config.model.codebook_init != "random":
-        wrong.append("model.codebook_init=random")
-    if wrong:
-        raise ValueError(f"quantizer {config.model.quantizer} has no codebook to start or revive: set {' '.join(wrong)}")

@@ -19,7 +19,7 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.files import atomic_path, weights_fingerprint
 from vqrae.common.run import RunDirectory
-from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.build import build_tokenizer, check_quantizer
 from vqrae.tokenizer.dry_run import dry_run
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.stage import StageTrainer
@@ -29,6 +29,7 @@ from vqrae.tokenizer.train_config import TokenizerTrainConfig
 def main(argv: list[str] | None = None) -> None:
     name, *overrides = argv if argv is not None else sys.argv[1:]
     config = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), overrides)
+    check_quantizer(config)
     if config.dry_run:
         dry_run(config)
         return

@@ -59,6 +59,9 @@ class StageConfig:
     encoder_lr: float = 0.0
     quantizer_lr: float | None = None
     """None: `decoder_lr`. A faster quantizer than encoder empties the codebook."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the tokenizer. `muon` orthogonalises the updates of encoder's and decoder's matrices, scaled like AdamW's; under
+    ZeRO, which cuts matrices into pieces, it is AdamW all the same."""
     warmup_steps: int = 0
     weight_decay: float = 1e-4
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -67,9 +70,9 @@ class StageConfig:
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     index_weight: float = 1.0
-    """Of the quantizer `ibq`, as is the next; 1 is published, with codebook_weight 0.25 and commitment_weight 1."""
+    """Of the quantizer `ibq`, as is the next; its public code has 1 here, codebook_weight 0.25 and commitment_weight 1."""
     entropy_weight: float = 0.0
-    """0: not even computed. Published: 0.05."""
+    """0: not even computed. Public configurations have 0.05."""
     perceptual_weight: float = 0.0
     perceptual_network: str = "encoder"
     """`encoder`, `lpips`, `convnext_s` or several joined by `+`. Published: `lpips+convnext_s`, mix [1.0, 0.1], weight 1.1."""

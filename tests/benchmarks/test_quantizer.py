@@ -1,12 +1,20 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from vqrae.benchmarks import quantizer
 
 
-@pytest.mark.slow
-def test_all_cases_at_a_small_size() -> None:
-    rows = quantizer.run(num_features=4096, codebook_size=2048, codebook_dim=16, repeats=1)
+def test_all_cases_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.Tensor] = []
+
+    def no_process(prepare: Callable[..., Callable[[], torch.Tensor]], *arguments: object) -> float:
+        measured.append(prepare(*arguments)())
+        return 1.0
+
+    monkeypatch.setattr(quantizer, "peak_memory", no_process)
+    rows = quantizer.run(num_features=300, codebook_size=200, codebook_dim=16, repeats=1)
     assert [row.case for row in rows] == [
         "search fp32, time",
         "search bf16, time",
@@ -14,8 +22,7 @@ def test_all_cases_at_a_small_size() -> None:
         "search bf16, memory",
         "simvq gradient, time",
     ]
-    memory = rows[2]
-    assert memory.reference == pytest.approx(3 * 4096 * 2048 * 4 / 1024**2, rel=0.2)  # three matrices of all distances
+    assert all(torch.equal(codes, measured[0]) for codes in measured)
 
 
 def test_different_codes_are_no_result() -> None:

@@ -16,7 +16,6 @@ from vqrae.eval.ablation_tables import cell, judge, markdown, verdict
 from vqrae.eval.ablations import Ablation, AblationConfig
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
-from vqrae.tokenizer.stage import check_quantizer
 
 SUITE = """
 title: Two rows
@@ -47,7 +46,7 @@ def test_every_shipped_row_can_be_trained(name: str) -> None:
     assert len({json.dumps(run.settings()) for run in ablation.runs}) == len(ablation.runs)  # no two rows are the same
     for run in ablation.runs[: len(ablation.suite.trials())]:
         model = dataclasses.replace(run.config.model, encoder=None, encoder_config=vision)
-        check_quantizer(run.config, 1, build_tokenizer(model, "eager"))
+        build_tokenizer(model, "eager")
 
 
 def suite(**changes: Any) -> Suite:

@@ -1,9 +1,10 @@
 """The search gives the exact nearest code, in any precision and any blocks, with bounded memory."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqrae.tokenizer.quantizers import search
 from vqrae.tokenizer.quantizers.search import best_codes, nearest_codes
@@ -145,23 +146,12 @@ def test_features_that_are_not_finite_get_a_code(precision: search.Precision) ->
     assert torch.equal(codes, expected)
 
 
-class LargestResult(TorchDispatchMode):
-    """Watches how many numbers the largest result of any operation holds."""
-
-    size = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize:
-                self.size = max(self.size, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_memory_does_not_grow_with_the_features(precision: search.Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_features(
+    precision: search.Precision, largest_result: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(search, "BLOCK_SCORES", dict.fromkeys(PRECISIONS, 20_000))
     features, table = torch.randn(5000, 4), torch.randn(1000, 4)
-    with LargestResult() as largest:
+    with largest_result:
         nearest_codes(features, table, precision=precision)
-    assert largest.size == 20_000  # the features and one block of scores, never 5,000,000
+    assert largest_result.size <= 20_000  # the features and one block of scores, never 5,000,000

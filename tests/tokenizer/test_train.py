@@ -172,8 +172,8 @@ def test_what_a_quantizer_cannot_do_is_refused_before_training(tmp_path: Path) -
         ValueError, match=r"set stage1\.revival_interval=0 .*stage2\.bypass_steps=0 model\.codebook_init=random"
     ):
         train(tmp_path / "fsq", *fsq)
-    with pytest.raises(ValueError, match="SimVQ has no entropy_loss"):
-        train(tmp_path / "entropy", "stage1.entropy_weight=0.1")
+    with pytest.raises(ValueError, match=r"set stage2\.entropy_weight=0"):
+        train(tmp_path / "entropy", "stage2.entropy_weight=0.1")
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -37,7 +37,19 @@ __all__ = [
     "draw_by_error",
     "kmeans",
     "nearest_codes",
+    "quantizer_class",
 ]
+
+
+def quantizer_class(name: str) -> type[Quantizer]:
+    """The class of that name.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    if name not in QUANTIZERS:
+        raise ValueError(f"unknown quantizer {name!r}. {did_you_mean(name, QUANTIZERS)}")
+    return QUANTIZERS[name]
 
 
 def build_quantizer(name: str, codebook_size: int, codebook_dim: int, **options: Any) -> Quantizer:
@@ -46,11 +58,10 @@ def build_quantizer(name: str, codebook_size: int, codebook_dim: int, **options:
     Raises:
         ValueError: for an unknown name or option, listing the known ones, and for a missing option.
     """
-    if name not in QUANTIZERS:
-        raise ValueError(f"unknown quantizer {name!r}. {did_you_mean(name, QUANTIZERS)}")
+    quantizer = quantizer_class(name)
     known = {
         key: parameter
-        for key, parameter in inspect.signature(QUANTIZERS[name]).parameters.items()
+        for key, parameter in inspect.signature(quantizer).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     for key in options:
@@ -59,4 +70,4 @@ def build_quantizer(name: str, codebook_size: int, codebook_dim: int, **options:
     for key, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ValueError(f"quantizer_options.{key} is required by {name}")
-    return QUANTIZERS[name](codebook_size, codebook_dim, **options)
+    return quantizer(codebook_size, codebook_dim, **options)

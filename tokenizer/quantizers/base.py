@@ -34,6 +34,10 @@ class Quantizer(nn.Module, ABC):
 
     codebook_size: int
     codebook_dim: int
+    has_entropy: ClassVar[bool] = False
+    """Whether there is an `entropy_loss`."""
+    compute_entropy: bool = False
+    """Whether `forward` gives it: it costs more than the search."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -51,21 +55,12 @@ class Quantizer(nn.Module, ABC):
         """Features (..., E) as they are compared with code vectors (..., E)."""
         return features
 
-    def after_step(self, taken: Tensor | None = None) -> None:
+    def after_step(self, taken: Tensor) -> None:
         """Called after every step of the optimizer, on all processes: what is learned without gradients.
 
         Args:
-            taken: bool scalar; False where the optimizer left the step out, as its gradient was not finite. None: it did not.
+            taken: bool scalar; False where the step was skipped for a gradient that is not finite.
         """
-
-    def compute_entropy(self, wanted: bool) -> None:
-        """Whether `forward` is to give an `entropy_loss`, which costs as much as the search.
-
-        Raises:
-            ValueError: when it is wanted of a quantizer that has none.
-        """
-        if wanted:
-            raise ValueError(f"{type(self).__name__} has no entropy_loss: set entropy_weight=0, or quantizer=ibq")
 
 
 class CodebookQuantizer(Quantizer):

@@ -55,18 +55,13 @@ class EMAVQ(CodebookQuantizer):
         self._sums[:, -1].index_add_(0, codes, features.new_ones(len(codes)))
 
     @torch.no_grad()
-    def after_step(self, taken: Tensor | None = None) -> None:
-        """Move the table by what all processes saw since the last step: one sum over processes for all of it.
-
-        Nothing moves, and nothing decays, by a step that was left out.
-        """
+    def after_step(self, taken: Tensor) -> None:
+        """Move the table by what all processes saw since the last step: one sum over processes for all of it."""
         if self._sums is None:
             return
-        sums, decay = sum_over_processes(self._sums), torch.full_like(self.cluster_size[0], self.decay)
-        if taken is not None:
-            sums, decay = torch.where(taken, sums, 0), torch.where(taken, decay, 1)
+        sums = sum_over_processes(torch.where(taken, self._sums, 0))
         totals, counts = sums[:, :-1], sums[:, -1]
-        kept = decay * self.cluster_size
+        kept = torch.where(taken, self.decay, 1) * self.cluster_size
         self.cluster_size.copy_(kept + (1 - self.decay) * counts)
         # (kept e + (1 - decay) sum z) / cluster_size, written as a step from e, which is none where nothing was counted.
         share = torch.where(counts > 0, (1 - self.decay) / self.cluster_size, 0)

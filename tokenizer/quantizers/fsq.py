@@ -57,7 +57,7 @@ class FSQ(Quantizer):
     def forward(self, features: Tensor) -> QuantizerOutput:
         features = self.to_code_space(features)
         half = self.levels // 2
-        digits = (features.detach() * half).round().long() + half
+        digits = (features.detach() * half).nan_to_num().round().long() + half  # NaN is no digit, but a loss
         codes = (digits * self.bases).sum(-1)
         quantized = self.lookup(codes)
         if self.training:

@@ -19,7 +19,7 @@ BLOCK_LOGITS = 2**22
 
 
 class IBQ(VQ):
-    """The published objective: `index_loss` 1, `commitment_loss` 1, `codebook_loss` 0.25 and `entropy_loss` 0.05.
+    """The public code weighs `index_loss` 1, `commitment_loss` 1 and `codebook_loss` 0.25; `entropy_loss` is optional.
 
     Args:
         codebook_size: K.
@@ -29,16 +29,13 @@ class IBQ(VQ):
     """
 
     equals_vq = False
+    has_entropy = True
 
     def __init__(
         self, codebook_size: int, codebook_dim: int, *, entropy_temperature: float = 0.01, search: Precision = "fp32"
     ) -> None:
         super().__init__(codebook_size, codebook_dim, search=search)
         self.entropy_temperature = entropy_temperature
-        self._has_entropy = False
-
-    def compute_entropy(self, wanted: bool) -> None:
-        self._has_entropy = wanted
 
     def nearest(self, features: Tensor, table: Tensor) -> Tensor:
         """Codes of the largest product z.e, IBQ's logit."""
@@ -49,7 +46,7 @@ class IBQ(VQ):
         output = super().forward(features)
         output.quantized = IndexBackPropagation.apply(features, self.codebook, output.codes)
         output.losses["index_loss"] = (output.quantized - features).square().mean()
-        if self._has_entropy:
+        if self.compute_entropy:
             output.losses["entropy_loss"] = entropy_loss(features, self.codebook, self.entropy_temperature)
         return output
 
@@ -84,7 +81,7 @@ class IndexBackPropagation(torch.autograd.Function):
 def entropy_loss(features: Tensor, table: Tensor, temperature: float) -> Tensor:
     """Mean entropy of each feature's distribution over codes, minus the entropy of the mean distribution.
 
-    Low when single choices are sure and all codes are in use (LFQ, arXiv 2310.05737, Eq. 5). Blocks are recomputed in
+    Low when single choices are sure and all codes are in use (as LFQ, arXiv 2310.05737). Blocks are recomputed in
     the backward pass. The mean is over the features (B, N, E) of this process.
     """
 

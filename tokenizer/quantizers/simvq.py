@@ -38,11 +38,12 @@ class SimVQ(CodebookQuantizer):
         init.normal_(self.codebook, std=self.codebook_dim**-0.5)
         self.projection.reset_parameters()
 
-    @torch.no_grad()
     def table(self) -> Tensor:
-        """W(C) without gradient, which `gather` has. Projected once in evaluation, at every call in training."""
-        if self.training:  # engines may write weights through views, which leaves no trace on the tensors' versions
-            return self.projection(self.codebook)
+        """W(C) without gradient, which `gather` has; projected once in evaluation."""
+        if self.training or torch.is_grad_enabled():
+            self._cached = None  # a fused optimizer, or an engine with views of the weights, leaves their versions as they are
+            with torch.no_grad():
+                return self.projection(self.codebook)
         tensors = (self.codebook, self.projection.weight, self.projection.bias)
         key = tuple(part for tensor in tensors for part in (tensor.data_ptr(), tensor._version))
         if self._cached is None or self._cached[0] != key:
