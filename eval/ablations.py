@@ -120,7 +120,7 @@ class Ablation:
 
     Raises:
         ConfigError: for an override that the tokenizer's configuration does not accept.
-        ValueError: for settings that a row's quantizer cannot follow, or when features are to be probed and the data has no labels.
+        ValueError: for settings that a quantizer cannot follow, or when features are to be probed and the data has no labels.
     """
 
     def __init__(self, name: str, suite: Suite, config: AblationConfig) -> None:
