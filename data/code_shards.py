@@ -1,30 +1,34 @@
 """Pictures as codes: a folder of memory-mapped uint16 shards with captions, made once by a tokenizer, read by the generator.
 
-    manifest.json          what the set is: tokenizer fingerprint, codebook, grid, source, number of pictures
+    manifest.json          what the set is: tokenizer fingerprint, codebook, grid, crop, source, number of pictures
     shard-00000.npy        codes of the pictures 0 … shard_size - 1, uint16 (n, N)
     shard-00000.jsonl      line i: JSON list of the captions of picture i
+    index-00000.npy        int64 (2 + n,): CRC-32 of the codes and of the captions, then where each line ends
 
-A shard appears when it is complete (captions first, then codes, each renamed from a temporary file), so a relaunched
-extraction skips what is there. 1024 codes take 2 KiB: 36 million pictures fit into 74 GB.
+A shard counts when its index is there, which is written last; each file is renamed from a temporary one. So a relaunched
+extraction skips what is complete. Opening a set looks at the sizes of its files only; `verify_shard` reads all of them.
+1024 codes take 2 KiB: 36 million pictures fit into 74 GB.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from vqrae.common.config import build_config
-from vqrae.common.files import atomic_path, read_json, require_same_tokenizer, write_json, write_text
+from vqrae.common.files import atomic_path, read_json, require_same_tokenizer, write_json
+from vqrae.data.stream import Draw
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_CODEBOOK_SIZE = 1 << 16  # codes are stored as uint16
 
 
@@ -40,9 +44,13 @@ class CodeManifest:
     source: str
     """Where the pictures come from, for people."""
     num_pictures: int
+    """Each crop of a picture counts."""
     shard_size: int
     """Pictures of one shard; the last shard may hold fewer."""
     captions_per_image: int = 1
+    crop: str = "center"
+    """Which square of a picture was encoded; see `vqrae.data.encoded.fit_picture`."""
+    crops_per_image: int = 1
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -84,8 +92,88 @@ def read_manifest(folder: str | Path) -> CodeManifest:
     return build_config(CodeManifest, read_json(path), source=str(path))
 
 
-def _shard_paths(folder: Path, shard: int) -> tuple[Path, Path]:
-    return folder / f"shard-{shard:05d}.npy", folder / f"shard-{shard:05d}.jsonl"
+def is_code_set(folder: str | Path) -> bool:
+    """Whether a folder holds a code set (run directories have a `manifest.json` too)."""
+    path = Path(folder) / "manifest.json"
+    return path.is_file() and "shard_size" in read_json(path)
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """Where a shard lies."""
+
+    codes: Path
+    captions: Path
+    index: Path
+
+
+def shard_files(folder: Path, shard: int) -> ShardFiles:
+    """The files of a shard."""
+    return ShardFiles(folder / f"shard-{shard:05d}.npy", folder / f"shard-{shard:05d}.jsonl", folder / f"index-{shard:05d}.npy")
+
+
+class Shard(NamedTuple):
+    """A memory-mapped shard."""
+
+    codes: np.ndarray
+    """uint16 (n, N)"""
+    text: np.ndarray
+    """uint8, all caption lines"""
+    line_ends: np.ndarray
+    """int64 (n,), places of the line breaks in `text`"""
+    checksums: np.ndarray
+    """int64 (2,), CRC-32 of codes and text"""
+
+    def captions(self, row: int) -> list[str]:
+        """All captions of a picture."""
+        start = self.line_ends[row - 1] + 1 if row else 0
+        return json.loads(self.text[start : self.line_ends[row]].tobytes())
+
+
+def open_shard(folder: Path, shard: int, manifest: CodeManifest) -> Shard:
+    """Memory-map a shard.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: when a file is cut short, or is not of this set.
+    """
+    files, rows = shard_files(folder, shard), len(manifest.pictures_of(shard))
+    if not all(path.exists() for path in (files.codes, files.captions, files.index)):
+        raise FileNotFoundError(f"{folder} lacks shard {shard} of {manifest.num_shards}: launch the same extraction again")
+    codes = _map(files.codes, np.uint16, (rows, manifest.num_codes))
+    index = _map(files.index, np.int64, (2 + rows,))
+    size = files.captions.stat().st_size
+    if size != index[-1] + 1:
+        raise _damaged(files.captions, f"{size} bytes, expected {index[-1] + 1}")
+    return Shard(codes, np.memmap(files.captions, mode="r"), index[2:], index[:2])
+
+
+def verify_shard(folder: Path, shard: int, manifest: CodeManifest) -> Shard:
+    """Read a whole shard, and compare what it holds with its checksums.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_shard`, or when a byte has changed since it was written.
+    """
+    opened, files = open_shard(folder, shard, manifest), shard_files(folder, shard)
+    pairs = ((files.codes, opened.codes), (files.captions, opened.text))
+    for (path, data), expected in zip(pairs, opened.checksums, strict=True):
+        if zlib.crc32(np.ascontiguousarray(data).data) != expected:
+            raise _damaged(path, "it has changed since it was written")
+    return opened
+
+
+def _map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise _damaged(path, str(error)) from error
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+    return array
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({reason}): delete it and extract the codes again, the other shards are kept")
 
 
 class CodeWriter:
@@ -109,12 +197,9 @@ class CodeWriter:
 
     def is_complete(self, shard: int) -> bool:
         """True when a shard is written; one that cannot be read counts as missing."""
-        codes, captions = _shard_paths(self.folder, shard)
-        if not (codes.exists() and captions.exists()):
-            return False
         try:
-            _map_codes(codes, len(self.manifest.pictures_of(shard)), self.manifest)
-        except ValueError:
+            open_shard(self.folder, shard, self.manifest)
+        except (FileNotFoundError, ValueError):
             return False
         return True
 
@@ -132,34 +217,29 @@ class CodeWriter:
         empty = next((i for i, texts in enumerate(captions) if not texts), None)
         if empty is not None:
             raise ValueError(f"shard {shard}: picture {empty} has no caption")
-        codes_path, captions_path = _shard_paths(self.folder, shard)
-        write_text(captions_path, "".join(json.dumps(list(texts)) + "\n" for texts in captions))
-        with atomic_path(codes_path) as temporary, temporary.open("wb") as stream:
-            np.save(stream, codes.astype(np.uint16))
+        files = shard_files(self.folder, shard)
+        files.index.unlink(missing_ok=True)  # of a damaged shard, until the new one is whole
+        lines = [json.dumps(list(texts)).encode() + b"\n" for texts in captions]
+        text, stored = b"".join(lines), np.ascontiguousarray(codes, dtype=np.uint16)
+        with atomic_path(files.captions) as temporary:
+            temporary.write_bytes(text)
+        _save(files.codes, stored)
+        ends = np.cumsum([len(line) for line in lines]) - 1
+        _save(files.index, np.concatenate([[zlib.crc32(stored.data), zlib.crc32(text)], ends]).astype(np.int64))
 
 
-def _map_codes(path: Path, rows: int, manifest: CodeManifest) -> np.ndarray:
-    """Memory-map one shard.
-
-    Raises:
-        ValueError: when the file is cut short, or is not a shard of this set.
-    """
-    try:
-        codes = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and extract the codes again, the rest is kept") from error
-    if codes.dtype != np.uint16 or codes.shape != (rows, manifest.num_codes):
-        raise ValueError(f"{path} holds {codes.dtype} {codes.shape}, expected uint16 {(rows, manifest.num_codes)}")
-    return codes
+def _save(path: Path, array: np.ndarray) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, array)
 
 
 @functools.lru_cache(maxsize=256)  # bounds the open files of a set with thousands of shards
-def _open_shard(codes: Path, captions: Path, modified_ns: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.load(codes, mmap_mode="r", allow_pickle=False), np.memmap(captions, mode="r")
+def _open_shard(folder: Path, shard: int, manifest: CodeManifest, modified_ns: int) -> Shard:
+    return open_shard(folder, shard, manifest)
 
 
 class CodeDataset(Dataset):
-    """Pictures of a code set, by index: {"codes": int64 (N,), "caption": str}. Everything is verified on opening.
+    """Pictures of a code set, by index: {"codes": int64 (N,), "caption": str}.
 
     Args:
         folder: the code set.
@@ -167,7 +247,7 @@ class CodeDataset(Dataset):
 
     Raises:
         FileNotFoundError: when the folder holds no code set, or not all of it.
-        ValueError: when it was made by another tokenizer, or a shard is damaged.
+        ValueError: when it was made by another tokenizer, or a file has not its size.
     """
 
     def __init__(self, folder: str | Path, *, tokenizer_fingerprint: str | None = None) -> None:
@@ -175,60 +255,47 @@ class CodeDataset(Dataset):
         self.manifest = read_manifest(folder)
         if tokenizer_fingerprint is not None:
             require_same_tokenizer(tokenizer_fingerprint, self.manifest.tokenizer_fingerprint, f"code set {folder}")
-        self._line_ends = [self._verify(shard) for shard in range(self.manifest.num_shards)]
-
-    def _verify(self, shard: int) -> np.ndarray:
-        """Check one shard and return where the caption lines end, int64 (n,)."""
-        codes_path, captions_path = _shard_paths(self.folder, shard)
-        rows = len(self.manifest.pictures_of(shard))
-        if not (codes_path.exists() and captions_path.exists()):
-            raise FileNotFoundError(
-                f"{self.folder} lacks shard {shard} of {self.manifest.num_shards}: launch the same extraction again"
-            )
-        largest = int(_map_codes(codes_path, rows, self.manifest).max())
-        if largest >= self.manifest.codebook_size:
-            raise ValueError(f"{codes_path} holds code {largest}, expected less than {self.manifest.codebook_size}")
-        text = np.memmap(captions_path, mode="r") if captions_path.stat().st_size else np.empty(0, np.uint8)
-        line_ends = np.flatnonzero(text == ord("\n"))
-        if len(line_ends) != rows or line_ends[-1] != len(text) - 1:
-            raise ValueError(
-                f"{captions_path} is damaged: {len(line_ends)} whole lines, expected {rows}. "
-                f"Delete it and {codes_path.name}, and extract the codes again"
-            )
-        return line_ends
+        for shard in range(self.manifest.num_shards):
+            open_shard(self.folder, shard, self.manifest)
 
     def __len__(self) -> int:
         return self.manifest.num_pictures
 
-    def fingerprint(self) -> str:
-        """Identity of the set for a run's manifest."""
-        text = json.dumps(dataclasses.asdict(self.manifest), sort_keys=True)
-        return f"{self.manifest.source}: {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-    def _locate(self, index: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+    def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of this code set of {len(self)} pictures")
-        shard, row = divmod(index, self.manifest.shard_size)
-        codes_path, captions_path = _shard_paths(self.folder, shard)
-        return shard, row, *_open_shard(codes_path, captions_path, codes_path.stat().st_mtime_ns)
+        shard, row = divmod(int(index), self.manifest.shard_size)
+        modified_ns = shard_files(self.folder, shard).index.stat().st_mtime_ns
+        return _open_shard(self.folder, shard, self.manifest, modified_ns), row
 
     def captions(self, index: int) -> list[str]:
         """All captions of a picture."""
-        shard, row, _, text = self._locate(index)
-        start = self._line_ends[shard][row - 1] + 1 if row else 0
-        return json.loads(text[start : self._line_ends[shard][row]].tobytes())
+        shard, row = self._locate(index)
+        return shard.captions(row)
 
     def sample(self, index: int, draw: int = 0) -> dict[str, Any]:
         """A picture with one of its captions.
 
         The caption is a pure function of (index, draw): a picture starts at a caption of its own and every further draw
         (in training: every epoch) takes the next, so all captions are seen equally often.
+
+        Raises:
+            ValueError: when the picture holds a code that the codebook has not.
         """
-        _, row, codes, _ = self._locate(index)
-        captions = self.captions(index)
-        first = int.from_bytes(hashlib.blake2b(index.to_bytes(8, "little"), digest_size=8).digest(), "little")
-        caption = captions[(first + draw) % len(captions)]
-        return {"codes": torch.from_numpy(codes[row].astype(np.int64)), "caption": caption}
+        shard, row = self._locate(index)
+        codes, captions = shard.codes[row].astype(np.int64), shard.captions(row)
+        if codes.max() >= self.manifest.codebook_size:
+            problem = f"picture {index} holds code {codes.max()}, expected less than {self.manifest.codebook_size}"
+            raise ValueError(f"{self.folder}: {problem}. Find the damaged shards with: vqrae check-data {self.folder}")
+        first = int.from_bytes(hashlib.blake2b(int(index).to_bytes(8, "little"), digest_size=8).digest(), "little")
+        return {"codes": torch.from_numpy(codes), "caption": captions[(first + draw) % len(captions)]}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.sample(index)
+        return self.sample(index, draw=index.epoch if isinstance(index, Draw) else 0)
+
+
+def codes_fingerprint(folder: str | Path) -> str:
+    """Identity of a code set for a run's manifest."""
+    manifest = read_manifest(folder)
+    text = json.dumps(dataclasses.asdict(manifest), sort_keys=True)
+    return f"codes of {manifest.source}, manifest sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -5,32 +5,39 @@
     FOLDER                    pictures below a folder
     FILE.jsonl                lines {"image": path, "caption": text}
     FILE.tar                  WebDataset tars, KEY.jpg beside KEY.txt or KEY.json; also a glob, or a range shard-{000..012}.tar
-    hf:NAME                   a Hugging Face data set: hub id or local folder; see `vqrae.data.huggingface` for its options
+    hf:NAME                   a Hugging Face data set: hub id, folder or FILE.parquet; options: see `vqrae.data.huggingface`
     FILE.json                 conversations in LLaVA's format
+    CODES                     a folder of code shards: captioned pictures that a tokenizer has encoded
     A*0.7+B*0.3               a mixture of these
 
-All but scenes and LLaVA files hold 5 % (by name) back as their `validation` split; a LLaVA file is used whole.
+All but scenes, conversations and codes hold 5 % (by name) back as their `validation` split; conversations and codes are used
+whole.
 `docs/data.md` has an example of each.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from vqrae.common.config import did_you_mean
-from vqrae.data.conversations import Conversations
+from vqrae.data.code_shards import CodeDataset, codes_fingerprint, is_code_set
+from vqrae.data.conversations import Conversations, ConversationTable
 from vqrae.data.emoji import EmojiDataset, artwork_folder
-from vqrae.data.encoded import Crop
-from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, parse_name, table_fingerprint
+from vqrae.data.encoded import Crop, EncodedPictures
+from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, open_table, parse_name, table_fingerprint
 from vqrae.data.images import ImageFolder, folder_fingerprint
 from vqrae.data.mixture import Mixture, parse_mixture
 from vqrae.data.pairs import CaptionedImages
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset
+from vqrae.data.stream import Draw
 from vqrae.data.tars import TarDataset, is_tar, tars_fingerprint
 from vqrae.data.tolerant import FileSplit, TolerantDataset, checksum
 
-Samples = SceneDataset | TolerantDataset | Mixture  # all map-style, with a length
-Kind = Literal["scenes", "emoji", "folder", "jsonl", "tar", "hf", "json", "mixture"]
+Samples = SceneDataset | TolerantDataset | CodeDataset | Mixture  # all map-style, with a length
+Kind = Literal["scenes", "emoji", "folder", "jsonl", "tar", "hf", "json", "codes", "mixture"]
 DEFAULT_SCENES = {"train": 1_000_000, "validation": 1_000}
 
 
@@ -60,7 +67,7 @@ def source_kind(source: str) -> Kind:
     if source.endswith(".json"):
         return "json"
     if Path(source).is_dir():
-        return "folder"
+        return "codes" if is_code_set(source) else "folder"
     if Path(source).is_file():
         raise ValueError(f"data source {source} is a file of unknown kind: expected .jsonl, .tar or .json")
     hint = "; each part of a mixture needs its weight, as in scenes*1+emoji*1" if "+" in source else ""
@@ -93,31 +100,78 @@ def open_images(
         return _scenes(source, "image", image_size=image_size, size=size, split=split, seed=seed)
     if kind == "folder":
         return ImageFolder(source, size=size, **options)
-    if kind == "json":
-        raise ValueError(
-            f"{source} holds conversations; for pictures give scenes, emoji, a folder, a .jsonl, a .tar or hf:NAME"
-        )
+    if kind in ("json", "codes"):
+        held = "conversations" if kind == "json" else "codes"
+        raise ValueError(f"{source} holds {held}; for pictures give scenes, emoji, a folder, a .jsonl, a .tar or hf:NAME")
     return CAPTIONED[kind](source, captions=False, size=size, **options)
 
 
 def open_pairs(
-    source: str, *, image_size: int, size: int | None = None, split: FileSplit = "train", detailed: bool = False, seed: int = 0
+    source: str,
+    *,
+    image_size: int,
+    size: int | None = None,
+    split: FileSplit = "train",
+    detailed: bool = False,
+    crop: Crop = "center",
+    seed: int = 0,
 ) -> Samples:
     """Captioned pictures of a source -> map-style data set of {"image": uint8 (3, H, W), "caption": str}.
 
     Args:
         detailed: captions of scenes name every colour and relation (for contrastive training).
+        crop: as for `open_images`; a crop may lose what the caption speaks of.
     """
     options: dict[str, Any] = {"image_size": image_size, "size": size, "split": split, "seed": seed}
     kind = source_kind(source)
     if kind == "mixture":
-        return _mix(source, open_pairs, detailed=detailed, **options)
+        return _mix(source, open_pairs, detailed=detailed, crop=crop, **options)
     if kind == "scenes":
         return _scenes(source, "detailed_pair" if detailed else "pair", **options)
-    if kind in ("folder", "json"):
+    if kind in ("folder", "json", "codes"):
         forms = "scenes, emoji, a .jsonl of image and caption, a .tar of KEY.jpg and KEY.txt, or hf:NAME"
-        raise ValueError(f"{source} has no captions: give {forms}")
-    return CAPTIONED[kind](source, captions=True, **options)
+        raise ValueError(f"{source} has no {'pictures' if kind == 'codes' else 'captions'}: give {forms}")
+    return CAPTIONED[kind](source, captions=True, crop=crop, **options)
+
+
+def open_pairs_or_codes(
+    source: str, *, image_size: int, tokenizer_fingerprint: str, split: FileSplit = "train", seed: int = 0
+) -> Samples:
+    """What a generator learns from: captioned pictures, or code shards, {"codes": int64 (N,), "caption": str}, or a mixture.
+
+    Args:
+        tokenizer_fingerprint: code shards of another tokenizer are refused.
+    """
+    kind = source_kind(source)
+    if kind == "mixture":
+        options = {"image_size": image_size, "tokenizer_fingerprint": tokenizer_fingerprint}
+        return _mix(source, open_pairs_or_codes, size=None, split=split, seed=seed, **options)
+    if kind == "codes":
+        return CodeDataset(source, tokenizer_fingerprint=tokenizer_fingerprint)
+    return open_pairs(source, image_size=image_size, split=split, seed=seed)
+
+
+def is_encoded(samples: Samples) -> bool:
+    """Whether all samples are codes already."""
+    if isinstance(samples, Mixture):
+        return all(is_encoded(part) for part in samples.parts)
+    return isinstance(samples, CodeDataset)
+
+
+def some_captions(samples: Samples, limit: int = 20_000) -> list[str]:
+    """Captions of up to `limit` samples, evenly spread over each part, without decoding a picture."""
+    if isinstance(samples, Mixture):
+        return [text for part in samples.parts for text in some_captions(part, limit)]
+    captions: list[str | None] = []
+    for index in np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)).tolist():
+        if isinstance(samples, CodeDataset):
+            captions += samples.captions(index)
+        elif isinstance(samples, SceneDataset):
+            captions.append(samples.caption(index))
+        elif isinstance(samples, EncodedPictures):
+            with contextlib.suppress(ValueError):  # a broken sample, which training steps over
+                captions.append(samples.encoded(Draw(index, 0)).caption)
+    return [text for text in captions if text]
 
 
 CAPTIONED: dict[str, Callable[..., Any]] = {
@@ -126,6 +180,14 @@ CAPTIONED: dict[str, Callable[..., Any]] = {
     "tar": TarDataset,
     "hf": HuggingFaceDataset,
 }
+
+
+def holds_conversations(source: str) -> bool:
+    """Whether a source, or part of a mixture, consists of conversations in LLaVA's format."""
+    kind = source_kind(source)
+    if kind == "mixture":
+        return any(holds_conversations(name) for name, _ in parse_mixture(source))
+    return kind == "json" or (kind == "hf" and "conversations" in open_table(source).features)
 
 
 def open_conversations(
@@ -149,10 +211,12 @@ def open_conversations(
         return _mix(source, open_conversations, size=size, split=split, seed=seed, **options)
     if kind == "scenes":
         return _scenes(source, "conversation", image_size=image_size, size=size, split=split, seed=seed)
-    if kind != "json":
-        raise ValueError(f"{source} holds no conversations: give scenes, or a .json file in LLaVA's format")
+    if kind not in ("json", "hf"):
+        raise ValueError(f"{source} holds no conversations: give scenes, a .json file in LLaVA's format, or hf:NAME")
     if split == "validation":
         raise ValueError(f"{source} is trained on whole, it has no validation split: give another file")
+    if kind == "hf":
+        return ConversationTable(source, size=size)
     return Conversations(source, image_folder=image_folder, size=size)
 
 
@@ -192,5 +256,7 @@ def fingerprint(source: str) -> str:
         return f"{source}: {tars_fingerprint(source)}"
     if kind == "hf":
         return f"{source}: {table_fingerprint(source)}"
+    if kind == "codes":
+        return f"{source}: {codes_fingerprint(source)}"
     content = Path(source).read_bytes()
     return f"{source}: {len(content)} bytes, crc32 {checksum(content)}"

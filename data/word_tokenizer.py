@@ -1,6 +1,8 @@
 """A word-level text tokenizer for the small language models of the embedded default, as a plain Hugging Face tokenizer."""
 
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -40,3 +42,23 @@ def build_word_tokenizer(texts: Sequence[str], *, end_with: str | None = None) -
         extra_special_tokens=[START, IMAGE],
         padding_side="right",
     )
+
+
+def fit_word_tokenizer(texts: Sequence[str], captions: Iterable[str], *, size: int) -> PreTrainedTokenizerFast:
+    """A word tokenizer of at most `size` ids: all words of `texts`, then the most frequent ones of `captions`."""
+    base = build_word_tokenizer(texts)
+    known, backend = base.get_vocab(), base.backend_tokenizer
+    words: Counter[str] = Counter()
+    for text in captions:
+        split = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+        words.update(word for word, _ in split if word not in known)
+    kept = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))][: max(0, size - len(known))]
+    if len(kept) < len(words):
+        share = 1 - sum(words[word] for word in kept) / words.total()
+        print(
+            f"{len(words) - len(kept)} of {len(words) + len(known)} words have no id and become {UNKNOWN}, {share:.0%} of the "
+            f"words outside of the scenes' language: only {size} ids fit",
+            file=sys.stderr,
+            flush=True,
+        )
+    return build_word_tokenizer([*texts, *kept])

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.trainer import OptimizationConfig
+from vqrae.data.encoded import Crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +23,23 @@ class ExtractionConfig:
     split: Literal["train", "validation", "all"] = "train"
     captions_per_image: int = 1
     """Wordings of each scene; sources of files carry one."""
+    crop: Crop = "center"
+    """Square that is cut out of a picture: center (Table 9), random or zoom."""
+    crops_per_image: int = 1
+    """With random or zoom: so many crops of each picture, each an entry of its own."""
     shard_size: int = 8192
     """Pictures of one shard, the unit of resuming and of sharing among processes."""
     batch_size: int = 64
     num_workers: int = 0
     seed: int = 0
-    """Of the scenes."""
+    """Of scenes and random crops."""
+
+    def __post_init__(self) -> None:
+        if self.crops_per_image < 1 or (self.crops_per_image > 1 and self.crop == "center"):
+            raise ValueError(
+                f"got crops_per_image {self.crops_per_image} with crop {self.crop}, expected 1 with center: "
+                "set crop=random or zoom for several"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +49,18 @@ class GeneratorModelConfig:
     offset: int
     """First visual id: 151936 for Qwen3-0.6B; room for the words of a small model."""
     llm: str | None = None
-    """Folder or hub id of a pretrained Qwen3; null builds `llm_config` with random weights."""
+    """Folder or hub id of a pretrained Qwen3; null builds `llm_config` with random weights and a tokenizer of the scenes' words
+    and of the most frequent ones of the captions."""
     llm_config: dict[str, Any] | None = None
-    """`Qwen3Config` fields of a new model."""
-    words: Literal["scenes", "captions"] = "scenes"
-    """Where a new model's word tokenizer takes its words: the language of the scenes, or the captions of the codes."""
+    """`Qwen3Config` fields of a new model; beside `llm`, of that model, for dry runs where it is not on the machine."""
     prompt_template: str = "{caption}"
     max_caption_tokens: int = 448
+    max_length: int = 1536
+    """Longest sequence, prompt and codes; longer captions lose their end."""
     caption_dropout: float = 0.1
     """Share of samples whose caption is emptied, so that guidance works."""
     embedding_init: Literal["random", "codebook"] = "random"
-    """Where the rows of the codes start: drawn like any new row, or from the tokenizer's code vectors."""
+    """Where the rows of the codes start: drawn like any new row, or from the code vectors (`start_from_codebook`)."""
     attention: str = "auto"
 
     def __post_init__(self) -> None:
@@ -57,17 +70,19 @@ class GeneratorModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Code shards -> generator (`vqrae.generation.train`)."""
+    """Code shards or captioned pictures -> generator (`vqrae.generation.train`)."""
 
     tokenizer: str
-    """The visual tokenizer that made the codes."""
+    """The visual tokenizer that made the codes, or makes them while training."""
     data: str
-    """Folder of code shards."""
+    """Folder of code shards, captioned pictures as for extraction, or a mixture of both."""
     output_dir: str
     model: GeneratorModelConfig
     optimization: OptimizationConfig
     full_vocabulary_loss: bool = False
     """Softmax over text ids too. Off: over the codes only, as in sampling; faster, and a tenth of the memory."""
+    dry_run: int = 0
+    """Take so many steps of the longest sequences with random codes, keep nothing, and report parameters, memory and time."""
     seed: int = 0
 
 

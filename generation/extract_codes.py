@@ -3,18 +3,18 @@
     python -m vqrae.generation.extract_codes tiny tokenizer=RUN source=scenes size=20000 output_dir=CODES
     torchrun --nproc-per-node=8 -m vqrae.generation.extract_codes qwen3_0_6b tokenizer=RUN source='DIR/*.tar' output_dir=CODES
 
-Every process takes every n-th shard. The same command skips the shards that are there. Codes are computed in fp32,
-exactly as the tokenizer does: under autocast near neighbours in the codebook would change places.
+Every process takes every n-th shard. The same command skips the shards that are there; `vqrae check-data CODES` reads all of
+them again.
 """
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vqrae.common.checkpoints import local_model
 from vqrae.common.distributed import world_size
@@ -23,30 +23,39 @@ from vqrae.common.run import format_duration
 from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.data.scenes import SceneDataset, caption, render
 from vqrae.data.sources import open_pairs
+from vqrae.data.stream import Draw
 from vqrae.generation.config import ExtractionConfig, read_config
+from vqrae.generation.encoding import encode_pictures, load_encoder
 from vqrae.tokenizer import VQRAEModel
 
 _REPORT_SECONDS = 5.0
 
 
 class CaptionedPictures(Dataset):
-    """A pair source as {"image": uint8 (3, H, W), "captions": list}; scenes can be worded several times.
+    """A pair source as {"image": uint8 (3, H, W), "captions": list}.
+
+    Args:
+        captions_per_image: wordings of each scene.
+        crops_per_image: times that the source is gone through, with other random crops each time.
 
     Raises:
-        ValueError: when several captions are asked of a source of files.
+        ValueError: when several captions are asked of a source of files, or several crops of scenes.
     """
 
-    def __init__(self, pairs: Dataset, captions_per_image: int) -> None:
+    def __init__(self, pairs: Any, captions_per_image: int = 1, crops_per_image: int = 1) -> None:
         if captions_per_image != 1 and not isinstance(pairs, SceneDataset):
             raise ValueError(f"got captions_per_image={captions_per_image}, expected 1: sources of files carry one caption")
-        self.pairs, self.captions_per_image = pairs, captions_per_image
+        if crops_per_image != 1 and isinstance(pairs, SceneDataset):
+            raise ValueError(f"got crops_per_image={crops_per_image}, expected 1: scenes are square, and endless: raise size")
+        self.pairs, self.captions_per_image, self.crops_per_image = pairs, captions_per_image, crops_per_image
 
     def __len__(self) -> int:
-        return len(self.pairs)  # type: ignore[arg-type]
+        return len(self.pairs) * self.crops_per_image
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not isinstance(self.pairs, SceneDataset):
-            sample = self.pairs[index]
+            crop, picture = divmod(index, len(self.pairs))
+            sample = self.pairs[Draw(picture, crop)]
             return {"image": sample["image"], "captions": [sample["caption"]]}
         scenes = self.pairs
         scene = scenes.scene(index)
@@ -59,14 +68,41 @@ def _collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, list[list[str
     return torch.stack([sample["image"] for sample in samples]), [sample["captions"] for sample in samples]
 
 
-@torch.inference_mode()
-def _encode(model: VQRAEModel, batches: DataLoader) -> Iterator[tuple[np.ndarray, list[list[str]]]]:
-    """Codes (B, N) and captions of each batch."""
-    for images, captions in batches:
-        codes = model.encode(images.to(model.device).float() / 255)
-        if codes.ndim != 2:
-            raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, N): set a tokenizer with one codebook")
-        yield codes.cpu().numpy(), captions
+class ShardBatches(Sampler[list[int]]):
+    """The pictures of some shards in batches, each of one shard only: one loader then reads ahead across shards."""
+
+    def __init__(self, manifest: CodeManifest, shards: Sequence[int], batch_size: int) -> None:
+        self.manifest, self.shards, self.batch_size = manifest, shards, batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for shard in self.shards:
+            pictures = self.manifest.pictures_of(shard)
+            yield from (list(pictures[i : i + self.batch_size]) for i in range(0, len(pictures), self.batch_size))
+
+
+def write_shards(
+    model: VQRAEModel,
+    pictures: CaptionedPictures,
+    writer: CodeWriter,
+    shards: Sequence[int],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+) -> Iterator[int]:
+    """Encode and write some shards of a code set, and yield the number of pictures of each batch when it is encoded."""
+    batches = ShardBatches(writer.manifest, shards, batch_size)
+    on_gpu = model.device.type == "cuda"
+    loader = DataLoader(pictures, batch_sampler=batches, num_workers=num_workers, collate_fn=_collate, pin_memory=on_gpu)
+    loaded = iter(loader)
+    for shard in shards:
+        rows = len(writer.manifest.pictures_of(shard))
+        codes, captions = np.empty((rows, writer.manifest.num_codes), dtype=np.uint16), list[list[str]]()
+        while len(captions) < rows:
+            images, texts = next(loaded)
+            codes[len(captions) : len(captions) + len(texts)] = encode_pictures(model, images).cpu().numpy()
+            captions += texts
+            yield len(texts)
+        writer.write(shard, codes, captions)
 
 
 def extract(config: ExtractionConfig) -> None:
@@ -74,11 +110,16 @@ def extract(config: ExtractionConfig) -> None:
     rank, processes = int(os.environ.get("RANK", "0")), world_size()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     folder = local_model(config.tokenizer)
-    model = VQRAEModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = load_encoder(folder).to(device)
     pairs = open_pairs(
-        config.source, image_size=model.config.image_size, size=config.size, split=config.split, seed=config.seed
+        config.source,
+        image_size=model.config.image_size,
+        size=config.size,
+        split=config.split,
+        crop=config.crop,
+        seed=config.seed,
     )
-    pictures = CaptionedPictures(pairs, config.captions_per_image)
+    pictures = CaptionedPictures(pairs, config.captions_per_image, config.crops_per_image)
     manifest = CodeManifest(
         tokenizer_fingerprint=weights_fingerprint(folder),
         codebook_size=model.config.codebook_size,
@@ -87,26 +128,21 @@ def extract(config: ExtractionConfig) -> None:
         num_pictures=len(pictures),
         shard_size=config.shard_size,
         captions_per_image=config.captions_per_image,
+        crop=config.crop,
+        crops_per_image=config.crops_per_image,
     )
     writer = CodeWriter(config.output_dir, manifest)
     missing = [shard for shard in range(rank, manifest.num_shards, processes) if not writer.is_complete(shard)]
     total, done = sum(len(manifest.pictures_of(shard)) for shard in missing), 0
     started = reported = time.monotonic()
-    for shard in missing:
-        subset = Subset(pictures, manifest.pictures_of(shard))
-        loader = DataLoader(subset, config.batch_size, num_workers=config.num_workers, collate_fn=_collate)
-        codes, captions = [], []
-        for batch_codes, batch_captions in _encode(model, loader):
-            codes.append(batch_codes)
-            captions += batch_captions
-            done += len(batch_codes)
-            now = time.monotonic()
-            if rank == 0 and (now - reported > _REPORT_SECONDS or done == total):
-                speed, reported = done / (now - started), now
-                left = format_duration((total - done) / speed)
-                print(f"codes {done}/{total}  {speed * processes:.0f} images/s  {left} left", flush=True)
-        writer.write(shard, np.concatenate(codes), captions)
-    if rank == 0:
+    for count in write_shards(model, pictures, writer, missing, batch_size=config.batch_size, num_workers=config.num_workers):
+        done += count
+        now = time.monotonic()
+        if rank == 0 and (now - reported > _REPORT_SECONDS or done == total):
+            speed, reported = done / (now - started), now
+            left = format_duration((total - done) / speed)
+            print(f"codes {done}/{total}  {speed * processes:.0f} images/s  {left} left", flush=True)
+    if all(writer.is_complete(shard) for shard in range(manifest.num_shards)):  # the process that ends last says so
         print(f"finished: {config.output_dir} ({manifest.num_pictures} pictures x {manifest.num_codes} codes)", flush=True)
 
 

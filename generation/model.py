@@ -58,14 +58,28 @@ def build_generator(
 def start_from_codebook(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, code_vectors: Tensor) -> None:
     """Let the rows of the codes start as the tokenizer's code vectors (K, E), so that like codes are alike at once.
 
-    The vectors are centred, turned into the model's width by a random isometry (as far as the widths allow) and scaled to
-    the model's own initial spread.
+    With tied embeddings these rows are the head's rows too, so they must look like rows that the model knows: see
+    `fit_projection`.
     """
-    isometry = nn.init.orthogonal_(torch.empty(code_vectors.shape[1], model.config.hidden_size))
-    vectors = (code_vectors - code_vectors.mean(0)) @ isometry
     weight = model.get_input_embeddings().weight
     with gathered(weight):
-        weight[vocabulary.code_rows] = vectors / vectors.std() * model.config.initializer_range
+        text = weight[: vocabulary.offset].float()  # ZeRO-3 holds it in bf16
+        weight[vocabulary.code_rows] = fit_projection(code_vectors.to(text), text).to(weight)
+
+
+def fit_projection(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Code vectors (K, E) as rows (K, D) that have the mean and the spread of `rows` (V, D), those of the text.
+
+    The vectors are centred and projected on their min(D, E) leading principal axes, which keeps as much of the distances
+    between them as D dimensions can, then turned by a random rotation, so that no dimension holds more than another.
+    """
+    centred = vectors - vectors.mean(0)
+    dims = min(vectors.shape[1], rows.shape[1])
+    axes = torch.linalg.eigh(centred.T @ centred)[1][:, -dims:]  # of ascending eigenvalues
+    rotation = nn.init.orthogonal_(torch.empty(rows.shape[1], dims, device=rows.device)).T
+    projected = centred @ axes @ rotation.to(centred)
+    mean = rows.mean(0)
+    return projected / projected.std() * (rows - mean).std() + mean
 
 
 def read_vocabulary(config: PretrainedConfig) -> VisualVocabulary:

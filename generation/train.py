@@ -1,86 +1,36 @@
 """Train the generator: next-token prediction on the tokenizer's codes (VQRAE, arXiv 2511.23386, section 3.5).
 
     python -m vqrae.generation.train tiny tokenizer=RUN data=CODES output_dir=RUN [optimization.max_steps=N ...]
+    python -m vqrae.generation.train tiny tokenizer=RUN data='DIR/*.tar' output_dir=RUN
+    python -m vqrae.generation.train qwen3_0_6b dry_run=1
 
-The loss is on codes only. The same command resumes an interrupted run and returns at once from a finished one.
+The loss is on codes only. Pictures are encoded on the fly by the frozen tokenizer; code shards spare that. The same command
+resumes an interrupted run and returns at once from a finished one.
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 
-from vqrae.common.checkpoints import local_model, resolve_model
-from vqrae.common.distributed import attention_implementation
+from vqrae.common.checkpoints import local_model
 from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
 from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import InstrumentCallback, build_optimizers, run_trainer, training_arguments
-from vqrae.data.code_shards import CodeDataset
-from vqrae.data.scenes import SPRITE_SETS
-from vqrae.data.scenes.language import vocabulary_texts
-from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.generation.config import GeneratorModelConfig, TrainingConfig, read_config
-from vqrae.generation.model import (
-    VisualHead,
-    build_generator,
-    read_prompt_encoder,
-    start_from_codebook,
-)
-from vqrae.generation.stream import GenerationCollator, TrainingStream
+from vqrae.common.trainer import InstrumentCallback, run_trainer, training_arguments
+from vqrae.data.sources import fingerprint as data_fingerprint
+from vqrae.data.sources import is_encoded, open_pairs_or_codes, some_captions
+from vqrae.generation.config import TrainingConfig, read_config
+from vqrae.generation.dry_run import dry_run
+from vqrae.generation.encoding import encode_pictures, load_encoder
+from vqrae.generation.model import start_from_codebook
+from vqrae.generation.stream import TrainingStream
+from vqrae.generation.trainer import build_model, build_text_tokenizer, build_trainer, fit_prompts
 from vqrae.generation.vocabulary import VisualVocabulary
-from vqrae.tokenizer import VQRAEModel
-
-
-def visual_loss(model: nn.Module, batch: dict[str, Tensor], vocabulary: VisualVocabulary) -> Tensor:
-    """Mean cross entropy of the codes of a left-padded batch, over the codebook; `model.lm_head` is a `VisualHead`.
-
-    The sequence ends in the N codes, so the last N + 1 positions but one predict them: no other logits are computed.
-    """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs, logits_to_keep=vocabulary.num_codes + 1, use_cache=False).logits[:, :-1]
-    codes = vocabulary.to_codes(batch["labels"][:, -vocabulary.num_codes :])
-    return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
-
-
-class GeneratorTrainer(Trainer):
-    """A `Trainer` whose loss is on the visual rows of the head; `vocabulary` None means the whole vocabulary."""
-
-    def __init__(self, *args: Any, vocabulary: VisualVocabulary | None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.vocabulary = vocabulary
-        # Every sample has N codes: the mean over micro-batches is the mean over tokens, no count need be passed on.
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if self.vocabulary is None or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        return visual_loss(model, inputs, self.vocabulary)
-
-
-def build_text_tokenizer(config: GeneratorModelConfig, codes: CodeDataset) -> PreTrainedTokenizerBase:
-    """The pretrained model's own tokenizer, or a word tokenizer for a new model."""
-    if config.llm is not None:
-        return AutoTokenizer.from_pretrained(resolve_model(config.llm))
-    if config.words == "captions":
-        return build_word_tokenizer([text for index in range(len(codes)) for text in codes.captions(index)])
-    return build_word_tokenizer([text for sprites in SPRITE_SETS.values() for text in vocabulary_texts(sprites.names)])
-
-
-def build_model(config: TrainingConfig, vocabulary: VisualVocabulary) -> Qwen3ForCausalLM:
-    """The model to train, with everything that sampling needs to know in its `config`."""
-    attention = attention_implementation(config.model.attention)
-    model = build_generator(vocabulary, llm=config.model.llm, llm_config=config.model.llm_config, attention=attention)
-    for name in ("prompt_template", "max_caption_tokens", "caption_dropout"):
-        setattr(model.config, name, getattr(config.model, name))
-    return model
+from vqrae.tokenizer import VQRAEConfig
 
 
 def _is_finished(run: Path, max_steps: int, fingerprint: str) -> bool:
@@ -117,35 +67,39 @@ def train(config: TrainingConfig) -> Path:
     if _is_finished(output, config.optimization.max_steps, fingerprint):
         print(f"finished: {output / 'model'}", flush=True)
         return output / "model"
-    codes = CodeDataset(config.data, tokenizer_fingerprint=fingerprint)
-    vocabulary = VisualVocabulary(
-        offset=config.model.offset, codebook_size=codes.manifest.codebook_size, num_codes=codes.manifest.num_codes
+    visual = VQRAEConfig.from_pretrained(tokenizer)
+    samples = open_pairs_or_codes(
+        config.data, image_size=visual.image_size, tokenizer_fingerprint=fingerprint, seed=config.seed
     )
-    text_tokenizer = build_text_tokenizer(config.model, codes)
+    vocabulary = VisualVocabulary(offset=config.model.offset, codebook_size=visual.codebook_size, num_codes=visual.grid_size**2)
+    text_tokenizer = build_text_tokenizer(config.model, lambda: some_captions(samples))
+    encode_prompt = fit_prompts(config.model, text_tokenizer, vocabulary)
 
-    code_vectors = VQRAEModel.from_pretrained(tokenizer).code_vectors() if config.model.embedding_init == "codebook" else None
-
-    # The arguments come before the model: under ZeRO-3 they decide how it is built.
+    # The tokenizer comes before the arguments and these before the model: under ZeRO-3 they decide how it is built.
+    encoder = load_encoder(tokenizer)
+    code_vectors = encoder.code_vectors() if config.model.embedding_init == "codebook" else None
     in_sequence = {**config.optimization.extra, "train_sampling_strategy": "sequential"}
     arguments = training_arguments(dataclasses.replace(config.optimization, extra=in_sequence), output, seed=config.seed)
-    run = RunDirectory(output, config, seed=config.seed, fingerprints={"tokenizer": fingerprint, "data": codes.fingerprint()})
+    encode = None if is_encoded(samples) else functools.partial(encode_pictures, encoder.to(arguments.device))
+    del encoder  # training on shards keeps nothing of it
+
+    fingerprints = {"tokenizer": fingerprint, "data": data_fingerprint(config.data)}
+    run = RunDirectory(output, config, seed=config.seed, fingerprints=fingerprints)
     torch.manual_seed(config.seed)
-    model = build_model(config, vocabulary)
+    model = build_model(config.model, vocabulary, encode_prompt)
     model.config.vqrae_tokenizer, model.config.vqrae_tokenizer_fingerprint = str(tokenizer.resolve()), fingerprint
     if code_vectors is not None:
         start_from_codebook(model, vocabulary, code_vectors)
-    encode_prompt = read_prompt_encoder(model.config, text_tokenizer)
-    if not config.full_vocabulary_loss:
-        model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
-    samples = config.optimization.max_steps * config.optimization.global_batch_size
-    trainer = GeneratorTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=TrainingStream(codes, samples, caption_dropout=config.model.caption_dropout, seed=config.seed),
-        data_collator=GenerationCollator(encode_prompt, vocabulary),
-        optimizers=build_optimizers(config.optimization, model),
-        callbacks=[InstrumentCallback(run, "generator")],
-        vocabulary=None if config.full_vocabulary_loss else vocabulary,
+    length = config.optimization.max_steps * config.optimization.global_batch_size
+    trainer = build_trainer(
+        config,
+        model,
+        arguments,
+        TrainingStream(samples, length, caption_dropout=config.model.caption_dropout, seed=config.seed),
+        encode_prompt,
+        vocabulary,
+        callback=InstrumentCallback(run, "generator"),
+        encode=encode,
     )
     run_trainer(trainer)
     model.config.use_cache = True  # Trainer turns it off
@@ -154,7 +108,11 @@ def train(config: TrainingConfig) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(read_config(argv, "training"))
+    config = read_config(argv, "training")
+    if config.dry_run:
+        dry_run(config)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

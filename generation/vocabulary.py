@@ -94,6 +94,11 @@ class PromptEncoder:
         return [*self._before, *caption_ids, *self._after]
 
     @property
+    def template_length(self) -> int:
+        """Ids of a prompt that are not the caption's, BOI among them."""
+        return len(self._before) + len(self._after)
+
+    @property
     def unconditional(self) -> list[int]:
         """The prompt of the empty caption."""
         return self("")

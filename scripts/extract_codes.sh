@@ -5,13 +5,13 @@
 #
 #   config=tiny                a name in generation/configs, or a YAML file
 #   tokenizer=runs/tokenizer   run directory, checkpoint folder or hub id; made first when there is none
-#   data=scenes                scenes, scenes:emoji, FILE.jsonl, FILE.tar (or a glob, or x-{000..012}.tar)
+#   data=scenes                scenes, emoji, FILE.jsonl, FILE.tar (or a glob), hf:NAME, A*0.5+B*0.5 (docs/data.md)
 #   output=runs/codes          folder of the shards
-#   size=N                     pictures to take (default the config's)
+#   size=N                     pictures to take (default the config's; size=null takes all)
 #   nproc, nnodes              processes (default: GPUs, or 1), nodes (1)
 #   key=value                  of the configuration's section `extraction`
 #
-# The same command continues after the shards that are there. Paths are relative to the repository.
+# The same command continues after the shards that are there; `vqrae check-data FOLDER` compares all of them with their checksums. Paths are relative to the repository.
 . "$(dirname "$0")/lib.sh"
 read_arguments "$@"
 install

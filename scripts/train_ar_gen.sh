@@ -5,9 +5,12 @@
 #
 #   config=tiny                a name in generation/configs, or a YAML file
 #   tokenizer=runs/tokenizer   run directory, checkpoint folder or hub id; made first when there is none
-#   data=runs/codes            code shards of that tokenizer; made first (scripts/extract_codes.sh) when there are none
+#   data=runs/codes            code shards of that tokenizer, made first (scripts/extract_codes.sh) when there are none; or captioned
+#                              pictures, encoded while training: scenes, emoji, FILE.jsonl, FILE.tar (or a glob), hf:NAME,
+#                              CODES*0.7+FILE.tar*0.3 (docs/data.md)
 #   output=runs/generation     run directory; the model is in output/model
 #   nproc, nnodes, zero        processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-3, default the config's)
+#   dry_run=N                  N steps of the real size with random codes, keeping nothing: parameters, memory, time
 #   key=value                  of the configuration's section `training`, such as optimization.max_steps=100
 #
 # The same command resumes an interrupted run. Paths are relative to the repository.
@@ -16,6 +19,8 @@ read_arguments "$@"
 install_for_training
 rename output=output_dir
 defaults output_dir=runs/generation
-artefact tokenizer tokenizer train_tokenizer.sh
-artefact data codes extract_codes.sh tokenizer="$(given tokenizer || true)"
+if ! given dry_run >/dev/null; then
+  artefact tokenizer tokenizer train_tokenizer.sh
+  artefact data codes extract_codes.sh tokenizer="$(given tokenizer || true)"
+fi
 launch vqrae.generation.train optimization.zero

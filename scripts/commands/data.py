@@ -1,10 +1,16 @@
 """What to know of data before training on it."""
 
 import argparse
+import functools
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vqrae.scripts.commands.shared import add_command
+from vqrae.scripts.commands.training import add_config, processor_of, read_run
+
+if TYPE_CHECKING:
+    from vqrae.data.checks import Examine
 
 
 def register(commands: Any) -> None:
@@ -12,16 +18,51 @@ def register(commands: Any) -> None:
     command = add_command(commands, "check-data", check_data, "read a whole data source before training on it")
     command.description = check_data.__doc__
     command.add_argument(
-        "source", help="scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, a mixture"
+        "source", help="scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, code shards, a mixture"
     )
     command.add_argument("--image-folder", help="where the pictures of a FILE.json lie (default: beside it)")
     command.add_argument("--limit", type=int, help="read so many samples, evenly spread (default: all)")
     command.add_argument("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
     command.add_argument("--json", metavar="FILE", help="write the whole report there, too")
+    add_config(command)
+
+    command = add_command(commands, "import-codes", import_codes, "codes that other programs have written, as code shards")
+    command.description = import_codes.__doc__
+    command.add_argument("source", help="FILE.jsonl, or a folder of KEY.npy with KEY.txt (see vqrae.data.code_import)")
+    command.add_argument(
+        "--tokenizer", required=True, help="the tokenizer that made the codes: run directory, folder or hub id"
+    )
+    command.add_argument("--out", required=True, help="folder of the shards")
+    command.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, where pictures carry a number")
+    command.add_argument("--labels", metavar="FOLDER", help="KEY.npy with the number of the class, beside a folder of codes")
+
+
+def import_codes(arguments: argparse.Namespace) -> None:
+    """Turn codes in JSON lines or .npy files into code shards that train_ar_gen.sh reads."""
+    from vqrae.common.checkpoints import local_model
+    from vqrae.common.files import weights_fingerprint
+    from vqrae.data.code_import import import_codes, open_foreign
+    from vqrae.tokenizer import VQRAEConfig
+
+    names = Path(arguments.classes).read_text(encoding="utf-8").splitlines() if arguments.classes else []
+    tokenizer = local_model(arguments.tokenizer)
+    config = VQRAEConfig.from_pretrained(tokenizer)
+    written = import_codes(
+        open_foreign(arguments.source, labels=arguments.labels, class_names=names),
+        arguments.out,
+        source=f"{arguments.source} (imported)",
+        tokenizer_fingerprint=weights_fingerprint(tokenizer),
+        codebook_size=config.codebook_size,
+        grid_size=config.grid_size,
+    )
+    print(f"{arguments.out}: {written.manifest.num_pictures} pictures x {written.manifest.num_codes} codes")
 
 
 def check_data(arguments: argparse.Namespace) -> int:
-    """Read a source before training on it: sizes, broken and missing pictures, captions, duplicates. Exit code 1: problems."""
+    """Read a source before training on it: sizes, broken and missing pictures, captions, duplicates. Exit code 1: problems.
+
+    With --config, which names a LLaVA run, also conversations that are too long for it.
+    """
     from vqrae.common.cli import progress_line
     from vqrae.common.files import write_json
     from vqrae.data.checks import check_source
@@ -29,12 +70,21 @@ def check_data(arguments: argparse.Namespace) -> int:
 
     if min(arguments.limit or 1, arguments.workers + 1) < 1:
         raise ValueError(f"got --limit {arguments.limit} --workers {arguments.workers}, expected positive numbers")
+    examine = length_examiner(arguments) if arguments.config else None
     reports = []
     for source in [name for name, _ in parse_mixture(arguments.source)] or [arguments.source]:
         progress = progress_line("check-data")
         options = {"image_folder": arguments.image_folder, "limit": arguments.limit, "workers": arguments.workers}
-        reports.append(check_source(source, progress=progress, **options))
+        reports.append(check_source(source, progress=progress, examine=examine, **options))
         print(reports[-1].text())
     if arguments.json:
         write_json(arguments.json, [asdict(report) for report in reports])
     return 1 if any(report.problems for report in reports) else 0
+
+
+def length_examiner(arguments: argparse.Namespace) -> "Examine":
+    """Finds the conversations that are longer than the run's max_length."""
+    from vqrae.understanding.conversation import examine_length
+
+    config = read_run(arguments)
+    return functools.partial(examine_length, processor=processor_of(config), max_length=config.max_length)

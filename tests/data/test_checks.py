@@ -10,6 +10,7 @@ import webdataset
 from PIL import Image
 
 from vqrae.data.checks import EDGE_RANGES, check_source, edge_range
+from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.scripts.cli import main
 
 
@@ -114,7 +115,7 @@ def test_llava_files(folder: Path, tmp_path: Path) -> None:
     assert report.read == 2, "each picture once"
     assert [finding.count for finding in report.problems.values()] == [2, 1, 1]
     tags, missing, broken = report.problems.values()
-    assert "record 4 (no tag): has an image, but 0 <image> tags" in tags.examples[0]
+    assert "record 4 (no tag): has 1 image, but 0 <image> tags" in tags.examples[0]
     assert "record 5 (no image): has no image, but 1" in tags.examples[1]
     assert missing.examples == [str(folder / "no.png")]
     assert "cut.png" in broken.examples[0]
@@ -127,3 +128,23 @@ def test_edges_of_the_histogram() -> None:
         "512-1023",
         *[">= 1024"] * 2,
     ]
+
+
+def test_a_code_set_is_compared_with_its_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = CodeManifest(
+        tokenizer_fingerprint="a" * 64, codebook_size=10, grid_size=1, source="test", num_pictures=6, shard_size=2
+    )
+    writer = CodeWriter(tmp_path, manifest)
+    for shard in range(3):
+        writer.write(shard, np.array([[shard], [shard + 1]]), [["a red circle"], ["", "two words"]])
+    report = check_source(str(tmp_path))
+    assert (report.samples, report.read, report.num_problems) == (6, 6, 0)
+    assert (report.captions, report.caption_words) == (9, 15)
+    assert report.notes["codes of the codebook that no picture uses"].count == 6
+    assert report.notes["empty captions"].examples == ["picture 1", "picture 3", "picture 5"]
+    assert check_source(str(tmp_path), limit=3).read == 4  # whole shards
+
+    path = tmp_path / "shard-00002.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert main(["check-data", str(tmp_path)]) == 1
+    assert "shard-00002.npy is damaged (it has changed" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter
+from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter, verify_shard
 
 MANIFEST = CodeManifest(
     tokenizer_fingerprint="a" * 64, codebook_size=60_000, grid_size=2, source="test", num_pictures=7, shard_size=3
@@ -34,8 +34,10 @@ def test_round_trip(tmp_path: Path) -> None:
         assert dataset[i]["codes"].tolist() == CODES[i].tolist()
         assert dataset.captions(i) == CAPTIONS[i]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "manifest.json", *(f"shard-{i:05d}.{kind}" for i in range(3) for kind in ("jsonl", "npy"))
-    ]  # fmt: skip
+        *(f"index-{i:05d}.npy" for i in range(3)),
+        "manifest.json",
+        *(f"shard-{i:05d}.{kind}" for i in range(3) for kind in ("jsonl", "npy")),
+    ]
     with pytest.raises(IndexError, match="7 pictures"):
         dataset[7]
 
@@ -71,21 +73,49 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-@pytest.mark.parametrize("kind", ["npy", "jsonl"])
+@pytest.mark.parametrize("name", ["shard-00001.npy", "shard-00001.jsonl", "index-00001.npy"])
 @pytest.mark.parametrize("size", [0, 20, -1])
-def test_a_truncated_file_is_named(tmp_path: Path, kind: str, size: int) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path, name: str, size: int) -> None:
     write(tmp_path)
-    path = tmp_path / f"shard-00001.{kind}"
+    path = tmp_path / name
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"shard-00001.{kind} is damaged.*extract the codes again"):
+    with pytest.raises(ValueError, match=f"{name} is damaged.*extract the codes again"):
         CodeDataset(tmp_path)
 
 
-def test_codes_out_of_range_are_found_on_opening(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["shard-00001.npy", "shard-00001.jsonl"])
+def test_verification_finds_a_changed_byte(tmp_path: Path, name: str) -> None:
+    write(tmp_path)
+    for shard in range(3):
+        assert np.array_equal(verify_shard(tmp_path, shard, MANIFEST).codes, CODES[MANIFEST.pictures_of(shard)])
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-5] ^= 1
+    (tmp_path / name).write_bytes(data)
+    assert len(CodeDataset(tmp_path)) == 7  # opening looks at sizes: sets of terabytes open at once
+    with pytest.raises(ValueError, match=f"{name} is damaged .it has changed"):
+        verify_shard(tmp_path, 1, MANIFEST)
+
+
+def test_a_shard_without_its_index_is_written_again(tmp_path: Path) -> None:
+    """As after a crash between the files of a shard."""
+    write(tmp_path)
+    (tmp_path / "index-00001.npy").unlink()
+    assert [CodeWriter(tmp_path, MANIFEST).is_complete(shard) for shard in range(3)] == [True, False, True]
+    with pytest.raises(FileNotFoundError, match="lacks shard 1 of 3"):
+        CodeDataset(tmp_path)
+
+
+def test_codes_out_of_range_are_never_trained_on(tmp_path: Path) -> None:
     write(tmp_path)
     np.save(tmp_path / "shard-00000.npy", np.full((3, 4), 60_001, dtype=np.uint16))
-    with pytest.raises(ValueError, match="holds code 60001"):
-        CodeDataset(tmp_path)
+    with pytest.raises(ValueError, match=r"picture 2 holds code 60001.*vqrae check-data"):
+        CodeDataset(tmp_path)[2]
+
+
+def test_1024_codes_take_2_kib(tmp_path: Path) -> None:
+    manifest = replace(MANIFEST, grid_size=32, num_pictures=100, shard_size=100)
+    CodeWriter(tmp_path, manifest).write(0, np.zeros((100, 1024), dtype=np.int64), [["a"]] * 100)
+    assert (tmp_path / "shard-00000.npy").stat().st_size == 100 * 2048 + 128  # numpy's header
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_processes_share_the_shards(
     for rank, shards in (("1", ["shard-00001.npy"]), ("0", [f"shard-0000{i}.npy" for i in range(3)])):
         monkeypatch.setenv("RANK", rank)
         extract_codes.main(command)
-        assert sorted(path.name for path in tmp_path.glob("*.npy")) == shards
+        assert sorted(path.name for path in tmp_path.glob("shard-*.npy")) == shards
     for path in sorted(codes_path.iterdir()):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     assert "finished" in capsys.readouterr().out

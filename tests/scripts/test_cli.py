@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vqrae.common.files import weights_fingerprint
+from vqrae.data.code_shards import CodeDataset
 from vqrae.data.scenes import load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import build_word_tokenizer
@@ -101,6 +102,20 @@ def test_encode_then_decode_equals_the_model(pictures: Path, tokenizer_folder: P
     assert np.abs(side_by_side - decoded).max() <= 1
 
 
+def test_codes_of_another_program_become_a_code_set(tokenizer_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((tokenizer_folder / "config.json").read_text())
+    codes = np.random.default_rng(0).integers(0, config["codebook_size"], (3, 64)).tolist()
+    lines = [json.dumps({"tokens": row, "class_id": i}) for i, row in enumerate(codes)]
+    (tmp_path / "tokens.jsonl").write_text("\n".join(lines))
+    (tmp_path / "names.txt").write_text("a tench\na goldfish\na shark\n")
+    arguments = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "codes")]
+    assert main(["import-codes", str(tmp_path / "tokens.jsonl"), "--classes", str(tmp_path / "names.txt"), *arguments]) == 0
+    dataset = CodeDataset(tmp_path / "codes", tokenizer_fingerprint=weights_fingerprint(tokenizer_folder))
+    assert [dataset[i]["codes"].tolist() for i in range(3)] == codes
+    assert dataset.captions(1) == ["a goldfish"]
+    assert main(["check-data", str(tmp_path / "codes")]) == 0
+
+
 def test_decode_refuses_other_codes(
     pictures: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -180,6 +195,26 @@ def test_generate_writes_pictures_that_can_be_drawn_again(generator_folder: Path
     assert np.abs(first - second).max() <= 1
 
 
+def test_generate_draws_what_is_missing(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["generate", "--model", str(generator_folder), "--prompt", "a photo of a circle", "--out", str(tmp_path)]
+    quick = ["--batch-size", "1", "--window", "2", "--guidance-schedule", "linear", "--guidance-end", "0.5"]
+    assert main([*call, *quick, "--num-images", "2"]) == 0
+    assert "generate 2/2  0s left" in capsys.readouterr().err
+    first, second, third = (tmp_path / f"0000-{seed}.png" for seed in range(3))
+    written = first.stat().st_mtime_ns
+    second.unlink()
+    assert main([*call, *quick, "--num-images", "3"]) == 0
+    output = capsys.readouterr()
+    assert "3 pictures" in output.out
+    assert "1 of them were there" in output.out
+    assert "2/2" in output.err
+    assert first.stat().st_mtime_ns == written
+    assert second.exists()
+    assert third.exists()
+    assert main([*call, "--num-images", "1"]) == 0  # drawn another way
+    assert first.stat().st_mtime_ns > written
+
+
 def test_generate_without_a_prompt(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model", str(generator_folder), "--out", str(tmp_path)]) == 2
     assert "--prompts-file" in capsys.readouterr().err
@@ -219,6 +254,19 @@ def test_chat_about_a_broken_picture(llava_folder: Path, tmp_path: Path, capsys:
     (tmp_path / "a.png").write_bytes(b"no picture")
     assert main(["chat", "--model", str(llava_folder), "--image", str(tmp_path / "a.png"), "--question", "what ?"]) == 2
     assert "not a readable picture" in capsys.readouterr().err
+
+
+def test_chat_answers_a_file(llava_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions.write_text('{"image": "palette.gif", "question": "what ?"}\n{"question": "how many ?"}\n')
+    call = ["chat", "--model", str(llava_folder), "--max-new-tokens", "3", "--questions", str(questions)]
+    assert main([*call, "--out", str(out), "--image-folder", str(pictures)]) == 0
+    assert "2 answers are in" in capsys.readouterr().out
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["what ?", "how many ?"]
+    assert main([*call, "--out", str(out), "--image-folder", str(pictures)]) == 0
+    assert "2 answers (2 from before)" in capsys.readouterr().out
+    assert main(call) == 2
+    assert "belong together" in capsys.readouterr().err
 
 
 # ---- data

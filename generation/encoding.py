@@ -1,0 +1,33 @@
+"""Pictures -> codes with a frozen tokenizer: ahead of training (`extract_codes`) or while it runs."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vqrae.tokenizer import VQRAEModel
+
+
+def load_encoder(folder: Path) -> VQRAEModel:
+    """The tokenizer in fp32, frozen; its decoder is left out, which halves the memory."""
+    model = VQRAEModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    model.decoder = nn.Identity()
+    return model
+
+
+@torch.no_grad()
+def encode_pictures(model: VQRAEModel, images: Tensor) -> Tensor:
+    """Pictures uint8 (B, 3, H, W) -> codes int64 (B, N), on the model's device.
+
+    In fp32 whatever surrounds the call: under bf16 near neighbours in the codebook change places (docs/generation.md has the
+    share), and codes made ahead would not be those made while training.
+
+    Raises:
+        ValueError: for a tokenizer with several codebooks.
+    """
+    images = images.to(model.device, non_blocking=True)
+    with torch.autocast(images.device.type, enabled=False):
+        codes = model.encode(images.float() / 255)
+    if codes.ndim != 2:
+        raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, N): set a tokenizer with one codebook")
+    return codes
