@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from vqrae.common.config import ConfigError, load_config
+from vqrae.eval.ablation_suites import SUITES, Suite
 from vqrae.generation.config import GenerationConfig
 from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
@@ -16,6 +17,7 @@ READERS: dict[str, list[type]] = {
     "tokenizer": [TokenizerTrainConfig, EncoderPretrainingConfig],
     "understanding": [TrainConfig, TinyLLMConfig],
     "generation": [GenerationConfig],
+    "eval": [Suite],
 }
 CONFIGS = sorted(path for path in ROOT.glob("*/configs/*.yaml") if path.is_relative_to(ROOT))
 
@@ -42,4 +44,8 @@ def test_every_shipped_config_is_read(path: Path) -> None:
 
 
 def test_every_package_ships_its_tiny_config() -> None:
-    assert {path.parent.parent.name for path in CONFIGS if path.stem == "tiny"} == set(READERS)
+    assert {path.parent.parent.name for path in CONFIGS if path.stem == "tiny"} == set(READERS) - {"eval"}
+
+
+def test_every_shipped_suite_is_in_the_list_of_all() -> None:
+    assert {path.stem for path in CONFIGS if path.parent.parent.name == "eval"} == set(SUITES)

@@ -15,6 +15,7 @@ import pytest
 
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
+from vqrae.eval.ablations import AblationConfig
 from vqrae.eval.dpg_bench.evaluate import DPGConfig
 from vqrae.eval.features import FeaturesConfig
 from vqrae.eval.generation import GenerationConfig as GenerationEvaluation
@@ -45,6 +46,7 @@ READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.eval.reconstruction": lambda a: parse_arguments(ReconstructionConfig, a),
     "vqrae.eval.features": lambda a: parse_arguments(FeaturesConfig, a),
     "vqrae.eval.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
+    "vqrae.eval.ablations": lambda a: parse_arguments(AblationConfig, a),
     "vqrae.eval.understanding": lambda a: parse_arguments(UnderstandingConfig, a),
     "vqrae.eval.generation": lambda a: parse_arguments(GenerationEvaluation, a),
     "vqrae.eval.geneval.evaluate": lambda a: parse_arguments(GenEvalConfig, a),
@@ -138,6 +140,16 @@ def test_an_evaluation_needs_a_model_only(script: str, repository: Repository) -
     assert result.returncode == 0, result.stderr
     [call] = repository.calls()
     assert read(call)
+
+
+def test_an_ablation_launches_its_trainings_itself(repository: Repository) -> None:
+    result = repository.run("ablate.sh", "nproc=3", "overrides=[data.num_workers=2,stage1.max_steps=4]")
+    assert result.returncode == 0, result.stderr
+    pretraining, call = repository.calls()
+    assert pretraining[1] == "vqrae.tokenizer.pretrain_encoder"
+    assert call[0] == "-m"  # a plain process
+    config = AblationConfig(nproc=3, overrides=("data.num_workers=2", "stage1.max_steps=4"))
+    assert read(call) == config
 
 
 @pytest.mark.parametrize(
