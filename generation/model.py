@@ -63,7 +63,8 @@ def start_from_codebook(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, c
     """
     weight = model.get_input_embeddings().weight
     with gathered(weight):
-        weight[vocabulary.code_rows] = fit_projection(code_vectors.to(weight), weight[: vocabulary.offset])
+        text = weight[: vocabulary.offset].float()  # ZeRO-3 holds it in bf16
+        weight[vocabulary.code_rows] = fit_projection(code_vectors.to(text), text).to(weight)
 
 
 def fit_projection(vectors: Tensor, rows: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def test_two_processes_take_the_steps_of_one(zero: int, train_arguments: list[st
 
 def test_zero3_computes_the_visual_loss(train_arguments: list[str], codes_path: Path, tmp_path: Path) -> None:
     """ZeRO-3 draws other random weights: at learning rate 0, the saved model must repeat the logged loss and gradient."""
-    options = ["optimization.max_steps=2", "optimization.learning_rate=0.0", "model.llm_config.initializer_range=0.2"]
+    options = ["optimization.max_steps=2", "optimization.learning_rate=0.0", "model.llm_config.initializer_range=0.5"]
     launch_two_processes([*train_arguments, *options, "optimization.zero=3", f"output_dir={tmp_path}"])
     generator = Generator.from_pretrained(tmp_path)
     model, vocabulary = generator.model, generator.vocabulary
