@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={f"vqrae.{folder}": folder for folder in FOLDERS},
-    package_data={package: ["configs/*.yaml", "deepspeed/*.json", "*.jinja", "py.typed"] for package in packages},
+    package_data={package: ["*.yaml", "configs/*.yaml", "deepspeed/*.json", "*.jinja", "py.typed"] for package in packages},
     install_requires=[
         "torch>=2.8",
         "torchvision",
@@ -47,10 +47,16 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19", "peft>=0.17"],
+        "lora": ["peft>=0.17"],
+        "smollm2": ["gguf>=0.17"],
         "eval": ["lmms-eval==0.7.3"],
+        "mplug": ["modelscope>=1.40"],
         "demo": ["gradio>=6"],
         "flash": ["flash-attn"],
         "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "types-tqdm", "webdataset>=1.0"],
     },
-    entry_points={"console_scripts": ["vqrae = vqrae.scripts.cli:main"]},
+    entry_points={
+        "console_scripts": ["vqrae = vqrae.scripts.cli:main"],
+        "lmms_eval.models": ["vqrae = vqrae.eval.lmms_eval_plugin:manifest"],
+    },
 )

@@ -61,16 +61,20 @@ def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
-def gradient_accumulation(global_batch_size: int, micro_batch_size: int, processes: int) -> int:
-    """Micro-batches per optimizer step that keep the global batch size on this many processes.
+def fit_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> tuple[int, int]:
+    """Micro-batch size and micro-batches per optimizer step that keep the global batch size on this many processes.
+
+    Args:
+        micro_batch_size: what fits one process; less is taken where the processes together would exceed the global batch.
 
     Raises:
         ValueError: when it does not divide.
     """
+    micro_batch_size = max(1, min(micro_batch_size, global_batch_size // processes))
     per_pass = micro_batch_size * processes
     if global_batch_size % per_pass:
         raise ValueError(
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
             f"{processes} processes = {per_pass}: choose a micro_batch_size that divides {global_batch_size // processes}"
         )
-    return global_batch_size // per_pass
+    return micro_batch_size, global_batch_size // per_pass

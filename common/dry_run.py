@@ -1,4 +1,4 @@
-"""What every training's `dry_run=N` shares: counting parameters, measuring memory, the report.
+"""What every training's `dry_run=N` shares: measuring memory, the report.
 
 A dry run takes N steps of the real configuration and keeps nothing. Weights that are not on this machine are random, which
 changes no figure here.
@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
 
 from vqrae.common.distributed import world_size
+from vqrae.common.memory import GIB
 from vqrae.common.run import format_duration
 
-GIB = 2**30
 GPUS = 8  # of the machine that memory is estimated for
 
 
@@ -76,37 +75,6 @@ class DryRunReport:
 def is_here(model: str) -> bool:
     """Whether a model can be read without a download: its folder exists, or the hub's cache holds it."""
     return Path(model).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str)
-
-
-def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Parameters of a module: all of them, and those that are trained. ZeRO-3's parts count whole."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """What parameters and buffers of a module occupy."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-
-
-def state_bytes(weights: float, trained: int, *, zero: int, gpus: int, gradient_size: int = 4) -> float:
-    """What weights, gradients and AdamW's moments occupy on each GPU.
-
-    Moments are fp32. ZeRO partitions them and its fp32 copy of the weights; at stage 2 gradients too, at stage 3 everything.
-
-    Args:
-        weights: bytes of all weights, frozen ones included.
-        trained: trained parameters.
-        gradient_size: bytes of one gradient; 2 where the engine keeps weights and gradients in bf16.
-    """
-    gradients, moments, master = gradient_size * trained, 8 * trained, 4 * trained
-    if zero == 0:
-        return weights + gradients + moments
-    if zero == 1:
-        return weights + gradients + (moments + master) / gpus
-    if zero == 2:
-        return weights + (gradients + moments + master) / gpus
-    return (weights + gradients + moments + master) / gpus
 
 
 def held_bytes() -> int:

@@ -96,3 +96,12 @@ def picture_grid(rows: Sequence[Sequence[Tensor]], *, labels: Sequence[str] = ()
             picture = tensor_to_picture(image).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(picture, (margin + gap + j * (width + gap), top))
     return canvas
+
+
+def tile(pictures: Sequence[Image.Image], columns: int = 2) -> Image.Image:
+    """Equally large pictures without gaps, row by row; cells that are left are black."""
+    width, height = pictures[0].size
+    canvas = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height))
+    for i, picture in enumerate(pictures):
+        canvas.paste(picture, (i % columns * width, i // columns * height))
+    return canvas

@@ -37,6 +37,18 @@ def git_commit() -> str:
     return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
+def run_manifest(*, seed: int | None = None, fingerprints: dict[str, str] | None = None) -> dict[str, Any]:
+    """How a result came about: command, commit, package versions, seed, identities of data and models."""
+    return {
+        "command": " ".join(sys.argv),
+        "git_commit": git_commit(),
+        "packages": package_versions(),
+        "seed": seed,
+        "fingerprints": fingerprints or {},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+
+
 def format_duration(seconds: float) -> str:
     """`75` -> `1m15s`."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
@@ -75,15 +87,7 @@ class RunDirectory:
             text = to_yaml(config)
             print(f"----- {self.path} -----\n{text}-----", flush=True)
             write_text(self.path / "config.yaml", text)
-        manifest = {
-            "command": " ".join(sys.argv),
-            "git_commit": git_commit(),
-            "packages": package_versions(),
-            "seed": seed,
-            "fingerprints": fingerprints or {},
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        }
-        write_json(self.path / "manifest.json", manifest)
+        write_json(self.path / "manifest.json", run_manifest(seed=seed, fingerprints=fingerprints))
 
     # ---- metrics
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from vqrae.common.distributed import gradient_accumulation, is_main_process, prepare_cpu_deepspeed, world_size
+from vqrae.common.distributed import fit_batch, is_main_process, prepare_cpu_deepspeed, world_size
 from vqrae.common.optimizers import Muon, muon_groups
 from vqrae.common.run import RunDirectory, format_duration
 
@@ -62,10 +62,11 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
     named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for ours in ("global_batch_size", "micro_batch_size", "optimizer", "zero", "extra"):
         named.pop(ours)
+    micro_batch_size, accumulation = fit_batch(config.global_batch_size, config.micro_batch_size, world_size())
     return TrainingArguments(
         output_dir=str(output_dir),
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=gradient_accumulation(config.global_batch_size, config.micro_batch_size, world_size()),
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
         deepspeed=deepspeed,
         use_cpu=not torch.cuda.is_available(),
         seed=seed,

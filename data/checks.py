@@ -7,7 +7,7 @@ extreme shapes, colour modes that are converted) are for a person to judge.
 import hashlib
 import io
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,10 +18,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from vqrae.common.pictures import open_picture
 from vqrae.data.code_shards import read_manifest, verify_shard
-from vqrae.data.conversations import scan_conversations
+from vqrae.data.conversations import ConversationTable, image_paths, scan_conversations
 from vqrae.data.encoded import Encoded, read_bytes
 from vqrae.data.pairs import CaptionedImages, scan_jsonl
-from vqrae.data.sources import fingerprint, open_images, open_pairs, source_kind
+from vqrae.data.sources import fingerprint, holds_conversations, open_images, open_pairs, source_kind
 from vqrae.data.stream import Draw
 from vqrae.data.tars import TarDataset, parse_tars
 from vqrae.data.tolerant import missing_files
@@ -33,8 +33,19 @@ SCENES = 100  # have no end: so many are drawn
 EXAMPLES = 1000  # names that a finding keeps
 
 
+class Remark(NamedTuple):
+    """What is to be said about a conversation."""
+
+    what: str
+    unusable: bool
+    """Training would stop at it, or learn nothing from it."""
+
+
+Examine = Callable[[dict[str, Any]], Remark | None]
+
+
 class Inspection(NamedTuple):
-    """What is known of a sample; `error` is empty when it can be decoded."""
+    """What is known of a sample; `error` is empty when it can be decoded, `mode` when it holds no picture."""
 
     name: str
     error: str = ""
@@ -44,6 +55,7 @@ class Inspection(NamedTuple):
     digest: bytes = b""
     words: int | None = None
     """Of the caption; None when it has none."""
+    remark: Remark | None = None
 
 
 class Shelf(Protocol):
@@ -118,9 +130,15 @@ class DataReport:
         """Count something that a person should know."""
         self.notes.setdefault(what, Finding()).add(example)
 
+    def remark(self, remark: Remark, example: str) -> None:
+        """Count what was said about a conversation."""
+        (self.problem if remark.unusable else self.note)(remark.what, example)
+
     def add(self, sample: Inspection) -> None:
         """Count one sample."""
         self.read += 1
+        if sample.remark:
+            self.remark(sample.remark, sample.name)
         if sample.words is not None:
             self.captions += 1
             self.caption_words += sample.words
@@ -131,6 +149,8 @@ class DataReport:
             return
         if sample.words is None:
             self.uncaptioned.add(sample.name)
+        if not sample.mode:
+            return
         self.modes[sample.mode] = self.modes.get(sample.mode, 0) + 1
         if sample.mode != "RGB":
             self.note(f"stored as {sample.mode}, read as RGB", sample.name)
@@ -198,7 +218,30 @@ class DrawnScenes:
         return Encoded(f"scene {draw:d}", stream.getvalue(), sample["caption"])
 
 
-def _existing(paths: Sequence[Path], report: DataReport) -> set[Path]:
+class ConversationRows(Dataset):
+    """A table of conversations as a data set of inspections."""
+
+    def __init__(self, source: str, examine: Examine | None) -> None:
+        self.table, self.examine = ConversationTable(source), examine
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Inspection:
+        name = f"row {index}"
+        try:
+            record = self.table.read(Draw(index, 0))
+        except ValueError as error:
+            return Inspection(str(error), remark=Remark("unusable rows", unusable=True))
+        remark = self.examine(record) if self.examine else None
+        picture = record.get("image")
+        if picture is None:
+            return Inspection(name, remark=remark)
+        first = picture[0] if isinstance(picture, list) else picture
+        return Inspection(name, mode=first.mode, width=first.width, height=first.height, remark=remark)
+
+
+def _existing(paths: Iterable[Path], report: DataReport) -> set[Path]:
     """Those of `paths` that exist; the others go into the report."""
     missing = missing_files(paths)
     for path in missing:
@@ -206,7 +249,7 @@ def _existing(paths: Sequence[Path], report: DataReport) -> set[Path]:
     return set(paths) - set(missing)
 
 
-def _open(source: str, report: DataReport, image_folder: str | Path | None) -> Any:
+def _open(source: str, report: DataReport, image_folder: str | Path | None, examine: Examine | None) -> Any:
     """The samples of a source as a data set of inspections; what is wrong before any is read goes into the report."""
     kind = source_kind(source)
     if kind == "scenes":
@@ -215,9 +258,12 @@ def _open(source: str, report: DataReport, image_folder: str | Path | None) -> A
         records, problems = scan_conversations(source)
         for problem in problems:
             report.problem("unusable records", problem)
+        for record in records:
+            if examine and (remark := examine(record)):
+                report.remark(remark, f"record {record['id']}")
         folder = Path(image_folder or Path(source).parent)
-        pictures = [folder / record["image"] for record in records if "image" in record]
-        return Inspector(PictureFiles(sorted(_existing(pictures, report))))
+        files = {folder / image for record in records for image in image_paths(record)}
+        return Inspector(PictureFiles(sorted(_existing(files, report))))
     if kind == "jsonl":
         pairs, problems = scan_jsonl(source)
         for problem in problems:
@@ -226,6 +272,8 @@ def _open(source: str, report: DataReport, image_folder: str | Path | None) -> A
         existing = _existing(pictures, report)
         dataset = CaptionedImages(source, image_size=8, split="all", strict=False)
         return Subset(Inspector(dataset), [i for i, path in enumerate(pictures) if path in existing])
+    if holds_conversations(source):
+        return ConversationRows(source, examine)
     if kind == "tar":
         paths, key = parse_tars(source)
         tars = []
@@ -278,6 +326,7 @@ def check_source(
     image_folder: str | Path | None = None,
     limit: int | None = None,
     workers: int = 0,
+    examine: Examine | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DataReport:
     """Read and decode the samples of a source (of a mixture: give its parts).
@@ -286,6 +335,7 @@ def check_source(
         image_folder: where the pictures of a LLaVA file lie; each picture is read once, however many records show it.
         limit: read so many samples, evenly spread over the source; duplicates are found among these only.
         workers: loader processes that share the decoding.
+        examine: asked about every conversation, for what only the text tokenizer knows.
         progress: called with (samples read, samples to read); for code sets with shards.
 
     Raises:
@@ -295,7 +345,7 @@ def check_source(
     if source_kind(source) == "codes":
         _check_codes(report, limit, progress)
         return report
-    dataset = _open(source, report, image_folder)
+    dataset = _open(source, report, image_folder, examine)
     report.samples = len(dataset)
     chosen = _spread(len(dataset), limit or len(dataset))
     first: dict[bytes, int] = {}

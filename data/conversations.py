@@ -1,23 +1,30 @@
-"""LLaVA's conversation files: one JSON list of records {id, [image,] conversations: [{from, value}, …]}.
+"""LLaVA's conversations: records {id, [image,] conversations: [{from, value}, …]}; `image` is one path or a list of them.
 
-Everything that can be wrong with a record is found when the file is opened: upstream trains on silently (haotian-liu/LLaVA,
-`llava/train/train.py`, checks none of it), and a missing picture stops a run after hours.
+Everything that can be wrong with a record of a JSON file is found when the file is opened: upstream trains on silently
+(haotian-liu/LLaVA, `llava/train/train.py`, checks none of it), and a missing picture stops a run after hours. Tables with
+the pictures inside (parquet) are too large for that; there a bad row is stepped over, and `vqrae check-data` finds it.
 """
 
+import io
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from vqrae.common.files import read_json
 from vqrae.common.pictures import open_picture
+from vqrae.data.huggingface import open_table, parse_name, stored_bytes, without_decoding
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import TolerantDataset, missing_files, summary
 
 IMAGE_TAG = "<image>"
 
 
-def normalize_turns(turns: Any, *, has_image: bool) -> list[dict[str, str]]:
-    """Turns in LLaVA's canonical form: human first, alternating, the image tag at the head of the first question.
+def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
+    """Turns in LLaVA's canonical form: human first, alternating, the image tags of a question at its head.
 
     A leading answer is dropped as upstream does, and so is a last question without an answer, which teaches nothing.
 
@@ -36,16 +43,21 @@ def normalize_turns(turns: Any, *, has_image: bool) -> list[dict[str, str]]:
     if not turns:
         raise ValueError("no question with an answer")
     tags = [turn["value"].count(IMAGE_TAG) for turn in turns]
-    if has_image and sum(tags) != 1:
-        raise ValueError(f"has an image, but {sum(tags)} {IMAGE_TAG} tags instead of one")
-    if not has_image and sum(tags):
-        raise ValueError(f"has no image, but {sum(tags)} {IMAGE_TAG} tags")
-    if has_image and not tags[0]:
-        raise ValueError(f"{IMAGE_TAG} stands in turn {tags.index(1) + 1} instead of the first question")
-    clean = [{"from": turn["from"], "value": turn["value"].replace(IMAGE_TAG, "").strip()} for turn in turns]
-    if has_image:
-        clean[0]["value"] = f"{IMAGE_TAG}\n{clean[0]['value']}"
-    return clean
+    if sum(tags) != num_images:
+        plural = "s" * (num_images > 1)
+        raise ValueError(f"has {num_images or 'no'} image{plural}, but {sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)}")
+    if any(tags[1::2]):
+        raise ValueError(f"{IMAGE_TAG} stands in an answer (turn {tags.index(max(tags[1::2])) + 1}), expected it in a question")
+    return [
+        {"from": turn["from"], "value": f"{IMAGE_TAG}\n" * count + turn["value"].replace(IMAGE_TAG, "").strip()}
+        for turn, count in zip(turns, tags, strict=True)
+    ]
+
+
+def image_paths(record: dict[str, Any]) -> list[str]:
+    """The pictures of a record of a LLaVA file."""
+    image = record.get("image") or []
+    return [image] if isinstance(image, str) else image
 
 
 def scan_conversations(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -88,7 +100,7 @@ def read_conversations(path: str | Path, image_folder: str | Path | None = None)
         total = len(records) + len(problems)
         raise ValueError(f"{path}: {len(problems)} of {total} records cannot be used; mend or remove them{summary(problems)}")
     folder = Path(image_folder or path.parent)
-    missing = missing_files(folder / record["image"] for record in records if "image" in record)
+    missing = missing_files(folder / image for record in records for image in image_paths(record))
     if missing:
         with_image = sum("image" in record for record in records)
         raise FileNotFoundError(
@@ -102,14 +114,20 @@ def _check_record(record: Any, index: int) -> dict[str, Any]:
     if not isinstance(record, dict) or "conversations" not in record:
         raise ValueError("expected an object with the key conversations")
     image = record.get("image")
-    if image is not None and not isinstance(image, str):
-        raise ValueError(f"image must be one path, got {image!r}")
+    if not isinstance(image, str | list | None) or not all(isinstance(path, str) for path in image_paths(record)):
+        raise ValueError(f"image must be one path or a list of paths, got {image!r}")
     checked = {"id": str(record.get("id", index))} | ({"image": image} if image else {})
-    return {**checked, "conversations": normalize_turns(record["conversations"], has_image=bool(image))}
+    return {**checked, "conversations": normalize_turns(record["conversations"], num_images=len(image_paths(record)))}
+
+
+def modality_length(turns: list[dict[str, str]]) -> int:
+    """Words of all turns, negative when they show no picture: what LLaVA's grouped sampling sorts by."""
+    words = max(1, sum(len(turn["value"].split()) for turn in turns))
+    return words if any(IMAGE_TAG in turn["value"] for turn in turns) else -words
 
 
 class Conversations(TolerantDataset):
-    """Records of a LLaVA file -> {"id", ["image": RGB picture,] "conversations"}; text-only records have no `image`."""
+    """Records of a LLaVA file -> {"id", ["image": RGB picture or a list of them,] "conversations"}."""
 
     def __init__(self, path: str | Path, *, image_folder: str | Path | None = None, size: int | None = None) -> None:
         super().__init__(str(path))
@@ -122,5 +140,66 @@ class Conversations(TolerantDataset):
     def read(self, draw: Draw) -> dict[str, Any]:
         record = dict(self.records[draw])
         if "image" in record:
-            record["image"] = open_picture(self.folder / record["image"])
+            pictures = [open_picture(self.folder / path) for path in image_paths(record)]
+            record["image"] = pictures[0] if len(pictures) == 1 else pictures
         return record
+
+    def modality_lengths(self) -> np.ndarray:
+        """`modality_length` of every record, int64 (records,)."""
+        return np.array([modality_length(record["conversations"]) for record in self.records])
+
+
+class ConversationTable(TolerantDataset):
+    """Rows of a Hugging Face data set or of parquet files, with LLaVA's columns -> the samples of `Conversations`.
+
+    `conversations` holds LLaVA's turns as a list or as JSON text; `image` (or `images`, or the column that
+    `,image=COLUMN` names) one picture, a list of pictures, or nothing.
+    """
+
+    def __init__(self, source: str, *, size: int | None = None) -> None:
+        super().__init__(source)
+        table = open_table(source)
+        if "conversations" not in table.features:
+            raise ValueError(f"{source} has no column conversations, only {', '.join(table.features)}")
+        named = parse_name(source)[1].get("image")
+        if named and named not in table.features:
+            raise ValueError(f"{source} has no column {named!r}, only {', '.join(table.features)}")
+        self.image_column = named or next((name for name in ("image", "images") if name in table.features), None)
+        if self.image_column:
+            table = without_decoding(table, self.image_column)
+        self.table, self.size = table, min(size or len(table), len(table))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, draw: Draw) -> dict[str, Any]:
+        name, row = f"{self.source}, row {draw:d}", self.table[int(draw)]
+        stored = (row[self.image_column] if self.image_column else None) or []
+        try:
+            turns = _turns(row["conversations"])
+            pictures = [_open(value, name) for value in (stored if isinstance(stored, list) else [stored])]
+            turns = normalize_turns(turns, num_images=len(pictures))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        image = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+        return {"id": str(row.get("id") or int(draw)), **image, "conversations": turns}
+
+    def modality_lengths(self) -> np.ndarray:
+        """`modality_length` of every row, int64 (rows,); no picture is read."""
+        return np.array([_usable_length(value) for value in self.table["conversations"][: self.size]])
+
+
+def _usable_length(value: Any) -> int:
+    """Length of stored turns; 1 for what `read` will refuse anyway."""
+    try:
+        return modality_length(_turns(value))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return 1
+
+
+def _turns(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _open(value: Any, name: str) -> Image.Image:
+    return open_picture(io.BytesIO(stored_bytes(value, name)), name=name)

@@ -1,4 +1,4 @@
-"""Hugging Face data sets: a hub id, a folder that `save_to_disk` wrote, or a folder of parquet files or pictures.
+"""Hugging Face data sets: a hub id, a folder that `save_to_disk` wrote, a folder of parquet files or pictures, FILE.parquet.
 
 `hf:NAME,config=…,split=…,image=…,caption=…`; only the name is needed where one column holds pictures and one captions.
 """
@@ -50,6 +50,8 @@ def open_table(source: str) -> Any:
     try:
         if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(name)
+        elif name.endswith(".parquet"):
+            loaded = datasets.load_dataset("parquet", data_files=name)
         else:
             loaded = datasets.load_dataset(name, options.get("config"))
     except datasets.exceptions.DatasetGenerationError as error:
@@ -92,6 +94,31 @@ def find_columns(source: str, features: Any) -> tuple[str, str | None]:
     return pictures[0], caption
 
 
+def without_decoding(table: Any, column: str) -> Any:
+    """The table with the pictures of `column` (one or a list in each row) as they are stored."""
+    import datasets
+
+    feature, encoded = table.features[column], datasets.Image(decode=False)
+    if isinstance(feature, datasets.Image):
+        return table.cast_column(column, encoded)
+    if isinstance(getattr(feature, "feature", None), datasets.Image):
+        return table.cast_column(column, datasets.List(encoded))
+    return table
+
+
+def stored_bytes(value: Any, name: str) -> bytes:
+    """The encoded picture in a cell: bytes, or {"bytes", "path"}.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or (read_bytes(Path(value["path"])) if value.get("path") else None)
+    if not isinstance(value, bytes) or not value:
+        raise ValueError(f"{name}: holds no picture")
+    return value
+
+
 class HuggingFaceDataset(EncodedPictures):
     """Rows of a Hugging Face data set; a list of captions gives another one each epoch. See `ImageFolder` for the split.
 
@@ -110,14 +137,11 @@ class HuggingFaceDataset(EncodedPictures):
         seed: int = 0,
     ) -> None:
         super().__init__(source, image_size=image_size, captions=captions, crop=crop, seed=seed)
-        import datasets
-
         table = open_table(source)
         self.image_column, self.caption_column = find_columns(source, table.features)
         if captions and self.caption_column is None:
             raise ValueError(f"{source} has no caption column among {', '.join(table.features)}: name one with ,caption=COLUMN")
-        if isinstance(table.features[self.image_column], datasets.Image):
-            table = table.cast_column(self.image_column, datasets.Image(decode=False))
+        table = without_decoding(table, self.image_column)
         self.table = table.select_columns([name for name in (self.image_column, self.caption_column) if name])
         hashes = np.array([name_hash(str(row)) for row in range(len(table))])
         self.rows = split_indices(hashes, split, source)[:size].astype(np.int32)
@@ -128,11 +152,7 @@ class HuggingFaceDataset(EncodedPictures):
     def encoded(self, draw: Draw) -> Encoded:
         row = int(self.rows[draw])
         name, record = f"{self.source}, row {row}", self.table[row]
-        data = record[self.image_column]
-        if isinstance(data, dict):
-            data = data["bytes"] or (read_bytes(Path(data["path"])) if data["path"] else None)
-        if not data:
-            raise ValueError(f"{name}: holds no picture")
+        data = stored_bytes(record[self.image_column], name)
         caption = record[self.caption_column] if self.caption_column else None
         if isinstance(caption, list):
             caption = caption[draw.epoch % len(caption)] if caption else None
@@ -141,7 +161,9 @@ class HuggingFaceDataset(EncodedPictures):
 
 def table_fingerprint(source: str) -> str:
     """Rows of a data set and a checksum of a hundred of them, evenly spread."""
-    dataset = HuggingFaceDataset(source, image_size=8, captions=False, split="all")
-    rows = np.unique(np.linspace(0, len(dataset) - 1, 100).astype(int)).tolist()
-    content = [repr(dataset.table[row]).encode() for row in rows]
-    return f"{len(dataset)} rows, crc32 {checksum(b''.join(content))}"
+    table = open_table(source)
+    for column in table.features:
+        table = without_decoding(table, column)
+    rows = np.unique(np.linspace(0, len(table) - 1, 100).astype(int)).tolist()
+    content = [repr(table[row]).encode() for row in rows]
+    return f"{len(table)} rows, crc32 {checksum(b''.join(content))}"

@@ -5,12 +5,12 @@
     FOLDER                    pictures below a folder
     FILE.jsonl                lines {"image": path, "caption": text}
     FILE.tar                  WebDataset tars, KEY.jpg beside KEY.txt or KEY.json; also a glob, or a range shard-{000..012}.tar
-    hf:NAME                   a Hugging Face data set: hub id or local folder; see `vqrae.data.huggingface` for its options
+    hf:NAME                   a Hugging Face data set: hub id, folder or FILE.parquet; options: see `vqrae.data.huggingface`
     FILE.json                 conversations in LLaVA's format
     CODES                     a folder of code shards: captioned pictures that a tokenizer has encoded
     A*0.7+B*0.3               a mixture of these
 
-All but scenes, LLaVA files and codes hold 5 % (by name) back as their `validation` split; LLaVA files and codes are used whole.
+All but scenes, conversations and codes hold 5 % (by name) back as their `validation` split; these are used whole.
 `docs/data.md` has an example of each.
 """
 
@@ -23,10 +23,10 @@ import numpy as np
 
 from vqrae.common.config import did_you_mean
 from vqrae.data.code_shards import CodeDataset, codes_fingerprint, is_code_set
-from vqrae.data.conversations import Conversations
+from vqrae.data.conversations import Conversations, ConversationTable
 from vqrae.data.emoji import EmojiDataset, artwork_folder
 from vqrae.data.encoded import Crop, EncodedPictures
-from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, parse_name, table_fingerprint
+from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, open_table, parse_name, table_fingerprint
 from vqrae.data.images import ImageFolder, folder_fingerprint
 from vqrae.data.mixture import Mixture, parse_mixture
 from vqrae.data.pairs import CaptionedImages
@@ -181,6 +181,14 @@ CAPTIONED: dict[str, Callable[..., Any]] = {
 }
 
 
+def holds_conversations(source: str) -> bool:
+    """Whether a source, or part of a mixture, consists of conversations in LLaVA's format."""
+    kind = source_kind(source)
+    if kind == "mixture":
+        return any(holds_conversations(name) for name, _ in parse_mixture(source))
+    return kind == "json" or (kind == "hf" and "conversations" in open_table(source).features)
+
+
 def open_conversations(
     source: str,
     *,
@@ -202,10 +210,12 @@ def open_conversations(
         return _mix(source, open_conversations, size=size, split=split, seed=seed, **options)
     if kind == "scenes":
         return _scenes(source, "conversation", image_size=image_size, size=size, split=split, seed=seed)
-    if kind != "json":
-        raise ValueError(f"{source} holds no conversations: give scenes, or a .json file in LLaVA's format")
+    if kind not in ("json", "hf"):
+        raise ValueError(f"{source} holds no conversations: give scenes, a .json file in LLaVA's format, or hf:NAME")
     if split == "validation":
         raise ValueError(f"{source} is trained on whole, it has no validation split: give another file")
+    if kind == "hf":
+        return ConversationTable(source, size=size)
     return Conversations(source, image_folder=image_folder, size=size)
 
 

@@ -19,26 +19,27 @@ from PIL import Image
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments, progress_line
-from vqrae.common.files import read_json, weights_fingerprint, write_json
-from vqrae.common.pictures import picture_to_tensor, save_picture, tensor_to_picture
+from vqrae.common.files import weights_fingerprint, write_json
+from vqrae.common.pictures import picture_to_tensor, tensor_to_picture
 from vqrae.data.scenes import Scene, SceneSampler, SpriteSet, benchmark_prompts, load_sprites, relation, render
 from vqrae.data.scenes.scene import COLOR_NAMES, is_held_out_pair, is_held_out_triple
+from vqrae.eval.drawing import claim_folder, draw_missing
 from vqrae.eval.geneval import (
     evaluate_image,
+    picture_orders,
     require_sight,
-    sample_path,
     score_folder,
     summarize,
     write_prompts,
     write_rows,
 )
+from vqrae.eval.manifest import score_manifest, tokenizer_fingerprint
 from vqrae.eval.scene_detector import SceneColorClassifier, SceneDetector
 from vqrae.generation.generator import Generator
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.tokenizer import VQRAEModel
 
 COMPOSING = ("colors", "position", "color_attr")  # the families whose prompts can hold combinations unseen in training
-SEEDS_PER_PROMPT = 10_000  # picture seeds are 10,000 x prompt + sample: more samples never change those there are
 Progress = Callable[[int, int], None]
 
 
@@ -138,13 +139,13 @@ class SceneBenchmark:
         self.images_per_prompt = images_per_prompt
         self.records = benchmark_prompts(self.sprites.names, per_family, seed)
         self.detector, self.classifier = SceneDetector(self.sprites), SceneColorClassifier()
-        self._known = satisfying_pictures(self.records[-1:], self.sprites, image_size=64, per_prompt=1)[0]
+        self.known = satisfying_pictures(self.records[-1:], self.sprites, image_size=64, per_prompt=1)
 
     def score_pictures(
         self, pictures: Iterable[tuple[Image.Image, dict[str, Any]]], progress: Progress | None = None
     ) -> dict[str, Any]:
         """Scores of pictures with the records of their prompts."""
-        require_sight(self.detector, self.classifier, *self._known)
+        require_sight(self.detector, self.classifier, self.known)
         rows, pictures = [], list(pictures)
         for picture, record in pictures:
             rows.append(evaluate_image(picture, record, self.detector, self.classifier))
@@ -154,7 +155,7 @@ class SceneBenchmark:
 
     def score_folder(self, folder: str | Path, progress: Progress | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Scores and result rows of a folder in GenEval's layout."""
-        rows = score_folder(folder, self.detector, self.classifier, known=self._known, progress=progress)
+        rows = score_folder(folder, self.detector, self.classifier, known=self.known, progress=progress)
         return scene_scores(rows, self.records, self.sprites.names), rows
 
     def ceilings(self, tokenizer: VQRAEModel, progress: Callable[[str], Progress]) -> dict[str, Any]:
@@ -187,25 +188,10 @@ class SceneBenchmark:
         Raises:
             ValueError: when the folder holds pictures of other settings or prompts.
         """
-        settings = {**settings, "prompts": len(self.records), "images_per_prompt": self.images_per_prompt}
-        stored = Path(folder) / "settings.json"
-        if stored.exists() and read_json(stored) != settings:
-            raise ValueError(
-                f"{folder} holds pictures drawn with {read_json(stored)}, expected {settings}: "
-                "set pictures= to a new folder, or delete this one"
-            )
+        claim_folder(folder, {**settings, "prompts": len(self.records), "images_per_prompt": self.images_per_prompt})
         write_prompts(folder, self.records)
-        write_json(stored, settings)
-        pairs = [(i, sample) for i in range(len(self.records)) for sample in range(self.images_per_prompt)]
-        missing = [(i, sample) for i, sample in pairs if not sample_path(folder, i, sample).exists()]
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            prompts, seeds = [self.records[i]["prompt"] for i, _ in batch], [SEEDS_PER_PROMPT * i + s for i, s in batch]
-            images = generator.images(prompts, seeds=seeds, sampling=sampling, batch_size=batch_size)
-            for (i, sample), image in zip(batch, images, strict=True):
-                save_picture(tensor_to_picture(image), sample_path(folder, i, sample))
-            if progress is not None:
-                progress(len(pairs) - len(missing) + start + len(batch), len(pairs))
+        orders = picture_orders(folder, self.records, self.images_per_prompt)
+        draw_missing(generator, orders, sampling=sampling, batch_size=batch_size, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +262,11 @@ def main(argv: list[str] | None = None) -> None:
     scores, rows = benchmark.score_folder(pictures, progress_line("scores"))
     write_rows(output.with_suffix(".jsonl"), rows)
     ceiling = benchmark.ceilings(generator.tokenizer, progress_line)
-    write_json(output, {**scores, "ceiling": ceiling, "detector": benchmark.detector.name, **settings})
+    suite = f"scenes({config.sprites}, {config.per_family} per family, seed {config.prompt_seed})"
+    pictures_of = {**settings, "tokenizer": tokenizer_fingerprint(config.model)}
+    manifest = score_manifest(detector=benchmark.detector.name, suite=suite, pictures=pictures_of)
+    origin = {"benchmark": "GenEval-scenes", "detector": benchmark.detector.name, **settings, "manifest": manifest}
+    write_json(output, {**scores, "ceiling": ceiling, **origin})
     columns = {"generator": scores, "reconstruction": ceiling["reconstruction"], "truth": ceiling["truth"]}
     print(f"{'':<16}" + "".join(f"{name:>16}" for name in columns))
     for key in ("overall", *dict.fromkeys(record["tag"] for record in benchmark.records)):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from vqrae.common.pictures import open_picture, picture_to_uint8
 from vqrae.data.images import ImageFolder
 from vqrae.data.sources import Samples, open_images, source_kind
+from vqrae.data.stream import Draw
 from vqrae.data.tolerant import BROKEN_SHARE, BROKEN_WINDOW, FileSplit, TolerantDataset, TooManyBrokenSamples
 from vqrae.eval.protocols import Protocol, resize_picture
 from vqrae.eval.sharding import share, sum_over_processes
@@ -66,7 +67,7 @@ class _Readable(Dataset):
     def __getitem__(self, index: int) -> Tensor | str:
         try:
             tolerant = isinstance(self.dataset, TolerantDataset)
-            return self.dataset.read(index)["image"] if tolerant else self.dataset[index]["image"]  # type: ignore[attr-defined]
+            return self.dataset.read(Draw(index, 0))["image"] if tolerant else self.dataset[index]["image"]  # type: ignore[attr-defined]
         except ValueError as error:
             return str(error)
 

@@ -176,6 +176,8 @@ class SceneQuestionsConfig:
     """Questions of one pass."""
     max_new_tokens: int = 8
     """Longest answer; expected ones are one word."""
+    tokenizer: str | None = None
+    """Of a model that was trained on quantized features; others do not need it."""
     device: str = "auto"
     """cpu, cuda, …; auto takes CUDA when there is one."""
 
@@ -190,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     from vqrae.understanding.chat import Chat  # the language model's imports take seconds; `--help` does without
 
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    chat = Chat.from_pretrained(config.model, device=device, max_new_tokens=config.max_new_tokens)
+    chat = Chat.from_pretrained(config.model, device=device, max_new_tokens=config.max_new_tokens, tokenizer=config.tokenizer)
     result = evaluate_questions(
         lambda pairs: chat.answer(pairs, batch_size=config.batch_size),
         sprites=config.sprites,

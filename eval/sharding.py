@@ -1,13 +1,16 @@
 """An evaluation on several processes: each scores a share of the pictures, and sums are added at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vqrae.common.distributed import world_size
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -39,8 +42,22 @@ def share(total: int) -> range:
     return range(rank * total // size, (rank + 1) * total // size)
 
 
+def stride(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of the items: every n-th, also when there are fewer than processes; alone, all."""
+    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
+
+
 def sum_over_processes(*tensors: Tensor) -> None:
     """Replace each tensor by its sum over all processes; alone, nothing happens."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """The items of all processes on every one of them, in rank order; alone, the items."""
+    if not dist.is_initialized():
+        return items
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]

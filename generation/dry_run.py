@@ -17,7 +17,8 @@ from transformers import Qwen3ForCausalLM, TrainerCallback
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import is_main_process, world_size
-from vqrae.common.dry_run import GPUS, DryRunReport, count_parameters, held_bytes, is_here, peak_bytes, state_bytes
+from vqrae.common.dry_run import GPUS, DryRunReport, held_bytes, is_here, peak_bytes
+from vqrae.common.memory import count_parameters, state_bytes
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import run_trainer, training_arguments
 from vqrae.generation.config import TrainingConfig
@@ -51,7 +52,7 @@ def dry_run(config: TrainingConfig) -> None:
 
     def states(zero: int, gpus: int) -> float:
         width = 2 if zero and config.optimization.bf16 else 4  # DeepSpeed keeps weights and gradients in bf16
-        return state_bytes(width * total, total, zero=zero, gpus=gpus, gradient_size=width)
+        return state_bytes(width * total, total, zero=zero, gpus=gpus, gradient_bytes=width)
 
     report = DryRunReport(
         name="the generator",

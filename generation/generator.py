@@ -26,10 +26,18 @@ class Generator:
     Args:
         model: the language model; samples are exactly reproducible across batch sizes in fp32, faster in bf16.
         tokenizer: the visual tokenizer that its codes belong to.
+        compile: compile the language model's forward pass; for CUDA, where it is recorded as a graph.
     """
 
-    def __init__(self, model: Qwen3ForCausalLM, text_tokenizer: PreTrainedTokenizerBase, tokenizer: VQRAEModel) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer.eval()
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        text_tokenizer: PreTrainedTokenizerBase,
+        tokenizer: VQRAEModel,
+        *,
+        compile: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.compile = model.eval(), tokenizer.eval(), compile
         self.vocabulary = read_vocabulary(model.config)
         self.encode_prompt = read_prompt_encoder(model.config, text_tokenizer)
 
@@ -41,6 +49,7 @@ class Generator:
         tokenizer: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        compile: bool = False,
     ) -> "Generator":
         """Load a generator.
 
@@ -48,6 +57,7 @@ class Generator:
             name: run directory, model folder or hub id.
             tokenizer: the visual tokenizer, where it no longer lies at the place that training recorded.
             dtype: of the language model; the tokenizer decodes in fp32.
+            compile: as for the class.
 
         Raises:
             FileNotFoundError: when generator or tokenizer cannot be found.
@@ -67,7 +77,7 @@ class Generator:
         artefact = f"generator {folder} (trained with {recorded}, asked to decode with {visual})"
         require_same_tokenizer(weights_fingerprint(visual), model.config.vqrae_tokenizer_fingerprint, artefact)
         text_tokenizer = AutoTokenizer.from_pretrained(folder)
-        generator = cls(model, text_tokenizer, VQRAEModel.from_pretrained(visual, dtype=torch.float32))
+        generator = cls(model, text_tokenizer, VQRAEModel.from_pretrained(visual, dtype=torch.float32), compile=compile)
         return generator.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def to(self, device: str | torch.device) -> "Generator":
@@ -89,7 +99,7 @@ class Generator:
 
         Args:
             prompts: captions; the empty one asks for any picture.
-            batch_size: pictures sampled at once (guidance doubles the rows).
+            batch_size: pictures sampled at once (guidance doubles the rows); pictures of one prompt side by side share it.
             progress: called after every step with codes done and codes in all.
 
         Raises:
@@ -114,6 +124,7 @@ class Generator:
                     self.vocabulary,
                     sampling,
                     seeds[start : start + batch_size],
+                    compile=self.compile,
                     progress=report,
                 )
             )

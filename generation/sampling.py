@@ -1,19 +1,21 @@
-"""Sampling codes: key-value cache, classifier-free guidance in one batch, logits of the visual rows only.
+"""Sampling codes: a static cache, prompts computed once, guidance in the same batch, logits of the visual rows only.
 
 Every picture has a seed of its own: its N uniform numbers are drawn up front and each code is read off the inverse of
 its cumulative distribution, so that a picture does not depend on the batch it is sampled in (up to float rounding).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
-from transformers.cache_utils import Cache, DynamicLayer
 
-from vqrae.generation.vocabulary import VisualVocabulary, pad_left
+from vqrae.generation.decoding import CachedRows, decoding_steps
+from vqrae.generation.vocabulary import VisualVocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,12 @@ class SamplingConfig:
 
     guidance_scale: float = 4.5
     """Classifier-free guidance u + s (c - u) on raw logits; 1 turns it off and skips the unconditional rows."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the scale grows: at once, or from 1 at the start of its interval to the full scale at the end."""
+    guidance_start: float = 0.0
+    """Share of the picture that is drawn before guidance begins."""
+    guidance_end: float = 1.0
+    """Share of the picture that is drawn when guidance ends. Outside its interval the unconditional rows cost nothing."""
     temperature: float = 1.0
     """0 takes the most likely code."""
     top_k: int = 0
@@ -30,8 +38,13 @@ class SamplingConfig:
     """Keep the most likely codes that together reach this probability; 1 keeps all."""
     min_p: float = 0.0
     """Keep codes at least this share as likely as the most likely one; 0 keeps all."""
+    window: int = 0
+    """Begin a row when the one above is this many codes ahead, for several times fewer steps of lower quality; 0 draws
+    code after code (see `vqrae.generation.decoding.decoding_steps`)."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.guidance_start < self.guidance_end <= 1 or self.window < 0:
+            raise ValueError(f"got {self}, expected 0 <= guidance_start < guidance_end <= 1 and window >= 0")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(f"got {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1")
 
@@ -71,58 +84,15 @@ def image_uniforms(seeds: Sequence[int], num_codes: int) -> Tensor:
     return torch.stack(rows).double()
 
 
-class _PreallocatedLayer(DynamicLayer):
-    """Keys and values written in place into one buffer, where `DynamicLayer` copies everything at every step."""
-
-    def __init__(self, max_length: int) -> None:
-        super().__init__()
-        self.max_length, self.length = max_length, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            rows, heads, _, width = key_states.shape
-            self._key_buffer = key_states.new_empty(rows, heads, self.max_length, width)
-            self._value_buffer = torch.empty_like(self._key_buffer)
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self._key_buffer[:, :, start : self.length] = key_states
-        self._value_buffer[:, :, start : self.length] = value_states
-        self.keys, self.values = self._key_buffer[:, :, : self.length], self._value_buffer[:, :, : self.length]
-        return self.keys, self.values
-
-
-class _Rows:
-    """Left-padded sequences that grow by one token per step; `logits()` are those of the visual rows."""
-
-    def __init__(
-        self, model: Qwen3ForCausalLM, prompts: list[list[int]], vocabulary: VisualVocabulary, use_cache: bool
-    ) -> None:
-        device = model.device
-        self.model, self.vocabulary = model, vocabulary
-        self.head = model.lm_head.weight[vocabulary.code_rows]
-        self.ids = torch.tensor(pad_left(prompts, 0), device=device)
-        self.mask = torch.tensor(pad_left([[1] * len(prompt) for prompt in prompts], 0), device=device)
-        length = self.ids.shape[1] + vocabulary.num_codes
-        layers: list = [_PreallocatedLayer(length) for _ in range(model.config.num_hidden_layers)]
-        self.cache = Cache(layers=layers) if use_cache else None
-
-    def logits(self) -> Tensor:
-        """Logits (rows, K) of the next code."""
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-        seen = self.cache.get_seq_length() if self.cache is not None else 0
-        output = self.model.model(
-            input_ids=self.ids[:, seen:],
-            attention_mask=self.mask,
-            position_ids=positions[:, seen:],
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-        )
-        return F.linear(output.last_hidden_state[:, -1], self.head).float()
-
-    def append(self, codes: Tensor) -> None:
-        """Add one code (rows,) to every sequence."""
-        self.ids = torch.cat([self.ids, self.vocabulary.to_ids(codes)[:, None]], dim=1)
-        self.mask = F.pad(self.mask, (0, 1), value=1)
+def guidance_scales(config: SamplingConfig, num_steps: int) -> list[float]:
+    """Guidance scale of each step; exactly 1 where there is no guidance."""
+    first, last = (round(share * num_steps) for share in (config.guidance_start, config.guidance_end))
+    shapes = {"constant": lambda x: 1.0, "linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2}
+    scales = [1.0] * num_steps
+    for step in range(first, last):
+        share = (step - first) / max(last - first - 1, 1)
+        scales[step] += (config.guidance_scale - 1) * shapes[config.guidance_schedule](share)
+    return scales
 
 
 @torch.inference_mode()
@@ -134,43 +104,80 @@ def sample_codes(
     config: SamplingConfig,
     seeds: Sequence[int],
     *,
-    use_cache: bool = True,
+    compile: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Sample the codes of one picture per prompt.
+
+    Equal prompts are computed once. Outside the guidance interval only the rows with captions run; where it begins later
+    than the picture, the unconditional rows first read all codes that they missed, in one pass, so that they are where
+    they would be had they always run.
 
     Args:
         prompts: ids of each prompt, ending in BOI; lengths may differ.
         unconditional: ids of the prompt without caption, for guidance.
         seeds: one seed per picture.
-        use_cache: False computes the whole sequence anew for every code (slow; to test the cache against).
-        progress: called after every code with (codes done, N).
+        compile: compile the forward pass; for CUDA, where it is recorded as a graph.
+        progress: called after every step with (codes done, N).
 
     Returns:
         Codes (B, N) in [0, codebook_size), on the CPU.
 
     Raises:
-        ValueError: when prompts and seeds differ in number, or guidance is asked of a model trained without it.
+        ValueError: when prompts and seeds differ in number, a prompt does not end in BOI, or guidance is asked of a model
+            trained without it.
     """
-    if not prompts or len(prompts) != len(seeds):
-        raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many, at least one")
-    guided = config.guidance_scale != 1
+    steps = decoding_steps(vocabulary.num_codes, config.window)
+    scales = guidance_scales(config, len(steps))
+    guided = any(scale != 1 for scale in scales)
+    _check_arguments(model, [*prompts, unconditional], len(seeds), vocabulary, guided)
+    batch = len(prompts)
+    sequences = [tuple(prompt[:-1]) for prompt in (*prompts, *[unconditional] * (batch if guided else 0))]
+    different = list(dict.fromkeys(sequences))
+    choice = [different.index(sequence) for sequence in sequences]
+    rows = CachedRows(model, different, choice, vocabulary.num_codes, compile=compile)
+    captioned, without_caption, both = slice(batch), slice(batch, 2 * batch), slice(2 * batch)
+
+    head = model.lm_head.weight[vocabulary.code_rows]
+    uniforms = image_uniforms(seeds, vocabulary.num_codes).to(model.device)
+    # What is fed at each place: BOI, then codes; the last code is drawn and never fed.
+    inputs = torch.full((batch, vocabulary.num_codes + 1), vocabulary.begin_of_image, device=model.device)
+    all_places = [torch.tensor(step.drawn + step.corrected, device=model.device) for step in steps]  # no copies on the way
+    missed: set[int] = set()  # places that the rows without caption have not read
+    done = 0
+    for step, places, scale in zip(steps, all_places, scales, strict=True):
+        end, drawn = step.drawn[-1] + 1, places[: len(step.drawn)]
+        if step.borrowed is not None:
+            place, other = step.borrowed
+            inputs[:, place] = inputs[:, other]
+        if scale == 1:
+            missed.update(step.drawn, step.corrected)
+            logits = F.linear(rows.feed(inputs[:, places], places, end, captioned)[:, : len(drawn)], head).float()
+        else:
+            if missed:
+                before = torch.tensor(sorted(missed), device=model.device)
+                rows.feed(inputs[:, before], before, end, without_caption, once=True)
+                missed.clear()
+            hidden = rows.feed(inputs[:, places].repeat(2, 1), places, end, both)[:, : len(drawn)]
+            with_caption, without = F.linear(hidden, head).float().chunk(2)
+            logits = without + scale * (with_caption - without)
+        codes = draw_codes(logits.flatten(0, 1), uniforms[:, drawn].flatten(), config)
+        inputs[:, drawn + 1] = vocabulary.to_ids(codes).view(batch, -1)
+        done += len(drawn)
+        if progress is not None:
+            progress(done, vocabulary.num_codes)
+    return vocabulary.to_codes(inputs[:, 1:]).cpu()
+
+
+def _check_arguments(
+    model: Qwen3ForCausalLM, prompts: list[Sequence[int]], num_seeds: int, vocabulary: VisualVocabulary, guided: bool
+) -> None:
+    if not num_seeds or len(prompts) - 1 != num_seeds:
+        raise ValueError(f"got {len(prompts) - 1} prompts and {num_seeds} seeds, expected as many, at least one")
+    if any(not prompt or prompt[-1] != vocabulary.begin_of_image for prompt in prompts):
+        raise ValueError(f"got a prompt that does not end in BOI ({vocabulary.begin_of_image}): make it with PromptEncoder")
     if guided and getattr(model.config, "caption_dropout", None) == 0:
         raise ValueError(
-            f"got guidance_scale {config.guidance_scale}, but this generator was trained with caption_dropout 0 and knows no "
-            "unconditional prompt: set guidance_scale=1, or train with caption_dropout=0.1"
+            "got guidance, but this generator was trained with caption_dropout 0 and knows no unconditional prompt: "
+            "set guidance_scale=1, or train with caption_dropout=0.1"
         )
-    conditional = [list(prompt) for prompt in prompts]
-    rows = _Rows(model, conditional + [list(unconditional)] * len(prompts) * guided, vocabulary, use_cache)
-    uniforms = image_uniforms(seeds, vocabulary.num_codes).to(model.device)
-    codes: list[Tensor] = []
-    for step in range(vocabulary.num_codes):
-        logits = rows.logits()
-        if guided:
-            with_caption, without = logits.chunk(2)
-            logits = without + config.guidance_scale * (with_caption - without)
-        codes.append(draw_codes(logits, uniforms[:, step], config))
-        rows.append(codes[-1].repeat(2 if guided else 1))
-        if progress is not None:
-            progress(step + 1, vocabulary.num_codes)
-    return torch.stack(codes, dim=1).cpu()

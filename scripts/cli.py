@@ -6,9 +6,9 @@ Heavy imports stay inside the commands, so that `vqrae --help` answers at once.
 import argparse
 import sys
 
-from vqrae.scripts.commands import chat, data, generate, pictures
+from vqrae.scripts.commands import chat, data, generate, graft, pictures, plan, training
 
-MODULES = (pictures, chat, generate, data)
+MODULES = (pictures, chat, generate, data, training, graft, plan)
 
 
 def main(argv: list[str] | None = None) -> int:

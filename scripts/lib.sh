@@ -28,7 +28,10 @@ has_packages() {
   shift
   for extra in "$@"; do
     case "$extra" in
+      smollm2) markers="$markers gguf" ;;
+      lora) markers="$markers peft" ;;
       dev) markers="$markers pytest ruff mypy webdataset" ;;
+      eval) markers="$markers lmms_eval" ;;
       *) markers="$markers $extra" ;;
     esac
   done
@@ -70,9 +73,9 @@ install() {
   for extra in base "$@"; do echo "$wanted" >".venv/.installed-$extra"; done
 }
 
-# install_for_training: with DeepSpeed where it is asked for, or a full-size configuration may ask for it.
+# install_for_training [EXTRA...]: with DeepSpeed where it is asked for, or a full-size configuration may ask for it.
 install_for_training() {
-  if [ "${zero:-0}" -gt 0 ] || full_size; then install deepspeed; else install; fi
+  if [ "${zero:-0}" -gt 0 ] || full_size; then install deepspeed "$@"; else install "$@"; fi
 }
 
 # ---- arguments: those of the launcher become variables, the others go to the module
@@ -95,7 +98,7 @@ read_arguments() {
   [[ $zero =~ ^[0-3]?$ ]] || fail "zero must be 0, 1, 2 or 3, got '$zero'"
 }
 
-full_size() { [[ -n $config && $config != tiny* ]]; }
+full_size() { [[ -n $config && $config != tiny* && $config != smollm2 ]]; }
 
 # given KEY: was KEY=… among the arguments? Prints what it was set to.
 given() {

@@ -13,16 +13,8 @@ import torch
 from torch import nn
 
 from vqrae.common.distributed import attention_implementation, is_main_process, world_size
-from vqrae.common.dry_run import (
-    GPUS,
-    DryRunReport,
-    count_parameters,
-    held_bytes,
-    is_here,
-    peak_bytes,
-    state_bytes,
-    weight_bytes,
-)
+from vqrae.common.dry_run import GPUS, DryRunReport, held_bytes, is_here, peak_bytes
+from vqrae.common.memory import count_parameters, state_bytes, weight_bytes
 from vqrae.common.run import RunDirectory
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.stage import StageTrainer

@@ -3,6 +3,7 @@
 Everything random is a function of seed and step, so a resumed run equals an uninterrupted one.
 """
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from vqrae.common.distributed import gradient_accumulation, is_main_process, world_size
+from vqrae.common.distributed import fit_batch, is_main_process, world_size
 from vqrae.common.files import atomic_path
 from vqrae.common.pictures import picture_grid, save_picture
 from vqrae.common.run import RunDirectory, format_duration
@@ -52,7 +53,8 @@ class StageTrainer:
     def __init__(self, config: TokenizerTrainConfig, number: int, model: VQRAEModel, run: RunDirectory) -> None:
         self.config, self.number, self.model, self.run = config, number, model, run
         self.stage = stage = config.stage_config(number)
-        self.accumulation = gradient_accumulation(stage.global_batch_size, stage.micro_batch_size, world_size())
+        micro_batch_size, self.accumulation = fit_batch(stage.global_batch_size, stage.micro_batch_size, world_size())
+        self.stage = stage = dataclasses.replace(stage, micro_batch_size=micro_batch_size)
         self.engine, self.d_engine = build_accelerators(
             stage, zero=config.zero, accumulation=self.accumulation, bf16=config.bf16
         )
@@ -169,7 +171,7 @@ class StageTrainer:
         self.d_engine.free_memory()
 
     def train_step(self, step: int, batches: Iterator[Tensor]) -> None:
-        """One step of both optimizers: `accumulation` micro-batches on this process. The host waits only in the code search."""
+        """One step of both optimizers: `accumulation` micro-batches. The host waits only for Muon and a bf16 search."""
         done = step + 1
         self.set_learning_rates(step)
         if step and step == self.stage.bypass_steps:

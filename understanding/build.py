@@ -5,6 +5,7 @@ peft, vLLM and lmms-eval. Its configuration carries the tokenizer's fingerprint 
 """
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from transformers import (
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessor,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     SiglipImageProcessor,
@@ -32,6 +35,7 @@ from vqrae.understanding.conversation import IMAGE_TOKEN, load_template
 FINGERPRINT_KEY = "vqrae_tokenizer_fingerprint"
 LLAVA_TAP = "hidden_states[-1]"
 # "default" drops the first token, which is InternViT's class token; SigLIP has none.
+ROWS_MULTIPLE = 64  # matrix shapes that kernels like
 SELECT_STRATEGY = {"siglip_vision_model": "full", "internvl_vision": "default"}
 
 
@@ -41,6 +45,7 @@ def build_llava(
     attn_implementation: str = "eager",
     *,
     chat_template: str = "chatml",
+    aspect_ratio: Literal["crop", "pad"] = "crop",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The tokenizer's encoder, a fresh two-layer projector (LLaVA's mlp2x_gelu) and a language model.
@@ -49,6 +54,7 @@ def build_llava(
         tokenizer_folder, llm_folder: run directory, checkpoint folder or hub id.
         attn_implementation: of tower and language model.
         chat_template: `chatml` or `vicuna_v1`; stored with the processor.
+        aspect_ratio: of pictures that are not square, see `build_processor`.
         dtype: of all weights; float32 is what an optimizer needs unless DeepSpeed keeps master weights.
 
     Raises:
@@ -61,8 +67,9 @@ def build_llava(
     llm = AutoModelForCausalLM.from_pretrained(llm_name, dtype=dtype, attn_implementation=attn_implementation)
     llm.config._name_or_path = ""  # else a path of this machine gets into the model's config.json
     text_tokenizer = AutoTokenizer.from_pretrained(llm_name)
-    prepare_text_tokenizer(text_tokenizer, llm)
-    processor = build_processor(tokenizer.config, text_tokenizer, chat_template)
+    prepare_text_tokenizer(text_tokenizer)
+    add_rows(llm, len(text_tokenizer))
+    processor = build_processor(tokenizer.config, text_tokenizer, chat_template, aspect_ratio)
     model = _assemble(tokenizer, llm, processor)
     model.set_attn_implementation(attn_implementation)  # the new LlavaConfig has reset it in its parts
     setattr(model.config, FINGERPRINT_KEY, weights_fingerprint(folder))
@@ -90,22 +97,47 @@ def _require_readable_features(config: VQRAEConfig, folder: Path) -> None:
         )
 
 
-def prepare_text_tokenizer(text_tokenizer: PreTrainedTokenizerBase, llm: PreTrainedModel) -> None:
-    """Give the text tokenizer `<image>` and a padding token, and the model a row for every token."""
+def load_processor(
+    tokenizer_folder: str | Path,
+    llm_folder: str | Path,
+    *,
+    chat_template: str = "chatml",
+    aspect_ratio: Literal["crop", "pad"] = "crop",
+) -> LlavaProcessor:
+    """The processor that `build_llava` makes, without the weights of either."""
+    config = VQRAEConfig.from_pretrained(local_model(tokenizer_folder))
+    text_tokenizer = AutoTokenizer.from_pretrained(resolve_model(llm_folder))
+    prepare_text_tokenizer(text_tokenizer)
+    return build_processor(config, text_tokenizer, chat_template, aspect_ratio)
+
+
+def prepare_text_tokenizer(text_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the text tokenizer `<image>` and a padding token."""
     if IMAGE_TOKEN not in text_tokenizer.get_vocab():
         text_tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if len(text_tokenizer) > llm.get_input_embeddings().num_embeddings:
-        llm.resize_token_embeddings(len(text_tokenizer), pad_to_multiple_of=64)
     if text_tokenizer.pad_token is None:
         text_tokenizer.pad_token = text_tokenizer.unk_token or text_tokenizer.eos_token
     # For whoever generates in batches from the saved folder; the collator pads on the right by itself.
     text_tokenizer.padding_side = "left"
 
 
+def add_rows(llm: PreTrainedModel, num_tokens: int) -> None:
+    """Give the model an embedding for every token."""
+    if num_tokens > llm.get_input_embeddings().num_embeddings:
+        llm.resize_token_embeddings(num_tokens, pad_to_multiple_of=ROWS_MULTIPLE)
+
+
 def build_processor(
-    config: VQRAEConfig, text_tokenizer: PreTrainedTokenizerBase, chat_template: str = "chatml"
+    config: VQRAEConfig,
+    text_tokenizer: PreTrainedTokenizerBase,
+    chat_template: str = "chatml",
+    aspect_ratio: Literal["crop", "pad"] = "crop",
 ) -> LlavaProcessor:
-    """The processor: pictures of any size are resized by their shorter edge and cropped around the centre.
+    """The processor.
+
+    Args:
+        aspect_ratio: `crop` resizes pictures by their shorter edge and cuts out the centre; `pad` first makes them square by
+            a border in the mean colour, as LLaVA-1.5 does in sft and inference.
 
     Raises:
         ValueError: when the text tokenizer lacks the end token of the template.
@@ -117,13 +149,18 @@ def build_processor(
         )
     size = config.image_size
     strategy = SELECT_STRATEGY[config.build_encoder_config().model_type]
-    image_processor = SiglipImageProcessor(
+    image_class, options = {
+        "crop": (SiglipImageProcessor, {}),
+        "pad": (LlavaImageProcessor, {"do_pad": True, "do_convert_rgb": True}),
+    }[aspect_ratio]
+    image_processor = image_class(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         do_center_crop=True,
         image_mean=list(config.image_mean),
         image_std=list(config.image_std),
         resample=Image.Resampling.BICUBIC,
+        **options,
     )
     return LlavaProcessor(
         image_processor,
@@ -141,18 +178,26 @@ def end_token(text_tokenizer: PreTrainedTokenizerBase, chat_template: str) -> st
     return "<|im_end|>" if chat_template == "chatml" else text_tokenizer.eos_token
 
 
-def _assemble(tokenizer: VQRAEModel, llm: PreTrainedModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """Put loaded parts into an empty LLaVA: only the projector is initialised, by `nn.Linear`'s rule as in LLaVA."""
-    config = LlavaConfig(
-        vision_config=tokenizer.encoder.config,
-        text_config=llm.config,
-        image_token_index=processor.image_token_id,
-        image_seq_length=tokenizer.config.grid_size**2,
+def llava_config(
+    tokenizer: VQRAEConfig, text_config: PreTrainedConfig, image_token_id: int, vision_config: PreTrainedConfig | None = None
+) -> LlavaConfig:
+    """LLaVA-1.5's configuration for a tokenizer and a language model."""
+    vision_config = vision_config or tokenizer.build_encoder_config()
+    return LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        image_seq_length=tokenizer.grid_size**2,
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
-        vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        tie_word_embeddings=llm.config.tie_word_embeddings,
+        vision_feature_select_strategy=SELECT_STRATEGY[vision_config.model_type],
+        tie_word_embeddings=text_config.tie_word_embeddings,
     )
+
+
+def _assemble(tokenizer: VQRAEModel, llm: PreTrainedModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    """Put loaded parts into an empty LLaVA: only the projector is initialised, by `nn.Linear`'s rule as in LLaVA."""
+    config = llava_config(tokenizer.config, llm.config, processor.image_token_id, vision_config=tokenizer.encoder.config)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tokenizer.encoder

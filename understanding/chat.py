@@ -7,24 +7,25 @@
     session.ask("what is the red thing ?", picture)
     session.ask("where is it ?")
 
-Pictures of any size are resized by their shorter edge and cropped around the centre, by the image processor of the model
-folder: the same as in training. Decoding is greedy. Rows are padded on the left with exact positions, so that an answer
-does not depend on what else is in the batch.
+Pictures of any size go through the image processor of the model folder: the same as in training. Decoding is greedy unless
+said otherwise. Rows are padded on the left with exact positions, so that an answer does not depend on what else is in the
+batch. What is loaded may be our LLaVA, a grafted InternVL3, or any other image-text model of transformers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.pictures import open_picture, to_rgb
 from vqrae.understanding.conversation import IMAGE_TOKEN
+from vqrae.understanding.quantized import is_quantized, read_quantized_features
 
 Picture = str | Path | Image.Image
 Pictures = Picture | Sequence[Picture] | None
@@ -39,7 +40,7 @@ class Chat:
         max_new_tokens: longest answer.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, *, max_new_tokens: int = 128) -> None:
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, max_new_tokens: int = 128) -> None:
         self.model, self.processor, self.max_new_tokens = model.eval(), processor, max_new_tokens
 
     @classmethod
@@ -50,13 +51,26 @@ class Chat:
         attn_implementation: str = "auto",
         device: str | torch.device | None = None,
         max_new_tokens: int = 128,
+        dtype: str | torch.dtype = "auto",
+        tokenizer: str | Path | None = None,
     ) -> "Chat":
-        """Load a run directory, model folder or hub id; the device is CUDA when there is one."""
+        """Load a run directory, model folder or hub id; the device is CUDA when there is one, the type that of its weights.
+
+        Args:
+            tokenizer: of a model that was trained on quantized features; others do not need it.
+
+        Raises:
+            ValueError: when the model was trained on quantized features, and no tokenizer is given.
+        """
         folder = resolve_model(name)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = LlavaForConditionalGeneration.from_pretrained(
-            folder, attn_implementation=attention_implementation(attn_implementation)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention_implementation(attn_implementation)
         )
+        if is_quantized(model.config):
+            if tokenizer is None:
+                raise ValueError(f"{folder} was trained on quantized features: give the tokenizer that quantizes them")
+            read_quantized_features(model, tokenizer)
         return cls(model.to(device), AutoProcessor.from_pretrained(folder), max_new_tokens=max_new_tokens)
 
     def answer(
@@ -73,17 +87,28 @@ class Chat:
             answers += self.generate(chats[start : start + batch_size], max_new_tokens=max_new_tokens)
         return answers
 
+    @property
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """What turns tokens into words, for whoever streams them."""
+        return self.processor.tokenizer
+
     def session(self) -> "Session":
         """A conversation of several turns."""
         return Session(self)
 
     @torch.inference_mode()
     def generate(
-        self, chats: Sequence[Messages], *, max_new_tokens: int | None = None, streamer: BaseStreamer | None = None
+        self,
+        chats: Sequence[Messages],
+        *,
+        max_new_tokens: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> list[str]:
         """The next answer of each chat, in one batch.
 
         Args:
+            sampling: arguments of transformers' `generate` such as do_sample, temperature, num_beams; none means greedy.
             streamer: receives the tokens as they come (one chat only), such as `transformers.TextStreamer`.
         """
         inputs = self.processor.apply_chat_template(
@@ -96,8 +121,9 @@ class Chat:
         ).to(self.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        options = {"do_sample": False, **(sampling or {})}
         generated = self.model.generate(
-            **inputs, do_sample=False, max_new_tokens=max_new_tokens or self.max_new_tokens, streamer=streamer
+            **inputs, **options, max_new_tokens=max_new_tokens or self.max_new_tokens, streamer=streamer
         )
         new_tokens = generated[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]

@@ -19,6 +19,7 @@ from transformers import LlavaProcessor
 
 from vqrae.common.config import did_you_mean
 from vqrae.common.trainer import IGNORE_INDEX
+from vqrae.data.checks import Remark
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -124,6 +125,37 @@ def encode_conversation(
     return sample
 
 
+def examine_length(
+    record: dict[str, Any], processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None
+) -> Remark | None:
+    """What `encode_conversation` would cut off a record, from its text alone: no picture is opened or processed."""
+    messages = to_messages(record)
+
+    def num_tokens(turns: int | None = None) -> int:
+        """Tokens of the first `turns` messages as a prompt, or of all."""
+        options: dict[str, Any] = {"chat_template": chat_template, "tokenize": False, "add_generation_prompt": bool(turns)}
+        text = processor.apply_chat_template(messages[:turns], **options)
+        ids = processor.tokenizer(text).input_ids
+        return len(ids) + ids.count(processor.image_token_id) * (num_image_tokens(processor) - 1)
+
+    total = num_tokens()
+    if total <= max_length:
+        return None
+    if num_tokens(turns=1) >= max_length:
+        return Remark(f"conversations whose first answer lies beyond max_length {max_length}", unusable=True)
+    last_picture = max((i for i, m in enumerate(messages) if any(c["type"] == "image" for c in m["content"])), default=0)
+    if num_tokens(turns=last_picture + 1) > max_length:
+        return Remark(f"conversations with a picture beyond max_length {max_length}", unusable=True)
+    return Remark(f"conversations longer than max_length {max_length}, whose end is cut", unusable=False)
+
+
+def num_image_tokens(processor: LlavaProcessor) -> int:
+    """Tokens that stand for one picture."""
+    size = processor.image_processor.crop_size
+    blank = torch.zeros(1, 3, size["height"], size["width"])
+    return processor.replace_image_token({"pixel_values": blank}, 0).count(processor.image_token)
+
+
 class ConversationCollator:
     """Turns records (or caption pairs) into a right-padded batch for `LlavaForConditionalGeneration`.
 
@@ -136,17 +168,16 @@ class ConversationCollator:
         self.processor, self.max_length, self.chat_template = processor, max_length, chat_template
         size = processor.image_processor.crop_size
         self.blank = torch.zeros(1, 3, size["height"], size["width"])
-        text = processor.replace_image_token({"pixel_values": self.blank}, 0)
-        self.num_image_tokens = text.count(processor.image_token)
+        self.num_image_tokens = num_image_tokens(processor)
 
-    def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Batch of input_ids, attention_mask, labels (B, T) and pixel_values (P, 3, H, W)."""
-        samples = []
-        for record in records:
-            record = caption_record(record) if "caption" in record else record
-            samples.append(
-                encode_conversation(record, self.processor, max_length=self.max_length, chat_template=self.chat_template)
-            )
+        options: dict[str, Any] = {"max_length": self.max_length, "chat_template": self.chat_template}
+        records = [caption_record(record) if "caption" in record else record for record in records]
+        return self.collate([encode_conversation(record, self.processor, **options) for record in records])
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Put encoded samples together."""
         pad = self.processor.tokenizer.pad_token_id
         batch = {
             "input_ids": _pad([sample["input_ids"] for sample in samples], pad),

@@ -5,18 +5,19 @@
 
 The tokenizer's encoder stays frozen in both stages, as in VQRAE (arXiv 2511.23386, Table 8) and LLaVA-1.5 (arXiv
 2310.03744). Each stage keeps its checkpoints and metrics in `OUT/<stage>/`; `OUT/pretrain/model` and, at the end,
-`OUT/model` are plain `LlavaForConditionalGeneration` folders. The same command resumes, and does nothing once finished.
+`OUT/model` are plain `LlavaForConditionalGeneration` folders, also after LoRA, whose adapter stays in `OUT/sft/adapter`.
+Pretrain leaves LLaVA's `mm_projector.bin` too. The same command resumes, and does nothing once finished.
 """
 
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Trainer, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
@@ -26,9 +27,15 @@ from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.files import atomic_path
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
-from vqrae.data.sources import fingerprint, open_conversations, open_pairs, source_kind
+from vqrae.data.sources import Samples, fingerprint, holds_conversations, open_conversations, open_pairs
+from vqrae.understanding.architecture import Architecture
 from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, require_tokenizer
 from vqrae.understanding.conversation import ConversationCollator, load_template
+from vqrae.understanding.llava_trainer import LlavaTrainer
+from vqrae.understanding.lora import LoraSettings, add_lora, merge_lora
+from vqrae.understanding.packing import PackingCollator
+from vqrae.understanding.projector import PROJECTOR_FILE, load_projector, save_projector
+from vqrae.understanding.quantized import QUANTIZED, read_quantized_features
 
 Stage = Literal["pretrain", "sft"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft")
@@ -47,30 +54,33 @@ class TrainConfig:
     sft: OptimizationConfig
     stage: Literal["pretrain", "sft", "both"] = "both"
     data: str = "scenes"
-    """Conversations of sft: scenes, scenes:emoji or a .json file in LLaVA's format."""
+    """Conversations of sft: scenes, scenes:emoji, a .json file in LLaVA's format, hf:NAME, or a mixture of these."""
     pretrain_data: str | None = None
-    """Captions of pretrain: scenes, a .jsonl, a .tar or a .json in LLaVA's format; null means the same as `data`."""
+    """Captions of pretrain: scenes, a .jsonl, a .tar, or conversations as above; null means the same as `data`."""
     image_folder: str | None = None
-    """Where the pictures of a .json file lie; null means beside it."""
+    """Where the pictures of a .json file of `data` lie; null means beside it."""
+    pretrain_image_folder: str | None = None
+    """The same for `pretrain_data`."""
     chat_template: Literal["chatml", "vicuna_v1"] = "chatml"
     """What the LLM speaks; it is stored in the model folder."""
+    aspect_ratio: Literal["crop", "pad"] = "crop"
+    """What becomes of pictures that are not square: the centre is cut out, or LLaVA-1.5's border in the mean colour is added.
+    It is stored in the model folder."""
     max_length: int = 2048
     """Tokens of a sample, image tokens included."""
+    batching: Literal["random", "grouped", "packed"] = "random"
+    """Samples of one sft step: drawn at random; LLaVA's, of one modality and balanced in length; or at random and laid into
+    rows without padding, which is fastest and has the loss of random."""
+    projector: str | None = None
+    """LLaVA's mm_projector.bin to start from instead of a random projector."""
+    lora: LoraSettings | None = None
+    """Train adapters in sft instead of the whole language model; {} takes LLaVA's settings."""
+    architecture: Architecture | None = None
+    """What tokenizer and llm are, for `vqrae plan`, which needs no weights."""
     attn_implementation: str = "auto"
+    features: Literal["continuous", "quantized"] = "continuous"
+    """What the projector reads; `quantized` is for comparison only (see `vqrae.understanding.quantized`)."""
     seed: int = 0
-
-
-class LlavaTrainer(Trainer):
-    """`Trainer` that really resumes LLaVA (without DeepSpeed, which keeps weights of its own)."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load a checkpoint through `from_pretrained`, strictly.
-
-        LLaVA's weights have other names on disk than in memory. transformers 5.23 loads the file by the names in memory,
-        not strictly: it finds none, warns and trains on from the initial weights.
-        """
-        saved = LlavaForConditionalGeneration.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
-        (model or self.model).load_state_dict(saved.state_dict())
 
 
 def freeze(model: LlavaForConditionalGeneration, stage: Stage) -> None:
@@ -83,12 +93,14 @@ def freeze(model: LlavaForConditionalGeneration, stage: Stage) -> None:
         module.requires_grad_(True)
 
 
-def open_data(config: TrainConfig, stage: Stage, image_size: int) -> Dataset:
-    """The samples of a stage: caption pairs for pretrain (unless they come as a LLaVA file), records for sft."""
+def open_data(config: TrainConfig, stage: Stage, image_size: int) -> Samples:
+    """The samples of a stage: caption pairs for pretrain (unless they come as conversations), records for sft."""
     source = data_source(config, stage)
-    if stage == "pretrain" and source_kind(source) != "json":
+    if stage == "pretrain" and not holds_conversations(source):
         return open_pairs(source, image_size=image_size, detailed=True, seed=config.seed)
-    return open_conversations(source, image_size=image_size, image_folder=config.image_folder, seed=config.seed)
+    own = stage == "pretrain" and config.pretrain_data
+    folder = config.pretrain_image_folder if own else config.image_folder
+    return open_conversations(source, image_size=image_size, image_folder=folder, seed=config.seed)
 
 
 def data_source(config: TrainConfig, stage: Stage) -> str:
@@ -103,8 +115,10 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
     """
     optimization = getattr(config, stage)
     attention = attention_implementation(config.attn_implementation)
-    # Without DeepSpeed's master weights the optimizer works on the weights themselves: those must be float32.
-    dtype = torch.bfloat16 if optimization.zero and optimization.bf16 else torch.float32
+    # Without DeepSpeed's master weights the optimizer works on the weights themselves: those must be float32. Under LoRA
+    # they are frozen.
+    frozen = stage == "sft" and config.lora is not None
+    dtype = torch.bfloat16 if optimization.bf16 and (optimization.zero or frozen) else torch.float32
     pretrained = Path(config.output_dir) / "pretrain" / "model"
     if stage == "sft" and (pretrained / "config.json").is_file():
         model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, attn_implementation=attention)
@@ -112,7 +126,27 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
         return model, AutoProcessor.from_pretrained(pretrained)
     if stage == "sft" and is_main_process():
         print(f"{pretrained} does not exist: the projector starts at random (stage=both pretrains it first)", flush=True)
-    return build_llava(config.tokenizer, config.llm, attention, chat_template=config.chat_template, dtype=dtype)
+    model, processor = build_llava(
+        config.tokenizer,
+        config.llm,
+        attention,
+        chat_template=config.chat_template,
+        aspect_ratio=config.aspect_ratio,
+        dtype=dtype,
+    )
+    if config.projector:
+        load_projector(model.model.multi_modal_projector, config.projector)
+    return model, processor
+
+
+def build_collator(config: TrainConfig, stage: Stage, processor: LlavaProcessor) -> ConversationCollator:
+    """What makes the batches of a stage."""
+    template = load_template("plain") if stage == "pretrain" else processor.chat_template
+    options: dict[str, Any] = {"max_length": config.max_length, "chat_template": template}
+    if stage == "sft" and config.batching == "packed":
+        one_row = attention_implementation(config.attn_implementation) == "flash_attention_2"
+        return PackingCollator(processor, one_row=one_row, **options)
+    return ConversationCollator(processor, **options)
 
 
 def run_stage(config: TrainConfig, stage: Stage) -> None:
@@ -127,33 +161,59 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         return
     set_seed(config.seed)  # the projector's first weights
     model, processor = load_or_build(config, stage)
-    freeze(model, stage)
+    lora = config.lora if stage == "sft" else None
+    trained: nn.Module = model
+    if lora:
+        trained = add_lora(model, lora)
+        optimization = dataclasses.replace(optimization, learning_rate=lora.learning_rate)
+    else:
+        freeze(model, stage)
+    if config.features == QUANTIZED:
+        read_quantized_features(model, config.tokenizer)
     dataset = open_data(config, stage, model.config.vision_config.image_size)
-    collator = ConversationCollator(
-        processor,
-        max_length=config.max_length,
-        chat_template=load_template("plain") if stage == "pretrain" else processor.chat_template,
-    )
     identities = {
         "tokenizer": getattr(model.config, FINGERPRINT_KEY),
         "data": fingerprint(data_source(config, stage)),
     }
     run = RunDirectory(run_dir, config, seed=config.seed, fingerprints=identities)
-    print_parameters(model)
+    print_parameters(trained)
+    if is_main_process():
+        epochs = optimization.max_steps * optimization.global_batch_size / len(dataset)
+        print(f"data: {len(dataset):,} samples, {epochs:.2f} epochs in {optimization.max_steps:,} steps", flush=True)
     trainer = LlavaTrainer(
-        model=model,
+        model=trained,
         args=training_arguments(optimization, run_dir, seed=config.seed),
         train_dataset=dataset,
-        data_collator=collator,
+        data_collator=build_collator(config, stage, processor),
         processing_class=processor,
-        optimizers=build_optimizers(optimization, model),
+        optimizers=build_optimizers(optimization, trained),
         callbacks=[InstrumentCallback(run, stage)],
+        projector_only=stage == "pretrain",
+        grouped=stage == "sft" and config.batching == "grouped",
+        projector_learning_rate=lora.projector_learning_rate if lora else None,
     )
     run_trainer(trainer)
-    save_model(trainer, final)
+    save_model(trainer, run_dir / "adapter" if lora else final)
     if optimization.zero:
-        # Else the next stage's from_pretrained would partition its weights by this stage's settings.
+        # Else the next from_pretrained would partition its weights by this stage's settings.
         unset_hf_deepspeed_config()
+    if is_main_process():
+        if lora:
+            save_merged(config, run_dir / "adapter", final)
+        if stage == "pretrain":
+            projector = LlavaForConditionalGeneration.from_pretrained(final).model.multi_modal_projector
+            save_projector(projector.state_dict(), run_dir / PROJECTOR_FILE)
+    trainer.accelerator.wait_for_everyone()
+
+
+def save_merged(config: TrainConfig, adapter: Path, folder: Path) -> None:
+    """Write the model with the adapter in its weights, as a folder that needs no peft."""
+    base, processor = load_or_build(config, "sft")
+    model = merge_lora(base, adapter)
+    model.config.use_cache = True
+    with atomic_path(folder) as whole:
+        model.save_pretrained(whole)
+        processor.save_pretrained(whole)
 
 
 def is_finished(final: Path, run_dir: Path, max_steps: int) -> bool:

@@ -2,9 +2,14 @@
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vqrae.scripts.commands.shared import add_command, quiet
+
+if TYPE_CHECKING:
+    from vqrae.understanding.chat import Chat
+
+HELP = "Ask about the picture. `/image FILE` shows another one, `/new` forgets everything, an empty line ends."
 
 
 def register(commands: Any) -> None:
@@ -12,30 +17,74 @@ def register(commands: Any) -> None:
     command = add_command(commands, "chat", chat, "ask about pictures", model="understanding model")
     command.add_argument("--image", action="append", default=[], help="a picture; may be given several times")
     command.add_argument("--question", help="ask once; without it, ask interactively")
+    command.add_argument("--questions", metavar="FILE.jsonl", help='answer every line: {"question": TEXT, "image": FILE}')
+    command.add_argument("--out", metavar="FILE.jsonl", help="where the answers to --questions go; resumes where it ends")
+    command.add_argument("--image-folder", help="where the pictures of --questions lie (default: beside it)")
+    command.add_argument("--batch-size", type=int, default=16, help="of --questions (default: %(default)s)")
     command.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
 
 
 def chat(arguments: argparse.Namespace) -> None:
-    """Answer one question, or talk until the input ends."""
+    """Answer one question, a file of them, or talk until the input ends."""
     from vqrae.common.pictures import open_picture
     from vqrae.understanding.chat import Chat
 
+    if (arguments.questions is None) != (arguments.out is None):
+        raise ValueError("--questions and --out belong together: give both, or neither")
+    if min(arguments.batch_size, arguments.max_new_tokens) < 1:
+        raise ValueError("--batch-size and --max-new-tokens must be positive")
     quiet()
     pictures = [open_picture(path) for path in arguments.image]
     model = Chat.from_pretrained(arguments.model, device=arguments.device, max_new_tokens=arguments.max_new_tokens)
-    if arguments.question:
+    if arguments.questions:
+        _answer_file(model, arguments)
+    elif arguments.question:
         print(model.answer([(pictures, arguments.question)])[0])
-        return
-    print("Ask about the picture. `/image FILE` shows another one, an empty line ends.")
+    else:
+        _talk(model, pictures)
+
+
+def _answer_file(model: "Chat", arguments: argparse.Namespace) -> None:
+    from vqrae.common.checkpoints import local_model
+    from vqrae.common.cli import progress_line
+    from vqrae.common.files import weights_fingerprint
+    from vqrae.understanding.answers import answer_file
+
+    done = answer_file(
+        model,
+        arguments.questions,
+        arguments.out,
+        fingerprint=weights_fingerprint(local_model(arguments.model)),
+        image_folder=arguments.image_folder,
+        batch_size=arguments.batch_size,
+        progress=progress_line("chat"),
+    )
+    before = f" ({done.resumed} from before)" if done.resumed else ""
+    broken = f", {done.failed} failed: see their `error`" if done.failed else ""
+    print(f"{done.total} answers{before} are in {arguments.out}{broken}")
+
+
+def _talk(model: "Chat", pictures: list) -> None:
+    from transformers import TextStreamer
+
+    from vqrae.common.pictures import open_picture
+
+    print(HELP)
     session = model.session()
     while line := _ask():
         command, _, rest = line.partition(" ")
         try:
             if command == "/image":
                 pictures.append(open_picture(rest.strip()))
-                continue
-            print(session.ask(line, pictures))
-            pictures = []  # the session remembers them
+            elif command == "/new":
+                session, pictures = model.session(), []
+            elif command.startswith("/"):
+                raise ValueError(f"unknown command {command}. {HELP}")
+            else:
+                session.ask(
+                    line, pictures, streamer=TextStreamer(model.text_tokenizer, skip_prompt=True, skip_special_tokens=True)
+                )
+                pictures = []  # the session remembers them
         except ValueError as error:
             print(f"vqrae: {error}", file=sys.stderr)
 

@@ -1,11 +1,16 @@
 """What to know of data before training on it."""
 
 import argparse
+import functools
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vqrae.scripts.commands.shared import add_command
+from vqrae.scripts.commands.training import add_config, processor_of, read_run
+
+if TYPE_CHECKING:
+    from vqrae.data.checks import Examine
 
 
 def register(commands: Any) -> None:
@@ -19,6 +24,7 @@ def register(commands: Any) -> None:
     command.add_argument("--limit", type=int, help="read so many samples, evenly spread (default: all)")
     command.add_argument("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
     command.add_argument("--json", metavar="FILE", help="write the whole report there, too")
+    add_config(command)
 
     command = add_command(commands, "import-codes", import_codes, "codes that other programs have written, as code shards")
     command.description = import_codes.__doc__
@@ -53,7 +59,10 @@ def import_codes(arguments: argparse.Namespace) -> None:
 
 
 def check_data(arguments: argparse.Namespace) -> int:
-    """Read a source before training on it: sizes, broken and missing pictures, captions, duplicates. Exit code 1: problems."""
+    """Read a source before training on it: sizes, broken and missing pictures, captions, duplicates. Exit code 1: problems.
+
+    With --config, which names a LLaVA run, also conversations that are too long for it.
+    """
     from vqrae.common.cli import progress_line
     from vqrae.common.files import write_json
     from vqrae.data.checks import check_source
@@ -61,12 +70,21 @@ def check_data(arguments: argparse.Namespace) -> int:
 
     if min(arguments.limit or 1, arguments.workers + 1) < 1:
         raise ValueError(f"got --limit {arguments.limit} --workers {arguments.workers}, expected positive numbers")
+    examine = length_examiner(arguments) if arguments.config else None
     reports = []
     for source in [name for name, _ in parse_mixture(arguments.source)] or [arguments.source]:
         progress = progress_line("check-data")
         options = {"image_folder": arguments.image_folder, "limit": arguments.limit, "workers": arguments.workers}
-        reports.append(check_source(source, progress=progress, **options))
+        reports.append(check_source(source, progress=progress, examine=examine, **options))
         print(reports[-1].text())
     if arguments.json:
         write_json(arguments.json, [asdict(report) for report in reports])
     return 1 if any(report.problems for report in reports) else 0
+
+
+def length_examiner(arguments: argparse.Namespace) -> "Examine":
+    """Finds the conversations that are longer than the run's max_length."""
+    from vqrae.understanding.conversation import examine_length
+
+    config = read_run(arguments)
+    return functools.partial(examine_length, processor=processor_of(config), max_length=config.max_length)

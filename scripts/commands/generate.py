@@ -1,14 +1,26 @@
 """Draw pictures from prompts."""
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqrae.scripts.commands.shared import BATCH_SIZE, GRID_COLUMNS, GRID_ROWS, add_command, enlarged_grid, quiet
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from vqrae.generation.sampling import SamplingConfig
+
+SAMPLING_OPTIONS: dict[str, dict[str, Any]] = {
+    "guidance-scale": {"type": float},
+    "guidance-schedule": {"choices": ["constant", "linear", "cosine"]},
+    "guidance-start": {"type": float},
+    "guidance-end": {"type": float},
+    "temperature": {"type": float},
+    "top-k": {"type": int},
+    "top-p": {"type": float},
+    "min-p": {"type": float},
+    "window": {"type": int},
+}
 
 
 def register(commands: Any) -> None:
@@ -20,41 +32,92 @@ def register(commands: Any) -> None:
     command.add_argument("--out", required=True, help="folder for the pictures, a JSON side-car for each, and grid.png")
     command.add_argument("--tokenizer", help="the visual tokenizer, where it has moved since training")
     command.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default: %(default)s)")
-    for option, kind in {"guidance-scale": float, "temperature": float, "top-k": int, "top-p": float, "min-p": float}.items():
-        command.add_argument(f"--{option}", type=kind, help="sampling; see vqrae.generation.sampling for the default")
+    command.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="pictures at once (default: %(default)s)")
+    command.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the language model (default: %(default)s)"
+    )
+    command.add_argument("--compile", action="store_true", help="for CUDA: one recorded graph per step")
+    for option, kind in SAMPLING_OPTIONS.items():
+        command.add_argument(f"--{option}", **kind, help="sampling; see vqrae.generation.sampling for the default")
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    """Draw `--num-images` pictures of each prompt, each with a JSON side-car that says how to draw it again."""
+    """Draw `--num-images` pictures of each prompt, each with a JSON side-car that says how to draw it again.
+
+    A picture whose side-car says just that is finished, and is not drawn again.
+    """
+    import torch
+
+    from vqrae.common.checkpoints import resolve_model
     from vqrae.common.cli import progress_line
-    from vqrae.common.files import write_json
-    from vqrae.common.pictures import save_picture, tensor_to_picture
+    from vqrae.common.files import weights_fingerprint, write_json
+    from vqrae.common.pictures import open_picture, picture_to_tensor, save_picture, tensor_to_picture
     from vqrae.generation.generator import Generator
+
+    prompts, sampling = _read_prompts(arguments), _read_sampling(arguments)
+    quiet()
+    generator = Generator.from_pretrained(
+        arguments.model,
+        tokenizer=arguments.tokenizer,
+        device=arguments.device,
+        dtype=getattr(torch, arguments.dtype),
+        compile=arguments.compile,
+    )
+    settings = {
+        "sampling": asdict(sampling),
+        "dtype": arguments.dtype,
+        "generator": arguments.model,
+        "generator_weights": weights_fingerprint(resolve_model(arguments.model)),
+        "tokenizer": generator.model.config.vqrae_tokenizer_fingerprint,
+    }
+    out = Path(arguments.out)
+    records = {
+        out / f"{i:04d}-{seed}": {"prompt": prompt, "seed": seed, **settings}
+        for i, prompt in enumerate(prompts)
+        for seed in range(arguments.seed, arguments.seed + arguments.num_images)
+    }
+    missing = [path for path, record in records.items() if not _is_finished(path, record)]
+    progress = progress_line("generate")
+    for start in range(0, len(missing), arguments.batch_size):
+        batch = missing[start : start + arguments.batch_size]
+
+        def report(done: int, total: int, start: int = start, count: int = len(batch)) -> None:
+            if pictures := start + count * done // total:
+                progress(pictures, len(missing))
+
+        images = generator.images(
+            [records[path]["prompt"] for path in batch],
+            seeds=[records[path]["seed"] for path in batch],
+            sampling=sampling,
+            batch_size=arguments.batch_size,
+            progress=report,
+        )
+        for path, image in zip(batch, images, strict=True):
+            save_picture(tensor_to_picture(image), path.with_suffix(".png"))
+            write_json(path.with_suffix(".json"), records[path])  # last: what has one is finished
+    shown = prompts[:GRID_ROWS]
+    rows = [list(records)[i * arguments.num_images :][: min(arguments.num_images, GRID_COLUMNS)] for i in range(len(shown))]
+    grid = [[picture_to_tensor(open_picture(path.with_suffix(".png"))) for path in row] for row in rows]
+    save_picture(enlarged_grid(grid, labels=shown), out / "grid.png")
+    there = f", {len(records) - len(missing)} of them were there" if len(missing) < len(records) else ""
+    print(f"{len(records)} pictures are in {out}{there}; see grid.png")
+
+
+def _is_finished(path: Path, record: dict[str, Any]) -> bool:
+    """Whether the picture is there and was drawn like this, wherever the generator lay then."""
+    from vqrae.common.files import read_json
+
+    side_car = path.with_suffix(".json")
+    if not (path.with_suffix(".png").exists() and side_car.exists()):
+        return False
+    return {**read_json(side_car), "generator": record["generator"]} == record
+
+
+def _read_sampling(arguments: argparse.Namespace) -> "SamplingConfig":
     from vqrae.generation.sampling import SamplingConfig
 
-    progress = progress_line("generate")
-    prompts = _read_prompts(arguments)
-    given = {name: getattr(arguments, name) for name in ("guidance_scale", "temperature", "top_k", "top_p", "min_p")}
-    sampling = SamplingConfig(**{name: value for name, value in given.items() if value is not None})
-    quiet()
-    generator = Generator.from_pretrained(arguments.model, tokenizer=arguments.tokenizer, device=arguments.device)
-    fingerprint = generator.model.config.vqrae_tokenizer_fingerprint
-    jobs = [(i, prompt, arguments.seed + j) for i, prompt in enumerate(prompts) for j in range(arguments.num_images)]
-    out = Path(arguments.out)
-    rows: dict[int, list[Tensor]] = {i: [] for i in range(min(len(prompts), GRID_ROWS))}
-    for start in range(0, len(jobs), BATCH_SIZE):
-        batch = jobs[start : start + BATCH_SIZE]
-        images = generator.images([prompt for _, prompt, _ in batch], seeds=[seed for *_, seed in batch], sampling=sampling)
-        for (i, prompt, seed), image in zip(batch, images, strict=True):
-            name = f"{i:04d}-{seed}"
-            save_picture(tensor_to_picture(image), out / f"{name}.png")
-            record = {"prompt": prompt, "seed": seed, "sampling": asdict(sampling), "generator": arguments.model}
-            write_json(out / f"{name}.json", record | {"tokenizer": fingerprint})
-            if i in rows and len(rows[i]) < GRID_COLUMNS:
-                rows[i].append(image)
-        progress(start + len(batch), len(jobs))
-    save_picture(enlarged_grid(list(rows.values()), labels=prompts[: len(rows)]), out / "grid.png")
-    print(f"{len(jobs)} pictures are in {out}; see grid.png")
+    given = {field.name: getattr(arguments, field.name) for field in fields(SamplingConfig)}
+    return SamplingConfig(**{name: value for name, value in given.items() if value is not None})
 
 
 def _read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -64,6 +127,7 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str]:
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE with one prompt per line")
-    if arguments.num_images < 1:
-        raise ValueError(f"--num-images: got {arguments.num_images}, expected at least 1")
+    for option in ("num_images", "batch_size"):
+        if getattr(arguments, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')}: got {getattr(arguments, option)}, expected at least 1")
     return prompts

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.distributed import gradient_accumulation
+from vqrae.common.distributed import fit_batch
 from vqrae.common.files import atomic_path, require_same_tokenizer, weights_fingerprint, write_json
 from vqrae.common.pictures import open_picture, picture_grid, picture_to_tensor, tensor_to_uint8
 from vqrae.common.run import RunDirectory, format_duration, read_metrics
@@ -74,9 +74,10 @@ def test_grid_is_as_large_as_its_parts() -> None:
 
 
 def test_global_batch_is_kept_or_refused() -> None:
-    assert gradient_accumulation(256, 16, 8) == 2
+    assert fit_batch(256, 16, 8) == (16, 2)
+    assert fit_batch(32, 32, 2) == (16, 1)  # more processes than the micro-batch was chosen for
     with pytest.raises(ValueError, match="not a multiple of micro_batch_size 16 x 3 processes"):
-        gradient_accumulation(256, 16, 3)
+        fit_batch(256, 16, 3)
 
 
 def test_schedule_ends_where_it_should() -> None:

@@ -115,7 +115,7 @@ def test_llava_files(folder: Path, tmp_path: Path) -> None:
     assert report.read == 2, "each picture once"
     assert [finding.count for finding in report.problems.values()] == [2, 1, 1]
     tags, missing, broken = report.problems.values()
-    assert "record 4 (no tag): has an image, but 0 <image> tags" in tags.examples[0]
+    assert "record 4 (no tag): has 1 image, but 0 <image> tags" in tags.examples[0]
     assert "record 5 (no image): has no image, but 1" in tags.examples[1]
     assert missing.examples == [str(folder / "no.png")]
     assert "cut.png" in broken.examples[0]

@@ -4,8 +4,11 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import webdataset
@@ -14,6 +17,7 @@ from PIL import Image
 from vqrae.common.pictures import open_picture
 from vqrae.data import tars
 from vqrae.data.conversations import IMAGE_TAG, normalize_turns
+from vqrae.data.grouping import GroupedSampler, modality_lengths
 from vqrae.data.images import ImageFolder
 from vqrae.data.sources import fingerprint, open_conversations, open_images, open_pairs, source_kind
 from vqrae.data.tars import TarDataset, tar_index
@@ -262,21 +266,86 @@ def test_llava_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("turns", "has_image", "message"),
+    ("turns", "num_images", "message"),
     [
-        (TURNS, False, "has no image, but 1"),
-        ([{**turn, "value": "x"} for turn in TURNS], True, "has an image, but 0"),
-        ([*TURNS, *TURNS], True, "2 <image> tags"),
-        ([{"from": "human", "value": "x"}, {"from": "gpt", "value": IMAGE_TAG}], True, "turn 2"),
-        ([TURNS[0], TURNS[0]], True, "take turns"),
-        ([{"from": "system", "value": "x"}], False, "must be human or gpt"),
-        ([TURNS[0]], True, "no question with an answer"),
-        ("hello", False, "must be a list"),
+        (TURNS, 0, "has no image, but 1 <image> tag$"),
+        ([{**turn, "value": "x"} for turn in TURNS], 1, "has 1 image, but 0 <image> tags"),
+        ([*TURNS, *TURNS], 1, "has 1 image, but 2 <image> tags"),
+        (TURNS, 2, "has 2 images, but 1 <image> tag"),
+        ([{"from": "human", "value": "x"}, {"from": "gpt", "value": IMAGE_TAG}], 1, "in an answer .turn 2"),
+        ([TURNS[0], TURNS[0]], 1, "take turns"),
+        ([{"from": "system", "value": "x"}], 0, "must be human or gpt"),
+        ([TURNS[0]], 1, "no question with an answer"),
+        ("hello", 0, "must be a list"),
     ],
 )
-def test_turns_that_cannot_be_used(turns: object, has_image: bool, message: str) -> None:
+def test_turns_that_cannot_be_used(turns: object, num_images: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        normalize_turns(turns, has_image=has_image)
+        normalize_turns(turns, num_images=num_images)
+
+
+def test_several_images_stay_in_their_turns(tmp_path: Path) -> None:
+    make_folder(tmp_path, 3)
+    turns = [{"from": "human", "value": f"{IMAGE_TAG} or {IMAGE_TAG}?"}, TURNS[1], TURNS[0], TURNS[1]]
+    record = {"id": "p", "image": ["000.png", "002.png", "sub/001.png"], "conversations": turns}
+    [sample] = [open_conversations(write_json(tmp_path, [record]), image_size=8)[0]]
+    assert [turn["value"].count(IMAGE_TAG) for turn in sample["conversations"]] == [2, 0, 1, 0]
+    assert sample["conversations"][0]["value"] == f"{IMAGE_TAG}\n{IMAGE_TAG}\nor ?"
+    assert [p.tobytes() for p in sample["image"]] == [picture(i).tobytes() for i in (0, 2, 1)]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tables_of_conversations(as_text: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns: Any = [TURNS, [{**turn, "value": "a word"} for turn in TURNS], [*TURNS, *TURNS], TURNS]
+    stored = [{"bytes": encoded(i), "path": None} if i != 1 else None for i in range(4)]
+    columns = {
+        "id": ["a", "b", "c", "d"],
+        "image": stored,
+        "conversations": [json.dumps(t) for t in turns] if as_text else turns,
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    dataset = open_conversations(f"hf:{tmp_path / '*.parquet'}", image_size=8)
+    assert [dataset[i]["id"] for i in range(4)] == ["a", "b", "d", "d"]  # row 2 shows one picture twice: stepped over
+    assert "row 2: has 1 image, but 2 <image> tags" in capsys.readouterr().err
+    assert dataset[3]["image"].tobytes() == picture(3).tobytes()
+    assert "image" not in dataset[1]
+    assert modality_lengths(dataset).tolist()[:2] == [6, -4]
+    with pytest.raises(ValueError, match="trained on whole"):
+        open_conversations(f"hf:{tmp_path / 'a.parquet'}", image_size=8, split="validation")
+    assert "4 rows" in fingerprint(f"hf:{tmp_path / 'a.parquet'}")
+
+
+# ---- grouped sampling
+
+
+def test_grouped_batches_hold_one_modality_and_are_balanced() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 500, 1000) * np.where(rng.random(1000) < 0.3, -1, 1)
+    sampler = GroupedSampler(lengths, micro_batch_size=4, micro_batches=8)
+    order = np.array(list(sampler))
+    assert sorted(order) == list(range(1000))
+    steps = lengths[order[: 1000 // 32 * 32]].reshape(-1, 32)
+    mixed = [step for step in steps if len(set(np.sign(step))) > 1]
+    assert len(mixed) <= 1  # what is left over of both
+    assert set(np.sign(steps[:, 0])) == {-1, 1}
+    totals = np.abs(steps[:-2]).reshape(-1, 8, 4).sum(-1)
+    assert np.median(totals.max(1) / totals.min(1)) < 1.2
+    assert list(sampler) == list(order)
+    sampler.set_epoch(1)
+    assert list(sampler) != list(order)
+
+
+def test_lengths_of_a_mixture_are_those_of_what_it_draws(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    words = [{"conversations": [{"from": "human", "value": "x " * n}, {"from": "gpt", "value": "y"}]} for n in (1, 5, 9)]
+    mixture = open_conversations(f"{write_json(tmp_path / 'text', words)}*0.5+scenes*0.5", image_size=64, size=20)
+    lengths = modality_lengths(mixture)
+    for index in range(20):
+        record = mixture[index]
+        expected = 1 if "image" in record else -len(" ".join(t["value"] for t in record["conversations"]).split())
+        assert lengths[index] == expected
+    with pytest.raises(ValueError, match="no lengths to group by"):
+        modality_lengths(open_pairs("emoji", image_size=8))
 
 
 def test_llava_problems_are_found_when_it_is_opened(tmp_path: Path) -> None:

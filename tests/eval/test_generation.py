@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqrae.common.pictures import picture_to_tensor
-from vqrae.data.scenes import FAMILIES, SceneSampler, benchmark_prompts, load_sprites
+from vqrae.data.scenes import COLORS, FAMILIES, SceneSampler, benchmark_prompts, load_sprites
 from vqrae.eval import generation
 from vqrae.eval.generation import (
     SceneBenchmark,
@@ -51,6 +51,42 @@ def test_true_scenes_reach_the_ceiling(sprites: str) -> None:
     assert {family: scores[family] for family in FAMILIES} == dict.fromkeys(FAMILIES, 1)
     assert scores["held_out"]["overall"] == scores["seen"]["overall"] == 1
     assert scores["held_out"]["num_images"] == scores["seen"]["num_images"] == 18
+
+
+def contradictions(record: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Records of the same task that no picture satisfies which satisfies this one and holds nothing else."""
+    asked = [clause["class"] for clause in record["include"]]
+    absent = next(name for name in names if name not in asked)
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+    def changed(index: int, **values: Any) -> dict[str, Any]:
+        include = [{**clause, **values} if i == index else clause for i, clause in enumerate(record["include"])]
+        return {**record, "include": include}
+
+    first = record["include"][0]
+    match record["tag"]:
+        case "single_object" | "two_object":
+            return [changed(i, **{"class": absent}) for i in range(len(asked))]
+        case "counting":
+            less, count = {**changed(0, count=first["count"] - 1)}, first["count"]
+            less["exclude"] = [{"class": first["class"], "count": count}]
+            return [changed(0, count=count + 1), less]
+        case "position":
+            return [changed(1, position=[opposite[record["include"][1]["position"][0]], 0])]
+        case _:  # colors, color_attr
+            wrong = [next(c for c in COLORS if c not in {x["color"] for x in record["include"]})] * len(asked)
+            swapped = [clause["color"] for clause in record["include"]][::-1]
+            return [changed(i, color=c) for i, c in enumerate(wrong)] + ([changed(0, color=swapped[0])] if asked[1:] else [])
+
+
+@pytest.mark.parametrize("sprites", ["shapes", "emoji"])
+def test_true_scenes_fail_every_prompt_that_contradicts_them(sprites: str) -> None:
+    benchmark = SceneBenchmark(sprites, per_family=12, images_per_prompt=1)
+    pictures = satisfying_pictures(benchmark.records, benchmark.sprites, image_size=64, per_prompt=1)
+    pairs = [(p, other) for p, record in pictures for other in contradictions(record, benchmark.sprites.names)]
+    scores = benchmark.score_pictures(pairs)
+    assert {family: scores[family] for family in FAMILIES} == dict.fromkeys(FAMILIES, 0)
+    assert scores["num_images"] == len(pairs) == 12 * (1 + 2 + 2 + 1 + 1 + 3)
 
 
 def test_pictures_of_other_prompts_fail() -> None:

@@ -5,25 +5,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from vqrae.data.scenes import COLORS as COLOR_VALUES
+from vqrae.eval.generation import SceneBenchmark, satisfying_pictures
 from vqrae.eval.geneval import (
     MAX_OBJECTS,
     Detection,
     confident_objects,
+    evaluate,
     evaluate_image,
     judge,
     list_samples,
+    official_prompts,
     relative_position,
     require_sight,
     sample_path,
     score_folder,
     summarize,
     wilson_interval,
+    write_grids,
     write_prompts,
     write_rows,
 )
+from vqrae.eval.geneval.clip_colors import crop_object
+from vqrae.eval.geneval.judges import require_color_sight, sample_photograph
 
 PICTURE = Image.new("RGB", (100, 100))
 
@@ -190,8 +199,8 @@ class TestFolders:
         record("counting", {"class": "cat", "count": 2}, exclude=[{"class": "cat", "count": 3}]),
     )
 
-    def known(self) -> tuple[Image.Image, dict[str, Any]]:
-        return PICTURE, self.records[0]
+    def known(self) -> list[tuple[Image.Image, dict[str, Any]]]:
+        return [(PICTURE, self.records[0])]
 
     def fill(self, folder: Path, samples: int = 2) -> None:
         write_prompts(folder, self.records)
@@ -248,7 +257,7 @@ class TestFolders:
         self.fill(tmp_path)
         with pytest.raises(RuntimeError, match=r"fake fails on a known picture.*expected cat>=1, found 0"):
             score_folder(tmp_path, FakeDetector(), FakeColors(), known=self.known())
-        require_sight(FakeDetector(at("cat", 20, 20)), FakeColors(), *self.known())
+        require_sight(FakeDetector(at("cat", 20, 20)), FakeColors(), self.known())
 
 
 class TestSummary:
@@ -267,8 +276,102 @@ class TestSummary:
         with pytest.raises(ValueError, match="no results"):
             summarize([])
 
+    def test_intervals_take_prompts_as_trials(self) -> None:
+        """Four pictures of each of ten prompts, all alike within a prompt, are ten observations."""
+        rows = [{"tag": "colors", "correct": p < 5, "metadata": str(p)} for p in range(10) for _ in range(4)]
+        summary = summarize(rows)
+        assert summary["intervals"]["colors"] == wilson_interval(5, 10)
+        assert summary["intervals"]["overall"] == pytest.approx(wilson_interval(5, 10))
+        assert "Wilson with prompts as trials" in summary["interval_method"]
+
+    def test_overall_is_surer_than_a_task_and_never_certain(self) -> None:
+        tags = ("colors", "position", "counting", "two_object")
+        rows = [{"tag": tag, "correct": True, "metadata": f"{tag}{i}"} for tag in tags for i in range(10)]
+        low, high = summarize(rows)["intervals"]["overall"]
+        assert (low, high) == (pytest.approx(1 - (1 - wilson_interval(10, 10)[0]) / 2), 1)  # sqrt(4) / 4
+
     def test_wilson_interval(self) -> None:
         low, high = wilson_interval(5, 10)
         assert (low, high) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
         assert wilson_interval(0, 10)[0] == 0
         assert wilson_interval(10, 10)[1] == 1
+
+
+class TestCommand:
+    """Anybody's folder, scored with the scene detector; the detectors of COCO need weights."""
+
+    def folder(self, tmp_path: Path, per_prompt: int = 2) -> Path:
+        benchmark = SceneBenchmark(per_family=2, images_per_prompt=1)
+        write_prompts(tmp_path / "p", benchmark.records)
+        pictures = satisfying_pictures(benchmark.records, benchmark.sprites, image_size=64, per_prompt=per_prompt)
+        for i, (picture, _) in enumerate(pictures):
+            path = sample_path(tmp_path / "p", i // per_prompt, i % per_prompt)
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+        return tmp_path / "p"
+
+    def test_scores_and_manifest(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = self.folder(tmp_path)
+        sample_path(folder, 3, 1).unlink()
+        evaluate.main([f"images={folder}", f"out={tmp_path / 'o'}", "detector=scenes", "captions=scenes", "num_captions=50"])
+        values = json.loads((tmp_path / "o" / "scores.json").read_text())
+        assert (values["benchmark"], values["overall"], values["num_images"]) == ("GenEval-scenes", 1, 23)
+        assert values["incomplete"] == ["00003 has 1 of 2 pictures"]
+        assert values["manifest"]["detector"] == "scene-detector(shapes)"
+        assert values["manifest"]["suite"].startswith("md5:")
+        assert values["leakage"]["num_captions"] == 50
+        assert len((tmp_path / "o" / "results.jsonl").read_text().splitlines()) == 23
+        assert "INCOMPLETE: 1 prompts" in capsys.readouterr().out
+
+    def test_classes_that_the_detector_does_not_know_are_refused(self, tmp_path: Path) -> None:
+        write_prompts(tmp_path / "p", official_prompts()[:3])
+        with pytest.raises(ValueError, match=r"detector scene-detector\(shapes\) does not know"):
+            evaluate.main([f"images={tmp_path / 'p'}", f"out={tmp_path}", "detector=scenes"])
+
+    def test_missing_weights_end_before_anything_is_drawn(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        with pytest.raises(SystemExit):
+            evaluate.main(["model=nowhere", f"out={tmp_path / 'o'}"])
+        assert "743b7d99.pth" in capsys.readouterr().err
+        assert not (tmp_path / "o").exists()
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [[], ["model=m", "images=."], ["images=nowhere"], ["model=m", "detector=scenes"]],
+    )
+    def test_what_cannot_be_meant(self, arguments: list[str]) -> None:
+        with pytest.raises(SystemExit):
+            evaluate.main(["out=o", *arguments])
+
+    def test_grids(self, tmp_path: Path) -> None:
+        folder = self.folder(tmp_path, per_prompt=4)
+        write_grids(folder)
+        with Image.open(folder / "00000" / "grid.png") as grid:
+            assert grid.size == (128, 128)
+        assert len(list(list_samples(folder))) == 48
+
+
+class TestSight:
+    def test_a_classifier_that_names_one_colour_is_refused(self) -> None:
+        class OneColor:
+            def classify(self, image: Image.Image, detections: Sequence[Detection], class_name: str) -> list[str]:
+                return ["red"] * len(detections)
+
+        with pytest.raises(RuntimeError, match="fails on plain balls"):
+            require_color_sight(OneColor())
+
+    def test_a_classifier_that_sees_passes(self) -> None:
+        """The nearest of the ten colours at the centre of the crop."""
+
+        class Nearest:
+            def classify(self, image: Image.Image, detections: Sequence[Detection], class_name: str) -> list[str]:
+                pixel = np.array(crop_object(image, detections[0]).getpixel((80, 80))) / 255
+                return [min(COLOR_VALUES, key=lambda name: float(np.square(np.array(COLOR_VALUES[name]) - pixel).sum()))]
+
+        require_color_sight(Nearest())
+
+    def test_the_photograph_is_one_of_a_person(self) -> None:
+        with Image.open(sample_photograph()) as picture:
+            assert min(picture.size) > 400

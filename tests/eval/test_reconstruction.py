@@ -11,10 +11,12 @@ import torch
 
 from vqrae.common.pictures import save_picture, tensor_to_picture
 from vqrae.data.scenes import SceneDataset
+from vqrae.data.sources import open_images
 from vqrae.data.tolerant import TooManyBrokenSamples
 from vqrae.eval import networks, reconstruction
 from vqrae.eval.metrics import ReconstructionMetrics
 from vqrae.eval.networks import EfficientNetLite0
+from vqrae.eval.pictures import PictureBatches
 from vqrae.eval.protocols import get_protocol
 from vqrae.eval.reconstruction import ReconstructionConfig, evaluate_reconstruction
 from vqrae.tokenizer import VQRAEModel
@@ -273,3 +275,8 @@ def test_efficientnet_reads_the_package(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(networks, "sha256", lambda path: "57934424")
     features, logits = EfficientNetLite0.from_package()(torch.rand(1, 3, 64, 64))
     assert (features.shape, logits.shape) == ((1, 1280), (1, 1000))
+
+
+def test_every_source_of_pictures_is_evaluated_by_plain_indices() -> None:
+    pictures = PictureBatches(open_images("emoji", image_size=32, split="validation"), 5, batch_size=2)
+    assert sum(len(batch) for batch in pictures) == 5

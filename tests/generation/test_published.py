@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from vqrae.common.config import load_config, shipped_config
-from vqrae.common.dry_run import count_parameters
+from vqrae.common.memory import count_parameters
 from vqrae.common.trainer import training_arguments
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import train

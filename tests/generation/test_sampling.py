@@ -1,7 +1,12 @@
-"""Sampling: guidance, cache, seeds, and filters equal to those of transformers."""
+"""Sampling: guidance, cache, seeds, windows, and filters equal to those of transformers."""
+
+import dataclasses
+import functools
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import Qwen3ForCausalLM
 from transformers.generation import (
     LogitsProcessorList,
@@ -11,7 +16,15 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from vqrae.generation.sampling import SamplingConfig, draw_codes, filter_logits, image_uniforms, sample_codes
+from vqrae.generation.decoding import decoding_steps
+from vqrae.generation.sampling import (
+    SamplingConfig,
+    draw_codes,
+    filter_logits,
+    guidance_scales,
+    image_uniforms,
+    sample_codes,
+)
 from vqrae.generation.vocabulary import VisualVocabulary
 
 BOI = 164
@@ -21,17 +34,79 @@ SAMPLED = SamplingConfig(guidance_scale=3.0, top_k=40, top_p=0.95, min_p=0.01, t
 GREEDY = SamplingConfig(guidance_scale=3.0, temperature=0)
 
 
-def sample(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig, rows: list[int], **options: bool):
+def sample(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig, rows: list[int], **options: Any):
     prompts = [PROMPTS[i % 4] for i in rows]
     return sample_codes(model, prompts, UNCONDITIONAL, vocabulary, config, [100 + i for i in rows], **options)
 
 
-@pytest.mark.parametrize("config", [GREEDY, SAMPLED, SamplingConfig(guidance_scale=1)])
+@torch.no_grad()
+def uncached(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig, row: int) -> Tensor:
+    """What `sample` must give, as plainly as it can be said: one picture, no cache, no padding, every row at every code."""
+    uniforms = image_uniforms([100 + row], vocabulary.num_codes)
+    codes: list[int] = []
+    for i, scale in enumerate(guidance_scales(config, vocabulary.num_codes)):
+        ids = [vocabulary.offset + code for code in codes]
+        with_caption, without = (
+            model(input_ids=torch.tensor([prompt + ids])).logits[:, -1, vocabulary.code_rows]
+            for prompt in (PROMPTS[row % 4], UNCONDITIONAL)
+        )
+        codes += draw_codes(without + scale * (with_caption - without), uniforms[:, i], config).tolist()
+    return torch.tensor(codes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GREEDY,
+        SAMPLED,
+        SamplingConfig(guidance_scale=1),
+        SamplingConfig(guidance_scale=3, guidance_schedule="linear"),
+        SamplingConfig(guidance_scale=3, guidance_schedule="cosine", guidance_start=0.25, guidance_end=0.75),
+        SamplingConfig(guidance_scale=3, guidance_end=0.5),
+        SamplingConfig(guidance_scale=3, guidance_start=0.5),
+    ],
+)
 def test_cached_equals_uncached(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig) -> None:
-    cached = sample(model, vocabulary, config, [0, 1, 2, 3])
-    assert cached.shape == (4, 16)
+    """Prompts of different lengths, some of them equal, side by side."""
+    rows = [0, 1, 2, 3, 4]
+    cached = sample(model, vocabulary, config, rows)
+    assert cached.shape == (5, 16)
     assert 0 <= cached.min() <= cached.max() < 64
-    assert torch.equal(cached, sample(model, vocabulary, config, [0, 1, 2, 3], use_cache=False))
+    assert torch.equal(cached, torch.stack([uncached(model, vocabulary, config, row) for row in rows]))
+
+
+@pytest.fixture
+def shapes(model: Qwen3ForCausalLM) -> list[tuple[int, int]]:
+    """(rows, tokens) of every forward pass from here on."""
+    seen: list[tuple[int, int]] = []
+    model.model.register_forward_pre_hook(lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    return seen
+
+
+def test_prompts_are_computed_once_and_guidance_in_the_same_pass(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, shapes: list[tuple[int, int]]
+) -> None:
+    sample_codes(model, [PROMPTS[0], PROMPTS[2], PROMPTS[0]], UNCONDITIONAL, vocabulary, SAMPLED, [0, 1, 2])
+    assert shapes == [(3, 5)] + 16 * [(6, 1)]  # two captions and none, without BOI
+
+
+def test_rows_without_caption_run_inside_the_interval_only(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, shapes: list[tuple[int, int]]
+) -> None:
+    sample(model, vocabulary, SamplingConfig(guidance_start=0.25, guidance_end=0.5), [0, 1])
+    assert shapes == [(3, 3)] + 4 * [(2, 1)] + [(2, 4)] + 4 * [(4, 1)] + 8 * [(2, 1)]  # (2, 4): reading what they missed
+    shapes.clear()
+    sample(model, vocabulary, SamplingConfig(guidance_scale=1), [0, 1])
+    assert shapes == [(2, 3)] + 16 * [(2, 1)]
+
+
+def test_only_the_rows_of_the_codes_become_logits(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+    """Whatever the other rows of the head hold, they are not read."""
+    expected = sample(model, vocabulary, SAMPLED, [0, 1])
+    head = torch.full_like(model.lm_head.weight, torch.nan)
+    head[vocabulary.code_rows] = model.lm_head.weight[vocabulary.code_rows].detach()
+    model.lm_head.weight = torch.nn.Parameter(head)  # no longer tied to the embedding
+    assert torch.equal(expected, sample(model, vocabulary, SAMPLED, [0, 1]))
 
 
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED])
@@ -47,19 +122,6 @@ def test_a_picture_does_not_depend_on_its_neighbours(
 def test_seeds_differ(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
     codes = sample_codes(model, [PROMPTS[0]] * 2, UNCONDITIONAL, vocabulary, SAMPLED, [0, 1])
     assert not torch.equal(codes[0], codes[1])
-
-
-@torch.no_grad()
-def test_greedy_equals_plain_transformers(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
-    """Without guidance: one row at a time, no cache, no padding, logits of text ids masked."""
-    ours = sample(model, vocabulary, SamplingConfig(guidance_scale=1, temperature=0), [0, 1, 2, 3])
-    for row, prompt in zip(ours, PROMPTS, strict=True):
-        ids = torch.tensor([prompt])
-        for code in row:
-            logits = model(input_ids=ids).logits[0, -1]
-            logits[: vocabulary.offset] = logits[vocabulary.begin_of_image :] = -torch.inf
-            assert logits.argmax() == vocabulary.offset + code
-            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
 
 
 def test_guidance_1_is_the_conditional_row_alone(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
@@ -84,6 +146,90 @@ def test_guidance_without_caption_dropout_is_refused(model: Qwen3ForCausalLM, vo
     with pytest.raises(ValueError, match=r"caption_dropout 0.*guidance_scale=1"):
         sample(model, vocabulary, GREEDY, [0])
     sample(model, vocabulary, SamplingConfig(guidance_scale=1), [0])
+
+
+def test_guidance_scales() -> None:
+    config = functools.partial(SamplingConfig, guidance_scale=5.0)
+    assert guidance_scales(config(), 4) == [5, 5, 5, 5]
+    assert guidance_scales(config(guidance_start=0.25, guidance_end=0.5), 8) == [1, 1, 5, 5, 1, 1, 1, 1]
+    assert guidance_scales(config(guidance_schedule="linear"), 5) == [1, 2, 3, 4, 5]
+    assert guidance_scales(config(guidance_schedule="linear", guidance_end=0.5), 6) == [1, 3, 5, 1, 1, 1]
+    cosine = guidance_scales(config(guidance_schedule="cosine"), 5)
+    assert cosine == pytest.approx([1, 1 + 2 * (1 - 0.5**0.5), 3, 1 + 2 * (1 + 0.5**0.5), 5])
+    assert guidance_scales(SamplingConfig(guidance_scale=1, guidance_schedule="linear"), 3) == [1, 1, 1]
+
+
+def test_a_window_of_a_row_is_the_plain_order(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+    def windowed(window: int, **options: float) -> Tensor:
+        return sample(model, vocabulary, dataclasses.replace(SAMPLED, window=window, **options), [0, 1, 2])
+
+    for options in ({}, {"guidance_start": 0.5}):
+        assert torch.equal(windowed(0, **options), windowed(4, **options))
+        assert torch.equal(windowed(0, **options), windowed(9, **options))
+        assert not torch.equal(windowed(0, **options), windowed(2, **options))
+    assert torch.equal(windowed(0)[:, :4], windowed(2)[:, :4])  # the first row has nothing above it
+
+
+@pytest.mark.parametrize(("window", "count"), [(1, 7), (2, 10), (3, 13), (4, 16), (0, 16)])
+def test_steps_of_a_window(window: int, count: int) -> None:
+    steps = decoding_steps(16, window)
+    assert len(steps) == count
+    assert sorted(place for step in steps for place in step.drawn) == list(range(16))
+    drawn_at = {place: i for i, step in enumerate(steps) for place in step.drawn}
+    for i, step in enumerate(steps):
+        assert all(drawn_at[place - 1] < i for place in step.corrected)  # known by now
+        if step.borrowed is not None:
+            place, other = step.borrowed
+            assert place in step.drawn
+            assert drawn_at[other - 1] < i
+    corrected = [place for step in steps for place in step.corrected]
+    assert corrected == ([4, 8, 12] if 0 < window < 4 else [])
+
+
+@torch.no_grad()
+def test_a_window_draws_each_code_from_the_codes_before_it_that_are_there(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
+    """Window 3 of 4 columns, first two rows."""
+    codes = sample(model, vocabulary, SamplingConfig(guidance_scale=1, temperature=0, window=3), [0])[0].tolist()
+
+    def greedy(codes: list[int]) -> int:
+        ids = [*PROMPTS[0], *(vocabulary.offset + code for code in codes)]
+        return int(model(input_ids=torch.tensor([ids])).logits[0, -1, vocabulary.code_rows].argmax())
+
+    assert codes[:4] == [greedy(codes[:i]) for i in range(4)]
+    assert codes[4] == greedy([*codes[:3], codes[2]])  # the newest code stands where code 3 is not known yet
+    assert codes[5:8] == [greedy(codes[:i]) for i in range(5, 8)]  # code 3 has taken its place
+
+
+def test_a_window_needs_a_square(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+    oblong = dataclasses.replace(vocabulary, num_codes=12)
+    with pytest.raises(ValueError, match=r"window 2 for 12 codes.*window=0"):
+        sample(model, oblong, dataclasses.replace(SAMPLED, window=2), [0])
+
+
+def test_a_compiled_pass_draws_the_same(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tracing the whole model without a break; generating machine code is left out, it takes a minute on a CPU."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, mode: compile(module, backend="eager", fullgraph=True))
+    plain = sample(model, vocabulary, SAMPLED, [0, 1, 2])
+    assert torch.equal(plain, sample(model, vocabulary, SAMPLED, [0, 1, 2], compile=True))
+
+
+def test_attention_takes_a_mask_or_is_refused(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+    expected = sample(model, vocabulary, SAMPLED, [0, 1, 2])
+    model.set_attn_implementation("eager")
+    assert torch.equal(expected, sample(model, vocabulary, SAMPLED, [0, 1, 2]))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"'flash_attention_2', expected sdpa or eager"):
+        sample(model, vocabulary, SAMPLED, [0])
+
+
+def test_prompts_end_in_boi(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+    with pytest.raises(ValueError, match="does not end in BOI"):
+        sample_codes(model, [[5, 6]], UNCONDITIONAL, vocabulary, GREEDY, [0])
 
 
 def test_prompts_need_seeds(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
@@ -124,4 +270,10 @@ def test_draws_follow_the_distribution() -> None:
 @pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}])
 def test_bad_options(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected temperature >= 0"):
+        SamplingConfig(**options)
+
+
+@pytest.mark.parametrize("options", [{"guidance_start": 0.5, "guidance_end": 0.5}, {"guidance_end": 1.1}, {"window": -1}])
+def test_bad_interval_or_window(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= guidance_start"):
         SamplingConfig(**options)

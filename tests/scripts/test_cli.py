@@ -195,6 +195,26 @@ def test_generate_writes_pictures_that_can_be_drawn_again(generator_folder: Path
     assert np.abs(first - second).max() <= 1
 
 
+def test_generate_draws_what_is_missing(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["generate", "--model", str(generator_folder), "--prompt", "a photo of a circle", "--out", str(tmp_path)]
+    quick = ["--batch-size", "1", "--window", "2", "--guidance-schedule", "linear", "--guidance-end", "0.5"]
+    assert main([*call, *quick, "--num-images", "2"]) == 0
+    assert "generate 2/2  0s left" in capsys.readouterr().err
+    first, second, third = (tmp_path / f"0000-{seed}.png" for seed in range(3))
+    written = first.stat().st_mtime_ns
+    second.unlink()
+    assert main([*call, *quick, "--num-images", "3"]) == 0
+    output = capsys.readouterr()
+    assert "3 pictures" in output.out
+    assert "1 of them were there" in output.out
+    assert "2/2" in output.err
+    assert first.stat().st_mtime_ns == written
+    assert second.exists()
+    assert third.exists()
+    assert main([*call, "--num-images", "1"]) == 0  # drawn another way
+    assert first.stat().st_mtime_ns > written
+
+
 def test_generate_without_a_prompt(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model", str(generator_folder), "--out", str(tmp_path)]) == 2
     assert "--prompts-file" in capsys.readouterr().err
@@ -234,6 +254,19 @@ def test_chat_about_a_broken_picture(llava_folder: Path, tmp_path: Path, capsys:
     (tmp_path / "a.png").write_bytes(b"no picture")
     assert main(["chat", "--model", str(llava_folder), "--image", str(tmp_path / "a.png"), "--question", "what ?"]) == 2
     assert "not a readable picture" in capsys.readouterr().err
+
+
+def test_chat_answers_a_file(llava_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions.write_text('{"image": "palette.gif", "question": "what ?"}\n{"question": "how many ?"}\n')
+    call = ["chat", "--model", str(llava_folder), "--max-new-tokens", "3", "--questions", str(questions)]
+    assert main([*call, "--out", str(out), "--image-folder", str(pictures)]) == 0
+    assert "2 answers are in" in capsys.readouterr().out
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["what ?", "how many ?"]
+    assert main([*call, "--out", str(out), "--image-folder", str(pictures)]) == 0
+    assert "2 answers (2 from before)" in capsys.readouterr().out
+    assert main(call) == 2
+    assert "belong together" in capsys.readouterr().err
 
 
 # ---- data

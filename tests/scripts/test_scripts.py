@@ -15,10 +15,13 @@ import pytest
 
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
+from vqrae.eval.dpg_bench.evaluate import DPGConfig
 from vqrae.eval.features import FeaturesConfig
 from vqrae.eval.generation import GenerationConfig as GenerationEvaluation
+from vqrae.eval.geneval.evaluate import GenEvalConfig
 from vqrae.eval.reconstruction import ReconstructionConfig
 from vqrae.eval.scene_questions import SceneQuestionsConfig
+from vqrae.eval.understanding import UnderstandingConfig
 from vqrae.generation.config import TrainingConfig, read_config
 from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
@@ -28,7 +31,7 @@ from vqrae.understanding.train_llm import TinyLLMConfig
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if path.name != "lib.sh")
 TRAININGS = ["pretrain_encoder", "train_tokenizer", "train_llm", "train_llava", "train_ar_gen"]
-EVALUATIONS = ["eval_reconstruction", "eval_features", "eval_understanding", "eval_geneval"]
+EVALUATIONS = ["eval_reconstruction", "eval_features", "eval_understanding", "eval_geneval", "eval_dpg"]
 # What reads the command line of each training module.
 READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.tokenizer.pretrain_encoder": lambda a: load_config(
@@ -42,7 +45,10 @@ READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.eval.reconstruction": lambda a: parse_arguments(ReconstructionConfig, a),
     "vqrae.eval.features": lambda a: parse_arguments(FeaturesConfig, a),
     "vqrae.eval.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
+    "vqrae.eval.understanding": lambda a: parse_arguments(UnderstandingConfig, a),
     "vqrae.eval.generation": lambda a: parse_arguments(GenerationEvaluation, a),
+    "vqrae.eval.geneval.evaluate": lambda a: parse_arguments(GenEvalConfig, a),
+    "vqrae.eval.dpg_bench.evaluate": lambda a: parse_arguments(DPGConfig, a),
 }
 
 
@@ -134,6 +140,35 @@ def test_an_evaluation_needs_a_model_only(script: str, repository: Repository) -
     assert read(call)
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("eval_geneval", ["prompts_only=true", "out=o"]),
+        ("eval_geneval", ["images=.", "detector=transformers"]),
+        ("eval_geneval", ["model=m", "seed=43"]),
+        ("eval_dpg", ["images=."]),
+    ],
+)
+def test_benchmarks_with_their_own_prompts_make_no_model(script: str, arguments: list[str], repository: Repository) -> None:
+    result = repository.run(f"{script}.sh", *arguments)
+    assert result.returncode == 0, result.stderr
+    [call] = repository.calls()
+    assert read(call)
+
+
+def test_understanding_goes_through_lmms_eval_when_asked(repository: Repository) -> None:
+    repository.run("eval_understanding.sh", "model=m", "benchmark=pope,mme", "nproc=2", "limit=5")
+    [call] = repository.calls()
+    assert "torch.distributed.run" in call
+    config = read(call)
+    assert isinstance(config, UnderstandingConfig)
+    assert (config.names(), config.limit, config.output) == (["pope", "mme"], 5, "runs/evaluation/understanding")
+    repository.run("eval_understanding.sh", "model=m", "benchmark=lmms_scenes")
+    config = read(repository.calls()[0])
+    assert isinstance(config, UnderstandingConfig)
+    assert config.names() == ["scenes"]
+
+
 def test_missing_artefacts_are_made_first(repository: Repository) -> None:
     repository.run("train_ar_gen.sh")
     modules = [call[1].removeprefix("vqrae.") for call in repository.calls()]
@@ -182,6 +217,20 @@ def test_full_size_configurations_hold_their_own_defaults(repository: Repository
     [call] = repository.calls()
     assert call[-2:] == ["vqrae.generation.train", "qwen3_0_6b"]
     assert "torch.distributed.run" in call
+
+
+@pytest.mark.parametrize("config", ["smollm2", "vicuna_7b", "vicuna_13b", "qwen2_5_7b"])
+def test_language_models_of_llava(config: str, repository: Repository) -> None:
+    result = repository.run("train_llava.sh", f"config={config}", "tokenizer=t", "stage=sft", "lora={}")
+    assert result.returncode == 0, result.stderr
+    *before, call = repository.calls()
+    assert ("torch.distributed.run" in call) == (config != "smollm2")
+    assert [c[1:] for c in before] == ([["vqrae.understanding.smollm2", "runs/smollm2"]] if config == "smollm2" else [])
+    trained = read(call)
+    assert isinstance(trained, TrainConfig)
+    assert trained.output_dir.endswith(config)
+    assert trained.lora is not None
+    assert trained.lora.rank == 128
 
 
 def test_a_dry_run_of_a_published_variant(repository: Repository) -> None:

@@ -14,7 +14,7 @@ from vqrae.common.files import weights_fingerprint
 from vqrae.common.pictures import picture_to_tensor
 from vqrae.data.scenes import SceneDataset
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
-from vqrae.understanding.build import build_llava, check_features, prepare_text_tokenizer, require_tokenizer
+from vqrae.understanding.build import add_rows, build_llava, check_features, prepare_text_tokenizer, require_tokenizer
 
 PLAIN_TRANSFORMERS = """
 import sys, torch
@@ -115,7 +115,8 @@ def test_another_tokenizer_is_refused(tokenizer_folder, llm_folder, make_tokeniz
 def test_image_token_and_padding_are_added_when_missing(vicuna_like, llm_folder):
     model = AutoModelForCausalLM.from_pretrained(llm_folder)
     model.resize_token_embeddings(len(vicuna_like))
-    prepare_text_tokenizer(vicuna_like, model)
+    prepare_text_tokenizer(vicuna_like)
+    add_rows(model, len(vicuna_like))
     token = vicuna_like.convert_tokens_to_ids("<image>")
     assert vicuna_like.encode("<image>", add_special_tokens=False) == [token]
     assert token < model.get_input_embeddings().num_embeddings

@@ -1,10 +1,13 @@
-"""Answers do not depend on the batch, pictures come in any form, sessions remember."""
+"""Answers do not depend on the batch, pictures come in any form, sessions remember, files of questions resume."""
+
+import json
 
 import pytest
 import torch
 from PIL import Image
 
 from vqrae.data.scenes import SceneDataset
+from vqrae.understanding.answers import answer_file
 from vqrae.understanding.build import build_llava
 from vqrae.understanding.chat import Chat
 
@@ -73,3 +76,66 @@ def test_session_remembers_and_survives_errors(chat):
     assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
     asked = [*session.messages[:3]]
     assert [second] == chat.generate([asked])
+
+
+# ---- a file of questions
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Seven questions in both formats, one of them about a file that is no picture."""
+    pictures = [picture for picture, _ in _conversations() if isinstance(picture, Image.Image)]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    records = [
+        {"id": 7, "image": "0.png", "question": "what color is the circle ?"},
+        {"question": "how many things are there ?"},
+        {"question_id": 1, "image": "1.png", "text": "is there a red star left of the blue heart ?"},
+        {"image": "broken.png", "question": "what ?"},
+        {"image": ["1.png", "2.png"], "question": "what ?"},
+        {"image": "2.png", "question": "what color is the circle ?"},
+        {"image": "0.png", "question": "what ?"},
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n\n" for record in records))
+    return file
+
+
+def _rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_file_of_questions_is_answered_alike_in_batches_and_one_by_one(chat, questions, tmp_path):
+    calls = []
+    done = answer_file(chat, questions, tmp_path / "a.jsonl", fingerprint="f", progress=lambda *call: calls.append(call))
+    assert (done.total, done.resumed, done.failed, calls) == (7, 0, 1, [(7, 7)])
+    answer_file(chat, questions, tmp_path / "b.jsonl", fingerprint="f", batch_size=1)
+    rows = _rows(tmp_path / "a.jsonl")
+    assert rows == _rows(tmp_path / "b.jsonl")
+    assert rows[0]["id"] == 7
+    assert "broken.png: not a readable picture" in rows[3]["error"]
+    picture = Image.open(tmp_path / "1.png")
+    assert [rows[2]["answer"]] == chat.answer([(picture, rows[2]["text"])])
+
+
+def test_answers_resume_where_they_end(chat, questions, tmp_path):
+    out = tmp_path / "a.jsonl"
+    answer_file(chat, questions, out, fingerprint="f")
+    whole = out.read_text()
+    lines = whole.splitlines(keepends=True)
+    out.write_text("".join(lines[:3]) + lines[3][:10])
+    assert answer_file(chat, questions, out, fingerprint="f").resumed == 3
+    assert out.read_text() == whole
+    with pytest.raises(ValueError, match="holds answers made with"):
+        answer_file(chat, questions, out, fingerprint="another model")
+    questions.write_text('{"question": "another ?"}\n')
+    with pytest.raises(ValueError, match=r"line 1 answers .* but the question is"):
+        answer_file(chat, questions, out, fingerprint="f")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"image": "a.png"}'])
+def test_a_line_that_is_no_question_is_named(chat, line, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "what ?"}\n' + line)
+    with pytest.raises(ValueError, match=r"q.jsonl, line 2: got"):
+        answer_file(chat, tmp_path / "q.jsonl", tmp_path / "a.jsonl", fingerprint="f")

@@ -1,5 +1,7 @@
 """Exact answer masks with three kinds of text tokenizer, refused records, batches."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -13,20 +15,14 @@ from vqrae.understanding.build import build_llava, build_processor, prepare_text
 from vqrae.understanding.conversation import (
     ConversationCollator,
     encode_conversation,
+    examine_length,
     load_template,
     to_messages,
 )
 
 
-class _NoModel:
-    """Stands in for the language model where only the text tokenizer matters."""
-
-    def get_input_embeddings(self):
-        return torch.nn.Embedding(10_000, 1)
-
-
 def _processor(text_tokenizer, chat_template="chatml"):
-    prepare_text_tokenizer(text_tokenizer, _NoModel())
+    prepare_text_tokenizer(text_tokenizer)
     encoder = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8}
     return build_processor(VQRAEConfig(encoder_config=encoder), text_tokenizer, chat_template)
 
@@ -47,6 +43,11 @@ def _record(*turns, image=True, **extra):
     return {"id": "r1", "conversations": turns, **picture, **extra}
 
 
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+    "answers to the user's questions. "
+)
+QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TWO_ROUNDS = _record("<image>\nwhat color is the star ?", "red", "and the circle ?", "two blue stars")
 
 
@@ -105,6 +106,46 @@ def test_vicuna_masks_and_a_single_bos(vicuna_like):
     assert asked.endswith("ASSISTANT:")
 
 
+def test_vicuna_masks_with_the_llama_class(tmp_path):
+    """A folder as lmsys publishes it: sentencepiece's tokenizer.model, read by transformers' own Llama class."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = ["USER: what color is the star ? ASSISTANT: red", "and the circle ? two blue stars", VICUNA_SYSTEM]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+    described = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False, **special}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    text_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert "Llama" in type(text_tokenizer).__name__
+    processor = _processor(text_tokenizer, "vicuna_v1")
+    sample = _check_masks(processor, "</s>")
+    assert sample["input_ids"].tolist().count(text_tokenizer.bos_token_id) == 1
+    assert text_tokenizer.pad_token == "<unk>"
+
+
+def test_qwen_masks_with_the_qwen_class(qwen_like, tmp_path):
+    """A folder as Qwen publishes it, vocab.json and merges.txt, read by transformers' own Qwen2 class."""
+    qwen_like.backend_tokenizer.model.save(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    tokens = {str(qwen_like.convert_tokens_to_ids(t)): {"content": t, "special": True} for t in QWEN_SPECIALS}
+    described = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": tokens, "bos_token": None}
+    described |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    text_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert "Qwen2" in type(text_tokenizer).__name__
+    sample = _check_masks(_processor(text_tokenizer), "<|im_end|>")
+    assert sample["labels"][-1] == IGNORE_INDEX
+
+
 def test_plain_drops_the_question_and_trains_the_caption(qwen_like):
     processor = _processor(qwen_like)
     record = _record("describe it briefly\n<image>", "a red circle")
@@ -155,6 +196,47 @@ def test_truncation_cuts_text_but_never_the_picture(processor):
         encode_conversation(TWO_ROUNDS, processor, max_length=40)
     with pytest.raises(ValueError, match=r"'r1'.*no answer to train on within max_length 70"):
         encode_conversation(TWO_ROUNDS, processor, max_length=70)
+
+
+def test_several_pictures_in_their_turns(processor):
+    pictures = [_picture(i) for i in range(3)]
+    record = {**_record("<image>\n<image>\nwhat ?", "red", "<image> and this ?", "blue"), "image": pictures}
+    sample = encode_conversation(record, processor)
+    expected = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(sample["pixel_values"], expected)
+    images = (sample["input_ids"] == processor.image_token_id).tolist()
+    assert sum(images) == 3 * 64
+    spans, starts = _answers(sample, processor)
+    assert [span.split()[0] for span in spans] == ["red", "blue"]
+    assert sum(images[: starts[0]]) == 2 * 64
+
+
+def test_lengths_are_known_without_opening_a_picture(processor):
+    record = {**TWO_ROUNDS, "image": "no/such/file.png"}
+    whole = len(encode_conversation(TWO_ROUNDS, processor)["labels"])
+    assert examine_length(record, processor, max_length=whole) is None
+    cut = examine_length(record, processor, max_length=whole - 1)
+    assert cut == (f"conversations longer than max_length {whole - 1}, whose end is cut", False)
+    for max_length in (60, 70):
+        assert examine_length(record, processor, max_length=max_length).unusable
+        with pytest.raises(ValueError, match="max_length"):
+            encode_conversation(TWO_ROUNDS, processor, max_length=max_length)
+    late = {**_record("what ?", "red", "<image> and this ?", "blue"), "image": "x.png"}
+    assert "picture beyond" in examine_length(late, processor, max_length=60).what
+
+
+def test_padding_keeps_the_whole_picture(qwen_like):
+    prepare_text_tokenizer(qwen_like)
+    encoder = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8}
+    processor = build_processor(VQRAEConfig(encoder_config=encoder), qwen_like, aspect_ratio="pad")
+    wide = Image.new("RGB", (128, 64), "white")
+    pixels = processor(images=wide, text="<image>", return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 64, 64)
+    assert pixels[0, :, 32].min() > 0.99
+    assert pixels[0, :, :12].abs().max() < 0.02  # the mean colour is 0 after normalisation
+    square = _picture()
+    expected = _processor(qwen_like)(images=square, text="<image>", return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(processor(images=square, text="<image>", return_tensors="pt")["pixel_values"], expected)
 
 
 def test_unknown_template_is_refused():

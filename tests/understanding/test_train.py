@@ -1,5 +1,6 @@
 """Whole tiny runs through `main`: both stages, resume, finished runs, the language model."""
 
+import dataclasses
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from vqrae.common.run import read_metrics
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset
 from vqrae.understanding import train, train_llm
 from vqrae.understanding.chat import Chat
+from vqrae.understanding.projector import load_projector
 
 OPTIMIZATION = {"global_batch_size": 4, "micro_batch_size": 2, "logging_steps": 1, "lr_scheduler_type": "constant_with_warmup"}
 
@@ -78,6 +80,66 @@ def test_two_and_two_steps_equal_four(arguments, tmp_path):
     rows = [[(row["step"], row["loss"]) for row in read_metrics(tmp_path / run / "sft")] for run in ("whole", "resumed")]
     assert rows[0] == rows[1]
     assert [step for step, _ in rows[0]] == [1, 2, 3, 4]
+
+
+def test_pretrain_keeps_and_resumes_the_projector_alone(arguments, tmp_path):
+    train.main(arguments(stage="pretrain", steps=4, run="whole"))
+    train.main(arguments(stage="pretrain", steps=2, run="resumed"))
+    checkpoint = tmp_path / "resumed" / "pretrain" / "checkpoint-2"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert names >= {"mm_projector.bin", "config.json", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"}
+    assert not names & {"model.safetensors", "training_args.bin"}
+    train.main(arguments(stage="pretrain", steps=4, run="resumed"))
+    whole, resumed = (_weights(tmp_path / run / "pretrain" / "model") for run in ("whole", "resumed"))
+    assert _changed(whole, resumed) == set()
+    rows = [[(row["step"], row["loss"]) for row in read_metrics(tmp_path / run / "pretrain")] for run in ("whole", "resumed")]
+    assert rows[0] == rows[1]
+    assert [step for step, _ in rows[0]] == [1, 2, 3, 4]
+
+
+def test_llavas_projector_file_goes_out_and_in(arguments, tmp_path):
+    train.main(arguments(stage="pretrain", steps=1))
+    file = tmp_path / "run" / "pretrain" / "mm_projector.bin"
+    stored = torch.load(file, weights_only=True)
+    assert set(stored) == {f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    weights = _weights(tmp_path / "run" / "pretrain" / "model")
+    assert torch.equal(stored["model.mm_projector.2.weight"], weights["multi_modal_projector.linear_2.weight"])
+    # As ZeRO-3 or an older trainer of theirs names them: whatever stands in front goes.
+    torch.save({f"base.{name}": value + 1 for name, value in stored.items()}, tmp_path / "theirs.bin")
+    config = load_config(train.TrainConfig, shipped_config("vqrae.understanding", "tiny"), arguments()[1:])
+    config = dataclasses.replace(config, projector=str(tmp_path / "theirs.bin"), output_dir=str(tmp_path / "other"))
+    model, _ = train.load_or_build(config, "pretrain")
+    assert torch.equal(model.model.multi_modal_projector.linear_1.bias, stored["model.mm_projector.0.bias"] + 1)
+    projector = model.model.multi_modal_projector
+    for broken, message in (
+        ({"a": torch.zeros(1)}, "no weights"),
+        ({**stored, "mm_projector.4.bias": torch.zeros(1)}, "4.bias"),
+    ):
+        torch.save(broken, tmp_path / "broken.bin")
+        with pytest.raises(ValueError, match=message):
+            load_projector(projector, tmp_path / "broken.bin")
+    torch.save({name: value[:2] for name, value in stored.items()}, tmp_path / "broken.bin")
+    with pytest.raises(ValueError, match="another encoder or language model"):
+        load_projector(projector, tmp_path / "broken.bin")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_projector(projector, tmp_path / "missing.bin")
+
+
+@pytest.mark.parametrize("batching", ["grouped", "packed"])
+def test_batching_resumes_in_the_second_epoch(batching, arguments, tmp_path):
+    records = []
+    for i in range(6):
+        record = SceneDataset(size=6, item="conversation", num_questions=1 + i)[i]
+        record.pop("image").save(tmp_path / f"{i}.png")
+        records.append({**record, "image": f"{i}.png"})
+        turns = [{"from": "human", "value": "what color is the star ?"}, {"from": "gpt", "value": "red " * (1 + 5 * i)}]
+        records.append({"id": f"t{i}", "conversations": turns})
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    options = {"stage": "sft", "data": tmp_path / "chat.json", "batching": batching}
+    train.main(arguments(steps=6, run="whole", **options))
+    train.main(arguments(steps=4, run="resumed", **options))
+    train.main(arguments(steps=6, run="resumed", **options))
+    assert _changed(_weights(tmp_path / "whole" / "model"), _weights(tmp_path / "resumed" / "model")) == set()
 
 
 def test_another_tokenizer_is_refused(arguments, make_tokenizer, tmp_path):

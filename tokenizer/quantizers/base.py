@@ -88,7 +88,7 @@ class CodebookQuantizer(Quantizer):
 
     def nearest(self, features: Tensor, table: Tensor) -> Tensor:
         """Codes (B, N) of features (B, N, E) in code space; squared Euclidean distance (VQRAE Eq. 1)."""
-        return nearest_codes(features, table, precision=self.search)
+        return nearest_codes(features, table, precision=self.search, settle=not self.training)
 
     def gather(self, table: Tensor, codes: Tensor) -> Tensor:
         """Rows (B, N, E) of the table, with a gradient for what it is made of."""

@@ -40,7 +40,7 @@ class IBQ(VQ):
     def nearest(self, features: Tensor, table: Tensor) -> Tensor:
         """Codes of the largest product z.e, IBQ's logit."""
         offsets = torch.zeros(len(table), dtype=torch.float64, device=table.device)
-        return best_codes(features, table, offsets, precision=self.search)
+        return best_codes(features, table, offsets, precision=self.search, settle=not self.training)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         output = super().forward(features)

@@ -39,7 +39,9 @@ Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def best_codes(features: Tensor, table: Tensor, offsets: Tensor, *, precision: Precision = "fp32") -> Tensor:
+def best_codes(
+    features: Tensor, table: Tensor, offsets: Tensor, *, precision: Precision = "fp32", settle: bool = True
+) -> Tensor:
     """Codes (...) with the largest score z.e - offset, for features z (..., E).
 
     Among scores that float64 cannot tell apart the lowest code wins; a feature that is not finite gets code 0.
@@ -50,7 +52,14 @@ def best_codes(features: Tensor, table: Tensor, offsets: Tensor, *, precision: P
         offsets: (K,) float64.
         precision: of the product that finds the candidates. The result is the same; bf16 is faster where the hardware
             multiplies it faster, and needs a bf16 copy of the table.
+        settle: False takes the fp32 product at its word, for training: what it cannot tell apart may go either way, and the
+            host never waits for the device to list candidates. bf16 is always settled.
     """
+    if precision == "fp32" and not settle:
+        with torch.autocast(features.device.type, enabled=False):
+            rows = features.flatten(0, -2).split(max(1, BLOCK_SCORES["fp32"] // len(table)))
+            codes = [(block @ table.T).sub_(offsets.float()).argmax(-1) for block in rows]
+        return torch.cat(codes).view(features.shape[:-1])
     names = tuple(SCORERS)
     # Built when first needed: few searches get as far as fp64.
     scorer = functools.cache(lambda name: SCORERS[name](table, offsets))
@@ -188,10 +197,10 @@ SCORERS: dict[str, Callable[[Tensor, Tensor], Scorer]] = {"bf16": _bf16_scorer, 
 
 
 @torch.no_grad()
-def nearest_codes(features: Tensor, table: Tensor, *, precision: Precision = "fp32") -> Tensor:
+def nearest_codes(features: Tensor, table: Tensor, *, precision: Precision = "fp32", settle: bool = True) -> Tensor:
     """Codes (...) of the table's rows (K, E) nearest to features (..., E) by Euclidean distance.
 
     argmin |z - e|^2 = argmax (z.e - |e|^2 / 2); see `best_codes`.
     """
     halves = [part.double().square().sum(-1) / 2 for part in table.split(max(1, WIDE_NUMBERS // table.shape[1]))]
-    return best_codes(features, table, torch.cat(halves), precision=precision)
+    return best_codes(features, table, torch.cat(halves), precision=precision, settle=settle)

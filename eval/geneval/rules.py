@@ -3,25 +3,15 @@
 The rules are those of the official `evaluate_images.py` and `summary_scores.py`, edge cases included: the same detections
 give the same verdicts, reasons and numbers. What sees is an argument, so that COCO detectors and the rule-based one of the
 embedded scenes share this file; every score should be quoted with the detector's name.
-
-Folders in GenEval's layout:
-
-    OUT/00000/metadata.jsonl          one record: tag, include, [exclude,] prompt
-    OUT/00000/samples/00000.png       one picture per seed
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-
-from vqrae.common.files import write_text
-from vqrae.common.pictures import open_picture
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 MAX_OBJECTS = 16  # per class and picture
@@ -30,6 +20,8 @@ POSITION_THRESHOLD = 0.5  # of the offset's length
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels."""
+KnownPicture = tuple[Image.Image, dict[str, Any]]
+"""A picture and a record that it satisfies without doubt."""
 
 
 @dataclass(frozen=True)
@@ -171,148 +163,16 @@ def evaluate_image(
     }
 
 
-def require_sight(detector: Detector, classifier: ColorClassifier, image: Image.Image, metadata: dict[str, Any]) -> None:
-    """Refuse a detector that fails on a known picture: a broken installation would otherwise score everything near zero.
-
-    Args:
-        image, metadata: a picture that satisfies these clauses without doubt.
+def require_sight(detector: Detector, classifier: ColorClassifier, known: Iterable[KnownPicture]) -> None:
+    """Refuse a detector that fails on known pictures: a broken installation would otherwise score everything near zero.
 
     Raises:
         RuntimeError: naming the detector and what it missed.
     """
-    row = evaluate_image(image, metadata, detector, classifier)
-    if not row["correct"]:
-        raise RuntimeError(
-            f"detector {detector.name} fails on a known picture of {metadata['prompt']!r}: {row['reason']}. It saw "
-            f"{row['details']}. Scores from it would mean nothing: check its weights, configuration and compiled kernels."
-        )
-
-
-# ---- folders of pictures
-
-
-def prompt_folder(folder: str | Path, index: int) -> Path:
-    """The folder of prompt number `index`."""
-    return Path(folder) / f"{index:05d}"
-
-
-def sample_path(folder: str | Path, index: int, sample: int) -> Path:
-    """Where picture number `sample` of prompt number `index` belongs."""
-    return prompt_folder(folder, index) / "samples" / f"{sample:05d}.png"
-
-
-def write_prompts(folder: str | Path, records: Sequence[dict[str, Any]]) -> None:
-    """Write each record's `metadata.jsonl`.
-
-    Raises:
-        ValueError: when the folder already holds other prompts.
-    """
-    for index, record in enumerate(records):
-        path, line = prompt_folder(folder, index) / "metadata.jsonl", json.dumps(record) + "\n"
-        if path.exists() and _read_metadata(path) != record:
-            raise ValueError(
-                f"{path} asks for {_read_metadata(path)['prompt']!r}, expected {record['prompt']!r}: "
-                "the folder belongs to another benchmark, give a new one"
+    for image, metadata in known:
+        row = evaluate_image(image, metadata, detector, classifier)
+        if not row["correct"]:
+            raise RuntimeError(
+                f"detector {detector.name} fails on a known picture of {metadata['prompt']!r}: {row['reason']}. It saw "
+                f"{row['details']}. Scores from it would mean nothing: check its weights, configuration and compiled kernels."
             )
-        write_text(path, line)
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: every prompt's folder needs its GenEval record") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not one JSON record: {error}") from error
-    missing = {"tag", "include", "prompt"} - set(record)
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(sorted(missing))}: expected a GenEval record")
-    return record
-
-
-def list_samples(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every picture of a benchmark folder with its record, sorted. Names are digits alone; anything else is ignored.
-
-    Raises:
-        ValueError: when a prompt's record is missing or broken.
-    """
-    for prompt in sorted(path for path in Path(folder).glob("*") if path.is_dir() and path.name.isdigit()):
-        metadata = _read_metadata(prompt / "metadata.jsonl")
-        for picture in sorted((prompt / "samples").glob("*")):
-            if re.fullmatch(r"\d+\.png", picture.name) and picture.is_file():
-                yield picture, metadata
-
-
-def score_folder(
-    folder: str | Path,
-    detector: Detector,
-    classifier: ColorClassifier,
-    *,
-    known: tuple[Image.Image, dict[str, Any]],
-    progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Result rows of all pictures in a benchmark folder.
-
-    Args:
-        known: a picture and the record that it satisfies, see `require_sight`.
-        progress: called with (pictures done, pictures in all).
-
-    Raises:
-        RuntimeError: when the detector is blind.
-        ValueError: when the folder holds no pictures, or a broken one.
-    """
-    require_sight(detector, classifier, *known)
-    samples = list(list_samples(folder))
-    if not samples:
-        raise ValueError(f"{folder} holds no pictures: expected 00000/metadata.jsonl and 00000/samples/00000.png")
-    rows = []
-    for done, (path, metadata) in enumerate(samples, start=1):
-        rows.append(evaluate_image(open_picture(path), metadata, detector, classifier, str(path)))
-        if progress is not None:
-            progress(done, len(samples))
-    return rows
-
-
-def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write GenEval's results file, one JSON object per line."""
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-# ---- scores
-
-
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Scores of result rows: share of correct pictures per task, and their unweighted mean as `overall`.
-
-    Returns:
-        overall, one score per tag in order of appearance, `correct_images` and `correct_prompts` (prompts with any correct
-        picture), num_images, num_prompts, and `intervals`: 95 % Wilson bounds per tag. A prompt is a metadata string.
-
-    Raises:
-        ValueError: without rows.
-    """
-    if not rows:
-        raise ValueError("got no results, expected at least one picture")
-    tasks: dict[str, list[bool]] = {}
-    prompts: dict[str, bool] = {}
-    for row in rows:
-        tasks.setdefault(row["tag"], []).append(row["correct"])
-        prompts[row["metadata"]] = prompts.get(row["metadata"], False) or row["correct"]
-    scores = {tag: float(np.mean(correct)) for tag, correct in tasks.items()}
-    return {
-        "overall": float(np.mean(list(scores.values()))),
-        **scores,
-        "correct_images": float(np.mean([row["correct"] for row in rows])),
-        "correct_prompts": float(np.mean(list(prompts.values()))),
-        "num_images": len(rows),
-        "num_prompts": len(prompts),
-        "intervals": {tag: wilson_interval(sum(correct), len(correct)) for tag, correct in tasks.items()},
-    }
-
-
-def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Bounds of a share from `correct` of `total` independent trials (Wilson 1927); z = 1.96 for 95 %."""
-    share, spread = correct / total, z * z / total
-    center = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * float(np.sqrt(share * (1 - share) / total + spread / (4 * total)))
-    return max(0.0, center - half), min(1.0, center + half)

@@ -1,0 +1,115 @@
+"""Packed sft beside the padded, modality-grouped way of LLaVA-1.5: real tokens per second on a mixture with text-only records.
+
+The mixture has the shape of LLaVA's mix-665k at a size for one CPU core: dialogues of one to eight questions about pictures,
+and text-only dialogues whose lengths spread as ShareGPT's do, up to the longest that is trained on. Both ways see every
+record once and pay for encoding, batching, tower, forward and backward. Only real tokens count: no padding, no blank picture.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from vqrae.benchmarks.harness import Row, compare
+from vqrae.common.config import load_config, shipped_config
+from vqrae.common.distributed import attention_implementation
+from vqrae.common.trainer import IGNORE_INDEX
+from vqrae.data.conversations import modality_length
+from vqrae.data.grouping import GroupedSampler
+from vqrae.data.scenes import SceneDataset
+from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.understanding.build import build_llava
+from vqrae.understanding.conversation import ConversationCollator
+from vqrae.understanding.packing import PackingCollator
+from vqrae.understanding.train import freeze
+from vqrae.understanding.train_llm import TinyLLMConfig, build_tiny_llm
+
+ENCODER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 8,
+    "vision_use_head": False,
+}
+RECORDS, TEXT_SHARE, MICRO_BATCH_SIZE = 96, 0.25, 16
+MAX_WORDS = 700
+MEDIAN_WORDS, SPREAD = 120, 1.0  # of the text-only dialogues: log-normal
+
+
+def mixture(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Records of both kinds in random order."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for index in range(count):
+        scene = SceneDataset(item="conversation", num_questions=int(rng.integers(1, 9)))[index]
+        if rng.random() < TEXT_SHARE:
+            length = int(np.clip(rng.lognormal(np.log(MEDIAN_WORDS), SPREAD), 8, MAX_WORDS))
+            words = " ".join(turn["value"] for turn in scene["conversations"]).replace("<image>", "").split()
+            text = (words * (length // len(words) + 1))[:length]
+            question, answer = " ".join(text[: length // 4]), " ".join(text[length // 4 :])
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            scene = {"id": f"text-{index}", "conversations": turns}
+        records.append(scene)
+    return records
+
+
+def small_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """LLaVA of the embedded default's size, with random weights."""
+    torch.manual_seed(0)
+    llm, text_tokenizer = build_tiny_llm(load_config(TinyLLMConfig, shipped_config("vqrae.understanding", "tiny_llm")))
+    with tempfile.TemporaryDirectory() as folder:
+        VQRAEModel(VQRAEConfig(encoder_config=ENCODER, codebook_size=64, codebook_dim=32)).save_pretrained(Path(folder, "t"))
+        for part in (llm, text_tokenizer):
+            part.save_pretrained(Path(folder, "l"))
+        model, processor = build_llava(Path(folder, "t"), Path(folder, "l"), attention_implementation())
+    freeze(model, "sft")
+    return model.train(), processor
+
+
+def run(count: int = RECORDS, repeats: int = 3) -> list[Row]:
+    """Real tokens per second of both ways.
+
+    Raises:
+        AssertionError: when they do not give the same loss.
+    """
+    model, processor = small_llava()
+    records = mixture(count)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    one_row = attention_implementation() == "flash_attention_2"
+    padded, packed = ConversationCollator(processor), PackingCollator(processor, one_row=one_row)
+    lengths = np.array([modality_length(record["conversations"]) for record in records])
+    grouped = list(GroupedSampler(lengths, micro_batch_size=MICRO_BATCH_SIZE, micro_batches=1))
+    shuffled = np.random.default_rng(0).permutation(len(records)).tolist()
+
+    def epoch(collator: ConversationCollator, order: Sequence[int]) -> Callable[[], float]:
+        """Forward and backward over all records; returns the sum of the losses of all trained tokens."""
+
+        def train() -> float:
+            total = 0.0
+            model.zero_grad()
+            for start in range(0, len(order), MICRO_BATCH_SIZE):
+                batch = collator([records[i] for i in order[start : start + MICRO_BATCH_SIZE]])
+                batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+                with torch.autocast(device, torch.bfloat16):
+                    loss = model(**batch).loss
+                loss.backward()
+                total += loss.item() * int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+            return total
+
+        return train
+
+    ours, reference = epoch(packed, shuffled), epoch(padded, grouped)
+    expected = reference()
+    assert abs(ours() - expected) < 1e-3 * expected, "packing changes the loss"
+    tokens = sum(int(padded([record])["attention_mask"].sum()) for record in records)
+    fast, slow = (tokens / seconds for seconds in compare(ours, reference, repeats))
+    case = f"sft, {count} records, {int((lengths < 0).sum())} text only, micro-batches of {MICRO_BATCH_SIZE}"
+    return [Row(case, fast, slow, unit="tokens/s", higher_is_better=True)]

@@ -1,0 +1,222 @@
+"""DPG-Bench: draw pictures of its prompts, or take anybody's, and let a judge answer its questions about them.
+
+    python -m vqrae.eval.dpg_bench.evaluate model=runs/generation out=dpg
+    python -m vqrae.eval.dpg_bench.evaluate images=GRIDS questions=dpg_bench.csv judge=mplug out=dpg
+
+Without a table, prompts and questions are made from the embedded scenes, and the scene detector answers them.
+
+    OUT/pictures/ITEM.png       grids that were drawn; OUT/singles/ITEM/0.png …, the pictures in them
+    OUT/answers/ITEM.json       what the judge said, kept: an interrupted run asks only the rest
+    OUT/scores.json             scores, counts, failures, manifest
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.distributed import is_main_process
+from vqrae.common.files import read_json, sha256, write_json
+from vqrae.common.pictures import open_picture, save_picture, tile
+from vqrae.common.run import quiet_libraries
+from vqrae.eval.dpg_bench.judges import VQA, JudgeName, ask_what_is_known, build_judge
+from vqrae.eval.dpg_bench.pictures import find_pictures, split_grid
+from vqrae.eval.dpg_bench.questions import Item, read_questions, write_questions
+from vqrae.eval.dpg_bench.scenes import scene_items, true_pictures
+from vqrae.eval.dpg_bench.scores import Answers, official_scores, summarize
+from vqrae.eval.drawing import Order, PicturesConfig, claim_folder, draw_missing, picture_seed
+from vqrae.eval.manifest import score_manifest
+from vqrae.eval.sharding import gather, processes, stride
+
+Outcome = tuple[str, list[list[str]] | None, str]
+"""Item id, its answers, or None and the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPGConfig(PicturesConfig):
+    """Score pictures of dense prompts by questions about them; `images` holds ITEM.png, a 2 x 2 grid, for every item."""
+
+    questions: str = "scenes"
+    """DPG-Bench's table (dpg_bench.csv), or scenes: prompts and questions about embedded scenes."""
+    num_prompts: int | None = None
+    """The first so many of the table; 50 of scenes when not given."""
+    pictures_per_prompt: int = 4
+    """Pictures in a grid; 1 takes the file as one picture."""
+    resolution: int | None = None
+    """Pixels of a picture's side that grids must have; any size when not given."""
+    judge: JudgeName = "scenes"
+    """What answers: mplug, vqa, chat, endpoint, understanding, scenes."""
+    judge_model: str | None = None
+    """Its weights: folder or hub id; what an endpoint calls its model."""
+    judge_url: str | None = None
+    """Of an endpoint, such as http://localhost:8000/v1."""
+    official_compat: bool = False
+    """Score by the formulas of the published script, faults included, for comparison with old numbers."""
+    sprites: str = "shapes"
+    """What scenes are made of: shapes or emoji."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.judge == "scenes" and self.questions != "scenes":
+            raise ValueError(f"judge=scenes cannot answer the questions of {self.questions}: give judge=mplug or another")
+        if not 1 <= self.pictures_per_prompt <= 4:
+            raise ValueError(f"got pictures_per_prompt={self.pictures_per_prompt}, expected 1, 2, 3 or 4")
+
+
+def load_items(config: DPGConfig) -> list[Item]:
+    """Prompts and questions."""
+    if config.questions == "scenes":
+        return scene_items(config.sprites, config.num_prompts or 50)
+    return read_questions(config.questions)[: config.num_prompts]
+
+
+# ---- drawing
+
+
+def draw_grids(config: DPGConfig, items: Sequence[Item], out: Path, device: str) -> None:
+    """Draw the pictures that `out` lacks, and lay them out."""
+    asked = {"prompts": [item.prompt for item in items], "pictures_per_prompt": config.pictures_per_prompt}
+    claim_folder(out / "singles", {**config.drawing_settings(), **asked}, "out")
+    places = [[out / "singles" / item.id / f"{i}.png" for i in range(config.pictures_per_prompt)] for item in items]
+    orders = [
+        Order(item.prompt, picture_seed(number, sample), path)
+        for number, (item, paths) in enumerate(zip(items, places, strict=True))
+        for sample, path in enumerate(paths)
+    ]
+    progress = progress_line("pictures") if is_main_process() else None
+    generator = config.load_generator(device)
+    draw_missing(generator, orders, sampling=config.sampling, batch_size=config.batch_size, progress=progress)
+    if is_main_process():
+        for item, paths in zip(items, places, strict=True):
+            pictures = [open_picture(path) for path in paths]
+            grid = pictures[0] if len(pictures) == 1 else tile(pictures + pictures[:1] * (4 - len(pictures)))
+            save_picture(grid, out / "pictures" / f"{item.id}.png")
+    gather([])
+
+
+# ---- judging
+
+
+def judge_item(item: Item, picture: Path | None, judge: VQA, config: DPGConfig, kept: Path) -> Outcome:
+    """A judge's answers about one prompt's pictures, from `kept` when the picture is still the same."""
+    if picture is None:
+        return item.id, None, "no picture"
+    identity = sha256(picture)
+    if kept.is_file() and (stored := read_json(kept))["picture"] == identity:
+        return item.id, stored["answers"], ""
+    try:
+        crops = split_grid(picture, config.pictures_per_prompt, config.resolution)
+        pairs = [(crop, question.text) for crop in crops for question in item.questions]
+        said = iter(judge.answer(pairs))
+    except (ValueError, RuntimeError, OSError) as error:
+        return item.id, None, f"{type(error).__name__}: {error}"
+    answers = [list(itertools.islice(said, len(item.questions))) for _ in crops]
+    write_json(kept, {"picture": identity, "answers": answers})
+    return item.id, answers, ""
+
+
+def judge_folder(
+    items: Sequence[Item],
+    folder: Path,
+    judge: VQA,
+    config: DPGConfig,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Answers], dict[str, str]]:
+    """Answers by item, and the reason for each item that has none; several processes share the work, all get everything."""
+    pictures, kept = find_pictures(folder), Path(config.out) / "answers"
+    asked = [[item.id, [question.text for question in item.questions]] for item in items]
+    settings = {
+        "judge": judge.name,
+        "identity": judge.identity,
+        "questions": asked,
+        "pictures_per_prompt": config.pictures_per_prompt,
+        "resolution": config.resolution,
+    }
+    claim_folder(kept, settings, "out")
+    mine = stride(items)
+    outcomes: list[Outcome] = []
+    for done, item in enumerate(mine, start=1):
+        outcomes.append(judge_item(item, pictures.get(item.id), judge, config, kept / f"{item.id}.json"))
+        if progress is not None:
+            progress(done, len(mine))
+    everything = {name: (given, reason) for name, given, reason in gather(outcomes)}
+    in_order = [(item.id, *everything[item.id]) for item in items]
+    answers = {name: given for name, given, _ in in_order if given is not None}
+    return answers, {name: reason for name, given, reason in in_order if given is None}
+
+
+def scene_ceiling(judge: VQA, items: Sequence[Item], sprites: str) -> float:
+    """What true scenes score: the part that the judge itself loses."""
+    answers = {}
+    for item, picture in zip(items, true_pictures(sprites, len(items)), strict=True):
+        answers[item.id] = [judge.answer([(picture, question.text) for question in item.questions])]
+    return float(summarize(items, answers)["dpg"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_arguments(DPGConfig, argv)
+    quiet_libraries()
+    out, items = Path(config.out), load_items(config)
+    with processes(config.chosen_device()) as device:
+        judge = build_judge(config.judge, model=config.judge_model, url=config.judge_url, sprites=config.sprites, device=device)
+        known = ask_what_is_known(judge) if is_main_process() else {}
+        folder = Path(config.images) if config.images is not None else out / "pictures"
+        if config.images is None:
+            draw_grids(config, items, out, device)
+        progress = progress_line("answers") if is_main_process() else None
+        answers, failed = judge_folder(items, folder, judge, config, progress=progress)
+    if not is_main_process():
+        return
+    if config.questions == "scenes":
+        write_questions(out / "questions.csv", items)
+    if not answers:
+        raise SystemExit(f"none of {len(items)} prompts could be judged; the first: {next(iter(failed.items()))}")
+    result = (official_scores if config.official_compat else summarize)(items, answers)
+    drawn = out / "singles" / "settings.json"
+    values = {
+        "benchmark": f"DPG{'-official' if config.official_compat else ''}({judge.name})",
+        **result,
+        "num_failed": len(failed),
+        "failed": failed,
+        **({"ceiling": {"truth": scene_ceiling(judge, items, config.sprites)}} if config.questions == "scenes" else {}),
+        "self_test": known,
+        "manifest": score_manifest(
+            judge=judge.name,
+            weights=judge.identity,
+            formulas="published script" if config.official_compat else "corrected",
+            questions=config.questions if config.questions == "scenes" else sha256(Path(config.questions)),
+            pictures=read_json(drawn) if config.images is None else {"folder": str(folder)},
+        ),
+    }
+    values["manifest"]["pictures"].pop("prompts", None)
+    write_json(out / "scores.json", values)
+    print(text_table(values))
+    print(f"{values['num_scored']} prompts of {folder}  ->  {out / 'scores.json'}")
+
+
+def text_table(values: dict[str, Any]) -> str:
+    """The scores for people, and everything that is not as it should be."""
+    low, high = values["interval"]
+    lines = [f"{values['benchmark']}  {values['dpg']:.2f}   [{low:.2f}, {high:.2f}]"]
+    lines += [f"  {name:<14}{value:>8.2f}" for name, value in values["categories"].items()]
+    if "ceiling" in values:
+        lines.append(f"  true scenes   {values['ceiling']['truth']:>8.2f}")
+    if values["num_failed"]:
+        name, reason = next(iter(values["failed"].items()))
+        lines.append(
+            f"FAILED: {values['num_failed']} of {values['num_prompts']} prompts are not in the score; {name}: {reason}"
+        )
+    if values.get("dropped"):
+        lines.append(f"dropped by the published formulas: {', '.join(values['dropped'])}")
+    if values["unclear_answers"]:
+        lines.append(f"{values['unclear_answers']} answers are neither yes nor no and count as no")
+    if not values["self_test"]["passed"]:
+        lines.append(f"WARNING: the judge does not tell a red disc from a blue one: {values['self_test']['answers']}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

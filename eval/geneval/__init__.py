@@ -1,0 +1,60 @@
+"""GenEval (Ghosh et al., arXiv 2310.11513; MIT): prompts, folders, detectors, rules and scores, without mmdetection."""
+
+from vqrae.eval.geneval.folders import (
+    list_samples,
+    picture_orders,
+    prompt_folder,
+    read_prompts,
+    sample_path,
+    score_folder,
+    uneven_prompts,
+    write_grids,
+    write_prompts,
+    write_rows,
+)
+from vqrae.eval.geneval.prompts import OBJECT_NAMES, official_prompts, suite_name
+from vqrae.eval.geneval.rules import (
+    COLORS,
+    MAX_OBJECTS,
+    Box,
+    ColorClassifier,
+    Detection,
+    Detector,
+    KnownPicture,
+    confident_objects,
+    evaluate_image,
+    judge,
+    relative_position,
+    require_sight,
+)
+from vqrae.eval.geneval.scores import summarize, wilson_interval
+
+__all__ = [
+    "COLORS",
+    "MAX_OBJECTS",
+    "OBJECT_NAMES",
+    "Box",
+    "ColorClassifier",
+    "Detection",
+    "Detector",
+    "KnownPicture",
+    "confident_objects",
+    "evaluate_image",
+    "judge",
+    "list_samples",
+    "official_prompts",
+    "picture_orders",
+    "prompt_folder",
+    "read_prompts",
+    "relative_position",
+    "require_sight",
+    "sample_path",
+    "score_folder",
+    "suite_name",
+    "summarize",
+    "uneven_prompts",
+    "wilson_interval",
+    "write_grids",
+    "write_prompts",
+    "write_rows",
+]

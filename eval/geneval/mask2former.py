@@ -1,0 +1,158 @@
+"""Mask2Former (arXiv 2112.01527) on COCO as GenEval's detector, in plain transformers: no mmcv, no compiled kernels.
+
+Two sources of weights. `from_mmdet` takes GenEval's own checkpoint, so that its scores are GenEval's; `from_transformers`
+takes a Hugging Face checkpoint, which is another training run: its scores carry another name.
+
+Pre- and post-processing are mmdetection's, not those of the Hugging Face processor, which drops overlaps and resizes masks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+from vqrae.common.checkpoints import resolve_model
+from vqrae.common.files import weights_fingerprint
+from vqrae.eval.geneval.mmdet_keys import from_mmdet
+from vqrae.eval.geneval.prompts import OBJECT_NAMES
+from vqrae.eval.geneval.rules import Box, Detection
+from vqrae.eval.networks import find_weights
+
+MMDET_FILE = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
+MMDET_URL = (
+    "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/" + MMDET_FILE
+)
+HUGGING_FACE = "facebook/mask2former-swin-small-coco-instance"
+
+# The test pipeline of mmdetection's configuration.
+SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+MAX_PER_IMAGE = 100
+
+# Of scalars that training hooks may have left among a checkpoint's metadata: harmless, but not loaded by default.
+_NUMPY_SCALARS: list[Any] = [
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),  # its name before numpy 2
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "bool")),
+]
+
+
+def swin_small_config() -> Mask2FormerConfig:
+    """The architecture of GenEval's detector: Swin-S, 100 queries, 80 classes; 68.7 M parameters."""
+    backbone = SwinConfig(
+        embed_dim=96,
+        depths=[2, 2, 18, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=7,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    return Mask2FormerConfig(backbone_config=backbone, num_labels=len(OBJECT_NAMES))
+
+
+class Mask2FormerDetector:
+    """GenEval's object detector.
+
+    Attributes:
+        identity: which weights these are.
+    """
+
+    threshold, counting_threshold = 0.3, 0.9  # GenEval's
+
+    def __init__(self, model: Mask2FormerForUniversalSegmentation, name: str, identity: str) -> None:
+        self.model, self.name, self.identity = model.eval().requires_grad_(False), name, identity
+
+    @classmethod
+    def from_mmdet(cls, weights: str | None = None, device: str = "cpu") -> "Mask2FormerDetector":
+        """With GenEval's checkpoint, from `weights` or torch's cache.
+
+        Raises:
+            NotMeasured: when it is not there, with the address to get it from.
+            ValueError: when the file is another one.
+        """
+        path = find_weights(MMDET_FILE, MMDET_URL, "weights", weights)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            stored = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
+        model = Mask2FormerForUniversalSegmentation(swin_small_config())
+        model.load_state_dict(from_mmdet(stored, model.state_dict()), strict=False)
+        return cls(model.to(device), "mask2former-swin-s(mmdet)", MMDET_FILE)
+
+    @classmethod
+    def from_transformers(cls, name: str = HUGGING_FACE, device: str = "cpu") -> "Mask2FormerDetector":
+        """With the weights of a folder or hub id.
+
+        Raises:
+            ValueError: when its classes are not COCO's 80 things in COCO's order.
+        """
+        folder = resolve_model(name)
+        model = Mask2FormerForUniversalSegmentation.from_pretrained(folder)
+        labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        # Names differ in places ("mouse", "couch"/"sofa"); these are far apart and spelt the same everywhere.
+        anchors = {0: "person", 15: "cat", 22: "zebra", 46: "banana", 74: "clock", 79: "toothbrush"}
+        if len(labels) != len(OBJECT_NAMES) or any(labels[i] != label for i, label in anchors.items()):
+            raise ValueError(f"{name} has {len(labels)} classes {labels[:3]} …, expected COCO's 80 things in COCO's order")
+        identity = weights_fingerprint(folder) if Path(folder).is_dir() else name
+        return cls(model.to(device), f"mask2former-hf({Path(name).name})", identity)
+
+    @torch.inference_mode()
+    def detect(self, image: Image.Image) -> list[Detection]:
+        """The 100 best pairs of query and class, masks (H, W) bool at the picture's size."""
+        pixel_values, resized = prepare(image)
+        output = self.model(pixel_values=pixel_values.to(self.model.device))
+        padded = (pixel_values.shape[-2], pixel_values.shape[-1])
+        size = (image.height, image.width)
+        return instances(output.class_queries_logits[0], output.masks_queries_logits[0], padded, resized, size)
+
+
+def prepare(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+    """RGB picture -> (1, 3, H, W) as the detector wants it, and the (height, width) in it that the picture covers.
+
+    Resized to fit 800 x 1333 without antialiasing, like OpenCV, to whole grey levels; padded with zeros to multiples of 32.
+    """
+    scale = min(LONG_SIDE / max(image.size), SHORT_SIDE / min(image.size))
+    width, height = (int(side * scale + 0.5) for side in image.size)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
+    pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round()
+    pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return F.pad(pixels, (0, -width % DIVISOR, 0, -height % DIVISOR)), (height, width)
+
+
+def instances(
+    class_logits: Tensor, mask_logits: Tensor, padded: tuple[int, int], resized: tuple[int, int], size: tuple[int, int]
+) -> list[Detection]:
+    """mmdetection's instances: class probability times the mean probability inside the mask.
+
+    Args:
+        class_logits: (queries, classes + 1), the last one for "nothing".
+        mask_logits: (queries, h, w).
+        padded, resized, size: (height, width) of the network's input, of the picture in it, of the picture itself.
+    """
+    probabilities = class_logits.float().softmax(-1)[:, :-1]
+    num_classes = probabilities.shape[1]
+    scores, places = probabilities.flatten().topk(min(MAX_PER_IMAGE, probabilities.numel()))
+    queries, labels = places // num_classes, places % num_classes
+    masks: dict[int, tuple[np.ndarray, float]] = {}
+    for query in queries.unique().tolist():
+        logits = F.interpolate(mask_logits[None, query : query + 1].float(), padded, mode="bilinear", align_corners=False)
+        logits = logits[..., : resized[0], : resized[1]]
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0]
+        inside = logits > 0
+        certainty = float((logits.sigmoid() * inside).sum() / (inside.sum() + 1e-6))
+        masks[query] = inside.cpu().numpy(), certainty
+    found = []
+    for score, query, label in zip(scores.tolist(), queries.tolist(), labels.tolist(), strict=True):
+        mask, certainty = masks[query]
+        found.append(Detection(OBJECT_NAMES[label], score * certainty, mask_box(mask), mask))
+    return found
+
+
+def mask_box(mask: np.ndarray) -> Box:
+    """The smallest box around a mask, its far edges exclusive; all zeros around an empty one."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return (0.0, 0.0, 0.0, 0.0)
+    return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))

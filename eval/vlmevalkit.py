@@ -1,0 +1,108 @@
+"""Score a grafted InternVL3 (or any image-text folder) with VLMEvalKit, as the paper does for its InternViT variant (B.3).
+
+    git clone https://github.com/open-compass/VLMEvalKit && pip install -e VLMEvalKit
+    python -m vqrae.eval.vlmevalkit root=VLMEvalKit model=runs/internvl3_vqrae data=[MMBench_DEV_EN,MME,AI2D_TEST] output=OUT
+
+VLMEvalKit has no plug-ins. The model is entered into its table of models, then its own `run.py` does everything else. Prompts
+and the number of tiles are those of VLMEvalKit's InternVL class, beside whose scores ours stand. Written against VLMEvalKit of
+2026-08, and tested on stand-ins of the parts that it uses.
+"""
+
+import os
+import runpy
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vqrae.common.checkpoints import local_model
+from vqrae.common.cli import parse_arguments
+from vqrae.common.files import weights_fingerprint, write_json
+from vqrae.common.pictures import open_picture
+from vqrae.common.run import run_manifest
+from vqrae.understanding.chat import Chat
+
+NAME = "vqrae"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLMEvalKitConfig:
+    """Score a model with VLMEvalKit."""
+
+    root: str
+    """Clone of VLMEvalKit, which is installed too."""
+    model: str
+    """Grafted InternVL3: folder or hub id."""
+    output: str
+    """VLMEvalKit's work folder; `manifest.json` goes there, too."""
+    data: list[str] = field(default_factory=lambda: ["MMBench_DEV_EN", "MME", "SEEDBench_IMG", "MMMU_DEV_VAL", "AI2D_TEST"])
+    """VLMEvalKit's names of the benchmarks; without OPENAI_API_KEY choices are matched by rules."""
+    name: str = NAME
+    """What VLMEvalKit calls the model in its files."""
+    max_new_tokens: int = 1024
+    """Longest answer."""
+    options: list[str] = field(default_factory=list)
+    """Further options of run.py, such as [--reuse, --mode, infer]."""
+
+
+def model_class() -> type:
+    """A VLMEvalKit model: its InternVL class, whose weights and generation are ours and whose prompts stay."""
+    # By name, for it comes from a clone and is no dependency of ours.
+    base = import_module("vlmeval.vlm.internvl").InternVLChat
+    reorganize_prompt = import_module("vlmeval.vlm.internvl.utils").reorganize_prompt
+
+    class VQRAEInternVL(base):  # type: ignore[misc, valid-type]
+        """Prompts of `InternVLChat`, answers of `Chat`."""
+
+        def __init__(self, model_path: str, max_new_tokens: int) -> None:
+            self.use_mpo_prompt, self.use_cot, self.cot_prompt, self.system_prompt = False, False, None, None
+            self.chat = Chat.from_pretrained(model_path, max_new_tokens=max_new_tokens)
+
+        def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+            """The answer to pictures (paths) and text."""
+            paths = [part["value"] for part in message if part["type"] == "image"]
+            self.set_max_num(dataset)
+            if hasattr(self.chat.processor.image_processor, "max_patches"):
+                tiles = max(1, min(self.max_num, self.total_max_num // max(len(paths), 1)))
+                self.chat.processor.image_processor.max_patches = tiles
+            content: list[dict[str, Any]] = []
+            for i, text in enumerate(reorganize_prompt(message, len(paths), dataset=dataset).split("<image>")):
+                if i:
+                    picture = open_picture(paths[i - 1])
+                    if i == 1 and "MMMU" in (dataset or ""):  # as InternVLChat does: larger pictures get more tiles
+                        picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BILINEAR)
+                    content.append({"type": "image", "image": picture})
+                    text = text.removeprefix("\n")  # the chat template has one behind each picture
+                if text:
+                    content.append({"type": "text", "text": text})
+            return self.chat.generate([[{"role": "user", "content": content}]])[0]
+
+    return VQRAEInternVL
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_arguments(VLMEvalKitConfig, argv)
+    run = Path(config.root) / "run.py"
+    if not run.is_file():
+        raise SystemExit(f"{run} does not exist: set root to a clone of github.com/open-compass/VLMEvalKit")
+    try:
+        supported_models = import_module("vlmeval.config").supported_VLM
+    except ImportError as error:
+        raise SystemExit(f"VLMEvalKit cannot be imported ({error}): pip install -e {config.root}") from None
+    folder = local_model(config.model)
+    supported_models[config.name] = partial(model_class(), model_path=str(folder), max_new_tokens=config.max_new_tokens)
+    output = Path(config.output).resolve()
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(output / "manifest.json", run_manifest(fingerprints={"model": weights_fingerprint(folder)}))
+    options = ["--model", config.name, "--data", *config.data, "--work-dir", str(output), *config.options]
+    sys.argv = [str(run), *options]
+    sys.path.insert(0, str(run.parent))
+    runpy.run_path(str(run), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

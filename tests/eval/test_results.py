@@ -1,0 +1,115 @@
+"""The paper's tables with our rows: cells, reservations, manifests, as Markdown and as JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vqrae.common.files import read_json, write_json
+from vqrae.eval import results
+from vqrae.eval.geneval import summarize
+from vqrae.eval.paper_tables import GENERATION, RECONSTRUCTION, UNDERSTANDING
+from vqrae.eval.results import GENEVAL_COLUMNS, read_score
+
+
+def geneval(benchmark: str = "GenEval", suite: str = "official", **more: Any) -> dict[str, Any]:
+    tags = list(GENEVAL_COLUMNS)[:-1]
+    rows = [{"tag": tag, "metadata": f"{tag}{i}", "correct": i == 0} for tag in tags for i in range(4)]
+    manifest = {"detector": "d", "suite": suite, "pictures": {"sampling": {"guidance_scale": 4.5}}, "packages": {"torch": "2"}}
+    return {"benchmark": benchmark, **summarize(rows), "incomplete": [], "manifest": manifest, **more}
+
+
+def dpg(judge: str = "mplug", questions: str = "abc", formulas: str = "published script") -> dict[str, Any]:
+    manifest = {"judge": judge, "questions": questions, "formulas": formulas}
+    values = {"dpg": 71.236, "categories": {"entity": 80.0}, "num_prompts": 9, "num_scored": 9, "manifest": manifest}
+    return {"benchmark": f"DPG({judge})", **values}
+
+
+RECONSTRUCTED = {
+    "psnr": 22.5, "ssim": 0.7, "rfid": None, "not_measured": {"rfid": "no weights"}, "num_images": 1000, "data": "scenes",
+    "protocol": {"name": "standard"}, "tokenizer": "f" * 64,
+}  # fmt: skip
+
+
+def test_the_papers_numbers() -> None:
+    """Rows of ours in the paper, and that a GenEval overall is the mean of its six tasks where all are printed."""
+    assert GENERATION.rows[-1] == (
+        "VQRAE", "0.6B", 0.96, 0.82, 0.64, 0.80, 0.73, 0.58, 0.76, 89.78, 93.14, 89.92, 90.34, 91.27, 86.67,
+    )  # fmt: skip
+    assert RECONSTRUCTION.rows[-2:] == (
+        ("VQRAE SigLIP2", 16, 1.31, 22.23, 0.762),
+        ("VQRAE InternViT", 14, 1.39, 22.88, 0.784),
+    )
+    assert sum(str(row[0]).startswith("VQRAE") for row in UNDERSTANDING.rows) == 5
+    for row in GENERATION.rows:
+        tasks = [value for value in row[2:8] if isinstance(value, float)]
+        if len(tasks) == 6:
+            assert row[8] == pytest.approx(sum(tasks) / 6, abs=0.0101), row[0]
+
+
+def test_cells_of_each_kind(tmp_path: Path) -> None:
+    write_json(tmp_path / "g.json", geneval())
+    score = read_score(tmp_path / "g.json")
+    assert (score.table, score.values["Sgl"], score.values["GenEval"], score.reservations) == (GENERATION, 0.25, 0.25, ())
+    write_json(tmp_path / "d.json", dpg())
+    score = read_score(tmp_path / "d.json")
+    assert (score.values["DPG"], score.values["Ent"], score.values["Glob"], score.reservations) == (71.236, 80, None, ())
+    write_json(tmp_path / "r.json", RECONSTRUCTED)
+    score = read_score(tmp_path / "r.json")
+    assert (score.table, score.values) == (RECONSTRUCTION, {"rFID": None, "PSNR": 22.5, "SSIM": 0.7})
+    assert score.reservations == ("1000 pictures of scenes", "rFID not measured: no weights")
+    folder = tmp_path / "understanding"
+    write_json(folder / "pope.json", {"score": 88.0, "manifest": {"git_commit": "c"}, "settings": {"limit": 10}})
+    write_json(folder / "scores.json", {"pope": 88.0})
+    score = read_score(folder)
+    assert (score.table, score.values, score.reservations) == (
+        UNDERSTANDING,
+        {"POPE": 88},
+        ("pope: at most 10 questions, a trial",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("stored", "reservation"),
+    [
+        (geneval("GenEval-HF"), "detector d instead"),
+        (geneval(suite="md5:12345678"), "not the official 553"),
+        (geneval(incomplete=["00003 has 1 of 4 pictures"]), "1 prompts lack pictures"),
+        (geneval(leakage={"normalized": 7}), "7 prompts are among the training captions"),
+        (dpg("vqa:blip"), "instead of mPLUG"),
+        (dpg(questions="scenes"), "embedded scenes"),
+        (dpg(formulas="corrected"), "corrected formulas"),
+        ({**dpg(), "num_scored": 7}, "2 of 9 prompts"),
+    ],
+)
+def test_what_does_not_compare_says_so(stored: dict[str, Any], reservation: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "s.json", stored)
+    [found] = read_score(tmp_path / "s.json").reservations
+    assert reservation in found
+
+
+def test_unknown_scores_are_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"accuracy": 1})
+    for path in (tmp_path / "x.json", tmp_path):
+        with pytest.raises(ValueError, match=r"no scores?"):
+            read_score(path)
+
+
+def test_command(tmp_path: Path) -> None:
+    write_json(tmp_path / "g.json", geneval("GenEval-HF"))
+    write_json(tmp_path / "r.json", RECONSTRUCTED)
+    results.main([f"scores=[{tmp_path / 'g.json'},{tmp_path / 'r.json'}]", f"output={tmp_path / 'results.md'}"])
+    text = (tmp_path / "results.md").read_text()
+    assert "| VQRAE | 0.6B | 0.96 | 0.82 | 0.64 | 0.80 | 0.73 | 0.58 | 0.76 | 89.78 |" in text
+    assert "| **ours: GenEval-HF** [1] ≠ | — | 0.25 |" in text
+    assert "| **ours: protocol standard** [2] ≠ | — | — | 22.50 | 0.700 |" in text
+    assert '"guidance_scale": 4.5' in text
+    assert "Table 3" not in text
+    tables = read_json(tmp_path / "results.json")["tables"]
+    assert [table["title"][:7] for table in tables] == ["Table 2", "Table 4"]
+    ours = tables[1]["rows"][-1]
+    assert ours["manifest"]["packages"] == {"torch": "2"}
+    assert json.dumps(ours["values"]["Sgl"]) == "0.25"
+    with pytest.raises(SystemExit):
+        results.main([])

@@ -1,0 +1,294 @@
+"""lmms-eval: the plug-in's contract without it; with it (in an environment that has it), every benchmark over local files."""
+
+import io
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, Features, Sequence, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from vqrae.common.config import load_config, shipped_config
+from vqrae.data.scenes import SceneDataset
+from vqrae.eval import understanding
+from vqrae.eval.benchmarks import BENCHMARKS, paper_row
+from vqrae.eval.lmms_tasks.scenes import SceneTaskConfig, mean_of_known, process_results, write_task
+from vqrae.eval.scene_questions import validation_questions
+from vqrae.understanding.build import build_llava
+from vqrae.understanding.chat import Chat
+from vqrae.understanding.train_llm import TinyLLMConfig, build_tiny_llm
+
+
+@pytest.fixture(scope="module")
+def llava(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that looks at its picture: large weights."""
+    folder = tmp_path_factory.mktemp("llava")
+    small = [f"model.{key}" for key in ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")]
+    torch.manual_seed(0)
+    llm, text_tokenizer = build_tiny_llm(load_config(TinyLLMConfig, shipped_config("vqrae.understanding", "tiny_llm"), small))
+    for part in (llm, text_tokenizer):
+        part.save_pretrained(folder / "llm")
+    model, processor = build_llava(tokenizer_folder, folder / "llm")
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.mul_(4)
+    model.generation_config.eos_token_id = None
+    for part in (model, processor):
+        part.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+# ---- the plug-in
+
+
+def request(doc_id: int, **options: Any) -> types.SimpleNamespace:
+    """A chat request as lmms-eval 0.7.3 makes it: six fields."""
+
+    def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
+        content = [{"type": "image", "url": picture} for picture in doc["pictures"]]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": doc["question"]}]}]
+
+    return types.SimpleNamespace(args=("text " * doc_id, doc_to_messages, options, doc_id, "task", "test"))
+
+
+class Messages:
+    """What the plug-in uses of `lmms_eval.protocol.ChatMessages`."""
+
+    def __init__(self, messages: list[dict[str, Any]]) -> None:
+        self.messages = messages
+
+    def extract_media(self) -> tuple[list, list, list]:
+        kinds = [content["type"] for message in self.messages for content in message["content"]]
+        return kinds.count("image") * [0], kinds.count("video") * [0], []
+
+    def to_hf_messages(self) -> list[dict[str, Any]]:
+        def part(content: dict[str, Any]) -> dict[str, Any]:
+            return {"type": "image", "image": content["url"]} if content["type"] == "image" else content
+
+        return [{**message, "content": [part(content) for content in message["content"]]} for message in self.messages]
+
+
+@pytest.fixture
+def model_class(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The plug-in's class, on lmms-eval or on stand-ins of its two parts."""
+    try:
+        import lmms_eval.api.model
+        import lmms_eval.protocol  # noqa: F401
+    except ImportError:
+        for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.protocol"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        base = type("lmms", (), {"__init__": lambda self: setattr(self, "task_dict", {})})
+        sys.modules["lmms_eval.api.model"].lmms = base  # type: ignore[attr-defined]
+        sys.modules["lmms_eval.protocol"].ChatMessages = Messages  # type: ignore[attr-defined]
+        monkeypatch.delitem(sys.modules, "vqrae.eval.lmms_eval_model", raising=False)
+    from vqrae.eval.lmms_eval_model import LMMSEvalModel
+
+    yield LMMSEvalModel
+    sys.modules.pop("vqrae.eval.lmms_eval_model", None)
+
+
+def documents() -> list[dict[str, Any]]:
+    scenes = SceneDataset(item="conversation")
+    pictures = [scenes[i]["image"] for i in range(4)]
+    return [
+        {"pictures": [pictures[0]], "question": "what color is the circle ?"},
+        {"pictures": [], "question": "how many things are there ?"},
+        {"pictures": [pictures[1]], "question": "is there a red star left of the blue heart ?"},
+        {"pictures": [pictures[2], pictures[3]], "question": "what ?"},
+        {"pictures": [pictures[3].resize((90, 50))], "question": "what color is the circle ?"},
+    ]
+
+
+def test_batches_give_the_answers_of_single_questions(model_class: Any, llava: Path) -> None:
+    answers = {}
+    for batch_size in (1, 3, "5"):
+        model = model_class(str(llava), batch_size=batch_size, device="cpu")
+        model.task_dict["task"] = {"test": documents()}
+        requests = [request(i, max_new_tokens=3 + i % 2, temperature=0, top_p=None) for i in range(5)]
+        answers[batch_size] = model.generate_until(requests)
+    assert answers[1] == answers[3] == answers["5"]
+    assert len(set(answers[1])) > 2
+    chat = Chat.from_pretrained(llava, max_new_tokens=4)
+    doc = documents()[3]
+    assert chat.answer([(doc["pictures"], doc["question"])]) == [answers[1][3]]
+
+
+def test_options_of_a_task(model_class: Any, llava: Path) -> None:
+    model = model_class(str(llava), device="cpu")
+    model.task_dict["task"] = {"test": documents()}
+    [whole] = model.generate_until([request(0, max_new_tokens=12)])
+    last = whole.split()[-1]
+    [cut] = model.generate_until([request(0, max_new_tokens=12, until=last)])
+    assert cut == whole[: whole.index(last)].strip()
+    torch.manual_seed(0)
+    assert model.generate_until([request(0, max_new_tokens=12, temperature=5.0, do_sample=True)]) != [whole]
+    [short] = model.generate_until([request(0, max_new_tokens=2)])
+    assert whole.startswith(short)
+    assert len(short) < len(whole)
+    for method in (model.loglikelihood, model.generate_until_multi_round):
+        with pytest.raises(NotImplementedError):
+            method([])
+
+
+# ---- scenes
+
+
+def test_scene_task_asks_what_our_own_evaluation_asks(tmp_path: Path) -> None:
+    folder = write_task(SceneTaskConfig(output=str(tmp_path), num_images=4))
+    rows = Dataset.from_parquet(str(folder / "scenes.parquet"), cache_dir=str(tmp_path / "cache"))
+    asked = validation_questions(SceneDataset("validation", 4), 4)
+    assert [(row["question"], row["answer"], row["held_out"]) for row in rows] == [
+        (item.question.text, item.question.answer, item.held_out) for item in asked
+    ]
+    assert rows[0]["image"].tobytes() == SceneDataset("validation", 4).pixels(0).tobytes()
+    assert process_results(rows[0], [f" {rows[0]['answer'].upper()}\n"]) == {"accuracy": 1.0, "held_out": None, "seen": 1.0}
+    assert mean_of_known([1.0, None, 0.0]) == 0.5
+    assert math.isnan(mean_of_known([None]))
+
+
+# ---- scores
+
+
+def test_the_papers_row_is_found_by_the_models_shapes() -> None:
+    config = {"vision_config": {"model_type": "siglip_vision_model", "image_size": 512}, "text_config": {"hidden_size": 5120}}
+    name, scores = paper_row(config)
+    assert (name, scores["MME-P"], scores["AI2D"]) == ("paper, SigLIP2-512, Vicuna-13B", 1543.3, 59.8)
+    config = {
+        "vision_config": {"model_type": "internvl_vision", "image_size": [448, 448]},
+        "text_config": {"hidden_size": 3584},
+    }
+    assert paper_row(config)[1]["GQA"] is None
+    assert "another model" in paper_row({})[0]
+
+
+@pytest.mark.parametrize("results", [None, {"results": {}}, {"results": {"pope": {"pope_f1_score,none": float("nan")}}}])
+def test_a_benchmark_without_a_score_has_failed(results: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the benchmark has failed"):
+        understanding._store(tmp_path / "pope.json", "pope", "pope", results, {})
+    assert not (tmp_path / "pope.json").exists()
+
+
+def test_both_textvqa_columns_are_named() -> None:
+    found = {name: {"score": 50.0} for name in ("textvqa", "textvqa_ocr", "mme")}
+    text = understanding.markdown(found, {}, None)
+    assert "| TextVQA (no OCR tokens) | TextVQA (OCR tokens) | MME-Perception |" in text
+    assert "| ours | 50.0 | 50.0 | 50.0 |" in text
+    assert "does not say whether" in text
+
+
+def test_unknown_benchmarks_are_refused() -> None:
+    assert understanding.UnderstandingConfig(model="m", output="o", benchmark="paper").names() == list(BENCHMARKS)
+    with pytest.raises(ValueError, match="Did you mean 'pope'"):
+        understanding.UnderstandingConfig(model="m", output="o", benchmark="pop")
+
+
+# ---- lmms-eval itself
+
+
+def local_benchmarks(folder: Path) -> Path:
+    """Four invented documents of each benchmark, in the columns of the real data sets."""
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(stream, format="PNG")
+    picture = {"bytes": stream.getvalue(), "path": None}
+    plain = {"image": picture, "question": "what color is it ?", "question_id": "1"}
+    yes_no = plain | {"answer": "yes", "category": "existence"}
+    four = {"A": "red", "B": "blue", "C": "green", "D": "black"}
+    choices = {f"choice_{letter.lower()}": text for letter, text in four.items()}
+    rows: dict[str, tuple[str, dict[str, Any]]] = {
+        "pope": ("pope/data/test-0.parquet", yes_no),
+        "mme": ("mme/test-0.parquet", yes_no),
+        "gqa": (
+            "gqa/testdev_balanced_instructions/a.parquet",
+            {"id": "1", "imageId": "n7", "question": "what ?", "answer": "red"},
+        ),
+        "gqa_images": ("gqa/testdev_balanced_images/a.parquet", {"id": "n7", "image": picture}),
+        "textvqa": ("textvqa/validation-0.parquet", plain | {"answers": ["red"] * 10, "ocr_tokens": ["STOP", "ROAD"]}),
+        "mmbench": (
+            "mmbench/en/dev-0.parquet",
+            plain | four | {"answer": "A", "hint": "nan", "source": "s", "split": "dev", "category": "c", "L2-category": "l"},
+        ),
+        "seedbench": (
+            "seedbench/test-0.parquet",
+            plain | choices | {"image": [picture], "answer": "A", "data_type": "image"},
+        ),
+        "mmmu": (
+            "mmmu/validation-0.parquet",
+            {
+                "id": "validation_Art_1",
+                "question": "What is in <image 1>?",
+                "options": str(list(four.values())),
+                "question_type": "multiple-choice",
+                "answer": "A",
+                "image_1": picture,
+            },
+        ),
+        "ai2d": ("ai2d/test-0.parquet", plain | {"options": list(four.values()), "answer": "0"}),
+    }
+    for name, row in rows.values():
+        kinds = {key: Sequence(Value("string")) if isinstance(value, list) else Value("string") for key, value in row.items()}
+        kinds |= {key: ImageFeature() for key in ("image", "image_1") if key in row}
+        if "choice_a" in row:
+            kinds["image"] = Sequence(ImageFeature())
+        documents = [dict(row) for _ in range(4)]
+        if "L2-category" in row:
+            kinds["index"] = Value("int64")
+            documents = [document | {"index": i} for i, document in enumerate(documents)]
+        path = folder / name
+        path.parent.mkdir(parents=True)
+        Dataset.from_list(documents, features=Features(kinds)).to_parquet(path)
+    return folder
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_over_local_files(llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lmms_eval")
+    data = local_benchmarks(tmp_path / "data")
+    names = ",".join(["scenes", *BENCHMARKS])
+    command = [f"model={llava}", f"data={data}", f"output={tmp_path / 'out'}", "num_images=2", "device=cpu", "limit=2"]
+    understanding.main([*command, f"benchmark={names}", "batch_size=2"])
+    first = capsys.readouterr().out
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert list(scores) == ["scenes", *BENCHMARKS]
+    with_tokens, without = ((tmp_path / "out" / f"{name}.samples.jsonl").read_text() for name in ("textvqa_ocr", "textvqa"))
+    assert "STOP, ROAD" in with_tokens.split('"arguments"')[1]
+    assert "Reference OCR" not in without
+    written = json.loads((tmp_path / "out" / "pope.json").read_text())
+    assert written["manifest"]["fingerprints"]["model"] == written["settings"]["model"]
+    assert written["manifest"]["packages"]["lmms-eval"]
+    assert written["num_samples"] == 2
+    understanding.main([*command, f"benchmark={names}"])  # everything is there
+    assert "task vqrae_pope" in first
+    assert "task vqrae_pope" not in capsys.readouterr().out
+    understanding.main([*command[:-1], "limit=1", "benchmark=pope"])  # another limit is another score
+    assert json.loads((tmp_path / "out" / "pope.json").read_text())["num_samples"] == 1
+
+
+@pytest.mark.slow
+def test_what_fails_in_lmms_eval_fails_here(llava: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lmms_eval")
+    command = [f"model={llava}", f"output={tmp_path / 'out'}", "device=cpu", f"data={tmp_path}"]
+    with pytest.raises(FileNotFoundError, match=r"holds no pope/\*\*/test\*.parquet"):
+        understanding.main([*command, "benchmark=pope"])
+    (tmp_path / "pope").mkdir()
+    Dataset.from_list([{"question": "no picture ?"}]).to_parquet(tmp_path / "pope" / "test.parquet")
+    with pytest.raises(KeyError):
+        understanding.main([*command, "benchmark=pope"])
+    assert not (tmp_path / "out" / "scores.json").exists()
+
+
+@pytest.mark.slow
+def test_lmms_eval_finds_the_model() -> None:
+    pytest.importorskip("lmms_eval")
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    from vqrae.eval.lmms_eval_plugin import manifest
+
+    registry = ModelRegistryV2()
+    registry.register_manifest(manifest())
+    assert registry.get_model_class("vqrae").__name__ == "LMMSEvalModel"

@@ -1,0 +1,95 @@
+"""Packed batches: the loss and gradients of every sample are those of the sample alone, whatever lies beside it."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vqrae.common.trainer import IGNORE_INDEX
+from vqrae.data.scenes import SceneDataset
+from vqrae.understanding.build import build_llava
+from vqrae.understanding.conversation import ConversationCollator
+from vqrae.understanding.inspection import samples_of
+from vqrae.understanding.packing import PackingCollator, lay_out
+
+
+def _text(words, name="text"):
+    turns = [{"from": "human", "value": "what color is the star ?"}, {"from": "gpt", "value": " ".join(["red"] * words)}]
+    return {"id": name, "conversations": turns}
+
+
+@pytest.fixture(scope="module")
+def records():
+    scenes = [SceneDataset(item="conversation", num_questions=n)[n] for n in (1, 6, 3)]
+    return [_text(3), scenes[0], _text(90), scenes[1], _text(1), scenes[2], _text(20)]
+
+
+def test_rows_hold_every_sample_once_with_little_padding():
+    rng = random.Random(0)
+    for _ in range(20):
+        lengths = [rng.randint(1, 500) for _ in range(16)]
+        rows = lay_out(lengths)
+        assert sorted(i for row in rows for i in row) == list(range(16))
+        width = max(sum(lengths[i] for i in row) for row in rows)
+        assert max(lengths) <= width <= 2 * max(lengths)
+        assert sum(lengths) > 0.8 * width * len(rows)
+    assert lay_out([7]) == [[0]]
+
+
+@pytest.mark.parametrize(("attention", "one_row"), [("eager", False), ("sdpa", False), ("eager", True), ("sdpa", True)])
+def test_every_sample_has_the_loss_that_it_has_alone(attention, one_row, tokenizer_folder, llm_folder, records):
+    torch.manual_seed(0)
+    model, processor = build_llava(tokenizer_folder, llm_folder, attention)
+    model.model.language_model.config.use_cache = True  # a cache would silently let samples see each other
+    alone = {}
+    for record in records:
+        batch = ConversationCollator(processor)([record])
+        alone[_key(batch["input_ids"][0], batch["labels"][0])] = _loss(model, batch, 0, slice(0, None))
+    packed = PackingCollator(processor, one_row=one_row)(records)
+    assert packed["input_ids"].shape[0] == 1 if one_row else packed["input_ids"].shape[0] < len(records)
+    found = {}
+    for row, columns in samples_of(packed):
+        key = _key(packed["input_ids"][row, columns], packed["labels"][row, columns])
+        found[key] = _loss(model, packed, row, columns)
+    assert len(found) == len(records)
+    for key, loss in found.items():
+        torch.testing.assert_close(loss, alone[key], atol=1e-5, rtol=1e-5)
+
+
+def _key(input_ids, labels):
+    """What identifies a sample: its trained tokens and its length, without what a padded batch appends."""
+    last = int(torch.nonzero(labels != IGNORE_INDEX).max()) + 1
+    return tuple(input_ids[:last].tolist())
+
+
+@torch.no_grad()
+def _loss(model, batch, row, columns):
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[row, columns]
+    return F.cross_entropy(logits[:-1], batch["labels"][row, columns][1:], ignore_index=IGNORE_INDEX)
+
+
+def test_gradients_are_those_of_the_padded_batch(tokenizer_folder, llm_folder, records):
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    gradients = []
+    for collator in (ConversationCollator(processor), PackingCollator(processor)):
+        model.zero_grad()
+        loss = model(**collator(records)).loss
+        loss.backward()
+        gradients.append(
+            {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_a_batch_without_pictures_still_runs_the_projector(tokenizer_folder, llm_folder):
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    texts = [_text(3), _text(8)]
+    packed = PackingCollator(processor)(texts)
+    assert packed["pixel_values"].shape[0] == 1
+    loss = model(**packed).loss
+    loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().max() == 0
+    torch.testing.assert_close(loss, model(**ConversationCollator(processor)(texts)).loss)

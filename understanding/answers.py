@@ -1,0 +1,133 @@
+"""Questions from a JSONL file, answers to another one, in the same order: evaluation sets of one's own, or captions in bulk.
+
+A line of the questions is `{"question": TEXT, "image": FILE or [FILES] or absent, …}`; LLaVA's evaluation files, which say
+`text` for `question`, are read as they are. A line of the answers is that line with `answer` added. What was answered before an
+interruption stays; a picture that cannot be read costs its own answer only.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqrae.common.files import read_json, write_json
+from vqrae.common.run import run_manifest
+from vqrae.understanding.chat import Chat, Messages, user_message
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a run did: answers in the file, how many of them were there before, how many questions failed."""
+
+    total: int
+    resumed: int
+    failed: int
+
+
+def answer_file(
+    chat: Chat,
+    questions: str | Path,
+    out: str | Path,
+    *,
+    fingerprint: str,
+    image_folder: str | Path | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answered:
+    """Answer every line of `questions`; an answer does not depend on `batch_size`.
+
+    Args:
+        out: file of the answers, continued where it ends; `OUT.manifest.json` beside it says what made them.
+        fingerprint: of the model's weights.
+        image_folder: where pictures lie; None means beside the questions.
+        progress: called with (done, total).
+
+    Raises:
+        ValueError: before anything is answered, naming the line, for a line that is no question; and when `out` holds answers
+            to other questions, or those of another model.
+    """
+    questions, out = Path(questions), Path(out)
+    records = read_questions(questions)
+    folder = questions.parent if image_folder is None else Path(image_folder)
+    settings = {"model": fingerprint, "max_new_tokens": str(chat.max_new_tokens)}
+    done = _resume(out, records, settings)
+    write_json(_manifest(out), run_manifest(fingerprints=settings))
+    failed = 0
+    with out.open("a", encoding="utf-8") as stream:
+        for start in range(done, len(records), batch_size):
+            batch = records[start : start + batch_size]
+            answers = _answer(chat, batch, folder)
+            failed += sum("error" in answer for answer in answers)
+            lines = [
+                json.dumps({**record, **answer}, ensure_ascii=False) for record, answer in zip(batch, answers, strict=True)
+            ]
+            stream.write("".join(f"{line}\n" for line in lines))
+            stream.flush()
+            if progress is not None:
+                progress(start + len(batch), len(records))
+    return Answered(len(records), done, failed)
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """The records of a questions file, checked."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            valid = isinstance(record, dict) and isinstance(_question(record), str)
+        except json.JSONDecodeError:
+            valid = False
+        if not valid:
+            raise ValueError(f'{path}, line {number}: got {line[:80]!r}, expected {{"question": TEXT, "image": FILE}}')
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path} holds no questions")
+    return records
+
+
+def _question(record: dict[str, Any]) -> Any:
+    return record.get("question", record.get("text"))
+
+
+def _answer(chat: Chat, records: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
+    """`{"answer"}` of each record in one batch, or `{"error"}` where its picture cannot be read."""
+    asked: list[Messages | str] = []
+    for record in records:
+        names = record.get("image") or []
+        pictures = [folder / name for name in ([names] if isinstance(names, str) else names)]
+        try:
+            asked.append([user_message(_question(record), pictures)])
+        except ValueError as error:
+            asked.append(str(error))
+    chats = [messages for messages in asked if not isinstance(messages, str)]
+    answers = iter(chat.generate(chats) if chats else [])
+    return [{"error": item} if isinstance(item, str) else {"answer": next(answers)} for item in asked]
+
+
+def _manifest(out: Path) -> Path:
+    return out.with_name(f"{out.name}.manifest.json")
+
+
+def _resume(out: Path, records: Sequence[dict[str, Any]], settings: dict[str, str]) -> int:
+    """How many answers `out` holds; a last line that a crash cut short is removed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.exists():
+        return 0
+    text = out.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    lines = whole.decode("utf-8").splitlines()
+    made_with = read_json(_manifest(out))["fingerprints"] if _manifest(out).exists() else None
+    if lines and made_with != settings:
+        raise ValueError(f"{out} holds answers made with {made_with}, now it is {settings}: give another file, or remove it")
+    for number, line in enumerate(lines):
+        answered = {key: value for key, value in json.loads(line).items() if key not in ("answer", "error")}
+        given = records[number] if number < len(records) else None
+        if answered != given:
+            raise ValueError(f"{out}, line {number + 1} answers {answered}, but the question is {given}: give another file")
+    if len(whole) < len(text):
+        with out.open("r+b") as stream:
+            stream.truncate(len(whole))
+    return len(lines)
