@@ -274,13 +274,13 @@ def _generation_job(config: TrainingConfig) -> Job:
         model = build_generator(vocabulary, llm_config=values, attention=PLANNING_ATTENTION).to(torch.bfloat16)
     if not config.full_vocabulary_loss:
         model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
-    shape = (config.optimization.micro_batch_size, config.model.max_caption_tokens + CHAT_TOKENS + vocabulary.num_codes)
+    length = min(config.model.max_length, config.model.max_caption_tokens + CHAT_TOKENS + vocabulary.num_codes)
+    shape = (config.optimization.micro_batch_size, length)
 
     def forward() -> Tensor:
         ids = torch.zeros(shape, dtype=torch.int64)
-        if config.full_vocabulary_loss:
-            return model(input_ids=ids, labels=ids, use_cache=False).loss
-        return visual_loss(model, {"input_ids": ids, "labels": ids}, vocabulary)
+        batch = {"input_ids": ids, "labels": ids}
+        return visual_loss(model, batch, vocabulary, full_vocabulary=config.full_vocabulary_loss)
 
     return _trainer_job("generation", model, {"language model": model}, config.optimization, forward)
 
