@@ -24,7 +24,7 @@ from vqrae.common.checkpoints import local_model
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
-from vqrae.common.run import format_duration, git_commit, package_versions, quiet_libraries
+from vqrae.common.run import format_duration, quiet_libraries, run_manifest
 from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval import features, reconstruction
 from vqrae.eval.ablation_suites import Recipe, Row, Suite, load_suite, suite_names
@@ -158,12 +158,15 @@ class Ablation:
         self._prepare()
         for run in self.runs:
             self._check(run)
-        open_runs = sum("metrics" not in run.record() for run in self.runs)
-        begun, done = time.monotonic(), 0
-        for i, run in enumerate(self.runs):
-            left = f", {format_duration((time.monotonic() - begun) / done * (open_runs - done))} left" if done else ""
-            print(f"===== {self.name}, run {i + 1} of {len(self.runs)}{left}: {run.folder} =====", flush=True)
-            done += "metrics" not in run.record()
+        finished = [run for run in self.runs if "metrics" in run.record()]
+        waiting = [run for run in self.runs if run not in finished]
+        for run in finished:
+            self.records[run.folder] = self._finish(run)
+        self._write()
+        begun = time.monotonic()
+        for done, run in enumerate(waiting):
+            left = f", {format_duration((time.monotonic() - begun) / done * (len(waiting) - done))} left" if done else ""
+            print(f"===== {self.name}, run {done + 1} of {len(waiting)}{left}: {run.folder} =====", flush=True)
             self.records[run.folder] = self._finish(run)
             self._write()
 
@@ -282,10 +285,7 @@ class Ablation:
             "original_features": self.original_features,
             "notes": self._notes(),
             "settings": dataclasses.asdict(self.config),
-            "data": fingerprint(self.config.data),
-            "encoder": self.encoder,
-            "git_commit": git_commit(),
-            "packages": package_versions(),
+            "manifest": run_manifest(fingerprints={"data": fingerprint(self.config.data), "encoder": self.encoder}),
         }
 
     def _notes(self) -> list[str]:
