@@ -3,14 +3,19 @@
     bash scripts/quickstart.sh [--minutes M] [--output DIR] [--sprites shapes|emoji]
 
 Every step is the ordinary entry point with the configuration `tiny`; only the numbers of steps follow the minutes.
+Understanding and generation need nothing of each other, so they run side by side, with half of the cores each.
 A finished step is not repeated, an interrupted one continues: after any crash, run the same command again.
 """
 
 import argparse
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +26,12 @@ REFERENCE_MINUTES = 12
 
 # Optimizer steps of every training step at the reference minutes; they grow in proportion with the time that one has.
 TRAINING_STEPS = {
-    "encoder": 400,
+    "encoder": 500,
     "tokenizer.stage1": 50,
     "tokenizer.stage2": 700,
-    "llm": 60,
+    "llm": 100,
     "understanding.pretrain": 30,
-    "understanding.sft": 550,
+    "understanding.sft": 900,
     "generation": 2500,
 }
 GENERATION_BATCH = 32  # of the configuration `tiny`
@@ -192,12 +197,14 @@ def save_every(count: int) -> str:
     return f"save_steps={max(1, count // 5)}"
 
 
-def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
-    """All commands, in order."""
+def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[list[list[Step]]]:
+    """All commands: phases that follow each other, each of branches that run side by side, each of steps in order."""
     source = "scenes" if sprites == "shapes" else f"scenes:{sprites}"
-    parts = (tokenizer_steps, understanding_steps, generation_steps)
+    trunk, *branches = (
+        part(output, steps, sprites, source) for part in (tokenizer_steps, understanding_steps, generation_steps)
+    )
     report = Step("report", "eval.report", [f"directory={output}"], 10, scales=False)
-    return [*(step for part in parts for step in part(output, steps, sprites, source)), report]
+    return [[trunk], branches, [[report]]]
 
 
 class Clock:
@@ -219,15 +226,35 @@ class Clock:
         write_json(self.path(name), {"seconds": round(seconds, 1), "done": done})
 
 
-def run(step: Step, clock: Clock) -> None:
+@contextmanager
+def sole_user(output: Path) -> Iterator[None]:
+    """Wait until nobody else works in `output`.
+
+    Steps inherit the lock: one that outlives a killed quickstart is waited for and not started a second time beside itself.
+    """
+    with open(output / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the processes of another run in {output}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock.fileno(), True)
+        yield
+
+
+def run(step: Step, clock: Clock, num_threads: int | None = None) -> None:
     """Run one command to its end.
+
+    Args:
+        num_threads: of its arithmetic; None leaves that to the environment.
 
     Raises:
         SystemExit: with its exit code, when it failed.
     """
     before, start = clock.spent(step.name), time.time()
     command = [sys.executable, "-m", f"vqrae.{step.module}", *step.arguments]
-    process = subprocess.Popen(command)
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(num_threads)} if num_threads else {})}
+    process = subprocess.Popen(command, env=environment, close_fds=False)
     try:
         while True:
             try:
@@ -242,6 +269,28 @@ def run(step: Step, clock: Clock) -> None:
     if code:
         print(f"\n{step.name} failed with exit code {code}: {' '.join(command)}\nRun the same command again to continue.")
         raise SystemExit(code)
+
+
+def run_phase(branches: Sequence[Sequence[Step]], clock: Clock) -> None:
+    """Run the branches of a phase side by side, what is done in them left out.
+
+    Raises:
+        SystemExit: when a step failed; the other branch first comes to its end.
+    """
+    num_threads = max(1, (os.cpu_count() or 1) // len(branches)) if len(branches) > 1 else None
+
+    def run_branch(steps: Sequence[Step]) -> None:
+        for step in steps:
+            if clock.is_done(step.name) and step.name != "report":
+                print(f"{step.name}: done in {format_duration(clock.spent(step.name))}", flush=True)
+                continue
+            print(f"{step.name}: begins", flush=True)
+            run(step, clock, num_threads)
+            print(f"{step.name}: took {format_duration(clock.spent(step.name))}", flush=True)
+
+    with ThreadPoolExecutor(len(branches)) as pool:
+        for branch in [pool.submit(run_branch, steps) for steps in branches]:
+            branch.result()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -262,17 +311,18 @@ def main(argv: list[str] | None = None) -> None:
     write_json(plan_file, chosen)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    clock = Clock(output / "steps")
-    steps = pipeline(output, chosen["steps"], options.sprites)
-    expected = {s.name: s.seconds * (options.minutes / REFERENCE_MINUTES if s.scales else 1) for s in steps}
     begun = time.time()
-    for i, step in enumerate(steps):
-        if clock.is_done(step.name) and step.name != "report":
-            print(f"[{i + 1}/{len(steps)}] {step.name}: done in {format_duration(clock.spent(step.name))}")
-            continue
-        left = sum(expected[s.name] for s in steps[i:])
-        print(f"\n[{i + 1}/{len(steps)}] {step.name}: about {format_duration(left)} left for the whole pipeline", flush=True)
-        run(step, clock)
+    with sole_user(output):
+        clock, phases = Clock(output / "steps"), pipeline(output, chosen["steps"], options.sprites)
+        scale = options.minutes / REFERENCE_MINUTES
+
+        def expected(steps: Sequence[Step]) -> float:
+            return sum(step.seconds * (scale if step.scales else 1) for step in steps if not clock.is_done(step.name))
+
+        for i, branches in enumerate(phases):
+            left = sum(max(map(expected, phase)) for phase in phases[i:])
+            print(f"\nabout {format_duration(left)} left for the whole pipeline", flush=True)
+            run_phase(branches, clock)
     print(f"\nfinished in {format_duration(time.time() - begun)}; open {output / 'report.html'}")
 
 

@@ -63,6 +63,13 @@ def prepare(accelerator: Accelerator, name: str, model: nn.Module, optimizer: to
     return accelerator.prepare(model, optimizer)
 
 
+def refresh_master_weights(optimizer: Any) -> None:
+    """Let ZeRO know of weights that were changed by hand: it trains copies of its own, which the next step would bring back."""
+    zero = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(zero, "refresh_fp32_params"):
+        zero.refresh_fp32_params()
+
+
 def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
     """Stage 1 freezes the encoder; what lies behind the feature tap never gets a gradient and is frozen too."""
     model.encoder.requires_grad_(not stage.freeze_encoder)

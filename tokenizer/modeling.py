@@ -182,6 +182,36 @@ class VQRAEModel(PreTrainedModel):
         batches = [self.project(self.encode_features(batch)).flatten(0, 1) for batch in images.split(batch_size)]
         self.quantizer.initialize_from(torch.cat(batches))
 
+    def measure_in_pixels(self, images: Tensor, *, num_probes: int = 4, batch_size: int = 16) -> None:
+        """Change the basis of the code space so that distances in it are, to first order, distances of decoded pictures.
+
+        What the decoder does not look at then has no say in which code is nearest. As an autoencoder without quantization
+        the model stays the same function: the projections on both sides change together. The metric is the mean of J'J over
+        tokens, J the derivative of the picture by a projected feature, from products of J' with random pictures.
+
+        Args:
+            images: (M, 3, H, W) in [0, 1].
+        """
+        generator = torch.Generator(images.device).manual_seed(0)
+        metric = scatter = torch.zeros(self.config.codebook_dim, self.config.codebook_dim, device=images.device)
+        for batch in images.split(batch_size):
+            projected = self.project(self.encode_features(batch)).detach().requires_grad_()
+            picture = self._paint(self.out_proj(projected))
+            for _ in range(num_probes):
+                probe = torch.randn(picture.shape, generator=generator, device=picture.device)
+                (gradient,) = torch.autograd.grad(picture, projected, probe, retain_graph=True)
+                metric = metric + torch.einsum("bne,bnf->ef", gradient, gradient)
+            centred = projected.detach() - projected.detach().mean((0, 1))
+            scatter = scatter + torch.einsum("bne,bnf->ef", centred, centred)
+        values, axes = torch.linalg.eigh(metric)
+        values = values.clamp(min=1e-6 * values[-1])
+        values = values * (scatter.trace() / (metric @ scatter).trace())  # features keep their total variance
+        with torch.no_grad():
+            root, inverse = ((axes * scale) @ axes.T for scale in (values.sqrt(), values.rsqrt()))
+            self.in_proj.weight.copy_(root @ self.in_proj.weight)
+            self.in_proj.bias.copy_(root @ self.in_proj.bias)
+            self.out_proj.weight.copy_(self.out_proj.weight @ inverse)
+
     def with_plain_codebook(self) -> "VQRAEModel":
         """An equal model with `quantizer=vq`: the same codes and pictures, from a table that needs nothing of its training.
 

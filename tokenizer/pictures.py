@@ -49,13 +49,13 @@ class StagePictures:
             yield batch["image"]
 
     def augment(self, batch: Tensor, step: int, micro: int) -> Tensor:
-        """uint8 (B, 3, H, W) -> images in [0, 1], half of them mirrored."""
+        """uint8 (B, 3, H, W) -> images in [0, 1], mirrored and mixed as configured."""
         images = batch.to(self.device, non_blocking=True).float() / 255
-        if not self.config.random_flip:
-            return images
-        seed = hash((self.seed, step, micro, self.rank))
-        flips = torch.rand(len(images), generator=torch.Generator().manual_seed(seed)) < 0.5
-        return torch.where(flips.to(self.device)[:, None, None, None], images.flip(-1), images)
+        generator = torch.Generator().manual_seed(hash((self.seed, step, micro, self.rank)))
+        if self.config.random_flip:
+            flips = torch.rand(len(images), generator=generator) < 0.5
+            images = torch.where(flips.to(self.device)[:, None, None, None], images.flip(-1), images)
+        return cutmix(images, self.config.cutmix, generator) if self.config.cutmix else images
 
     def first(self, count: int) -> Tensor:
         """The first training pictures as images (count, 3, H, W) in [0, 1]: what statistics and codebook start from."""
@@ -68,6 +68,21 @@ class StagePictures:
     def _stack(self, dataset: Dataset, count: int) -> Tensor:
         samples = [dataset[i]["image"] for i in range(min(count, len(dataset)))]  # type: ignore[arg-type]
         return torch.stack(samples).to(self.device).float() / 255
+
+
+def cutmix(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W), a share of which show a rectangle of their neighbour in the batch (CutMix, arXiv 1905.04899).
+
+    Sides and corners of the rectangles lie on eighths of a side, so that few patches hold parts of both.
+    """
+    batch, _, height, width = images.shape
+    inside = torch.rand(batch, generator=generator)[:, None, None] < share
+    for axis, length in ((1, height), (2, width)):
+        extent = torch.randint(2, 7, (batch, 1), generator=generator)
+        begin = (torch.rand(batch, 1, generator=generator) * (9 - extent)).long()
+        cell = torch.arange(length)[None] * 8 // length
+        inside = inside & ((begin <= cell) & (cell < begin + extent)).unsqueeze(3 - axis)
+    return torch.where(inside[:, None].to(images.device), images.roll(1, 0), images)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -90,7 +90,7 @@ class GroundedCollator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = torch.stack([sample["image"] for sample in samples]).float() / 255
-        phrases = sorted({phrase for sample in samples for both in sample["phrases"] for phrase in both})
+        phrases = sorted({phrase for sample in samples for true_phrases in sample["phrases"] for phrase in true_phrases})
         patches, truth = [], []
         for i, sample in enumerate(samples):
             for (left, top, right, bottom), true_phrases in zip(sample["boxes"], sample["phrases"], strict=True):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from vqrae.common.distributed import fit_batch, is_main_process, world_size
@@ -22,7 +21,14 @@ from vqrae.common.schedule import warmup_cosine
 from vqrae.tokenizer.discriminator import build_discriminator, frozen
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.encoders import encoder_features
-from vqrae.tokenizer.engine import build_accelerators, build_optimizer, compile_blocks, prepare, set_trainable
+from vqrae.tokenizer.engine import (
+    build_accelerators,
+    build_optimizer,
+    compile_blocks,
+    prepare,
+    refresh_master_weights,
+    set_trainable,
+)
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
 from vqrae.tokenizer.losses import (
     LeCam,
@@ -35,7 +41,7 @@ from vqrae.tokenizer.meters import LossWindow
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
 from vqrae.tokenizer.perceptual import build_perceptual
 from vqrae.tokenizer.pictures import StagePictures, resize
-from vqrae.tokenizer.quantizers import draw_by_error
+from vqrae.tokenizer.revival import revive_dead_codes
 from vqrae.tokenizer.teacher import keep_original, original_encoder
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.tokenizer.train_state import TrainState
@@ -175,7 +181,11 @@ class StageTrainer:
         done = step + 1
         self.set_learning_rates(step)
         if step and step == self.stage.bypass_steps:
-            self.model.initialize_codebook(self.sample_images())
+            images = self.sample_images()
+            if self.stage.codebook_metric == "pixels":
+                self.model.measure_in_pixels(images[:256])
+            self.model.initialize_codebook(images)
+            refresh_master_weights(self.optimizer)
         for micro in range(self.accumulation):
             images = self.pictures.augment(next(batches), step, micro)
             inputs, targets = resize(images, self.image_size), resize(images, self.output_size)
@@ -190,7 +200,9 @@ class StageTrainer:
         if self.ema is not None and step >= self.stage.bypass_steps:
             self.ema.update(self.model)
         if self.is_revival(done) and self.skipped.in_a_row == 0:
-            self.losses.update({"revived_codes": self.revive_dead_codes(output, done)})
+            revived = revive_dead_codes(self.model, output, self.revival_usage, self.engine, seed=done)
+            self.losses.update({"revived_codes": torch.tensor(revived, device=self.device)})
+            refresh_master_weights(self.optimizer)
 
     def tokenizer_step(self, inputs: Tensor, targets: Tensor, step: int) -> tuple[VQRAEOutput, dict[str, Tensor]]:
         """One micro-batch through tokenizer and losses; the last of a step moves the weights.
@@ -286,24 +298,6 @@ class StageTrainer:
         config = self.model.config
         count = max(256, -(-32 * config.codebook_size // config.grid_size**2))
         return resize(self.pictures.first(count), self.image_size)
-
-    @torch.no_grad()
-    def revive_dead_codes(self, output: VQRAEOutput, seed: int) -> Tensor:
-        """Move every code that the window did not see onto a badly served feature; the same on all processes.
-
-        Returns:
-            How many were moved, a scalar tensor.
-        """
-        quantizer: Any = self.model.quantizer
-        self.revival_usage.gather(self.engine)
-        dead = (self.revival_usage.counts == 0).nonzero().flatten()
-        self.revival_usage.reset()
-        if len(dead) > 0:
-            features = self.model.project(output.features).flatten(0, 1)
-            errors = (quantizer.to_code_space(features) - quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
-            chosen = draw_by_error(errors, len(dead), torch.Generator(errors.device).manual_seed(seed))
-            quantizer.revive(dead, broadcast(features[chosen]))
-        return torch.tensor(len(dead), device=self.device)
 
     # ------------------------------------------------------------------------------------------- what is seen and kept
 

@@ -39,6 +39,9 @@ class DataConfig:
     """None: the validation split of `train`."""
     num_workers: int = 0
     random_flip: bool = True
+    cutmix: float = 0.0
+    """Share of training pictures a rectangle of which comes from another picture (CutMix), so that a code says what its
+    patch shows and less what usually lies around it."""
     crop: Literal["center", "random", "zoom"] = "center"
     """Of training pictures; the paper's is `random` (Table 7), `zoom` cuts out 80 to 100 %."""
 
@@ -94,6 +97,9 @@ class StageConfig:
     lecam_weight: float = 0.001
     bypass_steps: int = 0
     """The first steps of the stage train a continuous autoencoder; the codebook then starts anew from its features."""
+    codebook_metric: Literal["features", "pixels"] = "features"
+    """What that new codebook calls near: features as they are projected, or in a basis where their distance is that of the
+    decoded pixels (`VQRAEModel.measure_in_pixels`)."""
     revival_interval: int = 0
     """Every so many steps, codes that were not chosen since the last time move onto features; 0: never."""
     revival_until: float = 0.8

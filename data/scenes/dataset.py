@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqrae.data.scenes.language import DESCRIBE, Question, caption, object_phrases, questions
+from vqrae.data.scenes.language import DESCRIBE, Question, caption, object_phrases, place_phrases, questions
 from vqrae.data.scenes.scene import Scene, SceneSampler, render
 from vqrae.data.scenes.sprites import load_sprites
 
@@ -28,9 +28,9 @@ class SceneDataset(Dataset):
         size: number of scenes; rendering is on the fly, so a million costs nothing.
         item: what `dataset[i]` returns: `image` -> {image}, `pair` -> {image, caption}, `detailed_pair` -> the same
             with every colour and relation named, `grounded_pair` -> that and for every object its box (left, top, right,
-            bottom) as shares of the image in `boxes` (n, 4) and the phrases that are true of it in `phrases`,
-            `conversation` -> a LLaVA record {id, image, conversations}. Images are uint8 tensors (3, H, W); a conversation
-            holds a PIL image.
+            bottom) as shares of the image in `boxes` (n, 4) and in `phrases` what is true of it: what it is called, where
+            it lies; `conversation` -> a LLaVA record {id, image, conversations}. Images are uint8 tensors (3, H, W); a
+            conversation holds a PIL image.
         num_questions: questions of one conversation.
     """
 
@@ -49,6 +49,7 @@ class SceneDataset(Dataset):
         self.num_questions = num_questions
         self.sprites = load_sprites(sprites)
         self.sampler = SceneSampler(self.sprites, image_size)
+        self._latest: tuple[int, Scene] | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -58,8 +59,11 @@ class SceneDataset(Dataset):
 
     def scene(self, index: int) -> Scene:
         """The scene behind `index`."""
-        held_out = self.split == "validation" and index % 2 == 1
-        return self.sampler.sample(self._rng(index), held_out=held_out)
+        # The newest is kept: picture, caption and questions of one index ask for it one after the other.
+        if self._latest is None or self._latest[0] != index:
+            held_out = self.split == "validation" and index % 2 == 1
+            self._latest = index, self.sampler.sample(self._rng(index), held_out=held_out)
+        return self._latest[1]
 
     def pixels(self, index: int) -> np.ndarray:
         """Rendered scene, uint8 (H, W, 3)."""
@@ -78,9 +82,10 @@ class SceneDataset(Dataset):
         """Boxes and phrases of the objects behind `index`."""
         objects = self.scene(index).objects
         corners = [(o.left, o.top, o.left + o.size, o.top + o.size) for o in objects]
+        size = self.sampler.image_size
         return {
-            "boxes": torch.tensor(corners) / self.sampler.image_size,
-            "phrases": [object_phrases(o, self.sprites.names) for o in objects],
+            "boxes": torch.tensor(corners) / size,
+            "phrases": [(*object_phrases(o, self.sprites.names), *place_phrases(o, size)) for o in objects],
         }
 
     def questions(self, index: int, limit: int | None = None) -> list[Question]:

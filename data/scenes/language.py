@@ -20,6 +20,9 @@ from vqrae.data.scenes.scene import (
 FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 DESCRIBE = "what is in the picture ?"
+# Fifths of the picture, from left to right and from top to bottom.
+COLUMNS = ("on the far left", "on the left", "between left and right", "on the right", "on the far right")
+ROWS = ("at the far top", "at the top", "between top and bottom", "at the bottom", "at the far bottom")
 
 
 def with_article(phrase: str) -> str:
@@ -48,17 +51,18 @@ def caption(scene: Scene, names: Sequence[str], rng: np.random.Generator, *, det
     """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     plain, rich = zip(*(object_phrases(o, names) for o in objects), strict=True)
+    tint = [with_article(f"{COLOR_NAMES[o.color]} thing") for o in objects]
     one_name = len({o.name for o in objects}) == 1
     one_color = len({o.color for o in objects}) == 1
     if len(objects) == 1:
-        forms = [rich[0]] if detailed else [plain[0], rich[0]]
+        forms = [rich[0]] if detailed else [plain[0], rich[0], tint[0]]
     elif one_name:
         number, name = NUMBER_WORDS[len(objects)], plural(names[objects[0].name])
         exact = f"{number} {COLOR_NAMES[objects[0].color]} {name}" if one_color else _enumerate(rich)
         forms = [exact] if detailed else [f"{number} {name}", f"{number} {name}", exact]
     elif len(objects) == 2:
         where = relation(*objects)
-        forms = [_enumerate(rich)] if detailed else [_enumerate(plain), _enumerate(rich), _enumerate(rich)]
+        forms = [_enumerate(rich)] if detailed else [_enumerate(plain), _enumerate(rich), _enumerate(rich), _enumerate(tint)]
         if where:
             exact = f"{rich[0]} {where} {rich[1]}"
             forms = [exact] if detailed else [*forms, f"{plain[0]} {where} {plain[1]}", f"{plain[0]} {where} {plain[1]}", exact]
@@ -70,6 +74,12 @@ def caption(scene: Scene, names: Sequence[str], rng: np.random.Generator, *, det
 def object_phrases(item: SceneObject, names: Sequence[str]) -> tuple[str, str]:
     """What one object is called: `a star`, `a red star`."""
     return with_article(names[item.name]), with_article(f"{COLOR_NAMES[item.color]} {names[item.name]}")
+
+
+def place_phrases(item: SceneObject, image_size: int) -> tuple[str, str]:
+    """Where the centre of one object lies: `a thing on the far left`, `a thing at the top`."""
+    column, row = (int(len(COLUMNS) * center / image_size) for center in item.center)
+    return f"a thing {COLUMNS[column]}", f"a thing {ROWS[row]}"
 
 
 def _enumerate(phrases: Sequence[str]) -> str:
@@ -210,4 +220,4 @@ def vocabulary_texts(names: Sequence[str]) -> list[str]:
     """Sentences that hold every word that captions and questions over these names can use."""
     words = [*names, *(plural(name) for name in names), *COLOR_NAMES, *NUMBER_WORDS, *RELATIONS]
     frames = ["a photo of an and , what color is the thing ? how many things are there ?", "where is seen from yes no"]
-    return [*frames, DESCRIBE, " ".join(words)]
+    return [*frames, DESCRIBE, *COLUMNS, *ROWS, " ".join(words)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqrae.data.scenes import FAMILIES, SPRITE_SETS, SceneDataset, benchmark_prompts, load_sprites, relation
-from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.scenes.language import COLUMNS, ROWS, vocabulary_texts
 from vqrae.data.scenes.scene import (
     COLOR_NAMES,
     SceneObject,
@@ -42,6 +42,17 @@ def test_held_out_rules() -> None:
     for a, b in itertools.permutations(range(names), 2):
         assert is_held_out_triple(a, "left of", b) == is_held_out_triple(b, "right of", a)
         assert is_held_out_triple(a, "above", b) == is_held_out_triple(b, "below", a)
+
+
+def test_grounded_phrases_name_every_object_and_where_it_lies() -> None:
+    dataset = SceneDataset("train", item="grounded_pair")
+    for index in range(50):
+        sample, scene = dataset[index], dataset.scene(index)
+        for (left, top, right, bottom), phrases, item in zip(sample["boxes"], sample["phrases"], scene.objects, strict=True):
+            name, color = dataset.sprites.names[item.name], COLOR_NAMES[item.color]
+            assert [phrase.split()[1:] for phrase in phrases[:2]] == [[name], [color, name]]
+            column, row = int((left + right) / 2 * 5), int((top + bottom) / 2 * 5)
+            assert phrases[2:] == (f"a thing {COLUMNS[column]}", f"a thing {ROWS[row]}")
 
 
 def test_objects_keep_their_distance() -> None:

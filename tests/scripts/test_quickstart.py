@@ -2,6 +2,7 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from vqrae.scripts import quickstart
 
 
 def test_every_step_is_an_entry_point_and_lands_below_the_output(tmp_path: Path) -> None:
-    steps = quickstart.pipeline(tmp_path, quickstart.plan(12), "emoji")
+    phases = quickstart.pipeline(tmp_path, quickstart.plan(12), "emoji")
+    steps = [step for branches in phases for branch in branches for step in branch]
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:
         assert callable(importlib.import_module(f"vqrae.{step.module}").main)
@@ -27,22 +29,48 @@ def test_minutes_scale_every_training_step() -> None:
 
 def test_a_plan_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     ran: list[str] = []
+    broken = {"llm"}
 
-    def pretend(step: quickstart.Step, clock: quickstart.Clock) -> None:
+    def pretend(step: quickstart.Step, clock: quickstart.Clock, num_threads: int | None = None) -> None:
         ran.append(step.name)
-        clock.record(step.name, 1.0, done=step.name != "llm")
-        if step.name == "llm" and ran.count("llm") == 1:
+        clock.record(step.name, 1.0, done=step.name not in broken)
+        if step.name in broken:
             raise SystemExit(1)
 
     monkeypatch.setattr(quickstart, "run", pretend)
     with pytest.raises(SystemExit):
         quickstart.main(["--output", str(tmp_path)])
-    assert ran == ["encoder", "tokenizer", "eval_reconstruction", "llm"]
+    assert ran[:3] == ["encoder", "tokenizer", "eval_reconstruction"]
+    assert sorted(ran[3:]) == ["codes", "eval_generation", "generation", "llm"]  # the other branch came to its end
+    ran.clear()
+    broken.clear()
     quickstart.main(["--output", str(tmp_path)])
-    assert ran[4:8] == ["llm", "understanding", "eval_understanding", "codes"]  # what was done is not done again
+    assert ran == ["llm", "understanding", "eval_understanding", "report"]  # what was done is not done again
     with pytest.raises(SystemExit):
         quickstart.main(["--output", str(tmp_path), "--minutes", "90"])
     assert "was begun with other options" in capsys.readouterr().err
+
+
+def test_branches_run_side_by_side_with_half_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting, threads = threading.Barrier(2, timeout=30), []
+
+    def meet(step: quickstart.Step, clock: quickstart.Clock, num_threads: int | None) -> None:
+        meeting.wait()  # passes only when both branches are here
+        threads.append(num_threads)
+
+    monkeypatch.setattr(quickstart, "run", meet)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    branches = [[quickstart.Step(name, "module", [], 1)] for name in ("llm", "codes")]
+    quickstart.run_phase(branches, quickstart.Clock(tmp_path))
+    assert threads == [2, 2]
+
+
+def test_a_step_that_outlives_its_quickstart_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with quickstart.sole_user(tmp_path):
+        orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"], close_fds=False)
+    with quickstart.sole_user(tmp_path):
+        assert orphan.poll() is not None or orphan.wait(timeout=1) == 0
+    assert "waiting for the processes of another run" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -185,3 +185,33 @@ def test_bypass_gives_the_decoder_what_lies_where_codes_lie(make_tokenizer: Call
     hidden = model.out_proj(nn.functional.normalize(model.project(model.encode_features(images)), dim=-1))
     expected = (model.decoder(hidden) * model.image_std + model.image_mean).clamp(0, 1)
     torch.testing.assert_close(model(images, bypass=True).reconstruction, expected)
+
+
+def test_code_space_measured_in_pixels(tokenizer: VQRAEModel) -> None:
+    """The autoencoder stays the same function, and distances of features become, to first order, those of pictures."""
+    images = images_for(tokenizer, 8)
+    with torch.no_grad():  # half of the dimensions count ten times what they are worth
+        half = tokenizer.config.codebook_dim // 2
+        tokenizer.in_proj.weight[:half] *= 10
+        tokenizer.out_proj.weight[:, :half] /= 10
+        before = tokenizer(images, bypass=True).reconstruction
+        spread = tokenizer.project(tokenizer.encode_features(images)).var((0, 1)).sum()
+    tokenizer.measure_in_pixels(images, num_probes=64)
+    with torch.no_grad():
+        features = tokenizer.project(tokenizer.encode_features(images))
+        torch.testing.assert_close(tokenizer(images, bypass=True).reconstruction, before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.var((0, 1)).sum(), spread, rtol=1e-3, atol=0)
+
+    def moved(direction: torch.Tensor) -> float:
+        """How far pictures move with one feature, per distance that the feature moves."""
+        shifted = features.clone()
+        shifted[:, 0] += 1e-2 * features.std() * direction
+        with torch.no_grad():
+            first, second = (tokenizer._paint(tokenizer.out_proj(part)) for part in (features, shifted))
+        return float((first - second).norm())
+
+    directions = nn.functional.normalize(
+        torch.randn(16, features.shape[-1], generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    lengths = torch.tensor([moved(direction) for direction in directions])
+    assert lengths.std() < 0.3 * lengths.mean()

@@ -266,3 +266,17 @@ def test_two_processes_train_like_one(zero: int, one_process: tuple[Path, dict],
     found = VQRAEModel.from_pretrained(tmp_path / "model").state_dict()
     distance = sum((found[key] - value).square().sum() for key, value in expected.items()).sqrt()
     assert distance < 1e-4 * sum(value.square().sum() for value in expected.values()).sqrt()
+
+
+@pytest.mark.slow
+def test_zero_keeps_the_code_space_that_is_made_behind_the_bypass(tmp_path: Path) -> None:
+    """ZeRO trains copies of the weights; without a word to it, its next step would bring the old projections back."""
+    still = [f"stage{n}.{rate}=1e-12" for n in (1, 2) for rate in ("decoder_lr", "end_lr", "encoder_lr")]
+    arguments = ["stage1.max_steps=1", "stage2.max_steps=2", "stage2.bypass_steps=1", "stage2.codebook_metric=pixels"]
+    launch(tmp_path, *TWO_PROCESSES, *still, *arguments, "zero=1", processes=1)
+    before, after = (VQRAEModel.from_pretrained(tmp_path / folder) for folder in ("stage1/model", "model"))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pictures = [model(images, bypass=True).reconstruction for model in (before, after)]
+    torch.testing.assert_close(*pictures, atol=1e-4, rtol=0)
+    assert (before.in_proj.weight - after.in_proj.weight).norm() > 0.1 * before.in_proj.weight.norm()
