@@ -10,6 +10,7 @@ import yaml
 
 from vqrae.common.files import write_text
 from vqrae.eval.lmms_tasks.gqa import FOLDER_VARIABLE
+from vqrae.eval.paper_tables import UNDERSTANDING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,18 +131,17 @@ BENCHMARKS = {
     ),
 }
 
-_PAPER_COLUMNS = ("POPE", "GQA", "TQA", "MMB", "MME-P", "SEED", "MMMU", "AI2D")
-_PAPER_ROWS: dict[str, tuple[tuple[str, int, int], tuple[float | None, ...]]] = {
-    # name: (model type of the encoder, pixels, width of the language model), scores
-    "SigLIP2-256, Vicuna-7B": (("siglip_vision_model", 256, 4096), (84.4, 62.4, 44.4, 65.3, 1445.7, 66.4, 31.3, 53.1)),
-    "SigLIP2-256, Vicuna-13B": (("siglip_vision_model", 256, 5120), (85.1, 63.4, 46.5, 65.5, 1491.1, 66.8, 33.3, 57.0)),
-    "SigLIP2-512, Vicuna-7B": (("siglip_vision_model", 512, 4096), (88.2, 63.6, 58.8, 67.6, 1494.2, 62.8, 33.9, 55.3)),
-    "SigLIP2-512, Vicuna-13B": (("siglip_vision_model", 512, 5120), (88.2, 64.8, 61.7, 67.3, 1543.3, 69.9, 37.4, 59.8)),
-    "InternViT-448, Qwen2.5-7B": (("internvl_vision", 448, 3584), (90.5, None, 80.6, 85.1, 1746.8, 77.0, 61.6, 84.8)),
+# Model type of the encoder, pixels, width of the language model -> how the paper's table calls the three.
+_PAPER_MODELS = {
+    ("siglip_vision_model", 256, 4096): ("SigLIP2", "V-7B", 256),
+    ("siglip_vision_model", 256, 5120): ("SigLIP2", "V-13B", 256),
+    ("siglip_vision_model", 512, 4096): ("SigLIP2", "V-7B", 512),
+    ("siglip_vision_model", 512, 5120): ("SigLIP2", "V-13B", 512),
+    ("internvl_vision", 448, 3584): ("InternViT-300M", "Qwen2.5-7B", 448),
 }
 
 
-def paper_row(model_config: Mapping[str, Any]) -> tuple[str, dict[str, float | None]]:
+def paper_row(model_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The paper's row for a model, by its encoder, resolution and width of the language model.
 
     Args:
@@ -154,11 +154,11 @@ def paper_row(model_config: Mapping[str, Any]) -> tuple[str, dict[str, float | N
     vision, text = model_config.get("vision_config", {}), model_config.get("text_config", {})
     size = vision.get("image_size")
     key = (vision.get("model_type"), size[0] if isinstance(size, list) else size, text.get("hidden_size"))
-    for name, (row_key, scores) in _PAPER_ROWS.items():
-        if key == row_key:
-            return f"paper, {name}", dict(zip(_PAPER_COLUMNS, scores, strict=True))
-    name = "SigLIP2-512, Vicuna-7B"
-    return f"paper, {name} (another model)", dict(zip(_PAPER_COLUMNS, _PAPER_ROWS[name][1], strict=True))
+    wanted = _PAPER_MODELS.get(key, ("SigLIP2", "V-7B", 512))
+    [row] = [row for row in UNDERSTANDING.rows if str(row[0]).startswith("VQRAE") and row[1:4] == wanted]
+    encoder, llm, pixels = wanted
+    name = f"paper, {encoder}-{pixels}, {llm.replace('V-', 'Vicuna-')}{'' if key in _PAPER_MODELS else ' (another model)'}"
+    return name, dict(zip(UNDERSTANDING.columns[3:], row[4:], strict=True))
 
 
 def task_name(name: str, data: Path | None) -> str:

@@ -1,10 +1,11 @@
-"""Pictures with labels for probes: which shape stands in a cell or in a picture of scenes, and folders of classes.
+"""Pictures with labels for probes: which shape stands in a cell or in a picture of scenes and where, and folders of classes.
 
 A sample is {"image": uint8 (3, H, W), "label": int64, () for the picture or (N,) for its tokens with -1 where there is none}.
 """
 
+import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,24 @@ from torch.utils.data import Dataset
 
 from vqrae.common.pictures import open_picture, picture_to_uint8, resize_and_crop
 from vqrae.data.images import list_pictures
-from vqrae.data.scenes import Scene, SceneDataset
+from vqrae.data.scenes import Scene, SceneDataset, SceneObject
 from vqrae.data.tolerant import TolerantDataset, name_hash
 
+PLACES = 5  # a side
 TEST_SHARE = 5  # every fifth picture of a class, by name, when there is no folder of test pictures
 Pair = tuple[Dataset, Dataset]  # to fit on, to ask about
 
 
 class LabelledScenes(Dataset):
-    """Scenes with the shape in each cell, or lone objects with their shape.
+    """Scenes with what is asked about the object in each cell, or lone objects with their shape.
 
     Args:
         grid_size: tokens of a side: labels of cells; None: one label for the picture, which then has a single object.
+        ask: the label of an object.
     """
 
-    def __init__(self, scenes: SceneDataset, count: int, grid_size: int | None) -> None:
-        self.scenes, self.grid_size = scenes, grid_size
+    def __init__(self, scenes: SceneDataset, count: int, grid_size: int | None, ask: Callable[[SceneObject], int]) -> None:
+        self.scenes, self.grid_size, self.ask = scenes, grid_size, ask
         self.indices: list[int] = []
         index = 0
         while len(self.indices) < count:
@@ -44,35 +47,42 @@ class LabelledScenes(Dataset):
         place = self.indices[index]
         scene = self.scenes.scene(place)
         if self.grid_size is None:
-            label = torch.tensor(scene.objects[0].name)
+            label = torch.tensor(self.ask(scene.objects[0]))
         else:
-            label = cell_labels(scene, self.grid_size, self.scenes.sampler.image_size).flatten()
+            label = cell_labels(scene, self.grid_size, self.scenes.sampler.image_size, self.ask).flatten()
         return {"image": self.scenes.image(place), "label": label}
 
 
-def cell_labels(scene: Scene, grid_size: int, image_size: int) -> Tensor:
-    """The name index of the object whose box holds the centre of each cell (grid, grid); -1 where there is none."""
+def shape_of(item: SceneObject) -> int:
+    return item.name
+
+
+def place_of(item: SceneObject, image_size: int) -> int:
+    """The field of a 5 x 5 board in which an object's centre lies."""
+    column, row = (int(PLACES * center / image_size) for center in item.center)
+    return PLACES * row + column
+
+
+def cell_labels(scene: Scene, grid_size: int, image_size: int, ask: Callable[[SceneObject], int]) -> Tensor:
+    """The label of the object whose box holds the centre of each cell (grid, grid); -1 where there is none."""
     labels = torch.full((grid_size, grid_size), -1)
     centers = (torch.arange(grid_size) + 0.5) * image_size / grid_size
     for item in scene.objects:
         rows = (centers >= item.top) & (centers < item.top + item.size)
         columns = (centers >= item.left) & (centers < item.left + item.size)
-        labels[rows[:, None] & columns[None]] = item.name
+        labels[rows[:, None] & columns[None]] = ask(item)
     return labels
 
 
 def scene_tasks(sprites: str, image_size: int, grid_size: int, num_train: int, num_test: int) -> dict[str, Pair]:
-    """`cells` and `pictures`, each of training scenes and of validation scenes."""
-    counts = {"train": num_train, "validation": num_test}
+    """`cells`, `places` and `pictures`, each of training scenes and of validation scenes."""
+    train, test = (SceneDataset(split, image_size=image_size, sprites=sprites) for split in ("train", "validation"))
 
-    def pair(grid: int | None) -> Pair:
-        first, second = (
-            LabelledScenes(SceneDataset(split, image_size=image_size, sprites=sprites), count, grid)  # type: ignore[arg-type]
-            for split, count in counts.items()
-        )
-        return first, second
+    def pair(grid: int | None, ask: Callable[[SceneObject], int] = shape_of) -> Pair:
+        return LabelledScenes(train, num_train, grid, ask), LabelledScenes(test, num_test, grid, ask)
 
-    return {"cells": pair(grid_size), "pictures": pair(None)}
+    places = functools.partial(place_of, image_size=image_size)
+    return {"cells": pair(grid_size), "places": pair(grid_size, places), "pictures": pair(None)}
 
 
 class ClassFolder(TolerantDataset):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from vqrae.common.pictures import save_picture, tensor_to_picture
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes import SceneDataset, SceneObject
 from vqrae.eval import features
 from vqrae.eval.features import FeaturesConfig, evaluate_features, extract
-from vqrae.eval.labelled import LabelledScenes, cell_labels, folder_tasks
+from vqrae.eval.labelled import LabelledScenes, cell_labels, folder_tasks, place_of, shape_of
 from vqrae.eval.probes import Samples, knn_accuracy, linear_accuracy, majority_share
 from vqrae.tokenizer import VQRAEModel
 
@@ -59,16 +59,21 @@ def test_cells_are_labelled_by_the_object_that_stands_there() -> None:
     scenes = SceneDataset("validation", 20)
     for i in range(20):
         scene = scenes.scene(i)
-        labels = cell_labels(scene, 8, 64)
+        labels = cell_labels(scene, 8, 64, shape_of)
         assert int((labels >= 0).sum()) == sum(round((item.size + 4) / 8) ** 2 for item in scene.objects)
         for item in scene.objects:
             assert labels[int(item.center[1] // 8), int(item.center[0] // 8)] == item.name
-    assert cell_labels(scenes.scene(0), 16, 64).shape == (16, 16)
+    assert cell_labels(scenes.scene(0), 16, 64, shape_of).shape == (16, 16)
+
+
+def test_places_are_fields_of_a_board() -> None:
+    corners = [SceneObject(name=0, color=0, size=20, left=left, top=top) for left, top in ((0, 0), (42, 2), (20, 24), (44, 44))]
+    assert [place_of(item, 64) for item in corners] == [0, 4, 12, 24]
 
 
 def test_lone_objects_are_found() -> None:
     scenes = SceneDataset("train")
-    lone = LabelledScenes(scenes, 5, None)
+    lone = LabelledScenes(scenes, 5, None, shape_of)
     assert len(lone) == 5
     for index, place in enumerate(lone.indices):
         [item] = scenes.scene(place).objects
@@ -104,7 +109,7 @@ def test_folders_of_classes(classes: Path, tmp_path: Path) -> None:
 
 def test_quantized_features_are_the_vectors_of_the_codes(tokenizer_folder: Path) -> None:
     model = VQRAEModel.from_pretrained(tokenizer_folder).eval()
-    lone = LabelledScenes(SceneDataset("train"), 3, None)
+    lone = LabelledScenes(SceneDataset("train"), 3, None, shape_of)
     found = extract(model, lone, FeaturesConfig(model="m", output="o", batch_size=2))
     image = lone[2]["image"][None].float() / 255
     expected = model.code_vectors()[model.encode(image)].mean(1)
@@ -124,7 +129,7 @@ def test_every_stage_of_a_run_is_probed(tokenizer_folder: Path, tmp_path: Path, 
     stage = values["stages"]["stage2"]
     assert stage["teacher_cosine"] == pytest.approx(1, abs=1e-6)
     assert stage["teacher_cosine_other_picture"] < 1
-    assert set(stage["tasks"]) == {"cells", "pictures"}
+    assert set(stage["tasks"]) == {"cells", "places", "pictures"}
     assert 0 <= stage["tasks"]["cells"]["quantized"]["linear"] <= 1
     assert "| stage2 | quantized |" in output.with_suffix(".md").read_text()
     assert "teacher cosine" in capsys.readouterr().out
