@@ -55,6 +55,9 @@ def check_quantizer(config: TokenizerTrainConfig) -> None:
     keys += [] if quantizer.has_entropy else ["entropy_weight"]
     stages = {f"stage{n}": config.stage_config(n) for n in ((1, 2) if config.stage == "both" else (config.stage,))}
     wrong = [f"{name}.{key}=0" for name, stage in stages.items() for key in keys if getattr(stage, key)]
+    if issubclass(quantizer, CodebookQuantizer) and not quantizer.equals_vq:  # the metric is for the nearest row of a table
+        metrics = {name: stage.codebook_metric for name, stage in stages.items() if stage.bypass_steps}
+        wrong += [f"{name}.codebook_metric=features" for name, metric in metrics.items() if metric == "pixels"]
     if not has_codebook and config.model.codebook_init != "random":
         wrong.append("model.codebook_init=random")
     if wrong:

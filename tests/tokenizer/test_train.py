@@ -131,8 +131,11 @@ EVERY_QUANTIZER = {
     "simvq": (["model.quantizer_options.search=bf16"], {"codebook_loss"}),
     "vq": (["model.quantizer_options.search=bf16"], {"codebook_loss"}),
     "ema_vq": (["model.quantizer_options.decay=0.9"], set()),
-    "l2_vq": ([], {"codebook_loss"}),
-    "ibq": (["stage1.entropy_weight=0.05", "stage2.entropy_weight=0.05"], {"codebook_loss", "index_loss", "entropy_loss"}),
+    "l2_vq": (["stage2.codebook_metric=features"], {"codebook_loss"}),
+    "ibq": (
+        ["stage1.entropy_weight=0.05", "stage2.entropy_weight=0.05", "stage2.codebook_metric=features"],
+        {"codebook_loss", "index_loss", "entropy_loss"},
+    ),
     "fsq": (
         [
             "model.quantizer_options.levels=[8, 8]",
@@ -172,6 +175,8 @@ def test_what_a_quantizer_cannot_do_is_refused_before_training(tmp_path: Path) -
         ValueError, match=r"set stage1\.revival_interval=0 .*stage2\.bypass_steps=0 model\.codebook_init=random"
     ):
         train(tmp_path / "fsq", *fsq)
+    with pytest.raises(ValueError, match=r"set stage2\.codebook_metric=features"):
+        train(tmp_path / "sphere", "model.quantizer=l2_vq")
     with pytest.raises(ValueError, match=r"set stage2\.entropy_weight=0"):
         train(tmp_path / "entropy", "stage2.entropy_weight=0.1")
 
