@@ -1,23 +1,17 @@
 """What a training configuration takes of each GPU, by number of GPUs and ZeRO stage: `vqrae plan CONFIG`.
 
-Nothing is downloaded or computed: models are built from the configuration alone, on the meta device. Runs and models that are
-not on this machine are known from the shipped configuration that would make them, or from `PUBLIC_MODELS`.
+Nothing is downloaded or computed: models are built from the configuration alone, without weights (`vqrae.eval.empty_models`).
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
-from vqrae.common.checkpoints import resolve_model
 from vqrae.common.config import ConfigError, did_you_mean, load_config
 from vqrae.common.memory import (
     GIB,
@@ -29,19 +23,17 @@ from vqrae.common.memory import (
     weight_bytes,
 )
 from vqrae.common.trainer import OptimizationConfig
+from vqrae.eval.empty_models import build_like, config_folder, empty_llava, llm_config, tokenizer_config
 from vqrae.eval.tables import markdown_table
 from vqrae.generation.config import GenerationConfig, TrainingConfig
 from vqrae.generation.model import VisualHead, build_generator
 from vqrae.generation.trainer import visual_loss
 from vqrae.generation.vocabulary import VisualVocabulary
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
-from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.discriminator import build_discriminator
 from vqrae.tokenizer.engine import set_trainable
 from vqrae.tokenizer.perceptual import build_perceptual
 from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
-from vqrae.tokenizer.train_config import ModelConfig, TokenizerTrainConfig
-from vqrae.understanding.build import SELECT_STRATEGY
+from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.understanding.train import STAGES, Stage, TrainConfig, freeze
 from vqrae.understanding.train_llm import TinyLLMConfig
 
@@ -53,34 +45,6 @@ READERS: dict[str, tuple[type, ...]] = {
     "tokenizer": (TokenizerTrainConfig, EncoderPretrainingConfig),
     "generation": (GenerationConfig,),
 }
-
-
-def _llama(width: int, inner: int, layers: int, heads: int, vocabulary: int = 32000, key_heads: int | None = None) -> dict:
-    return {
-        "model_type": "llama",
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads or heads,
-        "vocab_size": vocabulary,
-    }
-
-
-def _qwen(kind: str, width: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int, **more: Any) -> dict:
-    return {**_llama(width, inner, layers, heads, vocabulary, key_heads), "model_type": kind, **more}
-
-
-# What the `config.json` of these says of their shapes.
-PUBLIC_MODELS: dict[str, dict[str, Any]] = {
-    "lmsys/vicuna-7b-v1.5": _llama(4096, 11008, 32, 32),
-    "lmsys/vicuna-13b-v1.5": _llama(5120, 13824, 40, 40),
-    "Qwen/Qwen2.5-7B-Instruct": _qwen("qwen2", 3584, 18944, 28, 28, 4, 152064),
-    "Qwen/Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8, 151936, head_dim=128, tie_word_embeddings=True),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": _llama(576, 1536, 30, 9, 49152, 3) | {"tie_word_embeddings": True},
-}
-# Folders that a command of ours makes from a public model (`vqrae.understanding.smollm2`).
-MADE_FROM = {"runs/smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +116,7 @@ def read_plan_config(name: str, overrides: Sequence[str] = ()) -> Any:
         candidates = [(cls, Path(name)) for classes in READERS.values() for cls in classes]
     else:
         package, _, stem = name.rpartition("/")
-        shipped = {f"{p}/{file.stem}": file for p in READERS for file in _config_folder(p).glob("*.yaml")}
+        shipped = {f"{p}/{file.stem}": file for p in READERS for file in config_folder(p).glob("*.yaml")}
         found = [key for key in shipped if key == name or (not package and key.endswith(f"/{stem}"))]
         if len(found) != 1:
             problem = f"is one of {', '.join(found)}: say which" if found else f"is unknown. {did_you_mean(name, shipped)}"
@@ -168,84 +132,13 @@ def read_plan_config(name: str, overrides: Sequence[str] = ()) -> Any:
     raise min(problems, key=lambda error: str(error).count("\n"))  # of the reader that it fits best
 
 
-def _config_folder(package: str) -> Path:
-    return Path(str(resources.files(f"vqrae.{package}"))) / "configs"
-
-
-def _shipped_run(package: str, cls: type, output_dir: str) -> Any:
-    """The shipped configuration that would make the run `output_dir`, or None."""
-    for file in sorted(_config_folder(package).glob("*.yaml")):
-        try:
-            config: Any = load_config(cls, file)
-        except ConfigError:
-            continue
-        if config.output_dir == output_dir:
-            return config
-    return None
-
-
-# ---- shapes of what a training starts from
-
-
-def tokenizer_config(name: str) -> VQRAEConfig:
-    """The configuration of a tokenizer that is on this machine, or that a shipped configuration would make."""
-    if Path(name).is_dir():
-        return VQRAEConfig.from_pretrained(resolve_model(name))
-    config = _shipped_run("tokenizer", TokenizerTrainConfig, name)
-    if config is None:
-        raise ValueError(f"tokenizer {name}: not on this machine, and no shipped configuration makes it: give tokenizer=FOLDER")
-    return build_like(config.model).config
-
-
-def llm_config(name: str) -> PreTrainedConfig:
-    """The configuration of a language model that is on this machine, or known by its name."""
-    if Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return AutoConfig.from_pretrained(resolve_model(name), local_files_only=True)
-    name = MADE_FROM.get(name, name)
-    if name in PUBLIC_MODELS:
-        values = dict(PUBLIC_MODELS[name])
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    config = _shipped_run("understanding", TinyLLMConfig, name)
-    if config is not None:
-        return AutoConfig.for_model("qwen3", **{"vocab_size": 128, **config.model})
-    raise ValueError(f"language model {name}: not on this machine. {did_you_mean(name, PUBLIC_MODELS)}")
-
-
-def build_like(config: ModelConfig) -> VQRAEModel:
-    """The tokenizer without weights; where its encoder is not known, the shapes that the configuration names."""
-    values = config.encoder_config
-    if config.encoder and Path(config.encoder).is_dir():
-        values, _ = PreTrainedConfig.get_config_dict(resolve_model(config.encoder))
-        values = values.get("vision_config", values)
-    elif values is None:
-        source = _shipped_run("tokenizer", EncoderPretrainingConfig, str(config.encoder))
-        if source is None:
-            raise ValueError(
-                f"encoder {config.encoder}: not on this machine: give model.encoder=FOLDER or model.encoder_config"
-            )
-        values = source.vision
-    values = {"model_type": "siglip_vision_model", **values}
-    if values["model_type"] == "siglip_vision_model":
-        values["vision_use_head"] = False
-    with torch.device("meta"):
-        return build_tokenizer(dataclasses.replace(config, encoder=None, encoder_config=values), PLANNING_ATTENTION)
-
-
 # ---- trainings
 
 
 def _understanding_job(config: TrainConfig, stage: Stage) -> Job:
-    eyes = tokenizer_config(config.tokenizer)
-    vision = eyes.build_encoder_config()
-    llava = LlavaConfig(
-        vision_config=vision,
-        text_config=llm_config(config.llm),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy=SELECT_STRATEGY[vision.model_type],
-    )
+    eyes, model = tokenizer_config(config.tokenizer), empty_llava(config)
+    vision = model.config.vision_config
     optimization: OptimizationConfig = getattr(config, stage)
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration._from_config(llava, attn_implementation=PLANNING_ATTENTION, dtype=torch.bfloat16)
     freeze(model, stage)
     samples, text = optimization.micro_batch_size, max(config.max_length - eyes.grid_size**2, 1)
 

@@ -28,7 +28,6 @@ from vqrae.common.files import atomic_path
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
 from vqrae.data.sources import Samples, fingerprint, holds_conversations, open_conversations, open_pairs
-from vqrae.understanding.architecture import Architecture
 from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, require_tokenizer
 from vqrae.understanding.conversation import ConversationCollator, load_template
 from vqrae.understanding.llava_trainer import LlavaTrainer
@@ -75,8 +74,6 @@ class TrainConfig:
     """LLaVA's mm_projector.bin to start from instead of a random projector."""
     lora: LoraSettings | None = None
     """Train adapters in sft instead of the whole language model; {} takes LLaVA's settings."""
-    architecture: Architecture | None = None
-    """What tokenizer and llm are, for `vqrae plan`, which needs no weights."""
     attn_implementation: str = "auto"
     features: Literal["continuous", "quantized"] = "continuous"
     """What the projector reads; `quantized` is for comparison only (see `vqrae.understanding.quantized`)."""

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from vqrae.common.config import ConfigError
 from vqrae.common.memory import GIB, PLANNING_ATTENTION, measure_activations, state_bytes
-from vqrae.eval.memory_plan import PUBLIC_MODELS, READERS, Job, plan, render
+from vqrae.eval.empty_models import PUBLIC_MODELS
+from vqrae.eval.memory_plan import READERS, Job, plan, render
 from vqrae.scripts.cli import main
 
 ROOT = Path(__file__).parents[2]

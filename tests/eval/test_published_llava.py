@@ -4,18 +4,18 @@ import pytest
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import fit_batch
-from vqrae.understanding.architecture import count_parameters, empty_llava
+from vqrae.eval.empty_models import empty_llava
 from vqrae.understanding.train import TrainConfig, freeze
 
 VISION = 1152, 4304, 27  # SigLIP2-so400m: width, MLP, layers
 PATCHES, TOKENS = 16 * 16 * 3, 1024
 # width, MLP, layers, width of keys and values together, words, biases on queries, keys and values
 LLMS = {
-    "vicuna_7b": (4096, 11008, 32, 2 * 4096, 32064, False),
-    "vicuna_13b": (5120, 13824, 40, 2 * 5120, 32064, False),
+    "vicuna_7b": (4096, 11008, 32, 2 * 4096, 32000, False),
+    "vicuna_13b": (5120, 13824, 40, 2 * 5120, 32000, False),
     "qwen2_5_7b": (3584, 18944, 28, 2 * 512, 152064, True),
 }
-# Their model cards, for 32,000 words without the added ones.
+# Their model cards.
 PUBLISHED = {"vicuna_7b": 6_738_415_616, "vicuna_13b": 13_015_864_320, "qwen2_5_7b": 7_615_616_512}
 
 
@@ -33,21 +33,25 @@ def llm_parameters(width, mlp, layers, key_value, words, biases):
 @pytest.fixture(scope="module", params=list(LLMS))
 def full_size(request):
     config = load_config(TrainConfig, shipped_config("vqrae.understanding", request.param))
-    return request.param, config, empty_llava(config.architecture)
+    return request.param, config, empty_llava(config)
 
 
 def test_parameters_add_up(full_size):
     name, _, model = full_size
-    width, *_, words, _ = LLMS[name]
+    width = LLMS[name][0]
     assert all(p.is_meta for p in model.parameters())
+    sizes = {
+        part: sum(p.numel() for p in getattr(model.model, part).parameters())
+        for part in ("vision_tower", "multi_modal_projector", "language_model")
+    }
     expected = {
         "encoder": vision_parameters(),
         "projector": VISION[0] * width + width + width * width + width,
         "llm": llm_parameters(*LLMS[name]),
     }
-    assert count_parameters(model) == expected
-    added = 2 * width * (words - 32000) if name.startswith("vicuna") else 0
-    assert expected["llm"] == PUBLISHED[name] + added
+    assert sizes["vision_tower"] == expected["encoder"]
+    assert sizes["multi_modal_projector"] == expected["projector"]
+    assert sizes["language_model"] + model.lm_head.weight.numel() == expected["llm"] == PUBLISHED[name]
     freeze(model, "pretrain")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected["projector"]
     freeze(model, "sft")
