@@ -9,16 +9,17 @@ from typing import Any
 
 from vqrae.common.config import did_you_mean, load_config, shipped_config
 
-SUITES = ("table5", "table6", "quantizers")
+SUITES = ("table5", "table6", "quantizers", "locality")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is shown. `of_features` ones need labelled pictures."""
+    """How a number is shown. `of_features` ones need labelled pictures, `of_codes` ones need scenes."""
 
     heading: str
     format: str
     of_features: bool = False
+    of_codes: bool = False
 
 
 METRICS = {
@@ -30,6 +31,9 @@ METRICS = {
     "teacher_cosine": Metric("cosine to the original features", ".3f", of_features=True),
     "linear_continuous": Metric("linear probe, continuous", ".1%", of_features=True),
     "linear_quantized": Metric("linear probe, code vectors", ".1%", of_features=True),
+    "known_share": Metric("what codes know of the thing", ".1%", of_codes=True),
+    "seen": Metric("GenEval's rules, seen combinations", ".1%", of_codes=True),
+    "held_out": Metric("GenEval's rules, unseen combinations", ".1%", of_codes=True),
 }
 
 
@@ -100,6 +104,11 @@ class Suite:
     def of_features(self) -> bool:
         """Whether labelled pictures are needed."""
         return any(METRICS[name].of_features for name in self.columns)
+
+    @property
+    def of_codes(self) -> bool:
+        """Whether scenes are needed."""
+        return any(METRICS[name].of_codes for name in self.columns)
 
     def trials(self) -> list[tuple[Recipe, Row]]:
         """Every row in each of its recipes."""

@@ -26,7 +26,7 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import format_duration, quiet_libraries, run_manifest
 from vqrae.data.sources import fingerprint, source_kind
-from vqrae.eval import features, reconstruction
+from vqrae.eval import features, locality, reconstruction
 from vqrae.eval.ablation_suites import Recipe, Row, Suite, load_suite, suite_names
 from vqrae.eval.ablation_tables import judge, markdown
 from vqrae.tokenizer import train
@@ -39,7 +39,7 @@ class AblationConfig:
     """Train and score every row of a suite, and write its table."""
 
     suite: str = "all"
-    """table5, table6, quantizers, all of them, or a YAML file of your own."""
+    """table5, table6, quantizers, locality, all of them, or a YAML file of your own."""
     output: str = "runs/ablations"
     """Folder of the runs and of the tables."""
     encoder: str = "runs/encoder"
@@ -120,7 +120,7 @@ class Ablation:
 
     Raises:
         ConfigError: for an override that the tokenizer's configuration does not accept.
-        ValueError: for settings that a quantizer cannot follow, or when features are to be probed and the data has no labels.
+        ValueError: for settings that a quantizer cannot follow, or data that the suite's columns cannot be measured on.
     """
 
     def __init__(self, name: str, suite: Suite, config: AblationConfig) -> None:
@@ -129,6 +129,8 @@ class Ablation:
         self.labelled_data = config.labelled_data or config.data
         if suite.of_features and source_kind(self.labelled_data) not in ("scenes", "folder"):
             raise ValueError(f"suite {name} probes features, and {self.labelled_data} has no labels: give labelled_data=")
+        if suite.of_codes and source_kind(config.data) != "scenes":
+            raise ValueError(f"suite {name} asks what codes know of scenes, got data={config.data}: give data=scenes")
         # All rows once before any of them again, so that an interrupted sweep has a whole table.
         self.runs = [self._run(recipe, row, seed) for seed in range(config.seeds) for recipe, row in suite.trials()]
         self.records: dict[Path, dict[str, Any]] = {}
@@ -208,6 +210,8 @@ class Ablation:
             metrics = self._reconstruction(model)
             if self.suite.of_features:
                 metrics |= self._features(model)
+            if self.suite.of_codes:
+                metrics |= self._locality(model)
             record = {"training": training, "evaluation": evaluation, "metrics": metrics}
             write_json(run.record_file, record)
         return record
@@ -263,6 +267,13 @@ class Ablation:
         task = next(iter(stage["tasks"].values()))
         linear = {f"linear_{kind}": task[kind]["linear"] for kind in features.KINDS}
         return {"teacher_cosine": stage["teacher_cosine"], **linear, "linear_chance": task["chance"]}
+
+    def _locality(self, model: Path) -> dict[str, Any]:
+        """What codes know of the thing around their patch, and how combinations come back."""
+        output, sprites = model.parent / "locality.json", self.config.data.partition(":")[2] or "shapes"
+        locality.main([f"model={model}", f"output={output}", f"sprites={sprites}"])
+        values = read_json(output)
+        return {"known_share": values["known_share"], **values["reconstruction"]}
 
     # ---- results
 

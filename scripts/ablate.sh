@@ -3,7 +3,7 @@
 #
 #   bash scripts/ablate.sh [key=value ...]
 #
-#   suite=all                table5, table6, quantizers, all of them, or a YAML file like those in eval/configs
+#   suite=all                table5, table6, quantizers, locality, all of them, or a YAML file like those in eval/configs
 #   seeds=1                  runs of each row; tables show mean ± half range, and claims need at least two
 #   encoder=runs/encoder     pretrained encoder of all runs; made first when there is none
 #   data=scenes              scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME (docs/data.md)

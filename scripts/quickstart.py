@@ -10,6 +10,7 @@ A finished step is not repeated, an interrupted one continues: after any crash, 
 import argparse
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -230,7 +231,7 @@ class Clock:
 def sole_user(output: Path) -> Iterator[None]:
     """Wait until nobody else works in `output`.
 
-    Steps inherit the lock: one that outlives a killed quickstart is waited for and not started a second time beside itself.
+    Steps inherit the lock: where one outlives a killed quickstart, it is waited for and not started a second time beside itself.
     """
     with open(output / ".lock", "w") as lock:
         try:
@@ -240,6 +241,11 @@ def sole_user(output: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         os.set_inheritable(lock.fileno(), True)
         yield
+
+
+def ends_with_us() -> list[str]:
+    """Words in front of a command that end it when this process is killed, where the system has them (Linux)."""
+    return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
 def run(step: Step, clock: Clock, num_threads: int | None = None) -> None:
@@ -252,7 +258,7 @@ def run(step: Step, clock: Clock, num_threads: int | None = None) -> None:
         SystemExit: with its exit code, when it failed.
     """
     before, start = clock.spent(step.name), time.time()
-    command = [sys.executable, "-m", f"vqrae.{step.module}", *step.arguments]
+    command = [*ends_with_us(), sys.executable, "-m", f"vqrae.{step.module}", *step.arguments]
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(num_threads)} if num_threads else {})}
     process = subprocess.Popen(command, env=environment, close_fds=False)
     try:

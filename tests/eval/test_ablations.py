@@ -10,6 +10,7 @@ import pytest
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from vqrae.common.config import ConfigError, load_config, shipped_config
+from vqrae.common.files import write_json
 from vqrae.eval import ablations
 from vqrae.eval.ablation_suites import SUITES, Claim, Recipe, Row, Suite, load_suite, suite_names
 from vqrae.eval.ablation_tables import cell, judge, markdown, verdict
@@ -73,8 +74,23 @@ def test_mistakes_in_a_suite_are_named(tmp_path: Path) -> None:
         Ablation("s", suite(overrides=("model.codebook_dims=3",)), AblationConfig())
     with pytest.raises(ValueError, match="emoji has no labels: give labelled_data="):
         Ablation("s", suite(columns=("linear_continuous",)), AblationConfig(data="emoji"))
+    with pytest.raises(ValueError, match="asks what codes know of scenes, got data=emoji"):
+        Ablation("s", suite(columns=("known_share",)), AblationConfig(data="emoji"))
     with pytest.raises(ValueError, match="must be positive"):
         AblationConfig(seeds=0)
+
+
+def test_what_codes_know_is_asked_of_the_scenes_they_were_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def pretend(arguments: list[str]) -> None:
+        asked.append(arguments)
+        write_json(tmp_path / "locality.json", {"known_share": 0.5, "reconstruction": {"seen": 0.9, "held_out": 0.8}})
+
+    monkeypatch.setattr(ablations.locality, "main", pretend)
+    ablation = Ablation("s", suite(columns=("known_share", "held_out")), AblationConfig(data="scenes:emoji"))
+    assert ablation._locality(tmp_path / "model") == {"known_share": 0.5, "seen": 0.9, "held_out": 0.8}
+    assert "sprites=emoji" in asked[0]
 
 
 def test_all_is_every_shipped_suite_and_a_file_is_its_own() -> None:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,23 @@ def test_branches_run_side_by_side_with_half_of_the_cores(tmp_path: Path, monkey
     branches = [[quickstart.Step(name, "module", [], 1)] for name in ("llm", "codes")]
     quickstart.run_phase(branches, quickstart.Clock(tmp_path))
     assert threads == [2, 2]
+
+
+@pytest.mark.skipif(not quickstart.ends_with_us(), reason="this system cannot tie a process to another")
+def test_a_killed_quickstart_takes_its_steps_along(tmp_path: Path) -> None:
+    command = [*quickstart.ends_with_us(), sys.executable, "-c", "import time; time.sleep(60)"]
+    start = f"import subprocess, time; print(subprocess.Popen({command}).pid, flush=True); time.sleep(60)"
+    killed = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    step = Path("/proc") / killed.stdout.readline().strip() / "cmdline"
+    assert step.exists()
+    killed.kill()
+    killed.wait()
+    for _ in range(100):
+        if not step.exists() or not step.read_bytes():  # gone, or waiting to be collected
+            break
+        time.sleep(0.1)
+    assert not step.exists() or not step.read_bytes()
 
 
 def test_a_step_that_outlives_its_quickstart_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
