@@ -231,7 +231,7 @@ class Clock:
 def sole_user(output: Path) -> Iterator[None]:
     """Wait until nobody else works in `output`.
 
-    Steps inherit the lock: where one outlives a killed quickstart, it is waited for and not started a second time beside itself.
+    Steps inherit the lock: where one outlives a killed quickstart, it is waited for and not started again beside itself.
     """
     with open(output / ".lock", "w") as lock:
         try:
