@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType, broadcast
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -29,8 +29,9 @@ def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16
     """
     on_cpu = not torch.cuda.is_available()
     if not zero:
-        views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else DDP holds all gradients twice
-        options: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "kwargs_handlers": [views]}
+        # Else DDP holds all gradients twice, and sends the codebook, which is equal everywhere, in every forward pass.
+        lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+        options: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "kwargs_handlers": [lean]}
         return Accelerator(cpu=on_cpu, **options), Accelerator(cpu=on_cpu, **options)
     prepare_cpu_deepspeed()
     AcceleratorState._reset_state()  # plugins are read once per process; the second stage brings its own
@@ -61,6 +62,13 @@ def prepare(accelerator: Accelerator, name: str, model: nn.Module, optimizer: to
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.select_deepspeed_plugin(name)
     return accelerator.prepare(model, optimizer)
+
+
+@torch.no_grad()
+def share_from_main(module: nn.Module) -> None:
+    """Every process takes over the main one's weights and buffers, after work whose rounding may differ among them."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        broadcast(tensor.data)
 
 
 def refresh_master_weights(optimizer: Any) -> None:

@@ -28,6 +28,7 @@ from vqrae.tokenizer.engine import (
     prepare,
     refresh_master_weights,
     set_trainable,
+    share_from_main,
 )
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
 from vqrae.tokenizer.losses import (
@@ -117,6 +118,7 @@ class StageTrainer:
                 model.standardize_features(self.sample_images())
             if config.model.codebook_init == "features":
                 model.initialize_codebook(self.sample_images())
+            share_from_main(model)
         # The average is the main process's: it alone writes models.
         self.ema = WeightAverage(model, config.ema_decay) if config.ema_decay and is_main_process() else None
         if config.compile:
@@ -185,6 +187,7 @@ class StageTrainer:
             if self.stage.codebook_metric == "pixels":
                 self.model.measure_in_pixels(images[:256])
             self.model.initialize_codebook(images)
+            share_from_main(self.model)
             refresh_master_weights(self.optimizer)
         for micro in range(self.accumulation):
             images = self.pictures.augment(next(batches), step, micro)
