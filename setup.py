@@ -49,7 +49,7 @@ setup(
         "deepspeed": ["deepspeed>=0.19", "peft>=0.17"],
         "lora": ["peft>=0.17"],
         "smollm2": ["gguf>=0.17"],
-        "eval": ["lmms-eval==0.7.3"],
+        "eval": ["lmms-eval==0.7.3", "filelock<4"],  # it imports a module that filelock 4 has not
         "mplug": ["modelscope>=1.40"],
         "demo": ["gradio>=6"],
         "flash": ["flash-attn"],

@@ -6,7 +6,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageOps
 from torch import Tensor
 
 from vqrae.common.files import atomic_path
@@ -25,6 +25,8 @@ def open_picture(source: str | Path | IO[bytes], *, name: str | None = None) -> 
         ValueError: when the file is no readable picture, naming it.
     """
     name = name or str(source)
+    # lmms-eval lets a whole process take half a picture for a whole one.
+    others, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with Image.open(source) as picture:
             picture.load()
@@ -33,6 +35,8 @@ def open_picture(source: str | Path | IO[bytes], *, name: str | None = None) -> 
         raise ValueError(f"{name}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: not a readable picture ({error})") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = others
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

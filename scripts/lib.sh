@@ -6,9 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 if ! command -v nvidia-smi >/dev/null; then
   export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-  # Where Debian's libtcmalloc-minimal4 is installed: large tensors come and go without page faults, 1.2 times the steps.
-  tcmalloc=$(find /usr/lib/*-linux-gnu -maxdepth 1 -name "libtcmalloc_minimal.so.4" -print -quit 2>/dev/null || true)
-  [ -z "$tcmalloc" ] || export LD_PRELOAD=${LD_PRELOAD:-$tcmalloc}
 fi
 
 fail() {
