@@ -49,7 +49,7 @@ class Step:
         name: key of `seconds` in the report.
         module: run as `python -m vqrae.MODULE`.
         arguments: its configuration and overrides.
-        seconds: expected on two cores at the reference minutes.
+        seconds: expected on two cores without AMX at the reference minutes, beside the other branch.
         scales: whether the time follows the minutes.
     """
 
@@ -78,7 +78,7 @@ def tokenizer_steps(output: Path, steps: dict[str, int], sprites: str, source: s
                 f"optimization.max_steps={steps['encoder']}",
                 f"optimization.{save_every(steps['encoder'])}",
             ],
-            65,
+            180,
         ),
         Step(
             "tokenizer",
@@ -93,7 +93,7 @@ def tokenizer_steps(output: Path, steps: dict[str, int], sprites: str, source: s
                 f"stage2.bypass_steps={round(BYPASS_SHARE * steps['tokenizer.stage2'])}",
                 save_every(steps["tokenizer.stage2"]),
             ],
-            95,
+            200,
         ),
         Step(
             "eval_reconstruction",
@@ -117,7 +117,7 @@ def understanding_steps(output: Path, steps: dict[str, int], sprites: str, sourc
             "llm",
             "understanding.train_llm",
             ["tiny_llm", f"output_dir={output / 'llm'}", f"optimization.max_steps={steps['llm']}"],
-            15,
+            90,
         ),
         Step(
             "understanding",
@@ -132,7 +132,7 @@ def understanding_steps(output: Path, steps: dict[str, int], sprites: str, sourc
                 f"sft.max_steps={steps['understanding.sft']}",
                 f"sft.{save_every(steps['understanding.sft'])}",
             ],
-            200,
+            850,
         ),
         Step(
             "eval_understanding",
@@ -142,7 +142,7 @@ def understanding_steps(output: Path, steps: dict[str, int], sprites: str, sourc
                 f"sprites={sprites}",
                 f"output={output / 'evaluation' / 'questions.json'}",
             ],
-            20,
+            30,
             scales=False,
         ),
     ]
@@ -161,7 +161,7 @@ def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: 
                 f"source={source}",
                 f"size={steps['generation'] * GENERATION_BATCH // GENERATION_EPOCHS}",
             ],
-            65,
+            130,
         ),
         Step(
             "generation",
@@ -174,7 +174,7 @@ def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: 
                 f"optimization.max_steps={steps['generation']}",
                 f"optimization.{save_every(steps['generation'])}",
             ],
-            330,
+            900,
         ),
         Step(
             "eval_generation",
@@ -187,7 +187,7 @@ def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: 
                 f"pictures={output / 'evaluation' / 'pictures'}",
                 f"sampling.guidance_scale={GUIDANCE_SCALE}",
             ],
-            100,
+            60,
             scales=False,
         ),
     ]
