@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from vqrae.common.pictures import open_picture, picture_to_uint8, resize_and_crop
 from vqrae.data.images import list_pictures
 from vqrae.data.scenes import Scene, SceneDataset, SceneObject
+from vqrae.data.scenes.language import COLUMNS, place
 from vqrae.data.tolerant import TolerantDataset, name_hash
 
-PLACES = 5  # a side
 TEST_SHARE = 5  # every fifth picture of a class, by name, when there is no folder of test pictures
 Pair = tuple[Dataset, Dataset]  # to fit on, to ask about
 
@@ -44,13 +44,13 @@ class LabelledScenes(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = self.indices[index]
-        scene = self.scenes.scene(place)
+        number = self.indices[index]
+        scene = self.scenes.scene(number)
         if self.grid_size is None:
             label = torch.tensor(self.ask(scene.objects[0]))
         else:
             label = cell_labels(scene, self.grid_size, self.scenes.sampler.image_size, self.ask).flatten()
-        return {"image": self.scenes.image(place), "label": label}
+        return {"image": self.scenes.image(number), "label": label}
 
 
 def shape_of(item: SceneObject) -> int:
@@ -59,8 +59,8 @@ def shape_of(item: SceneObject) -> int:
 
 def place_of(item: SceneObject, image_size: int) -> int:
     """The field of a 5 x 5 board in which an object's centre lies."""
-    column, row = (int(PLACES * center / image_size) for center in item.center)
-    return PLACES * row + column
+    column, row = place(item, image_size)
+    return len(COLUMNS) * row + column
 
 
 def cell_labels(scene: Scene, grid_size: int, image_size: int, ask: Callable[[SceneObject], int]) -> Tensor:

@@ -76,9 +76,15 @@ def object_phrases(item: SceneObject, names: Sequence[str]) -> tuple[str, str]:
     return with_article(names[item.name]), with_article(f"{COLOR_NAMES[item.color]} {names[item.name]}")
 
 
+def place(item: SceneObject, image_size: int) -> tuple[int, int]:
+    """Column and row, indices of `COLUMNS` and `ROWS`, that hold the centre of one object."""
+    x, y = item.center
+    return int(len(COLUMNS) * x / image_size), int(len(ROWS) * y / image_size)
+
+
 def place_phrases(item: SceneObject, image_size: int) -> tuple[str, str]:
     """Where the centre of one object lies: `a thing on the far left`, `a thing at the top`."""
-    column, row = (int(len(COLUMNS) * center / image_size) for center in item.center)
+    column, row = place(item, image_size)
     return f"a thing {COLUMNS[column]}", f"a thing {ROWS[row]}"
 
 
