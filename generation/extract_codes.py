@@ -21,7 +21,7 @@ from vqrae.common.distributed import world_size
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.run import format_duration
 from vqrae.data.code_shards import CodeManifest, CodeWriter
-from vqrae.data.scenes import SceneDataset, caption, render
+from vqrae.data.scenes import SceneDataset, render, wording
 from vqrae.data.sources import open_pairs
 from vqrae.data.stream import Draw
 from vqrae.generation.config import ExtractionConfig, read_config
@@ -59,9 +59,10 @@ class CaptionedPictures(Dataset):
             return {"image": sample["image"], "captions": [sample["caption"]]}
         scenes = self.pairs
         scene = scenes.scene(index)
-        image = torch.from_numpy(render(scene, scenes.sprites, scenes.sampler.image_size)).permute(2, 0, 1)
+        size = scenes.sampler.image_size
+        image = torch.from_numpy(render(scene, scenes.sprites, size)).permute(2, 0, 1)
         wordings = (np.random.default_rng([scenes.seed, index, draw]) for draw in range(self.captions_per_image))
-        return {"image": image, "captions": [caption(scene, scenes.sprites.names, rng) for rng in wordings]}
+        return {"image": image, "captions": [wording(scene, scenes.sprites.names, rng, size) for rng in wordings]}
 
 
 def _collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, list[list[str]]]:

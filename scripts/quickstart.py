@@ -9,6 +9,7 @@ A finished step is not repeated, an interrupted one continues: after any crash, 
 
 import argparse
 import fcntl
+import math
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from vqrae.common.run import format_duration
 
 REFERENCE_MINUTES = 12
 
-# Optimizer steps of every training step at the reference minutes; they grow in proportion with the time that one has.
+# Optimizer steps of every training step at the reference minutes; they grow in proportion with the time that one has …
 TRAINING_STEPS = {
     "encoder": 500,
     "tokenizer.stage1": 50,
@@ -35,9 +36,11 @@ TRAINING_STEPS = {
     "understanding.sft": 900,
     "generation": 2500,
 }
+# … up to so many times, where more brings little (docs/quickstart.md); generation takes what time is left.
+LARGEST_SCALE = dict.fromkeys(TRAINING_STEPS, 3.0) | {"llm": 1.0, "generation": math.inf}
 GENERATION_BATCH = 32  # of the configuration `tiny`
 GENERATION_EPOCHS = 2  # times that a picture's codes are seen; another epoch draws another of its captions
-GUIDANCE_SCALE = 2.0  # docs/quickstart.md compares
+GUIDANCE_SCALE, TEMPERATURE = 2.0, 0.5  # docs/quickstart.md compares
 BYPASS_SHARE = 0.2  # of stage 2: the continuous warm-up grows with the stage
 
 
@@ -49,20 +52,21 @@ class Step:
         name: key of `seconds` in the report.
         module: run as `python -m vqrae.MODULE`.
         arguments: its configuration and overrides.
-        seconds: expected on two cores without AMX at the reference minutes, beside the other branch.
-        scales: whether the time follows the minutes.
+        seconds: expected at the reference minutes on two cores without AMX, beside the other branch.
+        training: key of `TRAINING_STEPS` that the time grows with, if any.
     """
 
     name: str
     module: str
     arguments: list[str]
     seconds: float
-    scales: bool = True
+    training: str | None = None
 
 
 def plan(minutes: float) -> dict[str, int]:
     """Optimizer steps of every training step for this many minutes of training on two cores."""
-    return {name: max(4, round(steps * minutes / REFERENCE_MINUTES)) for name, steps in TRAINING_STEPS.items()}
+    scale = minutes / REFERENCE_MINUTES
+    return {name: max(4, round(count * min(scale, LARGEST_SCALE[name]))) for name, count in TRAINING_STEPS.items()}
 
 
 def tokenizer_steps(output: Path, steps: dict[str, int], sprites: str, source: str) -> list[Step]:
@@ -79,6 +83,7 @@ def tokenizer_steps(output: Path, steps: dict[str, int], sprites: str, source: s
                 f"optimization.{save_every(steps['encoder'])}",
             ],
             180,
+            "encoder",
         ),
         Step(
             "tokenizer",
@@ -93,7 +98,8 @@ def tokenizer_steps(output: Path, steps: dict[str, int], sprites: str, source: s
                 f"stage2.bypass_steps={round(BYPASS_SHARE * steps['tokenizer.stage2'])}",
                 save_every(steps["tokenizer.stage2"]),
             ],
-            200,
+            330,
+            "tokenizer.stage2",
         ),
         Step(
             "eval_reconstruction",
@@ -105,7 +111,6 @@ def tokenizer_steps(output: Path, steps: dict[str, int], sprites: str, source: s
                 f"output={output / 'evaluation' / 'reconstruction.json'}",
             ],
             10,
-            scales=False,
         ),
     ]
 
@@ -117,7 +122,8 @@ def understanding_steps(output: Path, steps: dict[str, int], sprites: str, sourc
             "llm",
             "understanding.train_llm",
             ["tiny_llm", f"output_dir={output / 'llm'}", f"optimization.max_steps={steps['llm']}"],
-            90,
+            150,
+            "llm",
         ),
         Step(
             "understanding",
@@ -132,7 +138,8 @@ def understanding_steps(output: Path, steps: dict[str, int], sprites: str, sourc
                 f"sft.max_steps={steps['understanding.sft']}",
                 f"sft.{save_every(steps['understanding.sft'])}",
             ],
-            850,
+            1100,
+            "understanding.sft",
         ),
         Step(
             "eval_understanding",
@@ -143,7 +150,6 @@ def understanding_steps(output: Path, steps: dict[str, int], sprites: str, sourc
                 f"output={output / 'evaluation' / 'questions.json'}",
             ],
             30,
-            scales=False,
         ),
     ]
 
@@ -161,7 +167,8 @@ def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: 
                 f"source={source}",
                 f"size={steps['generation'] * GENERATION_BATCH // GENERATION_EPOCHS}",
             ],
-            130,
+            240,
+            "generation",
         ),
         Step(
             "generation",
@@ -174,7 +181,8 @@ def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: 
                 f"optimization.max_steps={steps['generation']}",
                 f"optimization.{save_every(steps['generation'])}",
             ],
-            900,
+            1000,
+            "generation",
         ),
         Step(
             "eval_generation",
@@ -186,9 +194,9 @@ def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: 
                 f"output={output / 'evaluation' / 'generation.json'}",
                 f"pictures={output / 'evaluation' / 'pictures'}",
                 f"sampling.guidance_scale={GUIDANCE_SCALE}",
+                f"sampling.temperature={TEMPERATURE}",
             ],
             60,
-            scales=False,
         ),
     ]
 
@@ -204,7 +212,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[list[lis
     trunk, *branches = (
         part(output, steps, sprites, source) for part in (tokenizer_steps, understanding_steps, generation_steps)
     )
-    report = Step("report", "eval.report", [f"directory={output}"], 10, scales=False)
+    report = Step("report", "eval.report", [f"directory={output}"], 10)
     return [[trunk], branches, [[report]]]
 
 
@@ -320,10 +328,12 @@ def main(argv: list[str] | None = None) -> None:
     begun = time.time()
     with sole_user(output):
         clock, phases = Clock(output / "steps"), pipeline(output, chosen["steps"], options.sprites)
-        scale = options.minutes / REFERENCE_MINUTES
 
         def expected(steps: Sequence[Step]) -> float:
-            return sum(step.seconds * (scale if step.scales else 1) for step in steps if not clock.is_done(step.name))
+            return sum(step.seconds * growth(step) for step in steps if not clock.is_done(step.name))
+
+        def growth(step: Step) -> float:
+            return chosen["steps"][step.training] / TRAINING_STEPS[step.training] if step.training else 1
 
         for i, branches in enumerate(phases):
             left = sum(max(map(expected, phase)) for phase in phases[i:])

@@ -58,7 +58,7 @@ class TinyLLMConfig:
 class SceneText(Dataset):
     """Index -> chat messages about a scene nobody sees: one in four is a bare caption, the others are dialogues.
 
-    A dialogue opens with the detailed caption in the place where LLaVA puts the picture.
+    A dialogue opens with the description in the place where LLaVA puts the picture.
     """
 
     def __init__(self, sprites: Sequence[str], *, seed: int = 0) -> None:
@@ -72,7 +72,7 @@ class SceneText(Dataset):
         if index // len(self.scenes) % 4 == 0:
             return [{"role": "assistant", "content": scenes.caption(index)}]
         messages = []
-        context = scenes.caption(index, detailed=True) + "\n"
+        context = scenes.description(index) + "\n"
         for question in scenes.questions(index):
             messages.append({"role": "user", "content": context + question.text})
             messages.append({"role": "assistant", "content": question.answer})

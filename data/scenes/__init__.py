@@ -1,7 +1,7 @@
 """The embedded data set: compositional scenes rendered from a seed, with captions, questions and exact ground truth."""
 
 from vqrae.data.scenes.dataset import SceneDataset
-from vqrae.data.scenes.language import FAMILIES, Question, benchmark_prompts, caption, questions, relation
+from vqrae.data.scenes.language import FAMILIES, Question, benchmark_prompts, questions, relation, wording
 from vqrae.data.scenes.scene import COLORS, Scene, SceneObject, SceneSampler, render
 from vqrae.data.scenes.sprites import SPRITE_SETS, SpriteSet, load_sprites
 
@@ -16,9 +16,9 @@ __all__ = [
     "SceneSampler",
     "SpriteSet",
     "benchmark_prompts",
-    "caption",
     "load_sprites",
     "questions",
     "relation",
     "render",
+    "wording",
 ]

@@ -8,7 +8,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vqrae.data.scenes.language import DESCRIBE, Question, caption, object_phrases, place_phrases, questions
+from vqrae.data.scenes.language import (
+    DESCRIBE,
+    Question,
+    caption,
+    description,
+    object_phrases,
+    place_phrases,
+    questions,
+    wording,
+)
 from vqrae.data.scenes.scene import Scene, SceneSampler, render
 from vqrae.data.scenes.sprites import load_sprites
 
@@ -74,9 +83,14 @@ class SceneDataset(Dataset):
         return torch.from_numpy(self.pixels(index)).permute(2, 0, 1).contiguous()
 
     def caption(self, index: int, *, detailed: bool = False) -> str:
-        """A caption of the scene behind `index`."""
+        """What is said about the scene behind `index`: a detailed caption, or as often a short one as a description."""
+        scene, names, rng = self.scene(index), self.sprites.names, self._rng(index, _LANGUAGE_SEED)
+        return caption(scene, names, rng, detailed=True) if detailed else wording(scene, names, rng, self.sampler.image_size)
+
+    def description(self, index: int) -> str:
+        """What is in the scene behind `index`, and where."""
         rng = self._rng(index, _LANGUAGE_SEED)
-        return caption(self.scene(index), self.sprites.names, rng, detailed=detailed)
+        return description(self.scene(index), self.sprites.names, rng, self.sampler.image_size)
 
     def grounding(self, index: int) -> dict[str, Any]:
         """Boxes and phrases of the objects behind `index`."""
@@ -99,7 +113,7 @@ class SceneDataset(Dataset):
         The description stands behind all questions, for what is said can be copied and need not be seen.
         """
         pairs = [(question.text, question.answer) for question in self.questions(index)]
-        pairs.append((DESCRIBE, self.caption(index, detailed=True)))
+        pairs.append((DESCRIBE, self.description(index)))
         turns = []
         for i, (text, answer) in enumerate(pairs):
             turns.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + text})

@@ -51,24 +51,39 @@ def caption(scene: Scene, names: Sequence[str], rng: np.random.Generator, *, det
     """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     plain, rich = zip(*(object_phrases(o, names) for o in objects), strict=True)
-    tint = [with_article(f"{COLOR_NAMES[o.color]} thing") for o in objects]
     one_name = len({o.name for o in objects}) == 1
     one_color = len({o.color for o in objects}) == 1
-    if len(objects) == 1:
-        forms = [rich[0]] if detailed else [plain[0], rich[0], tint[0]]
-    elif one_name:
+    forms = [_enumerate(plain), _enumerate(rich)]
+    if len(objects) > 1 and one_name:
         number, name = NUMBER_WORDS[len(objects)], plural(names[objects[0].name])
         exact = f"{number} {COLOR_NAMES[objects[0].color]} {name}" if one_color else _enumerate(rich)
-        forms = [exact] if detailed else [f"{number} {name}", f"{number} {name}", exact]
+        forms = [f"{number} {name}", f"{number} {name}", exact]
     elif len(objects) == 2:
-        where = relation(*objects)
-        forms = [_enumerate(rich)] if detailed else [_enumerate(plain), _enumerate(rich), _enumerate(rich), _enumerate(tint)]
-        if where:
-            exact = f"{rich[0]} {where} {rich[1]}"
-            forms = [exact] if detailed else [*forms, f"{plain[0]} {where} {plain[1]}", f"{plain[0]} {where} {plain[1]}", exact]
-    else:
-        forms = [_enumerate(rich)] if detailed else [_enumerate(plain), _enumerate(rich)]
+        forms = [*forms, _enumerate(rich)]
+        if where := relation(*objects):
+            forms += [f"{plain[0]} {where} {plain[1]}", f"{rich[0]} {where} {rich[1]}"] * 2
+    if detailed:
+        forms = forms[-1:]
     return f"a photo of {forms[rng.integers(len(forms))]}"
+
+
+def description(scene: Scene, names: Sequence[str], rng: np.random.Generator, image_size: int) -> str:
+    """What is there and where, each object once: `a photo of a red star on the far left at the top and …`."""
+    phrases = []
+    for i in rng.permutation(len(scene.objects)):
+        column, row = place(scene.objects[i], image_size)
+        phrases.append(f"{object_phrases(scene.objects[i], names)[1]} {COLUMNS[column]} {ROWS[row]}")
+    return f"a photo of {_enumerate(phrases)}"
+
+
+def wording(scene: Scene, names: Sequence[str], rng: np.random.Generator, image_size: int) -> str:
+    """What a generator is trained on: a short caption, or for one or two objects as often a description.
+
+    Descriptions of more would make the text as long as the picture.
+    """
+    if len(scene.objects) <= 2 and rng.random() < 0.5:
+        return description(scene, names, rng, image_size)
+    return caption(scene, names, rng)
 
 
 def object_phrases(item: SceneObject, names: Sequence[str]) -> tuple[str, str]:
@@ -89,7 +104,7 @@ def place_phrases(item: SceneObject, image_size: int) -> tuple[str, str]:
 
 
 def _enumerate(phrases: Sequence[str]) -> str:
-    return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+    return f"{', '.join(phrases[:-1])} and {phrases[-1]}" if len(phrases) > 1 else phrases[0]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqrae.data.scenes import FAMILIES, SPRITE_SETS, SceneDataset, benchmark_prompts, load_sprites, relation
-from vqrae.data.scenes.language import COLUMNS, ROWS, vocabulary_texts
+from vqrae.data.scenes.language import COLUMNS, ROWS, vocabulary_texts, wording
 from vqrae.data.scenes.scene import (
     COLOR_NAMES,
     SceneObject,
@@ -53,6 +53,31 @@ def test_grounded_phrases_name_every_object_and_where_it_lies() -> None:
             assert [phrase.split()[1:] for phrase in phrases[:2]] == [[name], [color, name]]
             column, row = int((left + right) / 2 * 5), int((top + bottom) / 2 * 5)
             assert phrases[2:] == (f"a thing {COLUMNS[column]}", f"a thing {ROWS[row]}")
+
+
+def test_descriptions_name_every_object_once_and_where_it_lies() -> None:
+    dataset = SceneDataset("train")
+    for index in range(50):
+        text, scene = dataset.description(index), dataset.scene(index)
+        assert text == dataset.description(index)
+        said = text.removeprefix("a photo of ").replace(" and a", ", a").split(", ")
+        true = []
+        for item in scene.objects:
+            column, row = (int(5 * center / 64) for center in item.center)
+            thing = f"{COLOR_NAMES[item.color]} {dataset.sprites.names[item.name]}"
+            true.append(f"{'an' if thing.startswith('orange') else 'a'} {thing} {COLUMNS[column]} {ROWS[row]}")
+        assert sorted(said) == sorted(true)
+
+
+def test_a_generator_reads_short_captions_as_often_as_descriptions_of_one_or_two_things() -> None:
+    dataset = SceneDataset("train")
+    described = Counter()
+    for index in range(400):
+        scene = dataset.scene(index)
+        text = wording(scene, dataset.sprites.names, np.random.default_rng(index), 64)
+        described[len(scene.objects) <= 2, " at the " in text or "between top and bottom" in text] += 1
+    assert not described[False, True]
+    assert 0.4 < described[True, True] / (described[True, True] + described[True, False]) < 0.6
 
 
 def test_objects_keep_their_distance() -> None:
@@ -105,7 +130,7 @@ def test_every_word_is_in_the_vocabulary(sprites: str) -> None:
     text_tokenizer = build_word_tokenizer(vocabulary_texts(dataset.sprites.names))
     texts = [record["prompt"] for record in benchmark_prompts(dataset.sprites.names)]
     for index in range(200):
-        texts += [dataset.caption(index), dataset.caption(index, detailed=True)]
+        texts += [dataset.caption(index), dataset.caption(index, detailed=True), dataset.description(index)]
         texts += [part for q in dataset.questions(index) for part in (q.text, q.answer)]
     ids = text_tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert not any(text_tokenizer.unk_token_id in row for row in ids)
