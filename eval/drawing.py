@@ -2,17 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 
+from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import is_main_process
 from vqrae.common.files import read_json, write_json
 from vqrae.common.pictures import save_picture, tensor_to_picture
 from vqrae.eval.manifest import model_fingerprint, tokenizer_fingerprint
 from vqrae.eval.sharding import gather, stride
+from vqrae.generation.model import read_sampling
 from vqrae.generation.sampling import SamplingConfig
 
 if TYPE_CHECKING:
@@ -42,8 +45,8 @@ class PicturesConfig:
     """Folder of pictures to score instead."""
     tokenizer: str | None = None
     """Visual tokenizer, where it is not at the place that the generator recorded."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How codes are drawn."""
+    sampling: SamplingConfig | None = None
+    """How codes are drawn, if not as the generator recommends."""
     batch_size: int = 64
     """Pictures sampled at once; guidance doubles the rows."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -71,10 +74,15 @@ class PicturesConfig:
         dtype = getattr(torch, self.dtype)
         return Generator.from_pretrained(self.model, tokenizer=self.tokenizer, device=device, dtype=dtype)
 
+    def chosen_sampling(self) -> SamplingConfig:
+        """`sampling`, or what the generator recommends."""
+        assert self.model is not None
+        return self.sampling or read_sampling(PreTrainedConfig.from_pretrained(resolve_model(self.model)))
+
     def drawing_settings(self) -> dict[str, Any]:
         """What decides the pictures of a prompt and a seed."""
         assert self.model is not None
-        sampling = dataclasses.asdict(self.sampling)
+        sampling = dataclasses.asdict(self.chosen_sampling())
         weights = {"generator": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.model)}
         return {**weights, "dtype": self.dtype, "sampling": sampling}
 

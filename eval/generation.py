@@ -9,7 +9,7 @@ layout, so that other scorers can read them; an interrupted run keeps the pictur
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -214,8 +214,8 @@ class GenerationConfig:
     """Pictures of each prompt."""
     prompt_seed: int = 43
     """Of the prompts."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How codes are drawn."""
+    sampling: SamplingConfig | None = None
+    """How codes are drawn, if not as the generator recommends."""
     batch_size: int = 64
     """Pictures sampled at once; guidance doubles the rows."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -245,17 +245,17 @@ def main(argv: list[str] | None = None) -> None:
     generator = Generator.from_pretrained(
         config.model, tokenizer=config.tokenizer, device=device, dtype=getattr(torch, config.dtype)
     )
-    folder = resolve_model(config.model)
+    folder, sampling = resolve_model(config.model), config.sampling or generator.sampling
     settings = {
         "generator": weights_fingerprint(folder) if Path(folder).is_dir() else config.model,
         "dtype": config.dtype,
-        "sampling": dataclasses.asdict(config.sampling),
+        "sampling": dataclasses.asdict(sampling),
     }
     benchmark.draw(
         generator,
         pictures,
         settings=settings,
-        sampling=config.sampling,
+        sampling=sampling,
         batch_size=config.batch_size,
         progress=progress_line("pictures"),
     )

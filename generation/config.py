@@ -1,12 +1,13 @@
 """Typed configuration of the generator: one YAML file with a section for extraction and one for training."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.data.encoded import Crop
+from vqrae.generation.sampling import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class GeneratorModelConfig:
     """Share of samples whose caption is emptied, so that guidance works."""
     embedding_init: Literal["random", "codebook"] = "random"
     """Where the rows of the codes start: drawn like any new row, or from the code vectors (`start_from_codebook`)."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How codes are drawn from the trained model where nothing else is asked for; written to its `config.json`."""
     attention: str = "auto"
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 
 from vqrae.common.checkpoints import local_model, resolve_model
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
-from vqrae.generation.model import read_prompt_encoder, read_vocabulary
+from vqrae.generation.model import read_prompt_encoder, read_sampling, read_vocabulary
 from vqrae.generation.sampling import SamplingConfig, sample_codes
 from vqrae.tokenizer import VQRAEModel
 
@@ -38,7 +38,7 @@ class Generator:
         compile: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.compile = model.eval(), tokenizer.eval(), compile
-        self.vocabulary = read_vocabulary(model.config)
+        self.vocabulary, self.sampling = read_vocabulary(model.config), read_sampling(model.config)
         self.encode_prompt = read_prompt_encoder(model.config, text_tokenizer)
 
     @classmethod
@@ -99,6 +99,7 @@ class Generator:
 
         Args:
             prompts: captions; the empty one asks for any picture.
+            sampling: how codes are drawn; None: as the model's `config.json` recommends.
             batch_size: pictures sampled at once (guidance doubles the rows); pictures of one prompt side by side share it.
             progress: called after every step with codes done and codes in all.
 
@@ -107,7 +108,7 @@ class Generator:
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many")
-        sampling = sampling or SamplingConfig()
+        sampling = sampling or self.sampling
         total, sampled = len(prompts) * self.vocabulary.num_codes, []
         for start in range(0, len(prompts), batch_size):
             chunk = [self.encode_prompt(prompt) for prompt in prompts[start : start + batch_size]]

@@ -1,7 +1,7 @@
 """The generator: a plain `Qwen3ForCausalLM` whose vocabulary also holds the tokenizer's codes.
 
 Its folder loads in plain transformers. What the pictures need stands in `config.json`: `visual_vocabulary`,
-`prompt_template`, `max_caption_tokens`, `caption_dropout`, `vqrae_tokenizer` and `vqrae_tokenizer_fingerprint`.
+`prompt_template`, `max_caption_tokens`, `caption_dropout`, `sampling`, `vqrae_tokenizer` and `vqrae_tokenizer_fingerprint`.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config,
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import gathered
+from vqrae.generation.sampling import SamplingConfig
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
 
 
@@ -101,6 +102,11 @@ def read_prompt_encoder(config: PretrainedConfig, text_tokenizer: PreTrainedToke
         template=config.prompt_template,
         max_caption_tokens=config.max_caption_tokens,
     )
+
+
+def read_sampling(config: PretrainedConfig) -> SamplingConfig:
+    """How a generator's codes are best drawn, by those who trained it."""
+    return SamplingConfig(**getattr(config, "sampling", {}))
 
 
 class VisualHead(nn.Linear):

@@ -1,5 +1,6 @@
 """The loss of the generator, the `Trainer` that minimises it, and what such a trainer is made of."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -113,6 +114,7 @@ def build_model(config: GeneratorModelConfig, vocabulary: VisualVocabulary, enco
     )
     model.config.prompt_template, model.config.caption_dropout = config.prompt_template, config.caption_dropout
     model.config.max_caption_tokens = encode_prompt.max_caption_tokens
+    model.config.sampling = dataclasses.asdict(config.sampling)
     return model
 
 

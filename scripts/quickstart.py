@@ -40,7 +40,6 @@ TRAINING_STEPS = {
 LARGEST_SCALE = dict.fromkeys(TRAINING_STEPS, 3.0) | {"llm": 1.0, "generation": math.inf}
 GENERATION_BATCH = 32  # of the configuration `tiny`
 GENERATION_EPOCHS = 2  # times that a picture's codes are seen; another epoch draws another of its captions
-GUIDANCE_SCALE, TEMPERATURE = 2.0, 0.5  # docs/quickstart.md compares
 BYPASS_SHARE = 0.2  # of stage 2: the continuous warm-up grows with the stage
 
 
@@ -193,8 +192,6 @@ def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: 
                 f"sprites={sprites}",
                 f"output={output / 'evaluation' / 'generation.json'}",
                 f"pictures={output / 'evaluation' / 'pictures'}",
-                f"sampling.guidance_scale={GUIDANCE_SCALE}",
-                f"sampling.temperature={TEMPERATURE}",
             ],
             60,
         ),

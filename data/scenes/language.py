@@ -58,10 +58,8 @@ def caption(scene: Scene, names: Sequence[str], rng: np.random.Generator, *, det
         number, name = NUMBER_WORDS[len(objects)], plural(names[objects[0].name])
         exact = f"{number} {COLOR_NAMES[objects[0].color]} {name}" if one_color else _enumerate(rich)
         forms = [f"{number} {name}", f"{number} {name}", exact]
-    elif len(objects) == 2:
-        forms = [*forms, _enumerate(rich)]
-        if where := relation(*objects):
-            forms += [f"{plain[0]} {where} {plain[1]}", f"{rich[0]} {where} {rich[1]}"] * 2
+    elif len(objects) == 2 and (where := relation(*objects)):
+        forms = [*forms * 2, f"{plain[0]} {where} {plain[1]}", f"{rich[0]} {where} {rich[1]}"]
     if detailed:
         forms = forms[-1:]
     return f"a photo of {forms[rng.integers(len(forms))]}"

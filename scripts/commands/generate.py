@@ -1,7 +1,7 @@
 """Draw pictures from prompts."""
 
 import argparse
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def register(commands: Any) -> None:
     )
     command.add_argument("--compile", action="store_true", help="for CUDA: one recorded graph per step")
     for option, kind in SAMPLING_OPTIONS.items():
-        command.add_argument(f"--{option}", **kind, help="sampling; see vqrae.generation.sampling for the default")
+        command.add_argument(f"--{option}", **kind, help="sampling (default: what the generator recommends)")
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -54,7 +54,7 @@ def generate(arguments: argparse.Namespace) -> None:
     from vqrae.common.pictures import open_picture, picture_to_tensor, save_picture, tensor_to_picture
     from vqrae.generation.generator import Generator
 
-    prompts, sampling = _read_prompts(arguments), _read_sampling(arguments)
+    prompts = _read_prompts(arguments)
     quiet()
     generator = Generator.from_pretrained(
         arguments.model,
@@ -63,6 +63,7 @@ def generate(arguments: argparse.Namespace) -> None:
         dtype=getattr(torch, arguments.dtype),
         compile=arguments.compile,
     )
+    sampling = _read_sampling(arguments, generator.sampling)
     settings = {
         "sampling": asdict(sampling),
         "dtype": arguments.dtype,
@@ -113,11 +114,9 @@ def _is_finished(path: Path, record: dict[str, Any]) -> bool:
     return {**read_json(side_car), "generator": record["generator"]} == record
 
 
-def _read_sampling(arguments: argparse.Namespace) -> "SamplingConfig":
-    from vqrae.generation.sampling import SamplingConfig
-
-    given = {field.name: getattr(arguments, field.name) for field in fields(SamplingConfig)}
-    return SamplingConfig(**{name: value for name, value in given.items() if value is not None})
+def _read_sampling(arguments: argparse.Namespace, recommended: "SamplingConfig") -> "SamplingConfig":
+    given = {field.name: getattr(arguments, field.name) for field in fields(recommended)}
+    return replace(recommended, **{name: value for name, value in given.items() if value is not None})
 
 
 def _read_prompts(arguments: argparse.Namespace) -> list[str]:

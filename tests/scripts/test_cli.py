@@ -171,6 +171,7 @@ def generator_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFa
     torch.manual_seed(0)
     model = build_generator(vocabulary, llm_config={**sizes, "num_key_value_heads": 2, "head_dim": 16})
     model.config.prompt_template, model.config.max_caption_tokens, model.config.caption_dropout = "{caption}", 32, 0.1
+    model.config.sampling = {"guidance_scale": 2.0}
     model.config.vqrae_tokenizer = str(tokenizer_folder)
     model.config.vqrae_tokenizer_fingerprint = weights_fingerprint(tokenizer_folder)
     model.save_pretrained(folder)
@@ -189,6 +190,7 @@ def test_generate_writes_pictures_that_can_be_drawn_again(generator_folder: Path
     assert sorted(path.stem for path in out.glob("*.png")) == [*names, "grid"]
     record = json.loads((out / "0000-4.json").read_text())
     assert (record["prompt"], record["seed"], record["sampling"]["top_k"]) == ("a photo of a circle", 4, 5)
+    assert record["sampling"]["guidance_scale"] == 2  # as the generator recommends
     again = tmp_path / "again"
     assert main([*call, "--num-images", "1", "--seed", "4", "--out", str(again)]) == 0
     first, second = (np.array(Image.open(folder / "0000-4.png")).astype(int) for folder in (out, again))
