@@ -402,7 +402,7 @@ class TestCommand:
         monkeypatch.setattr(Generator, "from_pretrained", lambda *arguments, **options: Perfect())
         for function in ("model_fingerprint", "tokenizer_fingerprint"):
             monkeypatch.setattr(f"vqrae.eval.drawing.{function}", lambda name: "f" * 64)
-        arguments = ["model=m", f"out={tmp_path}", "num_prompts=6"]
+        arguments = ["model=m", f"out={tmp_path}", "num_prompts=6", "sampling.guidance_scale=4"]
         evaluate.main(arguments)
         values = read_json(tmp_path / "scores.json")
         assert (values["dpg"], values["ceiling"], values["num_scored"]) == (100, {"truth": 100}, 6)
