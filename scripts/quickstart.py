@@ -37,7 +37,7 @@ TRAINING_STEPS = {
     "generation": 2500,
 }
 # … up to so many times, where more brings little (docs/quickstart.md); generation takes what time is left.
-LARGEST_SCALE = dict.fromkeys(TRAINING_STEPS, 3.0) | {"llm": 1.0, "generation": math.inf}
+LARGEST_SCALE = dict.fromkeys(TRAINING_STEPS, 3.0) | {"llm": 1.0, "understanding.sft": 2.0, "generation": math.inf}
 GENERATION_BATCH = 32  # of the configuration `tiny`
 GENERATION_EPOCHS = 2  # times that a picture's codes are seen; another epoch draws another of its captions
 BYPASS_SHARE = 0.2  # of stage 2: the continuous warm-up grows with the stage

@@ -22,9 +22,9 @@ def test_every_step_is_an_entry_point_and_lands_below_the_output(tmp_path: Path)
 
 
 def test_minutes_scale_every_training_step_up_to_its_most() -> None:
-    default, longer, longest = (quickstart.plan(minutes) for minutes in (12, 30, 90))
+    default, longer, longest = (quickstart.plan(minutes) for minutes in (12, 18, 90))
     assert default == quickstart.TRAINING_STEPS
-    assert all(longer[name] == round(steps * 2.5) for name, steps in default.items() if name != "llm")
+    assert all(longer[name] == round(steps * 1.5) for name, steps in default.items() if name != "llm")
     assert longest["generation"] == 7.5 * default["generation"]
     assert longest["encoder"] == 3 * default["encoder"]
     assert longest["llm"] == longer["llm"] == default["llm"]
