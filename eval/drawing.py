@@ -74,17 +74,12 @@ class PicturesConfig:
         dtype = getattr(torch, self.dtype)
         return Generator.from_pretrained(self.model, tokenizer=self.tokenizer, device=device, dtype=dtype)
 
-    def chosen_sampling(self) -> SamplingConfig:
-        """`sampling`, or what the generator recommends."""
-        assert self.model is not None
-        return self.sampling or read_sampling(PreTrainedConfig.from_pretrained(resolve_model(self.model)))
-
     def drawing_settings(self) -> dict[str, Any]:
         """What decides the pictures of a prompt and a seed."""
         assert self.model is not None
-        sampling = dataclasses.asdict(self.chosen_sampling())
+        sampling = self.sampling or read_sampling(PreTrainedConfig.from_pretrained(resolve_model(self.model)))
         weights = {"generator": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.model)}
-        return {**weights, "dtype": self.dtype, "sampling": sampling}
+        return {**weights, "dtype": self.dtype, "sampling": dataclasses.asdict(sampling)}
 
 
 def picture_seed(prompt: int, sample: int) -> int:
@@ -111,7 +106,7 @@ def draw_missing(
     generator: "Generator",
     orders: Sequence[Order],
     *,
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | None = None,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> None:

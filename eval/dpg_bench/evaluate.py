@@ -87,7 +87,7 @@ def draw_grids(config: DPGConfig, items: Sequence[Item], out: Path, device: str)
     ]
     progress = progress_line("pictures") if is_main_process() else None
     generator = config.load_generator(device)
-    draw_missing(generator, orders, sampling=config.chosen_sampling(), batch_size=config.batch_size, progress=progress)
+    draw_missing(generator, orders, sampling=config.sampling, batch_size=config.batch_size, progress=progress)
     if is_main_process():
         for item, paths in zip(items, places, strict=True):
             pictures = [open_picture(path) for path in paths]

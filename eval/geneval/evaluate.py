@@ -84,7 +84,7 @@ def draw_suite(config: GenEvalConfig, records: list[dict[str, Any]], folder: Pat
     draw_missing(
         config.load_generator(device),
         orders,
-        sampling=config.chosen_sampling(),
+        sampling=config.sampling,
         batch_size=config.batch_size,
         progress=progress_line("pictures") if is_main_process() else None,
     )
