@@ -24,7 +24,7 @@ setup(
     install_requires=[
         "torch>=2.8",
         "torchvision",
-        "transformers>=5.0",
+        "transformers>=5.23",
         "accelerate>=1.10",
         "datasets>=4.0",
         "sentencepiece",

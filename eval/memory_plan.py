@@ -147,7 +147,7 @@ def _understanding_job(config: TrainConfig, stage: Stage) -> Job:
         ids = torch.zeros(samples, text, dtype=torch.int64)
         embedded = torch.cat([model.model.multi_modal_projector(features), model.get_input_embeddings()(ids)], dim=1)
         hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        logits, labels = model.lm_head(hidden), torch.zeros(embedded.shape[:2], dtype=torch.int64)
+        logits, labels = model.lm_head(hidden[:, -text:]), torch.zeros_like(ids)  # image tokens need no logits
         return model.loss_function(logits, labels, logits.shape[-1])
 
     inner = model.model

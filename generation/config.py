@@ -23,7 +23,7 @@ class ExtractionConfig:
     """Pictures to take; null takes all."""
     split: Literal["train", "validation", "all"] = "train"
     captions_per_image: int = 1
-    """Wordings of each scene; sources of files carry one."""
+    """Wordings of each scene; any other source has one caption for each picture."""
     crop: Crop = "center"
     """Square that is cut out of a picture: center (Table 9), random or zoom."""
     crops_per_image: int = 1

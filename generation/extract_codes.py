@@ -35,19 +35,18 @@ class CaptionedPictures(Dataset):
     """A pair source as {"image": uint8 (3, H, W), "captions": list}.
 
     Args:
-        captions_per_image: wordings of each scene.
+        captions_per_image: wordings of each scene; any other source has one caption for each picture.
         crops_per_image: times that the source is gone through, with other random crops each time.
 
     Raises:
-        ValueError: when several captions are asked of a source of files, or several crops of scenes.
+        ValueError: when several crops are asked of scenes.
     """
 
     def __init__(self, pairs: Any, captions_per_image: int = 1, crops_per_image: int = 1) -> None:
-        if captions_per_image != 1 and not isinstance(pairs, SceneDataset):
-            raise ValueError(f"got captions_per_image={captions_per_image}, expected 1: sources of files carry one caption")
         if crops_per_image != 1 and isinstance(pairs, SceneDataset):
             raise ValueError(f"got crops_per_image={crops_per_image}, expected 1: scenes are square, and endless: raise size")
-        self.pairs, self.captions_per_image, self.crops_per_image = pairs, captions_per_image, crops_per_image
+        self.pairs, self.crops_per_image = pairs, crops_per_image
+        self.captions_per_image = captions_per_image if isinstance(pairs, SceneDataset) else 1
 
     def __len__(self) -> int:
         return len(self.pairs) * self.crops_per_image
@@ -128,7 +127,7 @@ def extract(config: ExtractionConfig) -> None:
         source=f"{config.source} ({config.split}, seed {config.seed})",
         num_pictures=len(pictures),
         shard_size=config.shard_size,
-        captions_per_image=config.captions_per_image,
+        captions_per_image=pictures.captions_per_image,
         crop=config.crop,
         crops_per_image=config.crops_per_image,
     )

@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor
@@ -171,10 +172,10 @@ class ConversationCollator:
         self.num_image_tokens = num_image_tokens(processor)
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch of input_ids, attention_mask, labels (B, T) and pixel_values (P, 3, H, W)."""
+        """Batch of input_ids, attention_mask, labels (B, T), pixel_values (P, 3, H, W) and what `trained_logits` adds."""
         options: dict[str, Any] = {"max_length": self.max_length, "chat_template": self.chat_template}
         records = [caption_record(record) if "caption" in record else record for record in records]
-        return self.collate([encode_conversation(record, self.processor, **options) for record in records])
+        return trained_logits(self.collate([encode_conversation(record, self.processor, **options) for record in records]))
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """Put encoded samples together."""
@@ -197,6 +198,16 @@ class ConversationCollator:
         }
         longer["input_ids"][0, -self.num_image_tokens :] = self.processor.image_token_id
         return {**longer, "pixel_values": self.blank}
+
+
+def trained_logits(batch: dict[str, Any]) -> dict[str, Any]:
+    """Let the model compute logits only where a token is trained: image tokens, questions and padding need none.
+
+    Adds logits_to_keep (B, T), true where the next token carries loss, and shift_labels, those next tokens in one row.
+    """
+    following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    trained = following != IGNORE_INDEX
+    return {**batch, "logits_to_keep": trained, "shift_labels": following[trained]}
 
 
 def _pad(rows: list[Tensor], value: int) -> Tensor:

@@ -40,7 +40,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def jsonl_codes(pairs: Path, tokenizer_path: Path) -> Path:
-    source = [f"source={pairs / 'pairs.jsonl'}", "size=null", "captions_per_image=1"]
+    source = [f"source={pairs / 'pairs.jsonl'}", "captions_per_image=2"]  # of scenes: a file has one
     extract_codes.main(["tiny", f"tokenizer={tokenizer_path}", *source, f"output_dir={pairs / 'codes'}"])
     return pairs / "codes"
 
@@ -67,7 +67,7 @@ def test_a_code_set_is_a_source(jsonl_codes: Path, pairs: Path, tokenizer_path: 
 
 
 def test_several_crops_are_entries_of_their_own(pairs: Path, tokenizer_path: Path, tmp_path: Path) -> None:
-    source = [f"source={pairs / 'pairs.tar'}", "size=null", "captions_per_image=1", "crop=random", "crops_per_image=2"]
+    source = [f"source={pairs / 'pairs.tar'}", "crop=random", "crops_per_image=2"]
     extract_codes.main(["tiny", f"tokenizer={tokenizer_path}", *source, f"output_dir={tmp_path}"])
     codes = CodeDataset(tmp_path)
     assert (codes.manifest.crop, codes.manifest.crops_per_image, len(codes)) == ("random", 2, 22)

@@ -19,6 +19,7 @@ from vqrae.understanding.conversation import (
     load_template,
     to_messages,
 )
+from vqrae.understanding.packing import PackingCollator
 
 
 def _processor(text_tokenizer, chat_template="chatml"):
@@ -263,8 +264,22 @@ def test_text_only_batch_reaches_the_projector_without_changing_anything(tokeniz
     assert batch["pixel_values"].shape == (1, 3, 64, 64)
     loss, gradients = _loss_and_gradients(model, batch)
     assert gradients["model.multi_modal_projector.linear_1.weight"].abs().max() == 0
-    bare = {key: value[:, : -collator.num_image_tokens] for key, value in batch.items() if key != "pixel_values"}
+    bare = {key: batch[key][:, : -collator.num_image_tokens] for key in ("input_ids", "attention_mask", "labels")}
     expected_loss, expected = _loss_and_gradients(model, bare)
+    torch.testing.assert_close(loss, expected_loss)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], msg=name)
+
+
+@pytest.mark.parametrize("collator_class", [ConversationCollator, PackingCollator])
+def test_logits_of_trained_tokens_alone_give_the_whole_loss(collator_class, tokenizer_folder, llm_folder):
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    batch = collator_class(processor)([TWO_ROUNDS, _record("how many things ?", "two", image=False)])
+    loss, gradients = _loss_and_gradients(model, batch)
+    output = model(**batch)
+    assert output.logits.shape == (len(batch["shift_labels"]), model.config.text_config.vocab_size)
+    whole = {key: value for key, value in batch.items() if key not in ("logits_to_keep", "shift_labels")}
+    expected_loss, expected = _loss_and_gradients(model, whole)
     torch.testing.assert_close(loss, expected_loss)
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], msg=name)

@@ -65,7 +65,8 @@ def _key(input_ids, labels):
 
 @torch.no_grad()
 def _loss(model, batch, row, columns):
-    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[row, columns]
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "logits_to_keep", "shift_labels")}
+    logits = model(**inputs).logits[row, columns]
     return F.cross_entropy(logits[:-1], batch["labels"][row, columns][1:], ignore_index=IGNORE_INDEX)
 
 
