@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from vqrae.benchmarks.harness import Row, compare, peak_memory
+from vqrae.generation.prepacking import prepacked_linears
 from vqrae.generation.sampling import SamplingConfig, sample_codes
 from vqrae.generation.vocabulary import VisualVocabulary, pad_left
 
@@ -85,8 +86,13 @@ def samplers(
         [*torch.randint(1, vocabulary.offset, (16 + 2 * i,), generator=generator).tolist(), boi] for i in range(batch_size)
     ]
     unconditional = [1, 2, 3, boi]
+
+    def ours() -> Tensor:
+        with prepacked_linears(model.model):  # as `Generator` does
+            return sample_codes(model, prompts, unconditional, vocabulary, GREEDY, range(batch_size))
+
     return (
-        lambda: sample_codes(model, prompts, unconditional, vocabulary, GREEDY, range(batch_size)),
+        ours,
         lambda: transformers_codes(model, prompts, unconditional, vocabulary, GREEDY.guidance_scale),
     )
 

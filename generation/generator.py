@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 from vqrae.common.checkpoints import local_model, resolve_model
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
 from vqrae.generation.model import read_prompt_encoder, read_sampling, read_vocabulary
+from vqrae.generation.prepacking import prepacked_linears
 from vqrae.generation.sampling import SamplingConfig, sample_codes
 from vqrae.tokenizer import VQRAEModel
 
@@ -110,25 +111,26 @@ class Generator:
             raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many")
         sampling = sampling or self.sampling
         total, sampled = len(prompts) * self.vocabulary.num_codes, []
-        for start in range(0, len(prompts), batch_size):
-            chunk = [self.encode_prompt(prompt) for prompt in prompts[start : start + batch_size]]
+        with prepacked_linears(self.model.model):
+            for start in range(0, len(prompts), batch_size):
+                chunk = [self.encode_prompt(prompt) for prompt in prompts[start : start + batch_size]]
 
-            def report(step: int, _: int, start: int = start, rows: int = len(chunk)) -> None:
-                if progress is not None:
-                    progress(start * self.vocabulary.num_codes + rows * step, total)
+                def report(step: int, _: int, start: int = start, rows: int = len(chunk)) -> None:
+                    if progress is not None:
+                        progress(start * self.vocabulary.num_codes + rows * step, total)
 
-            sampled.append(
-                sample_codes(
-                    self.model,
-                    chunk,
-                    self.encode_prompt.unconditional,
-                    self.vocabulary,
-                    sampling,
-                    seeds[start : start + batch_size],
-                    compile=self.compile,
-                    progress=report,
+                sampled.append(
+                    sample_codes(
+                        self.model,
+                        chunk,
+                        self.encode_prompt.unconditional,
+                        self.vocabulary,
+                        sampling,
+                        seeds[start : start + batch_size],
+                        compile=self.compile,
+                        progress=report,
+                    )
                 )
-            )
         return torch.cat(sampled) if sampled else torch.empty(0, self.vocabulary.num_codes, dtype=torch.long)
 
     @torch.inference_mode()

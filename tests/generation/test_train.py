@@ -14,7 +14,7 @@ from vqrae.common.run import read_metrics
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.generation import Generator, SamplingConfig, train
+from vqrae.generation import Generator, SamplingConfig, prepacking, train
 from vqrae.generation.config import GenerationConfig
 from vqrae.generation.model import VisualHead, build_generator
 from vqrae.generation.stream import GenerationCollator, TrainingStream
@@ -170,6 +170,14 @@ def test_generator_draws_pictures(run: Path, tokenizer_path: Path) -> None:
     alone = generator.images(prompts[3:], seeds=[4], sampling=recommended)
     torch.testing.assert_close(alone[0], images[3])
     assert generator.images([], seeds=[]).shape[0] == 0
+
+
+@pytest.mark.skipif(not prepacking.can_prepack(), reason="oneDNN computes no bfloat16 on this processor")
+def test_prepacked_codes_are_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = Generator.from_pretrained(run, dtype=torch.bfloat16)
+    packed = generator.codes(["a photo of a red circle"], seeds=[1])
+    monkeypatch.setattr(prepacking, "can_prepack", lambda: False)
+    assert torch.equal(generator.codes(["a photo of a red circle"], seeds=[1]), packed)
 
 
 def test_generator_needs_its_own_tokenizer(run: Path, other_tokenizer_path: Path, tmp_path: Path) -> None:
