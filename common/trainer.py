@@ -121,7 +121,7 @@ class InstrumentCallback(TrainerCallback):
         if is_main_process():
             numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
             print(
-                f"{self.name} {state.global_step}/{state.max_steps}  {numbers}  {samples:.0f} samples/s  {left} left",
+                f"{self.name} {state.global_step}/{state.max_steps}  {numbers}  {samples:.1f} samples/s  {left} left",
                 flush=True,
             )
 

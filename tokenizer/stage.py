@@ -72,9 +72,36 @@ class StageTrainer:
         if config.activation_checkpointing:
             model.activation_checkpointing_enable()
 
-        # ---- networks that only judge
-        original = run.path.with_name("stage1") / "original_encoder.safetensors"
-        if number == 1 and run.latest_checkpoint() is None:
+        self.checkpoint = run.latest_checkpoint()
+        self.rolled_back_to: Path | None = None
+        self._build_judges()
+        self.image_size, self.output_size = model.config.image_size, model.config.output_size
+        self.pictures = StagePictures(
+            config.data,
+            stage,
+            size=max(self.image_size, self.output_size),
+            seed=config.seed + number,
+            rank=self.engine.process_index,
+            world_size=self.engine.num_processes,
+            device=self.device,
+        )
+        self.previews = self.pictures.previews()
+        if number == 1 and self.checkpoint is None:
+            self._start_from_data()
+        # The average is the main process's: it alone writes models.
+        self.ema = WeightAverage(model, config.ema_decay) if config.ema_decay and is_main_process() else None
+        if config.compile:
+            compile_blocks(model)
+        self._build_optimizers()
+        self.skipped, self.d_skipped = SkippedSteps().to(self.device), SkippedSteps().to(self.device)
+        self.losses = LossWindow()
+        self.usage, self.revival_usage = (CodeUsage(model.config.codebook_size, self.device) for _ in range(2))
+
+    def _build_judges(self) -> None:
+        """Networks that say how good a reconstruction is: teacher, perceptual network, discriminator."""
+        config, stage, model = self.config, self.stage, self.model
+        original = self.run.path.with_name("stage1") / "original_encoder.safetensors"
+        if self.number == 1 and self.checkpoint is None:
             keep_original(model.encoder, original, tuned=not stage.freeze_encoder)
             self.engine.wait_for_everyone()
         self.teacher = original_encoder(model.encoder, original, bf16=config.bf16) if stage.needs_teacher else None
@@ -97,50 +124,28 @@ class StageTrainer:
             ).to(self.device)
         self.lecam = LeCam().to(self.device)
 
-        # ---- data
-        self.image_size, self.output_size = model.config.image_size, model.config.output_size
-        self.pictures = StagePictures(
-            config.data,
-            stage,
-            size=max(self.image_size, self.output_size),
-            seed=config.seed + number,
-            rank=self.engine.process_index,
-            world_size=self.engine.num_processes,
-            device=self.device,
-        )
-        self.previews = self.pictures.previews()
+    def _start_from_data(self) -> None:
+        """Statistics of the features, and the codebook, before the first step."""
+        if self.model.config.feature_norm == "standardize":
+            self.model.standardize_features(self.sample_images())
+        if self.config.model.codebook_init == "features":
+            self.model.initialize_codebook(self.sample_images())
+        share_from_main(self.model)
 
-        # ---- the start of statistics and codebook
-        self.checkpoint = run.latest_checkpoint()
-        self.rolled_back_to: Path | None = None
-        if number == 1 and self.checkpoint is None:
-            if model.config.feature_norm == "standardize":
-                model.standardize_features(self.sample_images())
-            if config.model.codebook_init == "features":
-                model.initialize_codebook(self.sample_images())
-            share_from_main(model)
-        # The average is the main process's: it alone writes models.
-        self.ema = WeightAverage(model, config.ema_decay) if config.ema_decay and is_main_process() else None
-        if config.compile:
-            compile_blocks(model)
-
-        # ---- optimizers
+    def _build_optimizers(self) -> None:
+        """Both networks that train, each with its optimizer under its engine."""
+        stage, model = self.stage, self.model
         modules = {
             "encoder": (model.encoder, stage.encoder_lr),
             "quantizer": (model.quantizer, stage.quantizer_lr or stage.decoder_lr),
             "decoder": (nn.ModuleList([model.in_proj, model.out_proj, model.decoder]), stage.decoder_lr),
         }
-        optimizer = build_optimizer(modules, stage, "adamw" if config.zero else stage.optimizer)
+        optimizer = build_optimizer(modules, stage, "adamw" if self.config.zero else stage.optimizer)
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.wrapped, self.optimizer = prepare(self.engine, "tokenizer", model, optimizer)
         if stage.adversarial_weight:
             optimizer = build_optimizer({"discriminator": (self.discriminator, stage.discriminator_lr)}, stage)
             self.d_wrapped, self.d_optimizer = prepare(self.d_engine, "discriminator", self.discriminator, optimizer)
-
-        # ---- counters
-        self.skipped, self.d_skipped = SkippedSteps().to(self.device), SkippedSteps().to(self.device)
-        self.losses = LossWindow()
-        self.usage, self.revival_usage = (CodeUsage(model.config.codebook_size, self.device) for _ in range(2))
 
     # ------------------------------------------------------------------------------------------- the loop
 

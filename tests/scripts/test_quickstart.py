@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vqrae.common.config import parse_yaml, shipped_config
 from vqrae.common.files import read_json
 from vqrae.scripts import quickstart
 
@@ -19,6 +20,25 @@ def test_every_step_is_an_entry_point_and_lands_below_the_output(tmp_path: Path)
     for step in steps:
         assert callable(importlib.import_module(f"vqrae.{step.module}").main)
         assert any(str(tmp_path) in argument for argument in step.arguments)
+
+
+@pytest.mark.parametrize(
+    ("training", "package", "config", "key"),
+    [
+        ("encoder", "tokenizer", "tiny_encoder", "optimization"),
+        ("tokenizer.stage1", "tokenizer", "tiny", "stage1"),
+        ("tokenizer.stage2", "tokenizer", "tiny", "stage2"),
+        ("llm", "understanding", "tiny_llm", "optimization"),
+        ("understanding.pretrain", "understanding", "tiny", "pretrain"),
+        ("understanding.sft", "understanding", "tiny", "sft"),
+        ("generation", "generation", "tiny", "training.optimization"),
+    ],
+)
+def test_bare_scripts_train_as_long_as_the_default(training: str, package: str, config: str, key: str) -> None:
+    values = parse_yaml(shipped_config(f"vqrae.{package}", config).read_text())
+    for part in key.split("."):
+        values = values[part]
+    assert values["max_steps"] == quickstart.TRAINING_STEPS[training]
 
 
 def test_minutes_scale_every_training_step_up_to_its_most() -> None:
