@@ -19,7 +19,7 @@ def can_prepack() -> bool:
 
 
 class PrepackedLinear(nn.Module):
-    """A linear layer for inference on CPU, equal to the given one bit for bit."""
+    """A linear layer for inference on CPU, equal to the given one up to the order of sums."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

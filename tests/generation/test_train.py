@@ -14,9 +14,10 @@ from vqrae.common.run import read_metrics
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.generation import Generator, SamplingConfig, prepacking, train
+from vqrae.generation import Generator, SamplingConfig, train
 from vqrae.generation.config import GenerationConfig
 from vqrae.generation.model import VisualHead, build_generator
+from vqrae.generation.prepacking import PrepackedLinear, can_prepack
 from vqrae.generation.stream import GenerationCollator, TrainingStream
 from vqrae.generation.trainer import visual_loss
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
@@ -172,12 +173,16 @@ def test_generator_draws_pictures(run: Path, tokenizer_path: Path) -> None:
     assert generator.images([], seeds=[]).shape[0] == 0
 
 
-@pytest.mark.skipif(not prepacking.can_prepack(), reason="oneDNN computes no bfloat16 on this processor")
-def test_prepacked_codes_are_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not can_prepack(), reason="oneDNN computes no bfloat16 on this processor")
+def test_bfloat16_on_cpu_samples_with_packed_weights(run: Path) -> None:
     generator = Generator.from_pretrained(run, dtype=torch.bfloat16)
-    packed = generator.codes(["a photo of a red circle"], seeds=[1])
-    monkeypatch.setattr(prepacking, "can_prepack", lambda: False)
-    assert torch.equal(generator.codes(["a photo of a red circle"], seeds=[1]), packed)
+    packed: list[bool] = []
+
+    def look(*_: int) -> None:
+        packed.append(any(isinstance(module, PrepackedLinear) for module in generator.model.modules()))
+
+    assert generator.codes(["a photo of a red circle"], seeds=[1], progress=look).shape == (1, 16)
+    assert packed == [True] * 16
 
 
 def test_generator_needs_its_own_tokenizer(run: Path, other_tokenizer_path: Path, tmp_path: Path) -> None:
