@@ -1,6 +1,7 @@
 """From prompts to pictures: the trained generator, its text tokenizer and its visual tokenizer."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -111,7 +112,7 @@ class Generator:
             raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many")
         sampling = sampling or self.sampling
         total, sampled = len(prompts) * self.vocabulary.num_codes, []
-        with prepacked_linears(self.model.model):
+        with nullcontext() if self.compile else prepacked_linears(self.model.model):
             for start in range(0, len(prompts), batch_size):
                 chunk = [self.encode_prompt(prompt) for prompt in prompts[start : start + batch_size]]
 

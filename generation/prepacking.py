@@ -33,7 +33,7 @@ class PrepackedLinear(nn.Module):
 def prepacked_linears(model: nn.Module) -> Iterator[None]:
     """Let the bfloat16 linear layers of a model on CPU be `PrepackedLinear` for a while; all others stay as they are.
 
-    Takes memory for a second copy of their weights.
+    Takes memory for a second copy of their weights. Not for a compiled model: inductor fails on layers packed before it.
     """
     replaced = []
     try:
