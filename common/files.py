@@ -1,29 +1,50 @@
-"""Files that are whole or absent: written to a temporary name, then renamed."""
+"""Files that are whole or absent (written to a temporary name, then renamed), and reading of text that people bring."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_TEMPORARY = re.compile(r"\..+\.(\d+)@([0-9a-f]{8})\.tmp")
+_STALE_SECONDS = 24 * 3600  # a temporary of another host that did not change for so long has no writer
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path (file or folder) that replaces `path` when the block ends without an error."""
+    """Yield a temporary path (file or folder) that replaces `path` when the block ends without an error.
+
+    What killed processes left in the folder is removed at the first write into it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_leftovers(path.parent.absolute())
+    suffix = f"{os.getpid()}@{_host()}.tmp"
+    temporary, replaced = path.with_name(f".{path.name}.{suffix}"), path.with_name(f".{path.name}.old.{suffix}")
     _remove(temporary)
     try:
         yield temporary
-        if path.is_dir():
-            _remove(path)
-        os.replace(temporary, path)
+        if path.is_dir():  # a rename cannot replace a folder that holds something
+            os.replace(path, replaced)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, path)
+            raise
     finally:
         _remove(temporary)
+        _remove(replaced)
 
 
 def _remove(path: Path) -> None:
@@ -33,10 +54,119 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@functools.cache
+def _host() -> str:
+    """Names the processes that this one can see: another host or container may use the same process ids."""
+    namespace = Path("/proc/self/ns/pid")
+    number = namespace.stat().st_ino if namespace.exists() else 0
+    return f"{zlib.crc32(f'{platform.node()} {number}'.encode()):08x}"
+
+
+@functools.lru_cache(maxsize=4096)  # once per folder: listing a large one at each write would take quadratic time
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporaries whose writers are dead, or on another host and idle for a day."""
+    for entry in os.scandir(folder):
+        if (match := _TEMPORARY.fullmatch(entry.name)) is None:
+            continue
+        with contextlib.suppress(OSError):  # another process removes it at the same time
+            dead = match[2] == _host() and not _is_alive(int(match[1]))
+            if dead or time.time() - _last_change(Path(entry.path)) > _STALE_SECONDS:
+                _remove(Path(entry.path))
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to another user
+        return True
+    return True
+
+
+def _last_change(path: Path) -> float:
+    return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+
+
+# ---- text
+
+
+def decode_text(data: bytes, where: str | Path) -> str:
+    """UTF-8 with or without a byte order mark -> text.
+
+    Raises:
+        ValueError: for another encoding, naming `where` and the line.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        line = f", line {number}" if b"\n" in data else ""
+        raise ValueError(f"{where}{line}: not UTF-8 text (byte 0x{data[error.start]:02x}): save it as UTF-8") from error
+
+
+def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, content without line end) of each line; only a newline ends one, as in the JSON Lines format.
+
+    `str.splitlines` also splits at U+2028, U+0085 and form feeds, which are ordinary characters inside JSON and prompts.
+    """
+    with Path(path).open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            yield number, line.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of each line of a UTF-8 file, see `raw_lines`.
+
+    Raises:
+        ValueError: for another encoding, naming file and line.
+    """
+    for number, line in raw_lines(path):
+        yield number, decode_text(line, f"{path}, line {number}")
+
+
+def parse_json(data: bytes | str, where: str | Path) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: when it is not JSON, is nested too deeply or holds half of a surrogate pair, naming `where`.
+    """
+    text = decode_text(data, where) if isinstance(data, bytes) else data
+    try:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: holds half of a surrogate pair, which is no text") from error
+    except RecursionError:
+        raise ValueError(f"{where}: JSON that is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{where}: cannot be used: {error}") from error
+    return value
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a JSON Lines file; blank lines are left out.
+
+    Raises:
+        ValueError: naming file and line of what is not JSON.
+    """
+    for number, line in raw_lines(path):
+        if line.strip():
+            yield number, parse_json(line, f"{path}, line {number}")
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin for a terminal: control characters and half surrogate pairs are escaped, newlines stay."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -50,10 +180,10 @@ def read_json(path: str | Path) -> Any:
     Raises:
         ValueError: when the file does not hold JSON, naming the file.
     """
-    try:
-        return json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return parse_json(Path(path).read_bytes(), path)
+
+
+# ---- identity
 
 
 def weights_fingerprint(folder: str | Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from vqrae.common.config import to_yaml
 from vqrae.common.distributed import is_main_process
-from vqrae.common.files import write_json, write_text
+from vqrae.common.files import parse_json, raw_lines, write_json, write_text
 
 TRACKED_PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "numpy", "lmms-eval")
 
@@ -133,9 +133,9 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Rows of `metrics.jsonl` in a run directory; a last line cut short by a crash is left out."""
     path = Path(folder) / "metrics.jsonl"
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in raw_lines(path) if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(parse_json(line, f"{path}, line {number}"))
+        except ValueError:
             break
     return rows

@@ -8,13 +8,13 @@
 Pictures of a class data set carry a number instead of a caption (`class_id`); a file of class names, one a line, words it.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from vqrae.common.files import decode_text, parse_json
 from vqrae.data.code_shards import CodeManifest, CodeWriter
 
 CODE_KEYS = ("codes", "tokens", "vq_code")
@@ -60,9 +60,9 @@ class JsonLines:
             stream.seek(begin)
             line = stream.readline()
         try:
-            record = json.loads(line)
+            record = parse_json(line, name)
             codes = next(record[key] for key in CODE_KEYS if key in record)
-        except (json.JSONDecodeError, StopIteration, TypeError):
+        except (StopIteration, TypeError):
             raise ValueError(f"{name}: expected a JSON object with {', '.join(CODE_KEYS)}") from None
         if isinstance(codes, str):
             codes = _load(self.path.parent / codes)
@@ -90,7 +90,7 @@ class NumpyFiles:
         text = path.with_suffix(".txt")
         if not text.is_file():
             raise ValueError(f"{path}: no caption: {text.name} is not beside it, and no folder of labels was given")
-        return Entry(str(path), _load(path), text.read_text(encoding="utf-8").strip())
+        return Entry(str(path), _load(path), decode_text(text.read_bytes(), text).strip())
 
 
 def _load(path: Path) -> np.ndarray:

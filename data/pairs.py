@@ -1,10 +1,11 @@
 """Pictures with captions, listed in a JSON-lines file."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vqrae.common.files import parse_json, raw_lines
 from vqrae.data.encoded import Crop, Encoded, EncodedPictures, read_bytes
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import FileSplit, missing_files, name_hash, split_indices, summary
@@ -21,18 +22,23 @@ def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
         raise FileNotFoundError(f"{path} does not exist")
     pairs: list[tuple[str, str]] = []
     problems: list[str] = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                if not isinstance(record["image"], str) or not isinstance(record["caption"], str):
-                    raise TypeError("image and caption must be text")
-                pairs.append((record["image"], record["caption"].strip()))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                problems.append(f"line {number}: {type(error).__name__}: {error}")
+    for number, line in raw_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line, f"line {number}")
+            if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("image", "caption")):
+                raise ValueError(f"line {number}: {_unusable(record)}")
+            pairs.append((record["image"], record["caption"].strip()))
+        except ValueError as error:
+            problems.append(str(error))
     return pairs, problems
+
+
+def _unusable(record: Any) -> str:
+    if isinstance(record, dict) and "conversations" in record:
+        return "holds a conversation: save the records as one JSON list in FILE.json, which LLaVA's training reads"
+    return "image and caption must both be text"
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, str]]:

@@ -7,9 +7,9 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+from vqrae.common.files import text_lines
 from vqrae.data.encoded import EncodedPictures
 from vqrae.data.mixture import parse_mixture
 from vqrae.data.pairs import scan_jsonl
@@ -30,8 +30,7 @@ def training_captions(source: str, limit: int | None = None) -> Iterator[str]:
         limit: the first so many, of each part of a mixture.
     """
     if source.endswith(".txt"):
-        with Path(source).open(encoding="utf-8") as stream:
-            yield from islice((line.strip() for line in stream if line.strip()), limit)
+        yield from islice((line.strip() for _, line in text_lines(source) if line.strip()), limit)
         return
     if source_kind(source) == "mixture":
         for part, _ in parse_mixture(source):

@@ -8,7 +8,6 @@ A step that has not run leaves None or nothing.
 """
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.files import read_json
+from vqrae.common.files import json_lines, read_json
 from vqrae.common.pictures import open_picture
 from vqrae.common.run import read_metrics
 from vqrae.data.code_shards import read_manifest
@@ -241,7 +240,7 @@ class Evidence:
     def _verdicts(self) -> dict[tuple[str, ...], dict[str, Any]]:
         """Result rows by the last three parts of the picture's path: the folder may have moved since."""
         path = self.directory / "evaluation" / "generation.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = [row for _, row in json_lines(path)] if path.exists() else []
         return {Path(row["filename"]).parts[-3:]: row for row in rows}
 
 

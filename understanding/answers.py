@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vqrae.common.files import read_json, write_json
+from vqrae.common.files import json_lines, parse_json, read_json, write_json
 from vqrae.common.run import run_manifest
 from vqrae.understanding.chat import Chat, Messages, user_message
 
@@ -72,16 +72,9 @@ def answer_file(
 def read_questions(path: Path) -> list[dict[str, Any]]:
     """The records of a questions file, checked."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            valid = isinstance(record, dict) and isinstance(_question(record), str)
-        except json.JSONDecodeError:
-            valid = False
-        if not valid:
-            raise ValueError(f'{path}, line {number}: got {line[:80]!r}, expected {{"question": TEXT, "image": FILE}}')
+    for number, record in json_lines(path):
+        if not isinstance(record, dict) or not isinstance(_question(record), str):
+            raise ValueError(f'{path}, line {number}: got {str(record)[:80]!r}, expected {{"question": TEXT, "image": FILE}}')
         records.append(record)
     if not records:
         raise ValueError(f"{path} holds no questions")
@@ -118,12 +111,13 @@ def _resume(out: Path, records: Sequence[dict[str, Any]], settings: dict[str, st
         return 0
     text = out.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
-    lines = whole.decode("utf-8").splitlines()
+    lines = whole.split(b"\n")[:-1]
     made_with = read_json(_manifest(out))["fingerprints"] if _manifest(out).exists() else None
     if lines and made_with != settings:
         raise ValueError(f"{out} holds answers made with {made_with}, now it is {settings}: give another file, or remove it")
     for number, line in enumerate(lines):
-        answered = {key: value for key, value in json.loads(line).items() if key not in ("answer", "error")}
+        record = parse_json(line, f"{out}, line {number + 1}")
+        answered = {key: value for key, value in record.items() if key not in ("answer", "error")}
         given = records[number] if number < len(records) else None
         if answered != given:
             raise ValueError(f"{out}, line {number + 1} answers {answered}, but the question is {given}: give another file")

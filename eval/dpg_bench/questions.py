@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqrae.common.files import write_text
+from vqrae.common.files import decode_text, write_text
 
 COLUMNS = (
     "item_id",
@@ -90,12 +90,11 @@ def read_questions(path: str | Path) -> list[Item]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: get DPG-Bench's table from {SOURCE}, or set questions=scenes")
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} has no columns {', '.join(missing)}: expected those of DPG-Bench, see {SOURCE}")
-        rows = list(reader)
+    reader = csv.DictReader(io.StringIO(decode_text(path.read_bytes(), path), newline=""))
+    missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path} has no columns {', '.join(missing)}: expected those of DPG-Bench, see {SOURCE}")
+    rows = list(reader)
     items: dict[str, tuple[str, list[Question]]] = {}
     problems, last = [], ""
     for line, row in enumerate(rows, start=1):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqrae.common.files import write_text
+from vqrae.common.files import read_json, write_text
 from vqrae.common.pictures import open_picture, save_picture, tile
 from vqrae.eval.drawing import Order, picture_seed
 from vqrae.eval.geneval.rules import ColorClassifier, Detector, KnownPicture, evaluate_image, require_sight
@@ -56,11 +56,11 @@ def write_prompts(folder: str | Path, records: Sequence[dict[str, Any]]) -> None
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: every prompt's folder needs its GenEval record") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not one JSON record: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is not one JSON record: got {type(record).__name__}")
     missing = {"tag", "include", "prompt"} - set(record)
     if missing:
         raise ValueError(f"{path} has no {', '.join(sorted(missing))}: expected a GenEval record")

@@ -3,7 +3,6 @@
 import argparse
 import functools
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqrae.scripts.commands.shared import add_command
@@ -40,11 +39,11 @@ def register(commands: Any) -> None:
 def import_codes(arguments: argparse.Namespace) -> None:
     """Turn codes in JSON lines or .npy files into code shards that train_ar_gen.sh reads."""
     from vqrae.common.checkpoints import local_model
-    from vqrae.common.files import weights_fingerprint
+    from vqrae.common.files import text_lines, weights_fingerprint
     from vqrae.data.code_import import import_codes, open_foreign
     from vqrae.tokenizer import VQRAEConfig
 
-    names = Path(arguments.classes).read_text(encoding="utf-8").splitlines() if arguments.classes else []
+    names = [name for _, name in text_lines(arguments.classes)] if arguments.classes else []
     tokenizer = local_model(arguments.tokenizer)
     config = VQRAEConfig.from_pretrained(tokenizer)
     written = import_codes(

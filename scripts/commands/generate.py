@@ -120,10 +120,11 @@ def _read_sampling(arguments: argparse.Namespace, recommended: "SamplingConfig")
 
 
 def _read_prompts(arguments: argparse.Namespace) -> list[str]:
+    from vqrae.common.files import text_lines
+
     prompts = list(arguments.prompt)
     if arguments.prompts_file:
-        text = Path(arguments.prompts_file).read_text(encoding="utf-8")
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+        prompts += [line.strip() for _, line in text_lines(arguments.prompts_file) if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE with one prompt per line")
     for option in ("num_images", "batch_size"):

@@ -62,7 +62,7 @@ def test_several_crops_with_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"codes.jsonl, line 2: expected a JSON object with codes, tokens"),
+        ("{", r"codes.jsonl, line 2: not valid JSON"),
         ('{"caption": "no codes"}', "line 2: expected a JSON object"),
         ('{"codes": [1, 2, 3], "caption": "x"}', r"line 2: holds int64 \(3,\), expected integers \(…, 4\)"),
         ('{"codes": [1, 2, 3, 0.5], "caption": "x"}', "line 2: holds float64"),

@@ -250,7 +250,7 @@ class TestFolders:
         with pytest.raises(ValueError, match="not a readable picture"):
             score_folder(tmp_path, detector, FakeColors(), known=self.known())
         (tmp_path / "00000" / "metadata.jsonl").write_text("{")
-        with pytest.raises(ValueError, match="not one JSON record"):
+        with pytest.raises(ValueError, match="not valid JSON"):
             score_folder(tmp_path, detector, FakeColors(), known=self.known())
 
     def test_blind_detector_is_refused(self, tmp_path: Path) -> None:
