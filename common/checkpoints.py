@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from torch import nn
+
 
 def resolve_model(name: str | Path) -> str:
     """The model folder (with `config.json`) behind `name`, or `name` itself when it is a hub id.
@@ -32,3 +34,23 @@ def local_model(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(resolved))
+
+
+def require_finite(model: nn.Module, source: str) -> None:
+    """Refuse a model that holds a weight or buffer which is NaN or infinite: all that it computes would be wrong.
+
+    Args:
+        source: how the user named the model.
+
+    Raises:
+        ValueError: naming the model and the first such tensor.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        # The extremes carry a NaN along and need no copy of the tensor, as `isfinite` would.
+        if not all(value.isfinite() for value in tensor.detach().aminmax()):
+            raise ValueError(
+                f"{source}: {name} holds values that are not finite, so the training that wrote it had diverged; "
+                "take an earlier checkpoint, or train again with lower learning rates"
+            )

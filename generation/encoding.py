@@ -27,7 +27,7 @@ def encode_pictures(model: VQRAEModel, images: Tensor) -> Tensor:
     """
     images = images.to(model.device, non_blocking=True)
     with torch.autocast(images.device.type, enabled=False):
-        codes = model.encode(images.float() / 255)
+        codes = model.encode(images.float() / 255, check=False)  # of 8-bit values; training must not wait
     if codes.ndim != 2:
         raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, N): set a tokenizer with one codebook")
     return codes

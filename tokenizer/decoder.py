@@ -24,9 +24,9 @@ class DCTBasis(nn.Module):
 
     def __init__(self, patch_size: int) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.register_buffer("basis", torch.empty(patch_size, patch_size), persistent=False)
-        self.register_buffer("scale", torch.empty(patch_size, patch_size), persistent=False)
+        self.patch_size, shape = patch_size, (patch_size, patch_size)
+        self.register_buffer("basis", torch.empty(shape, dtype=torch.float32), persistent=False)
+        self.register_buffer("scale", torch.empty(shape, dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
 
-from vqrae.common.checkpoints import local_model, resolve_model
+from vqrae.common.checkpoints import local_model, require_finite, resolve_model
 
 # `model_type` of a checkpoint -> its vision class; whole image-text models give their vision part.
 VISION_MODELS: dict[str, type[PreTrainedModel]] = {
@@ -32,7 +32,8 @@ def load_encoder(source: str, attention: str) -> PreTrainedModel:
         source: run directory, checkpoint folder or hub id.
 
     Raises:
-        ValueError: for a checkpoint of another kind of model, or one that lacks weights of the encoder.
+        ValueError: for a checkpoint of another kind of model, or one that lacks weights of the encoder or holds
+            some that are not finite.
     """
     source = resolve_model(source)
     values, _ = PreTrainedConfig.get_config_dict(source)
@@ -52,6 +53,7 @@ def load_encoder(source: str, attention: str) -> PreTrainedModel:
     )
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks weights of its {vision.__name__}: {sorted(report['missing_keys'])[:5]} …")
+    require_finite(encoder, source)
     return encoder
 
 
@@ -122,4 +124,5 @@ def _load_opengvlab(source: str, values: Mapping[str, Any], attention: str) -> P
         raise ValueError(f"{source} holds no *.safetensors file")
     state = {key: tensor for file in files for key, tensor in load_file(file).items()}
     encoder.load_state_dict(convert_opengvlab(state))
+    require_finite(encoder, source)
     return encoder

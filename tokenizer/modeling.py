@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor
 from transformers import initialization as init
 
+from vqrae.common.checkpoints import require_finite
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.decoder import DCTBasis, ViTDecoder
 from vqrae.tokenizer.encoders import encoder_features
@@ -49,6 +50,8 @@ class VQRAEModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # Nearest codes change with the rounding of bf16, so what makes them stays fp32 in a half-precision model.
+    _keep_in_fp32_modules_strict = (r"^(in_proj|quantizer|out_proj)\.", r"^feature_(mean|std)$")  # regular expressions
 
     def __init__(self, config: VQRAEConfig) -> None:
         super().__init__(config)
@@ -63,11 +66,30 @@ class VQRAEModel(PreTrainedModel):
         self.out_proj = nn.Linear(config.codebook_dim, width)
         patch_size = config.output_patch_size or config.patch_size
         self.decoder = ViTDecoder(self.encoder, config.grid_size, patch_size, config.output_basis)
-        self.register_buffer("image_mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
+        fp32: dict[str, Any] = {"dtype": torch.float32}  # whatever the default is while a half-precision model is built
+        self.register_buffer("image_mean", torch.tensor(config.image_mean, **fp32).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(config.image_std, **fp32).view(3, 1, 1), persistent=False)
         self.register_buffer("feature_mean", torch.zeros(width))
         self.register_buffer("feature_std", torch.ones(width))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a tokenizer folder or hub id; the arguments are those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: where weights are missing, left over or not finite: codes would be noise without a word.
+        """
+        with_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has unknown")):
+            if keys := sorted(report[kind]):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} {verb} weights of a tokenizer: {len(keys)}, the first is {keys[0]}; "
+                    "take a folder that was written whole, whose config.json belongs to its weights"
+                )
+        require_finite(model, str(pretrained_model_name_or_path))
+        return (model, report) if with_report else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -91,14 +113,24 @@ class VQRAEModel(PreTrainedModel):
 
     # ---- the four calls that everything else builds on
 
-    def encode_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> continuous features (B, N, D)."""
-        self._check_images(images)
-        return encoder_features(self.encoder, self.normalize(images), self.config.feature_tap)
+    def encode_features(self, images: Tensor, *, check: bool = True) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> continuous features (B, N, D).
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> codes (B, N), int64."""
-        projected = self.project(self.encode_features(images))
+        Args:
+            check: look at the range of values, for which a GPU is waited for; never done in training mode.
+
+        Raises:
+            ValueError: for another size, integers, or values outside of [0, 1].
+        """
+        self._check_images(images)
+        if check and not self.training:
+            check_range(images)
+        pixel_values = self.normalize(images.float()).to(self.encoder.dtype)
+        return encoder_features(self.encoder, pixel_values, self.config.feature_tap)
+
+    def encode(self, images: Tensor, *, check: bool = True) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> codes (B, N), int64. `check` and errors as in `encode_features`."""
+        projected = self.project(self.encode_features(images, check=check))
         with torch.autocast(images.device.type, enabled=False):
             return self.quantizer(projected).codes
 
@@ -145,7 +177,16 @@ class VQRAEModel(PreTrainedModel):
         return (images - self.image_mean) / self.image_std
 
     def project(self, features: Tensor) -> Tensor:
-        """Features (B, N, D) -> what the quantizer searches with (B, N, E), in fp32."""
+        """Features (B, N, D) -> what the quantizer searches with (B, N, E), in fp32.
+
+        Raises:
+            ValueError: for a model whose projection was cast to half precision.
+        """
+        if self.in_proj.weight.dtype != torch.float32:
+            raise ValueError(
+                f"got a projection in {self.in_proj.weight.dtype}, expected torch.float32: codes need it. Load the folder "
+                "with from_pretrained(dtype=torch.bfloat16), which leaves it in fp32, instead of casting the whole model"
+            )
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             if self.config.feature_norm == "layernorm":
@@ -156,7 +197,7 @@ class VQRAEModel(PreTrainedModel):
 
     def _paint(self, hidden: Tensor) -> Tensor:
         """Decoder input (B, N, D) -> pictures; the decoder speaks the encoder's normalised pixels."""
-        return self.decoder(hidden).float() * self.image_std + self.image_mean
+        return self.decoder(hidden.to(self.decoder.head.weight.dtype)).float() * self.image_std + self.image_mean
 
     @torch.no_grad()
     def standardize_features(self, images: Tensor, batch_size: int = 64) -> None:
@@ -175,12 +216,26 @@ class VQRAEModel(PreTrainedModel):
         """Start the codebook from the projected features of images (M, 3, H, W); they must give at least K.
 
         Raises:
-            ValueError: where the quantizer has no codebook to start.
+            ValueError: where the quantizer has no codebook to start, or the images are too few.
         """
         if not isinstance(self.quantizer, CodebookQuantizer):
             raise ValueError(f"quantizer {self.config.quantizer} has no codebook that could start from features")
+        self.require_images_for_codebook(len(images))
         batches = [self.project(self.encode_features(batch)).flatten(0, 1) for batch in images.split(batch_size)]
         self.quantizer.initialize_from(torch.cat(batches))
+
+    def require_images_for_codebook(self, count: int) -> None:
+        """Refuse to start K codes from `count` images whose tokens are fewer.
+
+        Raises:
+            ValueError: saying how many are needed, and which settings need none.
+        """
+        codes, tokens = self.config.codebook_size, self.config.grid_size**2
+        if count * tokens < codes:
+            raise ValueError(
+                f"got {count} images of {tokens} tokens to start {codes} codes from, expected at least {-(-codes // tokens)} "
+                "images: give more, or set a smaller model.codebook_size, or model.codebook_init=random and bypass_steps=0"
+            )
 
     def measure_in_pixels(self, images: Tensor, *, num_probes: int = 4, batch_size: int = 16) -> None:
         """Change the basis of the code space so that distances in it are, to first order, distances of decoded pictures.
@@ -233,18 +288,42 @@ class VQRAEModel(PreTrainedModel):
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {size}, {size})")
+        if not images.is_floating_point():
+            raise ValueError(f"got images of {images.dtype}, expected floats in [0, 1]: divide 8-bit values by 255")
 
     def image_processor(self) -> SiglipImageProcessor:
-        """The Hugging Face image processor whose `pixel_values` equal this model's own normalisation."""
-        size = {"height": self.config.image_size, "width": self.config.image_size}
+        """The Hugging Face image processor that prepares images as this package does.
+
+        The shorter edge is resized, the centre cropped, and `pixel_values` equal this model's own normalisation.
+        """
+        size = self.config.image_size
         return SiglipImageProcessor(
-            size=size, image_mean=list(self.config.image_mean), image_std=list(self.config.image_std), resample=3
+            size={"shortest_edge": size},
+            do_center_crop=True,
+            crop_size={"height": size, "width": size},
+            image_mean=list(self.config.image_mean),
+            image_std=list(self.config.image_std),
+            resample=3,
         )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write config.json, model.safetensors and preprocessor_config.json."""
         super().save_pretrained(save_directory, **kwargs)
         self.image_processor().save_pretrained(save_directory)
+
+
+def check_range(images: Tensor) -> None:
+    """Refuse images that are not in [0, 1], up to rounding; one pass over the values.
+
+    Raises:
+        ValueError: naming what was found and how to change it.
+    """
+    lowest, highest = (value.item() for value in images.aminmax())
+    if not (lowest >= -1e-3 and highest <= 1 + 1e-3):  # NaN fails both
+        raise ValueError(
+            f"got images with values from {lowest:.4g} to {highest:.4g}, expected [0, 1]: divide 8-bit values by 255, map "
+            "[-1, 1] by (x + 1) / 2, clamp what a resize overshoots"
+        )
 
 
 AutoModel.register(VQRAEConfig, VQRAEModel)

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
-from vqrae.common.pictures import picture_to_tensor, tensor_to_picture
+from vqrae.common.pictures import picture_to_tensor, resize_and_crop, tensor_to_picture
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer.decoder import DCTBasis
 from vqrae.tokenizer.quantizers import QUANTIZERS
@@ -122,6 +123,67 @@ def test_own_normalisation_equals_the_image_processors(
     torch.testing.assert_close(model.normalize(picture_to_tensor(picture)), pixel_values, atol=1e-6, rtol=0)
 
 
+def test_image_processor_crops_as_the_package_does(make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path) -> None:
+    model = make_tokenizer()
+    model.save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    noise = tensor_to_picture(torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)))
+    for size in ((120, 80), (65, 190), (40, 50), (64, 64)):
+        picture = noise.resize(size)
+        found = processor(picture, return_tensors="pt")["pixel_values"][0]
+        expected = model.normalize(picture_to_tensor(resize_and_crop(picture, 64)))
+        assert (found - expected).abs().mean() < 0.05  # where sides do not divide, half a pixel of shift
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["uint8", "0 to 255", "-1 to 1", "NaN"])
+def test_images_outside_of_their_range_are_refused(name: str, tokenizer: VQRAEModel) -> None:
+    images = images_for(tokenizer)
+    wrong = {
+        "uint8": (images * 255).byte(),
+        "0 to 255": images * 255,
+        "-1 to 1": images * 2 - 1,
+        "NaN": images * float("nan"),
+    }[name]
+    for call in (tokenizer.encode, tokenizer.encode_features, tokenizer):
+        with pytest.raises(ValueError, match=r"expected (floats in )?\[0, 1\]: divide 8-bit values by 255"):
+            call(wrong)
+    assert tokenizer.encode(images_for(tokenizer).round()).shape[0] == len(images)  # 0 and 1 belong to it
+
+
+@torch.no_grad()
+def test_a_half_precision_model_keeps_its_codes(tokenizer: VQRAEModel, tmp_path: Path) -> None:
+    tokenizer.initialize_codebook(images_for(tokenizer, 8))
+    tokenizer.save_pretrained(tmp_path)
+    attention = tokenizer.config._attn_implementation
+    half = VQRAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation=attention).eval()
+    images = images_for(tokenizer)
+    assert half.encode_features(images).dtype == torch.bfloat16
+    assert torch.equal(half.encode(images.bfloat16().float()), half.encode(images.bfloat16()))
+    assert (half.encode(images) == tokenizer.encode(images)).float().mean() > 0.8
+    assert torch.equal(half.decode(half.encode(images)), half(images).reconstruction)
+    with pytest.raises(ValueError, match=r"torch\.bfloat16, expected torch\.float32.* from_pretrained\(dtype="):
+        tokenizer.bfloat16().encode(images)
+
+
+@pytest.mark.parametrize("wrong", ["lacks", "has unknown", "not finite"])
+def test_a_folder_with_wrong_weights_is_refused(wrong: str, tokenizer: VQRAEModel, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    if wrong == "lacks":
+        del weights["decoder.head.weight"], weights["out_proj.bias"]
+    elif wrong == "has unknown":
+        weights["decoder.neck.weight"] = torch.zeros(3)
+    else:
+        weights["in_proj.bias"][1] = float("inf")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*{wrong}"):
+        VQRAEModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*{wrong}"):
+        AutoModel.from_pretrained(tmp_path)
+
+
 def test_output_patch_size_sets_the_resolution(make_tokenizer: Callable[..., VQRAEModel]) -> None:
     model = make_tokenizer("internvit", output_patch_size=16)
     assert model(images_for(model)).reconstruction.shape[-1] == 4 * 16
@@ -135,6 +197,10 @@ def test_wrong_inputs_are_named(tokenizer: VQRAEModel) -> None:
         tokenizer.decode(torch.full((1, tokenizer.config.grid_size**2), 64))
     with pytest.raises(ValueError, match="got codes of shape"):
         tokenizer.decode(torch.zeros(1, 3, dtype=torch.long))
+    tokenizer.config.codebook_size = 1024
+    needed = -(-1024 // tokenizer.config.grid_size**2)
+    with pytest.raises(ValueError, match=rf"at least {needed} images.*model\.codebook_size.*model\.codebook_init=random"):
+        tokenizer.initialize_codebook(images_for(tokenizer))
 
 
 def test_gradient_reaches_an_unfrozen_encoder_and_stops_at_a_frozen_one(tokenizer: VQRAEModel) -> None:
