@@ -1,9 +1,16 @@
-"""Finding the model that a user means: a run directory, a checkpoint folder or a hub id."""
+"""The model that a user means (a run directory, a checkpoint folder or a hub id): finding it, loading it whole."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedConfig
+
+OUTPUTS = "runs"
+"""Where trainings write by default: `runs/x` is a folder, also while there is none."""
 
 
 def resolve_model(name: str | Path) -> str:
@@ -21,7 +28,8 @@ def resolve_model(name: str | Path) -> str:
             if (candidate / "config.json").is_file():
                 return str(candidate)
         raise FileNotFoundError(f"{folder} holds no model: neither config.json nor model/config.json nor step-N/model is there")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir():
+    may_be_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and folder.parts[0] != OUTPUTS
+    if may_be_on_hub and not folder.parent.is_dir():
         return str(name)
     raise FileNotFoundError(f"{name} does not exist: give a run directory, a checkpoint folder or a hub id such as org/name")
 
@@ -36,7 +44,53 @@ def local_model(name: str | Path) -> Path:
     return Path(snapshot_download(resolved))
 
 
-def require_finite(model: nn.Module, source: str) -> None:
+def require_kind(name: str | Path, kinds: Collection[str], expected: str) -> dict[str, Any]:
+    """The values of a model's `config.json`, read before any of its weights.
+
+    Args:
+        name: what `resolve_model` returns.
+        kinds: values of `model_type` that will do.
+        expected: what they are, for the message.
+
+    Raises:
+        FileNotFoundError: for a hub id that is neither in the cache nor within reach.
+        ValueError: for a model of another kind.
+    """
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{name} is no folder here, and its config.json could not be had from the hub: {str(error).splitlines()[0]}"
+        ) from error
+    if values.get("model_type") not in kinds:
+        raise ValueError(f"{name} is a {values.get('model_type')!r} model, expected {expected}")
+    return values
+
+
+def load_model(kind: Any, name: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained(name)` for weights that are all there and all finite; transformers only warns, or says nothing.
+
+    Args:
+        kind: a model class of transformers, or an `Auto` class.
+
+    Raises:
+        ValueError: naming the model and its first weights that are missing, of other shapes, or not finite.
+    """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, report = kind.from_pretrained(name, **options)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {name} are damaged: {error}") from error
+    absent = sorted(report["missing_keys"])
+    other = sorted(key for key, *_ in report["mismatched_keys"])
+    for names, what in ((absent, "lacks weights of"), (other, "has weights of other shapes than")):
+        if names:
+            raise ValueError(f"{name} {what} a {kind.__name__}, {len(names)} of them: {', '.join(names[:3])}")
+    require_finite(model, name)
+    return model
+
+
+def require_finite(model: nn.Module, source: str | Path) -> None:
     """Refuse a model that holds a weight or buffer which is NaN or infinite: all that it computes would be wrong.
 
     Args:

@@ -43,7 +43,7 @@ def dry_run(config: TrainingConfig) -> None:
         arguments = training_arguments(short.optimization, folder, seed=config.seed)
         RunDirectory(folder, short, seed=config.seed)
         torch.manual_seed(config.seed)
-        model = build_model(short.model, vocabulary, encode_prompt)
+        model = build_model(short.model, vocabulary, encode_prompt, bf16=short.optimization.bf16)
         parts = count_parts(model, vocabulary)
         stream, clock = LongestSamples(encode_prompt, vocabulary), StepClock(config.dry_run)
         run_trainer(build_trainer(short, model, arguments, stream, encode_prompt, vocabulary, callback=clock))

@@ -9,7 +9,11 @@ from vqrae.tokenizer import VQRAEModel
 
 
 def load_encoder(folder: Path) -> VQRAEModel:
-    """The tokenizer in fp32, frozen; its decoder is left out, which halves the memory."""
+    """The tokenizer in fp32, frozen; its decoder is left out, which halves the memory.
+
+    Raises:
+        ValueError: when weights are missing or not finite.
+    """
     model = VQRAEModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     model.decoder = nn.Identity()
     return model

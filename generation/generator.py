@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from vqrae.common.checkpoints import local_model, resolve_model
+from vqrae.common.checkpoints import load_model, local_model, resolve_model
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
-from vqrae.generation.model import read_prompt_encoder, read_sampling, read_vocabulary
+from vqrae.generation.model import read_prompt_encoder, read_sampling, read_vocabulary, require_generator
 from vqrae.generation.prepacking import prepacked_linears
 from vqrae.generation.sampling import SamplingConfig, sample_codes
 from vqrae.tokenizer import VQRAEModel
@@ -63,11 +63,12 @@ class Generator:
 
         Raises:
             FileNotFoundError: when generator or tokenizer cannot be found.
-            ValueError: when the tokenizer is not the one that the generator was trained with.
+            ValueError: when the model is no generator, when weights are missing or not finite, and when the tokenizer is not
+                the one that the generator was trained with.
         """
         folder = resolve_model(name)
-        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        read_vocabulary(model.config)
+        require_generator(folder)
+        model = load_model(Qwen3ForCausalLM, folder, dtype=dtype, attn_implementation="sdpa")
         recorded = model.config.vqrae_tokenizer
         try:
             visual = local_model(tokenizer or recorded)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from vqrae.common.checkpoints import resolve_model
+from vqrae.common.checkpoints import require_kind, resolve_model
 from vqrae.common.distributed import gathered
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
@@ -83,14 +83,21 @@ def fit_projection(vectors: Tensor, rows: Tensor) -> Tensor:
     return projected / projected.std() * (rows - mean).std() + mean
 
 
-def read_vocabulary(config: PretrainedConfig) -> VisualVocabulary:
-    """The visual vocabulary of a generator.
+def require_generator(name: str) -> dict[str, Any]:
+    """The values of a generator's `config.json`, read before any of its weights.
 
     Raises:
+        FileNotFoundError: when there is no such model.
         ValueError: when the model is no generator.
     """
-    if not hasattr(config, "visual_vocabulary"):
-        raise ValueError(f"{config.name_or_path} is no generator: its config.json has no visual_vocabulary")
+    values = require_kind(name, (Qwen3Config.model_type,), "a generator (a 'qwen3' with visual_vocabulary)")
+    if "visual_vocabulary" not in values:
+        raise ValueError(f"{name} is no generator: its config.json has no visual_vocabulary")
+    return values
+
+
+def read_vocabulary(config: PretrainedConfig) -> VisualVocabulary:
+    """The visual vocabulary of a generator."""
     return VisualVocabulary(**config.visual_vocabulary)
 
 

@@ -86,7 +86,7 @@ def train(config: TrainingConfig) -> Path:
     fingerprints = {"tokenizer": fingerprint, "data": data_fingerprint(config.data)}
     run = RunDirectory(output, config, seed=config.seed, fingerprints=fingerprints)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, vocabulary, encode_prompt)
+    model = build_model(config.model, vocabulary, encode_prompt, bf16=config.optimization.bf16)
     model.config.vqrae_tokenizer, model.config.vqrae_tokenizer_fingerprint = str(tokenizer.resolve()), fingerprint
     if code_vectors is not None:
         start_from_codebook(model, vocabulary, code_vectors)

@@ -104,13 +104,19 @@ def fit_prompts(
     return encode
 
 
-def build_model(config: GeneratorModelConfig, vocabulary: VisualVocabulary, encode_prompt: PromptEncoder) -> Qwen3ForCausalLM:
-    """The model to train, with everything that sampling needs to know in its `config`."""
+def build_model(
+    config: GeneratorModelConfig, vocabulary: VisualVocabulary, encode_prompt: PromptEncoder, *, bf16: bool
+) -> Qwen3ForCausalLM:
+    """The model to train, with everything that sampling needs to know in its `config`.
+
+    Args:
+        bf16: whether it is trained under bf16 autocast.
+    """
     model = build_generator(
         vocabulary,
         llm=config.llm,
         llm_config=config.llm_config if config.llm is None else None,
-        attention=attention_implementation(config.attention),
+        attention=attention_implementation(config.attention, half=bf16),
     )
     model.config.prompt_template, model.config.caption_dropout = config.prompt_template, config.caption_dropout
     model.config.max_caption_tokens = encode_prompt.max_caption_tokens

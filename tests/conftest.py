@@ -9,6 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers.modeling_flash_attention_utils as flash_utils
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
 
@@ -67,3 +71,46 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(name="make_tokenizer")
 def make_tokenizer_fixture() -> Callable[..., VQRAEModel]:
     return make_tokenizer
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False) -> Tensor:
+    """flash_attn_func (B, T, heads, D) by plain attention, with the kernel's refusal of fp32."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError(f"FlashAttention only supports fp16 and bf16 data type, got {q.dtype}")
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if causal else None, scale=softmax_scale)
+    return output.transpose(1, 2)
+
+
+def _flash_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """flash_attn_varlen_func (tokens, heads, D): every sequence by itself."""
+    lengths_q, lengths_k = (ends.diff().tolist() for ends in (cu_seqlens_q, cu_seqlens_k))
+    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
+    options = {"softmax_scale": softmax_scale, "causal": causal}
+    return torch.cat([_flash(*(x[None] for x in part), **options)[0] for part in parts])
+
+
+@pytest.fixture
+def flash_attention(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name under which transformers finds a flash-attention that keeps the kernel's rule: fp16 and bf16 only.
+
+    All of transformers' own code around the kernel runs: unpadding, borders from positions, choice of types.
+    """
+    kernels = (_flash, _flash_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **options: kernels)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda self, *args, **options: True)
+    return "flash_attention_2"

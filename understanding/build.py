@@ -61,20 +61,26 @@ def build_llava(
         ValueError: when LLaVA cannot read the tokenizer's features, or the text tokenizer lacks the template's end token.
     """
     folder = local_model(tokenizer_folder)
-    tokenizer = VQRAEModel.from_pretrained(folder, attn_implementation=attn_implementation).eval()
+    # The check of the features runs in fp32, which flash-attention refuses.
+    exact = "sdpa" if attn_implementation.startswith("flash_attention") else attn_implementation
+    tokenizer = VQRAEModel.from_pretrained(folder, attn_implementation=exact).eval()
     _require_readable_features(tokenizer.config, folder)
     llm_name = resolve_model(llm_folder)
-    llm = AutoModelForCausalLM.from_pretrained(llm_name, dtype=dtype, attn_implementation=attn_implementation)
+    llm = AutoModelForCausalLM.from_pretrained(llm_name, dtype=dtype, attn_implementation=exact)
     llm.config._name_or_path = ""  # else a path of this machine gets into the model's config.json
     text_tokenizer = AutoTokenizer.from_pretrained(llm_name)
     prepare_text_tokenizer(text_tokenizer)
     add_rows(llm, len(text_tokenizer))
     processor = build_processor(tokenizer.config, text_tokenizer, chat_template, aspect_ratio)
     model = _assemble(tokenizer, llm, processor)
-    model.set_attn_implementation(attn_implementation)  # the new LlavaConfig has reset it in its parts
+    model.set_attn_implementation(exact)  # the new LlavaConfig has reset it in its parts
     setattr(model.config, FINGERPRINT_KEY, weights_fingerprint(folder))
     check_features(model, processor, tokenizer)
-    return model.to(dtype), processor
+    model.set_attn_implementation(attn_implementation)
+    # Not the whole model: the frequencies of the language model's rotary positions stay in fp32.
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        part.to(dtype)
+    return model, processor
 
 
 def require_tokenizer(config: LlavaConfig, tokenizer_folder: str | Path, artefact: str | Path) -> None:

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vqrae.common.checkpoints import resolve_model
+from vqrae.common.checkpoints import load_model, require_kind, resolve_model
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.pictures import open_picture, to_rgb
 from vqrae.understanding.conversation import IMAGE_TOKEN
@@ -54,19 +55,24 @@ class Chat:
         dtype: str | torch.dtype = "auto",
         tokenizer: str | Path | None = None,
     ) -> "Chat":
-        """Load a run directory, model folder or hub id; the device is CUDA when there is one, the type that of its weights.
+        """Load a run directory, model folder or hub id; the device is CUDA when there is one.
 
         Args:
+            dtype: `auto` is that of the weights, and bfloat16 for fp32 weights under flash-attention, which takes no fp32.
             tokenizer: of a model that was trained on quantized features; others do not need it.
 
         Raises:
-            ValueError: when the model was trained on quantized features, and no tokenizer is given.
+            ValueError: for another kind of model, or one whose weights are missing or not finite; when the model was trained
+                on quantized features, and no tokenizer is given; for flash-attention in fp32.
         """
         folder = resolve_model(name)
+        config = require_kind(folder, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "an understanding model such as 'llava'")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention_implementation(attn_implementation)
-        )
+        attention = attention_implementation(attn_implementation, half=dtype not in ("float32", torch.float32), device=device)
+        stored = config.get("dtype", config.get("torch_dtype"))
+        if dtype == "auto" and attention.startswith("flash_attention") and stored not in ("float16", "bfloat16"):
+            dtype = torch.bfloat16
+        model = load_model(AutoModelForImageTextToText, folder, dtype=dtype, attn_implementation=attention)
         if is_quantized(model.config):
             if tokenizer is None:
                 raise ValueError(f"{folder} was trained on quantized features: give the tokenizer that quantizes them")

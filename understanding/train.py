@@ -111,7 +111,7 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
     Every process holds a full copy in host memory until DeepSpeed has partitioned it.
     """
     optimization = getattr(config, stage)
-    attention = attention_implementation(config.attn_implementation)
+    attention = attention_implementation(config.attn_implementation, half=optimization.bf16)
     # Without DeepSpeed's master weights the optimizer works on the weights themselves: those must be float32. Under LoRA
     # they are frozen.
     frozen = stage == "sft" and config.lora is not None
@@ -141,7 +141,7 @@ def build_collator(config: TrainConfig, stage: Stage, processor: LlavaProcessor)
     template = load_template("plain") if stage == "pretrain" else processor.chat_template
     options: dict[str, Any] = {"max_length": config.max_length, "chat_template": template}
     if stage == "sft" and config.batching == "packed":
-        one_row = attention_implementation(config.attn_implementation) == "flash_attention_2"
+        one_row = attention_implementation(config.attn_implementation, half=config.sft.bf16) == "flash_attention_2"
         return PackingCollator(processor, one_row=one_row, **options)
     return ConversationCollator(processor, **options)
 

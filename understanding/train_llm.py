@@ -109,7 +109,7 @@ def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen3ForCausalLM, PreTrainedT
         bos_token_id=None,
         eos_token_id=text_tokenizer.eos_token_id,
         pad_token_id=text_tokenizer.pad_token_id,
-        attn_implementation=attention_implementation(config.attn_implementation),
+        attn_implementation=attention_implementation(config.attn_implementation, half=config.optimization.bf16),
         **config.model,
     )
     return Qwen3ForCausalLM(qwen), text_tokenizer

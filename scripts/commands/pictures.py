@@ -46,15 +46,13 @@ def register(commands: Any) -> None:
 
 def _load_tokenizer(arguments: argparse.Namespace) -> tuple["VQRAEModel", str]:
     """The tokenizer and its fingerprint."""
-    from vqrae.common.checkpoints import local_model
-    from vqrae.common.files import read_json, weights_fingerprint
+    from vqrae.common.checkpoints import local_model, require_kind
+    from vqrae.common.files import weights_fingerprint
     from vqrae.tokenizer import VQRAEModel
 
     quiet()
     folder = local_model(arguments.model)
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "vqrae":
-        raise ValueError(f"{folder} holds a {config.get('model_type')} model, expected a tokenizer (model_type vqrae)")
+    require_kind(folder, ("vqrae",), "a tokenizer (model_type vqrae)")
     model = VQRAEModel.from_pretrained(folder).eval().to(chosen_device(arguments))
     return model, weights_fingerprint(folder)
 

@@ -70,3 +70,11 @@ def test_files_carry_one_caption(tmp_path: Path) -> None:
     sample = CaptionedPictures(pairs, captions_per_image=2)[2]  # of scenes; as the bare command with `data=FILE` asks
     assert sample["captions"] == ["number 2"]
     assert sample["image"].shape == (3, 32, 32)
+
+
+def test_a_tokenizer_with_a_broken_weight_is_refused(tokenizer_path: Path, tmp_path: Path) -> None:
+    model = VQRAEModel.from_pretrained(tokenizer_path)
+    torch.nn.init.constant_(model.encoder.encoder.layers[0].mlp.fc1.bias, torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"mlp.fc1.bias holds values that are not finite"):
+        extract_codes.main(arguments(tmp_path / "model", tmp_path / "codes"))

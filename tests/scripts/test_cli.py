@@ -156,7 +156,7 @@ def test_a_model_of_another_kind_is_refused(pictures: Path, tmp_path: Path, caps
     assert main([*call, str(tmp_path)]) == 2
     assert main([*call, str(tmp_path / "nowhere")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert "holds a llava model, expected a tokenizer" in errors[0]
+    assert "is a 'llava' model, expected a tokenizer" in errors[0]
     assert "does not exist" in errors[1]
 
 

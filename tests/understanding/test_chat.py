@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from vqrae.data.scenes import SceneDataset
 from vqrae.understanding.answers import answer_file
@@ -76,6 +77,23 @@ def test_session_remembers_and_survives_errors(chat):
     assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
     asked = [*session.messages[:3]]
     assert [second] == chat.generate([asked])
+
+
+def test_models_that_cannot_answer_are_refused(chat, tokenizer_folder, llm_folder, tmp_path):
+    for folder, kind in ((tokenizer_folder, "vqrae"), (llm_folder, "qwen3")):
+        with pytest.raises(ValueError, match=f"is a '{kind}' model, expected an understanding model such as 'llava'"):
+            Chat.from_pretrained(folder)
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    torch.nn.init.constant_(model.model.multi_modal_projector.linear_1.bias, torch.nan)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"linear_1.bias holds values that are not finite"):
+        Chat.from_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["multi_modal_projector.linear_1.bias"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights of .*multi_modal_projector.linear_1.bias"):
+        Chat.from_pretrained(tmp_path)
 
 
 # ---- a file of questions
