@@ -10,6 +10,7 @@ import sys
 import vqrae.benchmarks
 from vqrae.benchmarks.harness import write_table
 from vqrae.common.config import did_you_mean
+from vqrae.common.errors import run_main
 
 NAMES = sorted({module.name for module in pkgutil.iter_modules(vqrae.benchmarks.__path__)} - {"harness", "__main__"})
 
@@ -25,4 +26,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -7,11 +7,20 @@ import itertools
 import sys
 import textwrap
 import time
+import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from vqrae.common.config import ConfigError, apply_overrides, build_config
+from vqrae.common.config import (
+    ConfigError,
+    apply_overrides,
+    build_config,
+    load_config,
+    parse_yaml,
+    shipped_config,
+    shipped_names,
+)
 from vqrae.common.run import format_duration
 
 T = TypeVar("T")
@@ -37,18 +46,68 @@ def parse_arguments(cls: type[T], argv: Sequence[str] | None = None) -> T:
         raise SystemExit(2) from None
 
 
-def usage(cls: type) -> str:
-    """What `--help` prints: the module of `cls`, its docstring, and one line per field."""
-    main = sys.modules[cls.__module__]
-    name = main.__spec__.name if main.__spec__ else cls.__module__
+def read_run(cls: type[T], package: str, argv: Sequence[str] | None = None, *, section: str = "") -> Any:
+    """Build dataclass `cls` from `CONFIG [key.path=value …]`, as the training modules take it.
+
+    Args:
+        package: whose `configs/` holds the names that CONFIG may be.
+        argv: the arguments; those of the process when not given.
+        section: field of `cls` that the keys belong to and that is returned in place of the whole.
+
+    Raises:
+        SystemExit: 0 after `--help`, which prints the fields.
+        ConfigError: for arguments that cannot be used.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "-h" in arguments or "--help" in arguments:
+        part = typing.get_type_hints(cls)[section] if section else cls
+        print(usage(part, f"CONFIG: {', '.join(_configurations(cls, package))}, or a FILE.yaml; key=value changes it."))
+        raise SystemExit(0)
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        given = f"got {arguments[0]!r}" if arguments else "got no argument"
+        names = ", ".join(_configurations(cls, package))
+        raise ConfigError(f"{given}, expected CONFIG [key=value ...] where CONFIG is {names} or a FILE.yaml; see --help")
+    name, *overrides = arguments
+    prefix = f"{section}." if section else ""
+    config = load_config(cls, shipped_config(package, name), [prefix + override for override in overrides])
+    return getattr(config, section) if section else config
+
+
+def _configurations(cls: type, package: str) -> list[str]:
+    """Names of the shipped configurations that have the fields of `cls`."""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    files = {name: shipped_config(package, name) for name in shipped_names(package)}
+    return [name for name, file in files.items() if fields.issuperset(parse_yaml(file.read_text(encoding="utf-8")))]
+
+
+def usage(cls: type, config: str = "") -> str:
+    """What `--help` prints: the module of `cls`, its docstring, and one line per field, those of sections included.
+
+    Args:
+        config: what there is to say of the argument CONFIG, where the command takes one.
+    """
+    main = sys.modules["__main__"].__spec__
+    name = main.name if main and main.name.startswith("vqrae.") else cls.__module__
+    lines = [f"usage: python -m {name} {'CONFIG ' if config else ''}[key=value ...]", ""]
+    lines += [textwrap.dedent(cls.__doc__ or "").strip(), *([config] if config else []), ""]
+    rows = list(_field_rows(cls, "", {}))
+    width = max(len(key) for key, _ in rows) + 2
+    return "\n".join(lines + [f"  {key:<{width}}{text}" for key, text in rows])
+
+
+def _field_rows(cls: type, prefix: str, shown: dict[Any, str]) -> Iterator[tuple[str, str]]:
+    """(key, meaning with type and default) of every field; a section is followed by its own fields, once for its type."""
     documents, hints = field_docstrings(cls), typing.get_type_hints(cls)
-    lines = [f"usage: python -m {name} [key=value ...]", "", textwrap.dedent(cls.__doc__ or "").strip(), ""]
-    fields = dataclasses.fields(cls)
-    width = max(len(field.name) for field in fields) + 2
-    for field in fields:
-        text = " ".join(documents.get(field.name, "").split())
-        lines.append(f"  {field.name:<{width}}{text} ({_default(field, hints[field.name])})".replace("  (", " ("))
-    return "\n".join(lines)
+    for field in dataclasses.fields(cls):
+        key, annotation = prefix + field.name, hints[field.name]
+        sections = [kind for kind in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(kind)]
+        known = "".join(f" Keys as those of {shown[kind]}." for kind in sections if kind in shown)
+        text = " ".join(documents.get(field.name, "").split()) + known
+        yield key, f"{text} ({_default(field, annotation)})".strip()
+        for kind in sections:
+            if kind not in shown:
+                shown[kind] = key
+                yield from _field_rows(typing.cast(type, kind), f"{key}.", shown)
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
@@ -66,17 +125,27 @@ def field_docstrings(cls: type) -> dict[str, str]:
 
 
 def _default(field: dataclasses.Field, annotation: Any) -> str:
-    kind = " | ".join(map(str, typing.get_args(annotation))) if typing.get_origin(annotation) is typing.Literal else ""
-    prefix = f"{kind}; " if kind else ""
+    kind = _kind(annotation)
     if field.default is not dataclasses.MISSING:
-        return f"{prefix}default: {field.default}"
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            pairs = ", ".join(f"{field.name}.{key}={item}" for key, item in dataclasses.asdict(value).items())
-            return f"{prefix}default: {pairs}"
-        return f"{prefix}default: {value}"
-    return f"{prefix}required"
+        return f"{kind}; default: {field.default}"
+    if field.default_factory is dataclasses.MISSING:
+        return f"{kind}; required"
+    value = field.default_factory()
+    return kind if dataclasses.is_dataclass(value) else f"{kind}; default: {value}"
+
+
+def _kind(annotation: Any) -> str:
+    """A type as people write it: `int | None`, `a | b` for the words of a Literal, `section` for a dataclass."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(str, arguments))
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return " | ".join(map(_kind, arguments))
+    if dataclasses.is_dataclass(annotation):
+        return "section"
+    if annotation is type(None):
+        return "null"
+    return getattr(annotation, "__name__", str(annotation)) if not arguments else str(annotation).replace("typing.", "")
 
 
 def progress_line(label: str) -> Callable[[int, int], None]:

@@ -6,7 +6,9 @@ declared type or refused, and all problems of a file are reported together, befo
 
 import dataclasses
 import difflib
+import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -50,9 +52,33 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
-def parse_yaml(text: str) -> Any:
-    """Parse YAML text with the strict loader."""
-    return yaml.load(text, Loader=_StrictLoader)
+def parse_yaml(text: str, *, source: str = "YAML") -> Any:
+    """Parse YAML text with the strict loader.
+
+    Raises:
+        ConfigError: naming `source`, for text that is no YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def check_range(config: Any, *names: str, low: float, high: float = sys.float_info.max) -> None:
+    """Refuse numbers of a dataclass outside of [low, high]; None passes, infinity only with `high=math.inf`.
+
+    Raises:
+        ValueError: naming every field that is out of its range.
+    """
+    top = "" if high >= sys.float_info.max else f" and at most {high:g}"
+    values = {name: getattr(config, name) for name in names}
+    problems = [
+        f"{name}: got {value}, expected at least {low:g}{top}"
+        for name, value in values.items()
+        if value is not None and not low <= value <= high
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -95,7 +121,9 @@ def _convert(value: Any, annotation: Any, where: str, problems: list[str]) -> An
         if not isinstance(value, dict):
             problems.append(f"{where}: got {value!r}, expected a mapping")
         return value
-    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+    if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isnan(value):
+            problems.append(f"{where}: got nan, expected a number")
         return float(value)
     if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
         return value
@@ -135,7 +163,8 @@ def build_config(cls: type[T], values: dict, *, source: str = "config") -> T:
     problems: list[str] = []
     config = _build(cls, values, "", problems)
     if problems:
-        raise ConfigError(f"{source} cannot be used:\n  " + "\n  ".join(problems))
+        text = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"{source} cannot be used:{text}")
     return config
 
 
@@ -153,7 +182,7 @@ def apply_overrides(values: dict, overrides: Iterable[str]) -> dict:
             node = node[parent]
             if not isinstance(node, dict):
                 raise ConfigError(f"{override!r}: {parent!r} is a value, it has no keys")
-        node[leaf] = parse_yaml(text) if text else None
+        node[leaf] = parse_yaml(text, source=override) if text else None
     return values
 
 
@@ -161,19 +190,29 @@ def load_config(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -
     """Read the YAML file `path` into dataclass `cls`, with command-line `overrides` applied."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    return build_config(cls, apply_overrides(parse_yaml(path.read_text()) or {}, overrides), source=str(path))
+        raise ConfigError(f"config file {path.absolute()} does not exist")
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8-sig"), source=str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}): save it in that encoding") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path} holds {type(values).__name__}, expected a mapping of keys to values")
+    return build_config(cls, apply_overrides(values or {}, overrides), source=str(path))
 
 
 def shipped_config(package: str, name: str) -> Path:
     """Path of `configs/NAME.yaml` in one of our packages, or of a YAML file of the user's own."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    folder = Path(str(resources.files(package) / "configs"))
-    known = [path.stem for path in folder.glob("*.yaml")]
+    known = shipped_names(package)
     if name not in known:
         raise ConfigError(f"{package} has no config {name!r}. {did_you_mean(name, known)}")
-    return folder / f"{name}.yaml"
+    return Path(str(resources.files(package) / "configs" / f"{name}.yaml"))
+
+
+def shipped_names(package: str) -> list[str]:
+    """Names of the configurations of one of our packages."""
+    return sorted(path.stem for path in Path(str(resources.files(package) / "configs")).glob("*.yaml"))
 
 
 def to_yaml(config: Any) -> str:

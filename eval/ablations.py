@@ -23,6 +23,7 @@ from transformers.trainer_utils import set_seed
 from vqrae.common.checkpoints import local_model
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
+from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import format_duration, quiet_libraries, run_manifest
 from vqrae.data.sources import fingerprint, source_kind
@@ -333,4 +334,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from typing import Any
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments
+from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import run_manifest
 from vqrae.eval import reconstruction, scene_questions
@@ -179,4 +180,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.errors import run_main
 from vqrae.common.files import weights_fingerprint, write_json, write_text
 from vqrae.common.run import package_versions, quiet_libraries
 from vqrae.data.sources import fingerprint, source_kind
@@ -189,4 +190,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

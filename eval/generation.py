@@ -19,6 +19,7 @@ from PIL import Image
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.errors import run_main
 from vqrae.common.files import weights_fingerprint, write_json
 from vqrae.common.pictures import picture_to_tensor, tensor_to_picture
 from vqrae.data.scenes import Scene, SceneSampler, SpriteSet, benchmark_prompts, load_sprites, relation, render
@@ -275,4 +276,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

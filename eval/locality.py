@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
 from vqrae.common.run import quiet_libraries
 from vqrae.data.scenes import SceneDataset
@@ -112,4 +113,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

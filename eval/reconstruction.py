@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments, progress_line
 from vqrae.common.distributed import is_main_process
+from vqrae.common.errors import run_main
 from vqrae.common.files import weights_fingerprint, write_json, write_text
 from vqrae.common.pictures import picture_grid, save_picture
 from vqrae.common.run import package_versions, quiet_libraries
@@ -284,4 +285,4 @@ def write_result(config: ReconstructionConfig, result: Reconstructions, origin: 
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

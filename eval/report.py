@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqrae.common.cli import parse_arguments
+from vqrae.common.errors import run_main
 from vqrae.common.files import write_json, write_text
 from vqrae.common.pictures import save_picture
 from vqrae.common.run import quiet_libraries
@@ -65,4 +66,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

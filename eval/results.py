@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vqrae.common.cli import parse_arguments
+from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json, write_text
 from vqrae.eval.paper_tables import GENERATION, RECONSTRUCTION, UNDERSTANDING, PaperTable
 from vqrae.eval.tables import markdown_table
@@ -215,4 +216,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
 from vqrae.data.scenes import Question, SceneDataset, load_sprites
 
@@ -210,4 +211,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -24,6 +24,7 @@ from vqrae.common.checkpoints import local_model
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import did_you_mean
 from vqrae.common.distributed import is_main_process
+from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import quiet_libraries, run_manifest
 from vqrae.eval.benchmarks import BENCHMARKS, paper_row, task_name, write_task_file
@@ -204,4 +205,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from vqrae.common.checkpoints import local_model
 from vqrae.common.cli import parse_arguments
+from vqrae.common.errors import run_main
 from vqrae.common.files import weights_fingerprint, write_json
 from vqrae.common.pictures import open_picture
 from vqrae.common.run import run_manifest
@@ -105,4 +106,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

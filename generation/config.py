@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vqrae.common.config import load_config, shipped_config
+from vqrae.common.cli import read_run
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.data.encoded import Crop
 from vqrae.generation.sampling import SamplingConfig
@@ -99,6 +99,5 @@ class GenerationConfig:
 
 def read_config(argv: list[str] | None, section: Literal["extraction", "training"]) -> Any:
     """One section of the config that the command line names (`tiny` without one), with its overrides applied."""
-    name, *overrides = (argv if argv is not None else sys.argv[1:]) or ["tiny"]
-    path = shipped_config("vqrae.generation", name)
-    return getattr(load_config(GenerationConfig, path, [f"{section}.{override}" for override in overrides]), section)
+    arguments = (argv if argv is not None else sys.argv[1:]) or ["tiny"]
+    return read_run(GenerationConfig, "vqrae.generation", arguments, section=section)

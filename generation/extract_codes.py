@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vqrae.common.checkpoints import local_model
 from vqrae.common.distributed import world_size
+from vqrae.common.errors import run_main
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.run import format_duration
 from vqrae.data.code_shards import CodeManifest, CodeWriter
@@ -151,4 +152,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from vqrae.common.checkpoints import local_model
+from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import InstrumentCallback, run_trainer, training_arguments
@@ -116,4 +117,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

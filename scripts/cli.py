@@ -6,6 +6,7 @@ Heavy imports stay inside the commands, so that `vqrae --help` answers at once.
 import argparse
 import sys
 
+from vqrae.common.errors import exit_code
 from vqrae.scripts.commands import chat, data, generate, graft, pictures, plan, training
 
 MODULES = (pictures, chat, generate, data, training, graft, plan)
@@ -14,13 +15,7 @@ MODULES = (pictures, chat, generate, data, training, graft, plan)
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code is 0, 1 when `check-data` found a problem, 2 for a mistake in the call."""
     arguments = _parser().parse_args(argv)
-    try:
-        return int(arguments.run(arguments) or 0)
-    except (ValueError, OSError) as error:
-        print(f"vqrae: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: arguments.run(arguments), "vqrae")
 
 
 def _parser() -> argparse.ArgumentParser:

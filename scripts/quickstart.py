@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json
 from vqrae.common.run import format_duration
 
@@ -340,4 +341,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

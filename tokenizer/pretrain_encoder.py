@@ -9,7 +9,6 @@ contrast (docs/quickstart.md has the comparison).
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from torch.utils.data import Dataset
 from transformers import SiglipConfig, SiglipModel, SiglipVisionModel, Trainer
 from transformers.trainer_utils import set_seed
 
-from vqrae.common.config import load_config, shipped_config
+from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation
+from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
@@ -143,8 +143,7 @@ def retrieval_accuracy(model: SiglipModel, collator: GroundedCollator, dataset: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    name, *overrides = argv if argv is not None else sys.argv[1:]
-    config = load_config(EncoderPretrainingConfig, shipped_config("vqrae.tokenizer", name), overrides)
+    config: EncoderPretrainingConfig = read_run(EncoderPretrainingConfig, "vqrae.tokenizer", argv)
     run = RunDirectory(config.output_dir, config, seed=config.seed)
     final = run.path / "model"
     if final.is_dir():
@@ -184,4 +183,4 @@ def save_vision_tower(siglip_folder: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

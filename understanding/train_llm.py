@@ -9,7 +9,6 @@ Qwen3 and not Qwen2: for a folder of type qwen2, `AutoTokenizer` of transformers
 says, and would read our word tokenizer as a byte-level one.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, Trainer, set_seed
 
-from vqrae.common.config import load_config, shipped_config
+from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation
+from vqrae.common.errors import run_main
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import (
     IGNORE_INDEX,
@@ -117,11 +117,7 @@ def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen3ForCausalLM, PreTrainedT
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: CONFIG [key.path=value …]."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    config = load_config(TinyLLMConfig, shipped_config("vqrae.understanding", arguments[0]), arguments[1:])
+    config: TinyLLMConfig = read_run(TinyLLMConfig, "vqrae.understanding", argv)
     run_dir = Path(config.output_dir)
     if is_finished(run_dir / "model", run_dir, config.optimization.max_steps):
         print(f"{run_dir / 'model'} is finished ({config.optimization.max_steps} steps)", flush=True)
@@ -144,4 +140,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,6 +18,7 @@ from typing import Any
 
 from vqrae.common.cli import parse_arguments, progress_line
 from vqrae.common.distributed import is_main_process
+from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, sha256, write_json
 from vqrae.common.pictures import open_picture, save_picture, tile
 from vqrae.common.run import quiet_libraries
@@ -219,4 +220,4 @@ def text_table(values: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,6 +14,7 @@ from typing import Any
 
 from vqrae.common.cli import parse_arguments, progress_line
 from vqrae.common.distributed import is_main_process
+from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json, write_text
 from vqrae.common.run import quiet_libraries
 from vqrae.data.scenes.language import FAMILIES
@@ -181,4 +182,4 @@ def leakage_line(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,6 +16,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from vqrae.common.cli import parse_arguments
+from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, write_text
 from vqrae.data.scenes import SceneDataset, load_sprites
 from vqrae.eval.scene_questions import is_correct, validation_questions
@@ -110,4 +111,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

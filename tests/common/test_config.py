@@ -1,10 +1,11 @@
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from vqrae.common.config import ConfigError, build_config, load_config, parse_yaml, shipped_config
+from vqrae.common.config import ConfigError, apply_overrides, build_config, check_range, load_config, parse_yaml, shipped_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,64 @@ def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
     path.write_text("inner: {rate: 1}\nname: a\nname: b\n")
     with pytest.raises(ConfigError, match="'name' is given twice"):
         load_config(Outer, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranged:
+    rate: float = 0.1
+    size: int | None = 1
+    steps: int = 1
+    norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "rate", low=0, high=1)
+        check_range(self, "size", "steps", low=1)
+        check_range(self, "norm", low=0, high=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rate": -0.1}, "rate: got -0.1, expected at least 0 and at most 1"),
+        ({"size": 0}, "size: got 0, expected at least 1"),
+        ({"steps": 0, "size": -1}, "size: got -1, expected at least 1; steps: got 0, expected at least 1"),
+        ({"rate": math.nan}, "rate: got nan, expected a number"),
+        ({"rate": math.inf}, "rate: got inf"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(Ranged, values)
+    assert build_config(Ranged, {"size": None, "norm": math.inf}).norm == math.inf
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name: Grün\n".encode("utf-16"), "is not UTF-8 text"),
+        ("name: Grün\n".encode("latin-1"), "is not UTF-8 text"),
+        (b"inner: [1,\n", "is not valid YAML"),
+        (b"- a\n- b\n", "holds list, expected a mapping"),
+        (b"inner: {rate: .nan}\n", "inner.rate: got nan, expected a number"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as raised:
+        load_config(Outer, path, ["name=x"])
+    assert str(path) in str(raised.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("inner: {rate: 1}\n", encoding="utf-8-sig")
+    assert load_config(Outer, path).inner.rate == 1
+
+
+def test_a_value_that_is_no_yaml_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"name=\[1 is not valid YAML"):
+        apply_overrides({}, ["name=[1"])
 
 
 def test_shipped_names_are_suggested() -> None:

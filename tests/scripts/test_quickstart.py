@@ -121,7 +121,7 @@ def test_a_killed_step_is_named_and_its_time_kept(tmp_path: Path) -> None:
     clock = quickstart.Clock(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         quickstart.run(step, clock)
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     state = read_json(tmp_path / "encoder.json")
     assert state["seconds"] > 0
     assert not state["done"]
