@@ -1,6 +1,7 @@
 """Files that are whole or absent (written to a temporary name, then renamed), and reading of text that people bring."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -8,12 +9,15 @@ import os
 import platform
 import re
 import shutil
+import stat
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@([0-9a-f]{8})\.tmp")
 _STALE_SECONDS = 24 * 3600  # a temporary of another host that did not change for so long has no writer
@@ -86,6 +90,47 @@ def _is_alive(process: int) -> bool:
 
 def _last_change(path: Path) -> float:
     return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+
+
+# ---- reading
+
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EREMOTEIO, errno.ENETUNREACH}
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of this process or machine, whatever is read
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before another try
+
+
+def with_retries(read: Callable[[], T], name: str | Path) -> T:
+    """What `read` returns; errors that network storage gets over are tried again for ten seconds.
+
+    Raises:
+        ValueError: when it still cannot be read, naming `name`.
+        OSError: when this process has run out of descriptors or memory, which is no fault of the file.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except FileNotFoundError:
+            raise ValueError(f"{name}: no such file") from None
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                raise
+            if pause is None or error.errno not in _TRANSIENT:
+                raise ValueError(f"{name}: cannot be read ({error})") from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file; see `with_retries` for the errors. A pipe is refused at once, not waited for."""
+
+    def read() -> bytes:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError("not a regular file")
+            return stream.read()
+
+    return with_retries(read, path)
 
 
 # ---- text

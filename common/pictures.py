@@ -1,54 +1,110 @@
 """Reading pictures of any kind, turning them into tensors, and writing picture grids."""
 
+import io
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageOps, features
 from torch import Tensor
 
-from vqrae.common.files import atomic_path
+from vqrae.common.files import atomic_path, read_bytes
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+_OPTIONAL = {".avif": "avif", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # what a build of Pillow may lack
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"} | {
+    suffix for suffix, feature in _OPTIONAL.items() if features.check(feature)
+}
+OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr", ".dng", *_OPTIONAL} - PICTURE_SUFFIXES
+"""Suffixes of images that cannot be read here."""
+_ORIENTATION = 0x0112
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LABEL = 60  # characters
 
 
-def open_picture(source: str | Path | IO[bytes], *, name: str | None = None) -> Image.Image:
+def open_picture(source: str | Path | IO[bytes], *, name: str | None = None, draft: int = 0) -> Image.Image:
     """Open a picture of any size and colour mode as upright RGB; transparency becomes white.
 
     Args:
         source: a path, or the encoded bytes as a stream.
         name: what errors call the picture; its path when not given.
+        draft: decode a JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 of its size whose edges have so many pixels.
 
     Raises:
         ValueError: when the file is no readable picture, naming it.
     """
     name = name or str(source)
+    data = read_bytes(source) if isinstance(source, str | Path) else source.read()
     # lmms-eval lets a whole process take half a picture for a whole one.
     others, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        with Image.open(source) as picture:
+        with Image.open(io.BytesIO(data)) as picture:
+            if picture.format == "EPS":
+                raise ValueError("an EPS file is a program")
+            if draft:
+                picture.draft("RGB", (draft, draft))
             picture.load()
-            return to_rgb(ImageOps.exif_transpose(picture))
-    except FileNotFoundError:
-        raise ValueError(f"{name}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if picture.format == "PNG":
+                _scale_transparency(picture, bit_depth=data[24])
+            return to_rgb(_upright(picture))
+    except Exception as error:  # decoders raise whatever they stumble over: struct.error, TypeError, KeyError, …
         raise ValueError(f"{name}: not a readable picture ({error})") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = others
 
 
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture as its Exif orientation says. Only this tag is read: cameras and editors write many of the others wrongly."""
+    try:
+        method = _TRANSPOSED.get(picture.getexif().get(_ORIENTATION, 1))
+    except (ValueError, TypeError, KeyError, SyntaxError, OSError, struct.error):
+        method = None
+    return picture if method is None else picture.transpose(method)
+
+
+def _scale_transparency(picture: Image.Image, *, bit_depth: int) -> None:
+    """The transparent colour of a PNG in the 8 bits that Pillow gives its pixels; it leaves the file's own bits."""
+    key = picture.info.get("transparency")
+    if isinstance(key, int) and picture.mode == "L":
+        picture.info["transparency"] = key * 255 // (2**bit_depth - 1)
+    elif isinstance(key, tuple) and bit_depth == 16:
+        picture.info["transparency"] = tuple(value >> 8 for value in key)
+
+
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert any colour mode to RGB; transparent parts are laid on white, 16-bit grey is scaled to 8 bits."""
-    if picture.mode in ("I;16", "I;16B", "I;16L", "I"):
-        grey = np.asarray(picture, dtype=np.float32) / 65535 * 255
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    """Convert any colour mode to RGB; transparent parts are laid on white, deep and float grey is scaled to 8 bits."""
+    if picture.mode.startswith(("I", "F")):
+        values, key = np.asarray(picture), picture.info.get("transparency")
+        white = _white(values, picture.mode)
+        grey = np.empty(values.shape, np.uint8)
+        for row, scaled in zip(values, grey, strict=True):  # a large picture as a whole would take many times its memory
+            scaled[:] = np.nan_to_num(row.astype(np.float32) * (255 / white), posinf=0).clip(0, 255).round()
+        picture = Image.fromarray(grey)
+        if isinstance(key, int):
+            picture.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         canvas = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(canvas, picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def _white(values: np.ndarray, mode: str) -> float:
+    """The value that means white; files with 32 bits do not say which, so it is the next usual one above their largest."""
+    if mode.startswith("I;16"):
+        return 65535
+    largest = float(values.max(initial=0, where=np.isfinite(values)))
+    return next((white for white in ((1, 255, 65535) if mode == "F" else (255, 65535)) if largest <= white), largest)
 
 
 def resize_and_crop(picture: Image.Image, size: int) -> Image.Image:
@@ -87,6 +143,7 @@ def save_picture(picture: Image.Image, path: str | Path) -> None:
 
 def picture_grid(rows: Sequence[Sequence[Tensor]], *, labels: Sequence[str] = (), scale: int = 2, gap: int = 4) -> Image.Image:
     """Lay image tensors (3, H, W) out in rows on white, each `scale` times enlarged, with a label left of each row."""
+    labels = [label if len(label) <= LABEL else f"{label[: LABEL - 3]}..." for label in labels]
     height, width = rows[0][0].shape[-2] * scale, rows[0][0].shape[-1] * scale
     margin = 8 * max((len(label) for label in labels), default=0)
     columns = max(len(row) for row in rows)

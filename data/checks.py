@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from vqrae.common.files import read_bytes
 from vqrae.common.pictures import open_picture
 from vqrae.data.code_shards import read_manifest, verify_shard
 from vqrae.data.conversations import ConversationTable, image_paths, scan_conversations
-from vqrae.data.encoded import Encoded, read_bytes
+from vqrae.data.encoded import Encoded
 from vqrae.data.pairs import CaptionedImages, scan_jsonl
 from vqrae.data.sources import fingerprint, holds_conversations, open_images, open_pairs, source_kind
 from vqrae.data.stream import Draw

@@ -2,7 +2,6 @@
 
 import io
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -57,20 +56,6 @@ class EncodedPictures(TolerantDataset):
         rng = np.random.default_rng([self.seed, draw.epoch, draw]) if self.crop != "center" else None
         image = fit_picture(self.picture(sample, draw), self.image_size, self.crop, rng)
         return {"image": image, "caption": caption} if self.captions else {"image": image}
-
-
-def read_bytes(path: Path) -> bytes:
-    """The content of a file.
-
-    Raises:
-        ValueError: when it cannot be read, which makes its sample a broken one.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
 
 
 def fit_picture(picture: Image.Image, size: int, crop: Crop = "center", rng: np.random.Generator | None = None) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from vqrae.common.config import did_you_mean
-from vqrae.data.encoded import Crop, Encoded, EncodedPictures, read_bytes
+from vqrae.common.files import read_bytes
+from vqrae.data.encoded import Crop, Encoded, EncodedPictures
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
 

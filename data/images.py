@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vqrae.common.files import read_bytes
 from vqrae.common.pictures import PICTURE_SUFFIXES
-from vqrae.data.encoded import Crop, Encoded, EncodedPictures, read_bytes
+from vqrae.data.encoded import Crop, Encoded, EncodedPictures
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
 

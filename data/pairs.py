@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from vqrae.common.files import parse_json, raw_lines
-from vqrae.data.encoded import Crop, Encoded, EncodedPictures, read_bytes
+from vqrae.common.files import parse_json, raw_lines, read_bytes
+from vqrae.data.encoded import Crop, Encoded, EncodedPictures
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import FileSplit, missing_files, name_hash, split_indices, summary
 
