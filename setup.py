@@ -53,7 +53,16 @@ setup(
         "mplug": ["modelscope>=1.40"],
         "demo": ["gradio>=6"],
         "flash": ["flash-attn"],
-        "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "types-tqdm", "webdataset>=1.0"],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "types-PyYAML",
+            "types-tqdm",
+            "webdataset>=1.0",
+            "lpips>=0.1.4",
+            "scikit-image>=0.25",
+        ],
     },
     entry_points={
         "console_scripts": ["vqrae = vqrae.scripts.cli:main"],

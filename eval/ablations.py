@@ -30,6 +30,7 @@ from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval import features, locality, reconstruction
 from vqrae.eval.ablation_suites import Recipe, Row, Suite, load_suite, suite_names
 from vqrae.eval.ablation_tables import judge, markdown
+from vqrae.eval.protocols import Protocol
 from vqrae.tokenizer import train
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
@@ -231,6 +232,7 @@ class Ablation:
         """What the scores depend on besides the tokenizer."""
         config = self.config
         values = {"data": config.data, "num_images": config.num_images, "frechet": config.frechet, "encoder": self.encoder}
+        values["protocol"] = dataclasses.asdict(Protocol())  # its SSIM has changed once
         if self.suite.of_features:
             values |= {"labelled_data": self.labelled_data, "num_train": config.num_train, "num_test": config.num_test}
         return values

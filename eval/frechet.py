@@ -72,7 +72,7 @@ class FeatureStatistics:
             ValueError: for fewer than two samples.
         """
         if self.count < 2:
-            raise ValueError(f"got features of {self.count} pictures, expected at least 2 for a covariance")
+            raise ValueError(f"got features of {self.count} images, expected at least 2 for a covariance")
         return self.scatter / (self.count - 1)
 
     # ---- files
@@ -114,8 +114,13 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     The trace of the root is taken from the eigenvalues of A^(1/2) B A^(1/2), which is symmetric and has those of A B: real
     ones, also where a covariance is singular, as it is for fewer pictures than features.
+
+    Raises:
+        ValueError: for fewer than two samples on a side, or features that are not finite.
     """
     first, second = a.covariance.cpu().numpy(), b.covariance.cpu().numpy()
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("got features that are not finite: the network or its input holds NaN")
     values, vectors = scipy.linalg.eigh(first)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     trace_of_root = np.sqrt(scipy.linalg.eigvalsh(root @ second @ root).clip(min=0)).sum()

@@ -54,10 +54,19 @@ class FrechetMetric:
         if self.score is not None:
             self.score.reduce()
 
-    def compute(self) -> dict[str, float]:
-        """The distance and, from Inception, the score."""
-        values = {self.key: frechet_distance(self.originals, self.copies)}
-        return values | ({"inception_score": self.score.compute()} if self.score is not None else {})
+    def compute(self) -> tuple[dict[str, float | None], dict[str, str]]:
+        """The distance and, from Inception, the score; and by name why one of them cannot be taken.
+
+        A distance that fails costs no other metric of the run.
+        """
+        values: dict[str, float | None] = {self.key: None}
+        if self.score is not None:
+            values["inception_score"] = self.score.compute()
+        try:
+            values[self.key] = frechet_distance(self.originals, self.copies)
+        except ValueError as error:
+            return values, {self.key: str(error)}
+        return values, {}
 
 
 class ReconstructionMetrics:
@@ -141,23 +150,32 @@ class ReconstructionMetrics:
             ssim_range_*: at the protocol's data range. rfid, inception_score, frechet_*: of the sets.
             codebook_usage: the share of the K codes that any picture used; dead_codes, dead_share: those that none did.
             perplexity, entropy_bits: of the codes. num_images, codebook_size, ssim_variant, notes.
+            not_measured: the reason of each distance that is None.
 
         Raises:
-            ValueError: when nothing was added.
+            ValueError: when nothing was added, or a reconstruction holds NaN.
         """
         means = dict(zip(self.names, self.sums.tolist(), strict=True))
         count = int(means.pop("num_images"))
         if count == 0:
             raise ValueError("got no pictures, expected at least one")
+        if broken := [name for name, value in means.items() if not math.isfinite(value)]:
+            raise ValueError(
+                f"got {', '.join(broken)} that are not finite: the reconstructions, or the features of "
+                "a metric's network, hold NaN. Check the weights"
+            )
         means = {name: value / count for name, value in means.items()}
         pooled = -10 * math.log10(max(means.pop("squared_error"), MIN_SQUARED_ERROR))
         counts = self.histogram.double().cpu()
         distribution = counts / counts.sum(dim=1, keepdim=True)
         entropy = -torch.special.xlogy(distribution, distribution).sum(dim=1)
         usage = (counts > 0).double().mean().item()
-        distances: dict[str, float] = {}
+        distances: dict[str, float | None] = {}
+        not_measured: dict[str, str] = {}
         for metric in self.frechet:
-            distances |= metric.compute()
+            found, reasons = metric.compute()
+            distances |= found
+            not_measured |= reasons
         few = f"Fréchet distances of {count} pictures are biased upwards; published ones are of 50,000"
         return {
             "psnr": means.pop("psnr"),
@@ -172,5 +190,6 @@ class ReconstructionMetrics:
             "num_images": count,
             "codebook_size": self.codebook_size,
             "ssim_variant": f"{self.protocol.ssim_window}, data range 1",
+            "not_measured": not_measured,
             "notes": [few] if distances and count < FEW_PICTURES else [],
         }

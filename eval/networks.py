@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.files import sha256, weights_fingerprint
+from vqrae.common.files import sha256
+from vqrae.eval.manifest import model_fingerprint
 from vqrae.tokenizer import VQRAEModel
 
 # File name in torch's cache, where it comes from. Names end in the first digits of the file's SHA-256.
@@ -57,10 +58,10 @@ def find_weights(name: str, url: str, key: str, path: str | None = None) -> Path
 
 
 class Inception(nn.Module):
-    """torch-fidelity's port of the TensorFlow graph: images (B, 3, H, W) in [0, 1] -> features (B, 2048), logits (B, 1008).
+    """torch-fidelity's port of the TensorFlow graph.
 
-    The port's own `forward` takes 8-bit pictures only; here its layers are walked, so that a protocol may leave levels
-    unrounded. Logits are those without the bias, as the Inception score has always been taken.
+    Images (B, 3, H, W) at k/255 -> features (B, 2048), logits (B, 1008). Logits are those without the
+    bias, as the Inception score has always been taken.
     """
 
     name, width, identity = "inception", 2048, INCEPTION_FILE
@@ -73,20 +74,14 @@ class Inception(nn.Module):
             raise NotMeasured("the package torch-fidelity is missing: pip install torch-fidelity") from None
         path = find_weights(INCEPTION_FILE, INCEPTION_URL, "inception_weights", weights)
         torch.load(path, weights_only=True)  # the class below unpickles anything; a file that passes here holds tensors only
-        self.network = FeatureExtractorInceptionV3(self.name, ["2048"], feature_extractor_weights_path=str(path))
+        self.network = FeatureExtractorInceptionV3(
+            self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+        )
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-
-        side = self.network.INPUT_IMAGE_SIZE
-        hidden = interpolate_bilinear_2d_like_tensorflow1x(images.float() * 255, size=(side, side), align_corners=False)
-        hidden = (hidden - 128) / 128
-        for name, layer in self.network.named_children():
-            if name != "fc":
-                hidden = layer(hidden)
-        features = hidden.flatten(1)
-        return features, features @ self.network.fc.weight.T
+        features, logits = self.network((images * 255).round().to(torch.uint8))
+        return features, logits
 
 
 class EfficientNetLite0(nn.Module):
@@ -187,10 +182,10 @@ class OriginalEncoder(nn.Module):
     name = "encoder"
 
     def __init__(self, tokenizer: VQRAEModel) -> None:
-        """`tokenizer` must have been loaded from a folder, whose weights are its identity."""
+        """`tokenizer` must have been loaded from a folder or the hub: its weights are its identity."""
         super().__init__()
         self.tokenizer, self.width = tokenizer.eval().requires_grad_(False), tokenizer.config.feature_dim
-        self.identity = weights_fingerprint(tokenizer.name_or_path)
+        self.identity = model_fingerprint(tokenizer.name_or_path)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         size = self.tokenizer.config.image_size

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 Row = tuple[float | str | None, ...]
+IMAGENET_VALIDATION = 50_000  # images
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from vqrae.data.images import ImageFolder
 from vqrae.data.sources import Samples, open_images, source_kind
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import BROKEN_SHARE, BROKEN_WINDOW, FileSplit, TolerantDataset, TooManyBrokenSamples
+from vqrae.eval.paper_tables import IMAGENET_VALIDATION
 from vqrae.eval.protocols import Protocol, resize_picture
 from vqrae.eval.sharding import share, sum_over_processes
 
@@ -56,6 +57,14 @@ def open_evaluation(
             "unpack it into a folder"
         )
     return open_images(source, image_size=image_size, size=size, split=split)
+
+
+def is_imagenet_validation(dataset: object) -> bool:
+    """Whether a data set is ImageNet's 50,000 validation images, whose names number them."""
+    if not isinstance(dataset, ImageFolder) or len(dataset) != IMAGENET_VALIDATION:
+        return False
+    expected = {f"ILSVRC2012_val_{i:08d}" for i in range(1, IMAGENET_VALIDATION + 1)}
+    return {path.stem for path in dataset.paths} == expected
 
 
 class _Readable(Dataset):

@@ -22,11 +22,12 @@ from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments, progress_line
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
-from vqrae.common.files import weights_fingerprint, write_json, write_text
+from vqrae.common.files import write_json, write_text
 from vqrae.common.pictures import picture_grid, save_picture
 from vqrae.common.run import package_versions, quiet_libraries
 from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval.frechet import FeatureStatistics
+from vqrae.eval.manifest import model_fingerprint
 from vqrae.eval.metrics import Distance, FrechetMetric, ReconstructionMetrics
 from vqrae.eval.networks import (
     Backbone,
@@ -37,7 +38,13 @@ from vqrae.eval.networks import (
     build_lpips,
     original_tokenizer,
 )
-from vqrae.eval.pictures import PictureBatches, SplitChoice, open_evaluation, resolve_split
+from vqrae.eval.pictures import (
+    PictureBatches,
+    SplitChoice,
+    is_imagenet_validation,
+    open_evaluation,
+    resolve_split,
+)
 from vqrae.eval.protocols import Protocol, get_protocol
 from vqrae.eval.sharding import processes
 from vqrae.eval.tables import markdown_table
@@ -130,7 +137,7 @@ class ReconstructionConfig:
     """Which part of the source: its 5 % for validation, or all; auto is all of files, and validation of scenes."""
     num_images: int | None = None
     """Pictures to score, the first ones of the split; None: 1000 scenes, or everything that files hold."""
-    protocol: Literal["standard", "titok", "vgt", "vgt_script", "maskbit", "llamagen", "rae", "seed_voken"] = "standard"
+    protocol: Literal["standard", "titok", "vgt", "maskbit", "llamagen", "rae"] = "standard"
     """Resizing, rounding and SSIM of a public evaluator, see vqrae.eval.protocols."""
     frechet: tuple[Literal["inception", "efficientnet_lite0", "encoder"], ...] = ("inception",)
     """Networks to take a Fréchet distance in: inception gives rfid and inception_score, others frechet_NAME."""
@@ -212,13 +219,13 @@ class Judges:
         """Write the statistics of the originals that were taken in this run."""
         for metric in self.frechet:
             path, identity = self._reference(metric.network)
-            if path is not None and not metric.known:
+            if path is not None and not metric.known and metric.originals.count > 1:
                 metric.originals.save(path, identity)
 
 
 def markdown(values: dict[str, Any]) -> str:
     """The scores as a table, with what they were measured on and what was not measured."""
-    numbers = [(name, f"{value:.6g}") for name, value in values.items() if isinstance(value, int | float)]
+    numbers = [(name, f"{value:.6g}") for name, value in values.items() if type(value) in (int, float)]
     missing = [(name, f"not measured: {reason}") for name, reason in values["not_measured"].items()]
     settings = ", ".join(f"{name} {value}" for name, value in values["protocol"].items())
     lines = [
@@ -261,8 +268,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     if is_main_process():
         judges.keep_references()
-        tokenizer = weights_fingerprint(folder) if Path(folder).is_dir() else config.model
-        write_result(config, result, {**originals, "tokenizer": tokenizer, "not_measured": judges.not_measured})
+        origin = {
+            **originals,
+            "imagenet_validation": is_imagenet_validation(dataset),
+            "tokenizer": model_fingerprint(folder),
+            "not_measured": judges.not_measured | result.metrics["not_measured"],
+        }
+        write_result(config, result, origin)
 
 
 def write_result(config: ReconstructionConfig, result: Reconstructions, origin: dict[str, Any]) -> None:
@@ -276,7 +288,8 @@ def write_result(config: ReconstructionConfig, result: Reconstructions, origin: 
     save_picture(picture_grid(rows, labels=["original", "copy"]), output.with_suffix(".png"))
     for name, reason in values["not_measured"].items():
         print(f"{name} not measured: {reason}")
-    measured = "".join(f"{name} {value:.4g}  " for name, value in result.metrics.items() if name in SHOWN or "frechet" in name)
+    shown = {name: value for name, value in result.metrics.items() if name in SHOWN or "frechet" in name}
+    measured = "".join(f"{name} {value:.4g}  " for name, value in shown.items() if value is not None)
     print(
         f"psnr {values['psnr']:.2f} dB  ssim {values['ssim']:.4f}  {measured}codebook usage {values['codebook_usage']:.1%}  "
         f"perplexity {values['perplexity']:.1f}  ({values['num_images']} pictures of {config.data}, split {values['split']}, "

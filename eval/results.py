@@ -15,7 +15,13 @@ from typing import Any
 from vqrae.common.cli import parse_arguments
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json, write_text
-from vqrae.eval.paper_tables import GENERATION, RECONSTRUCTION, UNDERSTANDING, PaperTable
+from vqrae.eval.paper_tables import (
+    GENERATION,
+    IMAGENET_VALIDATION,
+    RECONSTRUCTION,
+    UNDERSTANDING,
+    PaperTable,
+)
 from vqrae.eval.tables import markdown_table
 
 GENEVAL_COLUMNS = {
@@ -27,6 +33,9 @@ GENEVAL_COLUMNS = {
     "color_attr": "Attr",
     "overall": "GenEval",
 }
+GENEVAL_IMAGES = 4  # of each prompt
+DPG_PROMPTS = 1065
+PAPER_SIZE, PAPER_PROTOCOL = 256, "titok"  # of Table 2 (arXiv 2511.23386, Table 2 and appendix B.3)
 DPG_COLUMNS = {"global": "Glob", "entity": "Ent", "attribute": "Attrib", "relation": "Rel", "other": "Oth"}
 UNDERSTANDING_COLUMNS = {
     "pope": "POPE",
@@ -62,12 +71,15 @@ def read_score(path: str | Path) -> Score:
     if path.is_dir():
         return _understanding(path)
     stored = read_json(path)
-    if "dpg" in stored:
-        return _dpg(stored, str(path))
-    if str(stored.get("benchmark", "")).startswith("GenEval"):
-        return _geneval(stored, str(path))
-    if "psnr" in stored and "protocol" in stored:
-        return _reconstruction(stored, str(path))
+    try:
+        if "dpg" in stored:
+            return _dpg(stored, str(path))
+        if str(stored.get("benchmark", "")).startswith("GenEval"):
+            return _geneval(stored, str(path))
+        if "psnr" in stored and "protocol" in stored:
+            return _reconstruction(stored, str(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no score as an evaluation writes it: {error!r}") from error
     raise ValueError(
         f"{path} is no score that a table has: expected the JSON of reconstruction, GenEval or DPG-Bench, or the folder of "
         "understanding benchmarks"
@@ -82,6 +94,9 @@ def _geneval(stored: dict[str, Any], source: str) -> Score:
         reservations.append(f"prompts are suite {stored['manifest']['suite']}, not the official 553")
     if stored.get("incomplete"):
         reservations.append(f"{len(stored['incomplete'])} prompts lack pictures")
+    elif stored["num_images"] != GENEVAL_IMAGES * stored["num_prompts"]:
+        images, prompts = stored["num_images"], stored["num_prompts"]
+        reservations.append(f"{images} images of {prompts} prompts, GenEval has {GENEVAL_IMAGES} of each")
     if stored.get("leakage", {}).get("normalized"):
         reservations.append(f"{stored['leakage']['normalized']} prompts are among the training captions")
     values = {column: stored[key] for key, column in GENEVAL_COLUMNS.items() if key in stored}
@@ -94,6 +109,8 @@ def _dpg(stored: dict[str, Any], source: str) -> Score:
         reservations.append(f"judge {stored['manifest']['judge']} instead of mPLUG")
     if stored["manifest"]["questions"] == "scenes":
         reservations.append("prompts and questions are about embedded scenes")
+    elif stored["num_prompts"] != DPG_PROMPTS:
+        reservations.append(f"{stored['num_prompts']} of DPG-Bench's {DPG_PROMPTS:,} prompts")
     if stored["manifest"]["formulas"] == "corrected":
         reservations.append("categories by the corrected formulas, of which the published script departs")
     if lost := stored["num_prompts"] - stored["num_scored"]:
@@ -104,12 +121,20 @@ def _dpg(stored: dict[str, Any], source: str) -> Score:
 
 def _reconstruction(stored: dict[str, Any], source: str) -> Score:
     values = {"rFID": stored.get("rfid"), "PSNR": stored["psnr"], "SSIM": stored["ssim"]}
-    reservations = [] if stored["num_images"] == 50_000 else [f"{stored['num_images']} pictures of {stored['data']}"]
+    protocol, images = stored["protocol"], stored["num_images"]
+    reservations = []
+    if not (stored.get("imagenet_validation") and images == IMAGENET_VALIDATION):
+        reservations.append(f"{images} images of {stored['data']}, the paper: ImageNet's 50,000 of validation")
+    size = protocol.get("score_size") or stored.get("image_size")
+    if size != PAPER_SIZE:
+        reservations.append(f"compared at {size} px, the paper: at {PAPER_SIZE}")
+    if protocol["name"] != PAPER_PROTOCOL:
+        reservations.append(f"protocol {protocol['name']}, the paper: 1d-tokenizer's code, which {PAPER_PROTOCOL} follows")
     if reason := stored.get("not_measured", {}).get("rfid"):
         reservations.append(f"rFID not measured: {reason}")
     keys = ("tokenizer", "data", "split", "protocol", "image_size", "packages")
     manifest = {key: stored[key] for key in keys if key in stored}
-    return Score(RECONSTRUCTION, f"protocol {stored['protocol']['name']}", values, tuple(reservations), manifest, source)
+    return Score(RECONSTRUCTION, f"protocol {protocol['name']}", values, tuple(reservations), manifest, source)
 
 
 def _understanding(folder: Path) -> Score:

@@ -7,7 +7,7 @@
 #   data=scenes                                  scenes, scenes:emoji, a folder of pictures, FILE.jsonl, FILE.tar
 #   split=auto                                   all or validation; auto: all of files, the held-out part of scenes
 #   num_images=                                  pictures to score; else 1000 scenes, or everything that files hold
-#   protocol=standard                            standard, titok, vgt, vgt_script, maskbit, llamagen, rae, seed_voken
+#   protocol=standard                            standard, titok, vgt, maskbit, llamagen, rae
 #   frechet=[inception]                          inception (rfid), efficientnet_lite0, encoder
 #   reference=FOLDER                             keeps statistics of the originals for the next run
 #   output=runs/evaluation/reconstruction.json   where the scores go; a .md table and a .png of examples beside it

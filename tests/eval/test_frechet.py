@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from vqrae.eval.frechet import FeatureStatistics, InceptionScore, frechet_distance
 
@@ -56,6 +58,12 @@ def test_distance_of_fewer_pictures_than_features() -> None:
     assert distance == pytest.approx(frechet_distance(statistics(b), statistics(a)), rel=1e-6)
 
 
+def test_features_that_are_not_finite_have_no_distance() -> None:
+    broken = statistics(np.full((3, 4), np.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(broken, statistics(draw(5, 4, seed=0)))
+
+
 def test_distance_of_known_gaussians() -> None:
     """Diagonal covariances: the sum of (difference of means)^2 + (difference of deviations)^2."""
     a, b = FeatureStatistics(3), FeatureStatistics(3)
@@ -90,3 +98,19 @@ def test_inception_score() -> None:
     for batch in (100 * torch.eye(4)).split(3):
         score.update(batch)
     assert score.compute() == pytest.approx(4)  # every picture is of one class, all classes alike
+
+
+def test_inception_score_is_that_of_torch_fidelity() -> None:
+    logits = 3 * torch.randn(100, 1008, generator=torch.Generator().manual_seed(0))
+    score = InceptionScore(1008)
+    for batch in logits.split(33):
+        score.update(batch)
+    theirs = isc_features_to_metric(logits, splits=1, shuffle=False)
+    assert score.compute() == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
+
+
+@pytest.mark.parametrize(("first", "second", "width"), [(200, 150, 16), (10, 14, 16)])
+def test_distance_is_that_of_torch_fidelity(first: int, second: int, width: int) -> None:
+    a, b = draw(first, width, seed=7), draw(second, width, seed=8, offset=0.3)
+    theirs = fid_statistics_to_metric(*(fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)), verbose=False)
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)

@@ -4,10 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import lpips
 import pytest
 import torch
+import torchvision
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from vqrae.common.pictures import save_picture, tensor_to_picture
 from vqrae.data.scenes import SceneDataset
@@ -54,7 +58,7 @@ def test_ssim_is_one_for_copies_and_of_range_one() -> None:
     a, b, c = 51 / 255, 102 / 255, 1e-4
     expected = (2 * a * b + c) / (a * a + b * b + c)
     constant = measure(torch.full((1, 3, 32, 32), a), torch.full((1, 3, 32, 32), b))
-    assert constant["ssim"] == pytest.approx(expected, abs=1e-4)
+    assert constant["ssim"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_codes_are_counted_over_the_whole_set() -> None:
@@ -82,6 +86,8 @@ def test_mistakes() -> None:
         ReconstructionMetrics(8).compute()
     with pytest.raises(ValueError, match="expected as many"):
         ReconstructionMetrics(8).update(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16), CODES)
+    with pytest.raises(ValueError, match="psnr, squared_error, ssim that are not finite"):
+        measure(torch.zeros(1, 3, 32, 32), torch.full((1, 3, 32, 32), float("nan")))
     with pytest.raises(ValueError, match="expected those of 1 codebooks"):
         ReconstructionMetrics(8).update(*[torch.zeros(1, 3, 16, 16)] * 2, CODES[..., None].expand(1, 4, 2))
 
@@ -170,6 +176,21 @@ def test_a_lone_tokenizer_has_no_original_encoder(tokenizer_folder: Path, tmp_pa
     assert values["frechet_encoder"] > 0
 
 
+def test_one_image_has_no_distance_but_all_other_scores(run_directory: Path, tmp_path: Path) -> None:
+    arguments = [f"model={run_directory}", "num_images=1", "frechet=[encoder]", f"reference={tmp_path / 'reference'}"]
+    values = score(tmp_path / "scores.json", *arguments)
+    assert values["frechet_encoder"] is None
+    assert "features of 1 images, expected at least 2" in values["not_measured"]["frechet_encoder"]
+    assert values["psnr"] > 0
+    assert not (tmp_path / "reference").exists()
+
+
+def test_an_original_encoder_of_the_hub_is_known_by_its_name(make_tokenizer: Callable[..., VQRAEModel]) -> None:
+    model = make_tokenizer()
+    model.config.name_or_path = model.name_or_path = "org/tokenizer"
+    assert networks.OriginalEncoder(model).identity == "org/tokenizer"
+
+
 def test_all_pictures_of_a_folder_are_scored_and_broken_ones_are_left_out(
     tokenizer_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -197,7 +218,7 @@ def test_kept_references_give_the_same_distance_and_refuse_others(run_directory:
     assert score(tmp_path / "b.json", *arguments)["frechet_encoder"] == pytest.approx(first, rel=1e-6)
     with pytest.raises(ValueError, match=r"statistics of something else.*requested_images: the file has 11, this run 7"):
         score(tmp_path / "c.json", *arguments, "num_images=7")
-    with pytest.raises(ValueError, match=r"protocol: the file has .*round.*truncate"):
+    with pytest.raises(ValueError, match=r"protocol: the file has .*round.*none"):
         score(tmp_path / "c.json", *arguments, "protocol=vgt")
 
 
@@ -238,10 +259,8 @@ def test_weights_are_what_their_name_promises(no_weights: Path, tmp_path: Path, 
         networks.Inception("nowhere")
 
 
-def test_inception_and_lpips_walk_their_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_inception_is_that_of_torch_fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With random weights in the right files: values mean nothing, but the path from file to number is the real one."""
-    torchvision = pytest.importorskip("torchvision")
-    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     monkeypatch.setattr(networks, "find_weights", lambda name, url, key, path=None: Path(path))
     monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *a, **k: {}, raising=False)
     monkeypatch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
@@ -252,12 +271,26 @@ def test_inception_and_lpips_walk_their_networks(monkeypatch: pytest.MonkeyPatch
     network = networks.Inception(str(tmp_path / "inception.pth"))
     pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     for ours, theirs in zip(network(pixels.float() / 255), whole(pixels), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert torch.equal(ours, theirs)
 
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "alex.pth")
-    distance = networks.build_lpips("alex", str(tmp_path / "alex.pth"))
-    a, b = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
-    assert distance(a, b).shape == (2,)
+
+@pytest.mark.parametrize("backbone", ["vgg", "alex"])
+def test_lpips_is_that_of_its_package(backbone: networks.Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The package lpips with the same random backbone; the linear heads are trained, and ship with both."""
+    # VGG's classifier, which LPIPS does not use, has 120 million weights to draw.
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: None)
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda *args: None)
+    layers = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[backbone]().features.state_dict()
+    torch.save({f"features.{name}": value for name, value in layers.items()}, tmp_path / "backbone.pth")
+    monkeypatch.setattr(networks, "find_weights", lambda name, url, key, path=None: Path(path))
+    distance = networks.build_lpips(backbone, str(tmp_path / "backbone.pth"))
+    theirs = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False).eval()
+    for part in (getattr(theirs.net, f"slice{i}") for i in range(1, 6)):
+        for name, layer in part.named_children():
+            layer.load_state_dict({key: layers[f"{name}.{key}"] for key in layer.state_dict()})
+    a, b = torch.rand(2, 2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(distance(a, b), theirs(a, b, normalize=True).flatten(), rtol=1e-5, atol=1e-9)
     assert (distance(a, b) > 0).all()
     assert distance(a, a).abs().max() < 1e-6
 

@@ -15,20 +15,21 @@ from vqrae.eval.results import GENEVAL_COLUMNS, read_score
 
 def geneval(benchmark: str = "GenEval", suite: str = "official", **more: Any) -> dict[str, Any]:
     tags = list(GENEVAL_COLUMNS)[:-1]
-    rows = [{"tag": tag, "metadata": f"{tag}{i}", "correct": i == 0} for tag in tags for i in range(4)]
+    rows = [{"tag": tag, "metadata": tag, "correct": i == 0} for tag in tags for i in range(4)]
     manifest = {"detector": "d", "suite": suite, "pictures": {"sampling": {"guidance_scale": 4.5}}, "packages": {"torch": "2"}}
     return {"benchmark": benchmark, **summarize(rows), "incomplete": [], "manifest": manifest, **more}
 
 
 def dpg(judge: str = "mplug", questions: str = "abc", formulas: str = "published script") -> dict[str, Any]:
     manifest = {"judge": judge, "questions": questions, "formulas": formulas}
-    values = {"dpg": 71.236, "categories": {"entity": 80.0}, "num_prompts": 9, "num_scored": 9, "manifest": manifest}
+    counts = {"num_prompts": 1065, "num_scored": 1065}
+    values = {"dpg": 71.236, "categories": {"entity": 80.0}, **counts, "manifest": manifest}
     return {"benchmark": f"DPG({judge})", **values}
 
 
 RECONSTRUCTED = {
-    "psnr": 22.5, "ssim": 0.7, "rfid": None, "not_measured": {"rfid": "no weights"}, "num_images": 1000, "data": "scenes",
-    "protocol": {"name": "standard"}, "tokenizer": "f" * 64,
+    "psnr": 22.5, "ssim": 0.7, "rfid": 1.0, "not_measured": {}, "num_images": 50_000, "data": "val: 50000 pictures",
+    "imagenet_validation": True, "image_size": 256, "protocol": {"name": "titok"}, "tokenizer": "f" * 64,
 }  # fmt: skip
 
 
@@ -57,8 +58,8 @@ def test_cells_of_each_kind(tmp_path: Path) -> None:
     assert (score.values["DPG"], score.values["Ent"], score.values["Glob"], score.reservations) == (71.236, 80, None, ())
     write_json(tmp_path / "r.json", RECONSTRUCTED)
     score = read_score(tmp_path / "r.json")
-    assert (score.table, score.values) == (RECONSTRUCTION, {"rFID": None, "PSNR": 22.5, "SSIM": 0.7})
-    assert score.reservations == ("1000 pictures of scenes", "rFID not measured: no weights")
+    assert (score.table, score.values) == (RECONSTRUCTION, {"rFID": 1.0, "PSNR": 22.5, "SSIM": 0.7})
+    assert score.reservations == ()
     folder = tmp_path / "understanding"
     write_json(folder / "pope.json", {"score": 88.0, "manifest": {"git_commit": "c"}, "settings": {"limit": 10}})
     write_json(folder / "scores.json", {"pope": 88.0})
@@ -80,13 +81,27 @@ def test_cells_of_each_kind(tmp_path: Path) -> None:
         (dpg("vqa:blip"), "instead of mPLUG"),
         (dpg(questions="scenes"), "embedded scenes"),
         (dpg(formulas="corrected"), "corrected formulas"),
-        ({**dpg(), "num_scored": 7}, "2 of 9 prompts"),
+        ({**dpg(), "num_scored": 1063}, "2 of 1065 prompts"),
+        ({**dpg(), "num_prompts": 9, "num_scored": 9}, "9 of DPG-Bench's 1,065 prompts"),
+        ({**geneval(), "num_images": 6}, "6 images of 6 prompts"),
+        ({**RECONSTRUCTED, "imagenet_validation": False}, "50000 images of val: 50000 pictures"),
+        ({**RECONSTRUCTED, "num_images": 49_999}, "49999 images"),
+        ({**RECONSTRUCTED, "image_size": 512}, "compared at 512 px"),
+        ({**RECONSTRUCTED, "protocol": {"name": "vgt", "score_size": 256}, "image_size": 448}, "protocol vgt"),
+        ({**RECONSTRUCTED, "rfid": None, "not_measured": {"rfid": "no weights"}}, "rFID not measured: no weights"),
     ],
 )
 def test_what_does_not_compare_says_so(stored: dict[str, Any], reservation: str, tmp_path: Path) -> None:
     write_json(tmp_path / "s.json", stored)
     [found] = read_score(tmp_path / "s.json").reservations
     assert reservation in found
+
+
+@pytest.mark.parametrize("stored", [7, {"dpg": 1}, {"benchmark": "GenEval"}, {"psnr": 1, "protocol": "x"}])
+def test_files_that_no_evaluation_wrote_are_named(stored: Any, tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", stored)
+    with pytest.raises(ValueError, match=r"x\.json is no score as an evaluation writes it"):
+        read_score(tmp_path / "x.json")
 
 
 def test_unknown_scores_are_refused(tmp_path: Path) -> None:
@@ -103,7 +118,7 @@ def test_command(tmp_path: Path) -> None:
     text = (tmp_path / "results.md").read_text()
     assert "| VQRAE | 0.6B | 0.96 | 0.82 | 0.64 | 0.80 | 0.73 | 0.58 | 0.76 | 89.78 |" in text
     assert "| **ours: GenEval-HF** [1] ≠ | — | 0.25 |" in text
-    assert "| **ours: protocol standard** [2] ≠ | — | — | 22.50 | 0.700 |" in text
+    assert "| **ours: protocol titok** [2] | — | 1.00 | 22.50 | 0.700 |" in text
     assert '"guidance_scale": 4.5' in text
     assert "Table 3" not in text
     tables = read_json(tmp_path / "results.json")["tables"]
