@@ -1,19 +1,60 @@
-"""A run directory: resolved config, manifest, metrics as JSON lines and TensorBoard events, checkpoints."""
+"""A run directory: resolved config, manifest, metrics as JSON lines and TensorBoard events, checkpoints.
 
+It belongs to one process (or launch) at a time, and to the settings that its contents were made with: a relaunch resumes
+with the same ones and is refused with others, so `config.yaml` and `manifest.json` always tell what made the model.
+"""
+
+import dataclasses
+import errno
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from vqrae.common.config import to_yaml
+from vqrae.common.config import parse_yaml, to_yaml
 from vqrae.common.distributed import is_main_process
-from vqrae.common.files import parse_json, raw_lines, write_json, write_text
+from vqrae.common.files import parse_json, raw_lines, read_json, write_json, write_text
+
+# Fields of any configuration that may change between the launches of one run: they decide how it is computed and what it
+# reports, not what comes out. The tokenizer may move; its fingerprint is compared.
+FREE_SETTINGS = frozenset(
+    {
+        "output_dir",
+        "stage",
+        "dry_run",
+        "tokenizer",
+        "micro_batch_size",
+        "zero",
+        "attention",
+        "attn_implementation",
+        "compile",
+        "activation_checkpointing",
+        "gradient_checkpointing",
+        "num_workers",
+        "dataloader_num_workers",
+        "perceptual_weights",
+        "save_steps",
+        "save_total_limit",
+        "keep_checkpoints",
+        "log_steps",
+        "logging_steps",
+        "sample_steps",
+        "max_nonfinite_steps",
+    }
+)
+# What a run keeps of its work, in its folder or in that of a stage.
+_RESULTS = ("model", "checkpoint-*", "step-*", "*/model", "*/checkpoint-*", "*/step-*")
+_STEPS_FILE = "training.json"
+_locks: dict[Path, IO[str]] = {}  # open as long as the process lives
 
 TRACKED_PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "numpy", "lmms-eval")
 
@@ -64,30 +105,139 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def mark_trained(model: Path, steps: int) -> None:
+    """Record in a model folder for how many steps it was trained, before the folder gets its name."""
+    write_json(model / _STEPS_FILE, {"steps": steps})
+
+
+def trained_steps(model: Path) -> int:
+    """Steps that the model in this folder was trained for; 0 where there is none, or none that says so."""
+    file = model / _STEPS_FILE
+    return read_json(file)["steps"] if file.is_file() else 0
+
+
+def hold(lock_file: Path, what: str) -> None:
+    """Keep other processes from working on `what` until this one ends.
+
+    Raises:
+        ValueError: when another process holds it.
+    """
+    lock_file = lock_file.absolute()
+    if lock_file in _locks:
+        return
+    stream = lock_file.open("a+")
+    try:
+        # Unlike flock's, these locks do not live on in the workers of a killed process, and they work on NFS.
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            stream.close()
+            raise ValueError(f"{what} is in use by {holder}: wait until it ends, or set another output") from None
+        # Some file systems of clusters have no locks; there two launches go unnoticed.
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {platform.node()}\n")
+    stream.flush()
+    _locks[lock_file] = stream
+
+
+def changed_settings(folder: Path, config: Any, ignore: Collection[str] = ()) -> list[str]:
+    """How `config` differs from what is recorded in the `config.yaml` of a folder, as `key OLD -> NEW`.
+
+    Fields of `FREE_SETTINGS`, keys that one of both does not know, and a `max_steps` that grows are no differences.
+
+    Args:
+        ignore: names of further fields of `config` that do not matter here.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return []
+    recorded, given = parse_yaml(file.read_text()), parse_yaml(to_yaml(config))
+    left_out = dict.fromkeys(ignore)
+    return list(_differences({**recorded, **left_out}, {**given, **left_out}, config))
+
+
+def _differences(recorded: dict[str, Any], given: dict[str, Any], config: Any, where: str = "") -> Iterator[str]:
+    known = recorded.keys() & given.keys() if dataclasses.is_dataclass(config) else recorded.keys() | given.keys()
+    for name in sorted(known - FREE_SETTINGS):
+        old: Any = recorded.get(name)
+        new: Any = given.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, getattr(config, name, None), f"{where}{name}.")
+        elif old != new and not (name == "max_steps" and new > old):
+            yield f"{where}{name} {old!r} -> {new!r}"
+
+
+def refuse_changes(folder: Path, changes: Collection[str]) -> None:
+    """Refuse to go on in a folder with other settings.
+
+    Raises:
+        ValueError: naming what changed, when anything did.
+    """
+    if changes:
+        raise ValueError(
+            f"{folder} holds results of other settings; they differ in {', '.join(changes)}: "
+            "repeat the settings of its config.yaml, or set another output_dir"
+        )
+
+
 class RunDirectory:
     """Folder of one run. Only the main process writes.
 
+    Making one takes the folder: nothing else may work in it until this process ends. Nothing is recorded before `begin`,
+    so a finished run stays as it is.
+
     Args:
         path: the folder, made when missing.
-        config: the resolved configuration (a dataclass), written as `config.yaml` and printed.
-        fingerprints: identity of data and tokenizer, for `manifest.json`.
+        config: the resolved configuration (a dataclass).
+        ignore: names of fields of `config` that decide nothing in this folder.
+
+    Raises:
+        ValueError: when another process works in the folder, or when it holds results of other settings.
     """
 
-    def __init__(
-        self, path: str | Path, config: Any = None, *, seed: int = 0, fingerprints: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, config: Any = None, *, seed: int = 0, ignore: Collection[str] = ()) -> None:
         quiet_libraries()
-        self.path = Path(path)
+        self.path, self.config, self.seed = Path(path), config, seed
         self._events: Any = None
-        self._started = time.time()
         if not is_main_process():
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if config is not None:
-            text = to_yaml(config)
+        hold(self.path / ".lock", str(self.path))
+        if config is not None and self.has_results():
+            refuse_changes(self.path, changed_settings(self.path, config, ignore))
+
+    def has_results(self) -> bool:
+        """Whether there is anything in the folder that a training took time for."""
+        return any(True for pattern in _RESULTS for _ in self.path.glob(pattern))
+
+    def begin(self, fingerprints: dict[str, str] | None = None) -> None:
+        """Print and record this launch in `config.yaml` and `manifest.json`, which keeps all launches since the first.
+
+        Args:
+            fingerprints: identity of data and models.
+
+        Raises:
+            ValueError: when the folder holds results of other data or models.
+        """
+        if not is_main_process():
+            return
+        file, launch = self.path / "manifest.json", run_manifest(seed=self.seed, fingerprints=fingerprints)
+        manifest = launch
+        if file.is_file() and self.has_results():
+            manifest = read_json(file)
+            known, found = manifest["fingerprints"], launch["fingerprints"]
+            others = {name: new for name, new in found.items() if known.get(name, new) != new}
+            refuse_changes(self.path, [f"{name} {known[name]!r} -> {new!r}" for name, new in others.items()])
+            resumed = {key: launch[key] for key in ("command", "git_commit", "packages", "started")}
+            manifest.setdefault("resumed", []).append(resumed)
+        remove_temporaries(self.path)
+        if self.config is not None:
+            text = to_yaml(self.config)
             print(f"----- {self.path} -----\n{text}-----", flush=True)
             write_text(self.path / "config.yaml", text)
-        write_json(self.path / "manifest.json", run_manifest(seed=seed, fingerprints=fingerprints))
+        write_json(file, manifest)
 
     # ---- metrics
 
@@ -127,6 +277,13 @@ class RunDirectory:
         """Delete all but the newest `keep` checkpoints."""
         for path in self.checkpoints()[:-keep]:
             shutil.rmtree(path)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes left half-written; the caller holds the folder."""
+    for path in folder.glob(".*"):
+        if path.name.endswith((".tmp", ".staging")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from importlib import resources
@@ -10,12 +12,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from vqrae.common.distributed import fit_batch, is_main_process, prepare_cpu_deepspeed, world_size
+from vqrae.common.files import atomic_path, read_json
 from vqrae.common.optimizers import Muon, muon_groups
-from vqrae.common.run import RunDirectory, format_duration
+from vqrae.common.run import RunDirectory, format_duration, mark_trained
 
 IGNORE_INDEX = -100  # labels that carry no loss
 
@@ -63,7 +66,7 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
     for ours in ("global_batch_size", "micro_batch_size", "optimizer", "zero", "extra"):
         named.pop(ours)
     micro_batch_size, accumulation = fit_batch(config.global_batch_size, config.micro_batch_size, world_size())
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=micro_batch_size,
         gradient_accumulation_steps=accumulation,
@@ -79,6 +82,9 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
         **named,
         **config.extra,
     )
+    # A plain process on a machine with n GPUs would else become nn.DataParallel, which cuts our batches apart.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def build_optimizers(config: OptimizationConfig, model: nn.Module) -> tuple[torch.optim.Optimizer | None, None]:
@@ -126,9 +132,75 @@ class InstrumentCallback(TrainerCallback):
             )
 
 
+class WholeTrainer(Trainer):
+    """`Trainer` whose checkpoints are whole or absent, whenever it is killed."""
+
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(str(self.args.output_dir))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = output_dir / ".saving.tmp"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()  # each process writes its part
+        if self.args.should_save:
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+            (staging / name).rename(output_dir / name)
+            staging.rmdir()
+            rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a `Trainer` in a folder, oldest first."""
+    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return [path for path in found if _is_whole(path)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds the file that is written last; one that another trainer was killed over does not."""
+    try:
+        return "global_step" in read_json(checkpoint / "trainer_state.json")
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 def run_trainer(trainer: Trainer) -> None:
-    """Train, continuing from the newest checkpoint in the output directory."""
+    """Train, continuing from the newest whole checkpoint in the output directory; what is not whole there is removed."""
     trainer.remove_callback(PrinterCallback)  # the instrument callback prints the line
     output_dir = Path(str(trainer.args.output_dir))
-    checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    found = checkpoints(output_dir)
+    trainer.accelerator.wait_for_everyone()
+    if is_main_process():
+        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if path not in found:
+                shutil.rmtree(path)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+
+
+def save_model(trainer: Trainer, folder: Path, text_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write the trained model, with the trainer's processor or `text_tokenizer`, to `folder`, whole or not at all.
+
+    Every process calls this: under ZeRO-3 the weights are gathered from all.
+    """
+    trainer.model.config.use_cache = True  # Trainer turned it off
+    staging = folder.with_name(f".{folder.name}.tmp")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(staging))
+    if trainer.is_world_process_zero():
+        if text_tokenizer is not None:
+            text_tokenizer.save_pretrained(staging)
+        (staging / "training_args.bin").unlink()  # a pickle has no place in a model folder
+        mark_trained(staging, trainer.state.global_step)
+        with atomic_path(folder) as whole:
+            os.replace(staging, whole)
+    trainer.accelerator.wait_for_everyone()

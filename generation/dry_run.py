@@ -41,7 +41,7 @@ def dry_run(config: TrainingConfig) -> None:
     encode_prompt = fit_prompts(short.model, build_text_tokenizer(short.model, list), vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(short.optimization, folder, seed=config.seed)
-        RunDirectory(folder, short, seed=config.seed)
+        RunDirectory(folder, short, seed=config.seed).begin()
         torch.manual_seed(config.seed)
         model = build_model(short.model, vocabulary, encode_prompt, bf16=short.optimization.bf16)
         parts = count_parts(model, vocabulary)

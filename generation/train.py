@@ -10,18 +10,15 @@ resumes an interrupted run and returns at once from a finished one.
 
 import dataclasses
 import functools
-import os
-import shutil
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer
 
 from vqrae.common.checkpoints import local_model
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
-from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import InstrumentCallback, run_trainer, training_arguments
+from vqrae.common.run import RunDirectory, trained_steps
+from vqrae.common.trainer import InstrumentCallback, checkpoints, run_trainer, save_model, training_arguments
 from vqrae.data.sources import fingerprint as data_fingerprint
 from vqrae.data.sources import is_encoded, open_pairs_or_codes, some_captions
 from vqrae.generation.config import TrainingConfig, read_config
@@ -34,30 +31,16 @@ from vqrae.generation.vocabulary import VisualVocabulary
 from vqrae.tokenizer import VQRAEConfig
 
 
-def _is_finished(run: Path, max_steps: int, fingerprint: str) -> bool:
-    """True when the run holds a model trained for `max_steps`.
+def _require_tokenizer(run: Path, fingerprint: str) -> None:
+    """Refuse to go on with a generator that speaks the codes of another tokenizer.
 
     Raises:
-        ValueError: when a model or checkpoint there speaks the codes of another tokenizer.
+        ValueError: naming the model or checkpoint.
     """
-    for saved in (*run.glob("model/config.json"), *run.glob("checkpoint-*/config.json")):
-        require_same_tokenizer(fingerprint, read_json(saved)["vqrae_tokenizer_fingerprint"], f"generator {saved.parent}")
-    state = run / "trainer_state.json"
-    return (run / "model" / "config.json").is_file() and state.is_file() and read_json(state)["global_step"] >= max_steps
-
-
-def _save(trainer: Trainer, text_tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the finished model; every process takes part, for ZeRO-3 gathers the weights."""
-    temporary = folder.with_name(".model.tmp")
-    trainer.save_model(str(temporary))
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        text_tokenizer.save_pretrained(temporary)
-        (temporary / "training_args.bin").unlink()  # a pickle, and `config.yaml` says it all
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    trainer.accelerator.wait_for_everyone()
+    for folder in (run / "model", *checkpoints(run)):
+        if (folder / "config.json").is_file():
+            found = read_json(folder / "config.json")["vqrae_tokenizer_fingerprint"]
+            require_same_tokenizer(fingerprint, found, f"generator {folder}")
 
 
 def train(config: TrainingConfig) -> Path:
@@ -65,7 +48,9 @@ def train(config: TrainingConfig) -> Path:
     output = Path(config.output_dir)
     tokenizer = local_model(config.tokenizer)
     fingerprint = weights_fingerprint(tokenizer)
-    if _is_finished(output, config.optimization.max_steps, fingerprint):
+    _require_tokenizer(output, fingerprint)
+    run = RunDirectory(output, config, seed=config.seed)
+    if trained_steps(output / "model") >= config.optimization.max_steps:
         print(f"finished: {output / 'model'}", flush=True)
         return output / "model"
     visual = VQRAEConfig.from_pretrained(tokenizer)
@@ -84,8 +69,7 @@ def train(config: TrainingConfig) -> Path:
     encode = None if is_encoded(samples) else functools.partial(encode_pictures, encoder.to(arguments.device))
     del encoder  # training on shards keeps nothing of it
 
-    fingerprints = {"tokenizer": fingerprint, "data": data_fingerprint(config.data)}
-    run = RunDirectory(output, config, seed=config.seed, fingerprints=fingerprints)
+    run.begin({"tokenizer": fingerprint, "data": data_fingerprint(config.data)})
     torch.manual_seed(config.seed)
     model = build_model(config.model, vocabulary, encode_prompt, bf16=config.optimization.bf16)
     model.config.vqrae_tokenizer, model.config.vqrae_tokenizer_fingerprint = str(tokenizer.resolve()), fingerprint
@@ -103,8 +87,7 @@ def train(config: TrainingConfig) -> Path:
         encode=encode,
     )
     run_trainer(trainer)
-    model.config.use_cache = True  # Trainer turns it off
-    _save(trainer, text_tokenizer, output / "model")
+    save_model(trainer, output / "model", text_tokenizer)
     return output / "model"
 
 

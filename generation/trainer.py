@@ -11,14 +11,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     Qwen3ForCausalLM,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import attention_implementation
-from vqrae.common.trainer import build_optimizers
+from vqrae.common.trainer import WholeTrainer, build_optimizers
 from vqrae.data.scenes import SPRITE_SETS
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import fit_word_tokenizer
@@ -45,7 +44,7 @@ def visual_loss(
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-class GeneratorTrainer(Trainer):
+class GeneratorTrainer(WholeTrainer):
     """A `Trainer` whose loss is on the codes.
 
     Args:

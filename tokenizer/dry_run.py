@@ -27,6 +27,7 @@ def dry_run(config: TokenizerTrainConfig) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rehearsed = rehearsal(config, number)
             run = RunDirectory(folder, rehearsed, seed=config.seed)
+            run.begin()
             report = measure(rehearsed, number, run, config.stage_config(number))
         if is_main_process():
             print(report.text(), flush=True)

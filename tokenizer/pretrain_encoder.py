@@ -16,15 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import SiglipConfig, SiglipModel, SiglipVisionModel, Trainer
+from transformers import SiglipConfig, SiglipModel, SiglipVisionModel
 from transformers.trainer_utils import set_seed
 
 from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path
-from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
+from vqrae.common.run import RunDirectory, mark_trained, trained_steps
+from vqrae.common.trainer import (
+    InstrumentCallback,
+    OptimizationConfig,
+    WholeTrainer,
+    build_optimizers,
+    run_trainer,
+    training_arguments,
+)
 from vqrae.data.scenes import SceneDataset, load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import END, build_word_tokenizer
@@ -144,11 +151,12 @@ def retrieval_accuracy(model: SiglipModel, collator: GroundedCollator, dataset: 
 
 def main(argv: list[str] | None = None) -> None:
     config: EncoderPretrainingConfig = read_run(EncoderPretrainingConfig, "vqrae.tokenizer", argv)
-    run = RunDirectory(config.output_dir, config, seed=config.seed)
+    run, max_steps = RunDirectory(config.output_dir, config, seed=config.seed), config.optimization.max_steps
     final = run.path / "model"
-    if final.is_dir():
-        print(f"{final} is finished")
+    if trained_steps(final) >= max_steps:
+        print(f"{final} is finished ({max_steps} steps)")
         return
+    run.begin()
     set_seed(config.seed)
     texts = vocabulary_texts(load_sprites(config.sprites).names)
     text_tokenizer = build_word_tokenizer(texts, end_with=END)
@@ -157,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     collator = GroundedCollator(text_tokenizer, config.text["max_position_embeddings"], grid_size)
     model = build_siglip(config, len(text_tokenizer), text_tokenizer.eos_token_id)
     options: dict[str, Any] = {"image_size": image_size, "sprites": config.sprites, "seed": config.seed}
-    trainer = Trainer(
+    trainer = WholeTrainer(
         model=model,
         args=training_arguments(config.optimization, run.path / "checkpoints", seed=config.seed),
         train_dataset=SceneDataset("train", item="grounded_pair", **options),
@@ -168,18 +176,19 @@ def main(argv: list[str] | None = None) -> None:
     run_trainer(trainer)
     trainer.save_model(str(run.path / "siglip"))  # collective: every rank takes part
     if trainer.is_world_process_zero():
-        save_vision_tower(run.path / "siglip", final)
         trained = SiglipModel.from_pretrained(run.path / "siglip")
         accuracy = retrieval_accuracy(trained, collator, SceneDataset("validation", item="grounded_pair", **options))
-        run.log(config.optimization.max_steps, {"retrieval_accuracy": accuracy})
+        run.log(max_steps, {"retrieval_accuracy": accuracy})
+        save_vision_tower(run.path / "siglip", final, steps=max_steps)  # last, for it says that the run is finished
         print(f"encoder in {final}: of 100 held-out pictures {accuracy:.0%} find their own caption")
 
 
-def save_vision_tower(siglip_folder: Path, folder: Path) -> None:
-    """Keep the vision tower of a SigLIP folder, without its pooling head."""
+def save_vision_tower(siglip_folder: Path, folder: Path, *, steps: int) -> None:
+    """Keep the vision tower of a SigLIP folder, without its pooling head, as trained for so many steps."""
     tower = SiglipVisionModel.from_pretrained(siglip_folder, vision_use_head=False)
     with atomic_path(folder) as temporary:
         tower.save_pretrained(temporary)
+        mark_trained(temporary, steps)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     attention = attention_implementation(config.attention)
     output = Path(config.output_dir)
     stages = [1, 2] if config.stage == "both" else [config.stage]
-    RunDirectory(output, config, seed=config.seed)
+    not_begun = {f"stage{number}" for number in (1, 2) if not (output / f"stage{number}").is_dir()}
+    run_of_both = RunDirectory(output, config, seed=config.seed, ignore=not_begun)
+    if not all((output / f"stage{number}" / "model").is_dir() for number in stages):
+        run_of_both.begin()
     for number in stages:
         folder, previous = output / f"stage{number}", output / "stage1" / "model"
         if (folder / "model").is_dir():
@@ -49,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             model = VQRAEModel.from_pretrained(previous, attn_implementation=attention)
         run = RunDirectory(folder, seed=config.seed)
+        run.begin()
         StageTrainer(config, number, model, run).train()
     if is_main_process():
         for folder in (output / f"stage{stages[-1]}").glob("model*"):  # and its moving average

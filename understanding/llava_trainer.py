@@ -6,16 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import LlavaForConditionalGeneration, Trainer
+from transformers import LlavaForConditionalGeneration
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vqrae.common.trainer import WholeTrainer
 from vqrae.data.grouping import GroupedSampler, modality_lengths
 from vqrae.understanding.projector import PROJECTOR_FILE, load_projector, save_projector
 
 PROJECTOR = "multi_modal_projector."  # in the names of weights
 
 
-class LlavaTrainer(Trainer):
+class LlavaTrainer(WholeTrainer):
     """`Trainer` that knows LLaVA's parts.
 
     Args:

@@ -10,23 +10,28 @@ Pretrain leaves LLaVA's `mm_projector.bin` too. The same command resumes, and do
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Trainer, set_seed
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 
 from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path
-from vqrae.common.run import RunDirectory
-from vqrae.common.trainer import InstrumentCallback, OptimizationConfig, build_optimizers, run_trainer, training_arguments
+from vqrae.common.run import RunDirectory, changed_settings, mark_trained, refuse_changes, trained_steps
+from vqrae.common.trainer import (
+    InstrumentCallback,
+    OptimizationConfig,
+    build_optimizers,
+    run_trainer,
+    save_model,
+    training_arguments,
+)
 from vqrae.data.sources import Samples, fingerprint, holds_conversations, open_conversations, open_pairs
 from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, require_tokenizer
 from vqrae.understanding.conversation import ConversationCollator, load_template
@@ -38,6 +43,8 @@ from vqrae.understanding.quantized import QUANTIZED, read_quantized_features
 
 Stage = Literal["pretrain", "sft"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft")
+# What pretrain put into its model, which sft takes over.
+BUILT_BY_PRETRAIN = {"llm", "chat_template", "aspect_ratio", "projector", "features"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +123,7 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
     # they are frozen.
     frozen = stage == "sft" and config.lora is not None
     dtype = torch.bfloat16 if optimization.bf16 and (optimization.zero or frozen) else torch.float32
-    pretrained = Path(config.output_dir) / "pretrain" / "model"
+    pretrained = pretrained_model(config)
     if stage == "sft" and (pretrained / "config.json").is_file():
         model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, attn_implementation=attention)
         require_tokenizer(model.config, config.tokenizer, pretrained)
@@ -146,14 +153,39 @@ def build_collator(config: TrainConfig, stage: Stage, processor: LlavaProcessor)
     return ConversationCollator(processor, **options)
 
 
+def open_run(config: TrainConfig, stage: Stage) -> RunDirectory:
+    """The folder of a stage.
+
+    Raises:
+        ValueError: when it holds results of other settings, or when sft would start from a model that pretrain built with
+            others.
+    """
+    names = {field.name for field in dataclasses.fields(config)}
+    folder = Path(config.output_dir)
+    if stage == "pretrain":
+        own_data = {"data", "image_folder"} if config.pretrain_data else set()
+        return RunDirectory(folder / stage, config, seed=config.seed, ignore={"sft", "lora", "batching"} | own_data)
+    if pretrained_model(config).is_dir() and is_main_process():
+        refuse_changes(folder / "pretrain", changed_settings(folder / "pretrain", config, names - BUILT_BY_PRETRAIN))
+    ignore = {"pretrain", "pretrain_data", "pretrain_image_folder"}
+    return RunDirectory(folder / stage, config, seed=config.seed, ignore=ignore)
+
+
+def pretrained_model(config: TrainConfig) -> Path:
+    """Where pretrain leaves its model."""
+    return Path(config.output_dir) / "pretrain" / "model"
+
+
 def run_stage(config: TrainConfig, stage: Stage) -> None:
     """Train one stage to its end, or return at once when that was done before."""
     output_dir = Path(config.output_dir)
     run_dir = output_dir / stage
-    final = output_dir / "model" if stage == "sft" else run_dir / "model"
+    final = output_dir / "model" if stage == "sft" else pretrained_model(config)
     optimization: OptimizationConfig = getattr(config, stage)
-    if is_finished(final, run_dir, optimization.max_steps):
+    if (final / "config.json").is_file():
         require_tokenizer(LlavaConfig.from_pretrained(final), config.tokenizer, final)
+    run = open_run(config, stage)
+    if trained_steps(final) >= optimization.max_steps:
         print(f"{stage}: {final} is finished ({optimization.max_steps} steps)", flush=True)
         return
     set_seed(config.seed)  # the projector's first weights
@@ -172,7 +204,9 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         "tokenizer": getattr(model.config, FINGERPRINT_KEY),
         "data": fingerprint(data_source(config, stage)),
     }
-    run = RunDirectory(run_dir, config, seed=config.seed, fingerprints=identities)
+    if stage == "sft":
+        identities["pretrain"] = f"{trained_steps(pretrained_model(config))} steps"
+    run.begin(identities)
     print_parameters(trained)
     if is_main_process():
         epochs = optimization.max_steps * optimization.global_batch_size / len(dataset)
@@ -196,27 +230,22 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         unset_hf_deepspeed_config()
     if is_main_process():
         if lora:
-            save_merged(config, run_dir / "adapter", final)
+            save_merged(config, run_dir / "adapter", final, steps=trainer.state.global_step)
         if stage == "pretrain":
             projector = LlavaForConditionalGeneration.from_pretrained(final).model.multi_modal_projector
             save_projector(projector.state_dict(), run_dir / PROJECTOR_FILE)
     trainer.accelerator.wait_for_everyone()
 
 
-def save_merged(config: TrainConfig, adapter: Path, folder: Path) -> None:
-    """Write the model with the adapter in its weights, as a folder that needs no peft."""
+def save_merged(config: TrainConfig, adapter: Path, folder: Path, *, steps: int) -> None:
+    """Write the model with the adapter in its weights, as a folder that needs no peft and was trained for so many steps."""
     base, processor = load_or_build(config, "sft")
     model = merge_lora(base, adapter)
     model.config.use_cache = True
     with atomic_path(folder) as whole:
         model.save_pretrained(whole)
         processor.save_pretrained(whole)
-
-
-def is_finished(final: Path, run_dir: Path, max_steps: int) -> bool:
-    """True when the final model is there and the newest checkpoint has reached `max_steps`."""
-    checkpoint = get_last_checkpoint(str(run_dir)) if run_dir.is_dir() else None
-    return (final / "config.json").is_file() and checkpoint is not None and int(checkpoint.rsplit("-", 1)[1]) >= max_steps
+        mark_trained(whole, steps)
 
 
 def print_parameters(model: nn.Module) -> None:
@@ -225,21 +254,6 @@ def print_parameters(model: nn.Module) -> None:
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         trained = sum(n for n, trainable in sizes if trainable)
         print(f"parameters: {sum(n for n, _ in sizes):,}, trained {trained:,}", flush=True)
-
-
-def save_model(trainer: Trainer, folder: Path) -> None:
-    """Write the trained model and its processor (or text tokenizer) to `folder`, whole or not at all.
-
-    Every process calls this: under ZeRO-3 the weights are gathered from all.
-    """
-    trainer.model.config.use_cache = True  # Trainer turned it off
-    staging = folder.with_name(f".{folder.name}.staging")
-    trainer.save_model(str(staging))
-    if trainer.is_world_process_zero():
-        (staging / "training_args.bin").unlink()  # a pickle has no place in a model folder
-        with atomic_path(folder) as whole:
-            os.replace(staging, whole)
-    trainer.accelerator.wait_for_everyone()
 
 
 def main(argv: list[str] | None = None) -> None:

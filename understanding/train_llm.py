@@ -18,25 +18,27 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, Trainer, set_seed
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
-from vqrae.common.run import RunDirectory
+from vqrae.common.run import RunDirectory, trained_steps
 from vqrae.common.trainer import (
     IGNORE_INDEX,
     InstrumentCallback,
     OptimizationConfig,
+    WholeTrainer,
     build_optimizers,
     run_trainer,
+    save_model,
     training_arguments,
 )
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset, load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.understanding.conversation import load_template
-from vqrae.understanding.train import is_finished, print_parameters, save_model
+from vqrae.understanding.train import print_parameters
 
 VOCABULARY_MULTIPLE = 64  # matrix shapes that kernels like; also leaves room for added tokens
 
@@ -119,14 +121,15 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: CONFIG [key.path=value …]."""
     config: TinyLLMConfig = read_run(TinyLLMConfig, "vqrae.understanding", argv)
     run_dir = Path(config.output_dir)
-    if is_finished(run_dir / "model", run_dir, config.optimization.max_steps):
+    run = RunDirectory(run_dir, config, seed=config.seed)
+    if trained_steps(run_dir / "model") >= config.optimization.max_steps:
         print(f"{run_dir / 'model'} is finished ({config.optimization.max_steps} steps)", flush=True)
         return
+    run.begin()
     set_seed(config.seed)
     model, text_tokenizer = build_tiny_llm(config)
-    run = RunDirectory(run_dir, config, seed=config.seed)
     print_parameters(model)
-    trainer = Trainer(
+    trainer = WholeTrainer(
         model=model,
         args=training_arguments(config.optimization, run_dir, seed=config.seed),
         train_dataset=SceneText(config.sprites, seed=config.seed),

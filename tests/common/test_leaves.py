@@ -114,6 +114,7 @@ def test_models_are_found_where_people_point(tmp_path: Path) -> None:
 
 def test_metrics_survive_a_crash_and_a_rewind(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
+    run.begin()
     for step in (1, 2, 3):
         run.log(step, {"loss": 1 / step})
     with (tmp_path / "metrics.jsonl").open("a") as stream:
