@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     SiglipImageProcessor,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vqrae.common.checkpoints import local_model, resolve_model
@@ -80,7 +81,17 @@ def build_llava(
     # Not the whole model: the frequencies of the language model's rotary positions stay in fp32.
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
         part.to(dtype)
+    keep_released_names(model)
     return model, processor
+
+
+def keep_released_names(model: LlavaForConditionalGeneration) -> None:
+    """Let `save_pretrained` write the names of released LLaVA checkpoints, `vision_tower.vision_model.…`.
+
+    vLLM knows no others. transformers reads both, and writes back what it has read; a model that it has not loaded itself, or
+    from a folder without `vision_model`, it writes without.
+    """
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
 
 
 def require_tokenizer(config: LlavaConfig, tokenizer_folder: str | Path, artefact: str | Path) -> None:

@@ -33,7 +33,7 @@ from vqrae.common.trainer import (
     training_arguments,
 )
 from vqrae.data.sources import Samples, fingerprint, holds_conversations, open_conversations, open_pairs
-from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, require_tokenizer
+from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, keep_released_names, require_tokenizer
 from vqrae.understanding.conversation import ConversationCollator, load_template
 from vqrae.understanding.llava_trainer import LlavaTrainer
 from vqrae.understanding.lora import LoraSettings, add_lora, merge_lora
@@ -127,6 +127,7 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
     if stage == "sft" and (pretrained / "config.json").is_file():
         model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, attn_implementation=attention)
         require_tokenizer(model.config, config.tokenizer, pretrained)
+        keep_released_names(model)
         return model, AutoProcessor.from_pretrained(pretrained)
     if stage == "sft" and is_main_process():
         print(f"{pretrained} does not exist: the projector starts at random (stage=both pretrains it first)", flush=True)

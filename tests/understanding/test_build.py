@@ -3,18 +3,21 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.pictures import picture_to_tensor
 from vqrae.data.scenes import SceneDataset
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
 from vqrae.understanding.build import add_rows, build_llava, check_features, prepare_text_tokenizer, require_tokenizer
+from vqrae.understanding.train import TrainConfig, load_or_build
 
 PLAIN_TRANSFORMERS = """
 import sys, torch
@@ -99,7 +102,7 @@ def test_plain_transformers_reads_the_folder(tokenizer_folder, llm_folder, tmp_p
     for name in (
         "language_model.model.embed_tokens.weight",
         "multi_modal_projector.linear_1.weight",
-        "vision_tower.embeddings.patch_embedding.weight",
+        "vision_tower.vision_model.embeddings.patch_embedding.weight",
     ):
         assert name in names, sorted(names)[:5]
 
@@ -130,3 +133,34 @@ def test_template_without_its_end_token_is_refused(tokenizer_folder, vicuna_like
     assert "<|im_end|>" not in AutoTokenizer.from_pretrained(tmp_path).get_vocab()
     with pytest.raises(ValueError, match=r"chat_template: got 'chatml', whose end token"):
         build_llava(tokenizer_folder, tmp_path)
+
+
+def test_weights_are_named_as_vllm_loads_them(tokenizer_folder, llm_folder, tmp_path):
+    model, _ = build_llava(tokenizer_folder, llm_folder)
+    model.save_pretrained(tmp_path / "ours")
+    weights = load_file(tmp_path / "ours" / "model.safetensors")
+    golden = json.loads((Path(__file__).parent / "golden" / "vllm_keys.json").read_text())
+    language_model = {name for name in weights if name.startswith("language_model.")}
+    assert weights.keys() - language_model == set(golden["keys"])
+    assert "vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj.weight" in golden["loaded"]
+    assert "no module or parameter named 'vision_tower.embeddings'" in golden["refused"]
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_folders_with_the_names_of_before_are_read_and_written_anew(tokenizer_folder, llm_folder, tmp_path):
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    folder = tmp_path / "pretrain" / "model"
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    before = {name.replace("vision_model.", ""): value for name, value in weights.items()}
+    save_file(before, folder / "model.safetensors", metadata={"format": "pt"})
+    assert before.keys() != weights.keys()
+    given = [f"tokenizer={tokenizer_folder}", f"llm={llm_folder}", f"output_dir={tmp_path}"]
+    read, _ = load_or_build(load_config(TrainConfig, shipped_config("vqrae.understanding", "tiny"), given), "sft")
+    assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
+    read.save_pretrained(tmp_path / "written")
+    assert load_file(tmp_path / "written" / "model.safetensors").keys() == weights.keys()
