@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile, ImageOps, features
+from PIL import Image, ImageDraw, ImageFile, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from vqrae.common.files import atomic_path, read_bytes
@@ -19,6 +19,7 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", "
 }
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr", ".dng", *_OPTIONAL} - PICTURE_SUFFIXES
 """Suffixes of images that cannot be read here."""
+LABEL_LENGTH = 120  # characters beside a row of a grid: its canvas grows by 8 pixels with each
 _ORIENTATION = 0x0112
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,7 +59,9 @@ def open_picture(source: str | Path | IO[bytes], *, name: str | None = None, dra
                 _scale_transparency(picture, bit_depth=data[24])
             return to_rgb(_upright(picture))
     except Exception as error:  # decoders raise whatever they stumble over: struct.error, TypeError, KeyError, …
-        raise ValueError(f"{name}: not a readable picture ({error})") from error
+        # Pillow's own message has the address of the stream in it, which differs from run to run.
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name}: not a readable picture ({reason})") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = others
 

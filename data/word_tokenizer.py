@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, UNKNOWN, START, END, IMAGE = "<|endoftext|>", "<|unk|>", "<|im_start|>", "<|im_end|>", "<image>"
 ROLES = ["system", "user", "assistant"]
@@ -62,3 +62,18 @@ def fit_word_tokenizer(texts: Sequence[str], captions: Iterable[str], *, size: i
             flush=True,
         )
     return build_word_tokenizer([*texts, *kept])
+
+
+def unknown_words(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The words of a text that become the unknown token, as often as they occur; none for a tokenizer that has no such token.
+
+    Args:
+        text_tokenizer: a fast one; of others it is not known where a token comes from, and the list is empty.
+    """
+    unknown = text_tokenizer.unk_token_id
+    if unknown is None or not text_tokenizer.is_fast:
+        return []
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "split_special_tokens": True}
+    encoded = text_tokenizer(text, **options)
+    places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [text[start:end] for token, (start, end) in places if token == unknown]

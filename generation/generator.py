@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 
 from vqrae.common.checkpoints import load_model, local_model, resolve_model
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
-from vqrae.generation.model import read_prompt_encoder, read_sampling, read_vocabulary, require_generator
+from vqrae.generation.model import find_tokenizer, read_prompt_encoder, read_sampling, read_vocabulary, require_generator
 from vqrae.generation.prepacking import prepacked_linears
 from vqrae.generation.sampling import SamplingConfig, sample_codes
 from vqrae.tokenizer import VQRAEModel
@@ -71,11 +71,11 @@ class Generator:
         model = load_model(Qwen3ForCausalLM, folder, dtype=dtype, attn_implementation="sdpa")
         recorded = model.config.vqrae_tokenizer
         try:
-            visual = local_model(tokenizer or recorded)
+            visual = local_model(tokenizer) if tokenizer else find_tokenizer(recorded, folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"generator {folder} needs the visual tokenizer {tokenizer or recorded}, which cannot be found: "
-                "name its folder with tokenizer=..."
+                f"generator {folder} needs the visual tokenizer {tokenizer or recorded} (weights "
+                f"{model.config.vqrae_tokenizer_fingerprint[:16]}), which cannot be found: name its folder with tokenizer=..."
             ) from error
         artefact = f"generator {folder} (trained with {recorded}, asked to decode with {visual})"
         require_same_tokenizer(weights_fingerprint(visual), model.config.vqrae_tokenizer_fingerprint, artefact)

@@ -5,6 +5,8 @@ Its folder loads in plain transformers. What the pictures need stands in `config
 """
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from vqrae.common.checkpoints import require_kind, resolve_model
+from vqrae.common.checkpoints import local_model, require_kind, resolve_model
 from vqrae.common.distributed import gathered
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
@@ -94,6 +96,25 @@ def require_generator(name: str) -> dict[str, Any]:
     if "visual_vocabulary" not in values:
         raise ValueError(f"{name} is no generator: its config.json has no visual_vocabulary")
     return values
+
+
+def portable_path(tokenizer: str | Path, folder: Path) -> str:
+    """What a generator in `folder` records of its tokenizer: the way from one to the other, or the hub id.
+
+    A tree that holds both may then be moved or copied as a whole.
+    """
+    found = resolve_model(tokenizer)
+    return os.path.relpath(Path(found).resolve(), folder.resolve()) if Path(found).is_dir() else found
+
+
+def find_tokenizer(recorded: str, folder: str) -> Path:
+    """The tokenizer's folder from what `portable_path` recorded, or from an absolute path, as older generators hold it.
+
+    Raises:
+        FileNotFoundError: when it is at none of these places.
+    """
+    beside = Path(folder).resolve() / recorded
+    return local_model(beside if beside.is_dir() else recorded)
 
 
 def read_vocabulary(config: PretrainedConfig) -> VisualVocabulary:

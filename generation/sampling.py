@@ -17,6 +17,11 @@ from transformers import Qwen3ForCausalLM
 from vqrae.generation.decoding import CachedRows, decoding_steps
 from vqrae.generation.vocabulary import VisualVocabulary
 
+GREEDY_BELOW = 1e-6  # of temperature: logits divided by less overflow
+LARGEST = 1e6  # of temperature and guidance scale: nothing changes long before, and logits stay finite
+SEEDS = range(-(2**63), 2**64)
+"""What torch's generators take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -31,7 +36,7 @@ class SamplingConfig:
     guidance_end: float = 1.0
     """Share of the picture that is drawn when guidance ends. Outside its interval the unconditional rows cost nothing."""
     temperature: float = 1.0
-    """0 takes the most likely code."""
+    """0, or less than a millionth, takes the most likely code."""
     top_k: int = 0
     """Keep the k most likely codes; 0 keeps all."""
     top_p: float = 1.0
@@ -43,6 +48,9 @@ class SamplingConfig:
     code after code (see `vqrae.generation.decoding.decoding_steps`)."""
 
     def __post_init__(self) -> None:
+        numbers = (self.guidance_scale, self.temperature)
+        if not all(math.isfinite(value) and abs(value) <= LARGEST for value in numbers):
+            raise ValueError(f"got {self}, expected a guidance_scale and a temperature between -{LARGEST:g} and {LARGEST:g}")
         if not 0 <= self.guidance_start < self.guidance_end <= 1 or self.window < 0:
             raise ValueError(f"got {self}, expected 0 <= guidance_start < guidance_end <= 1 and window >= 0")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
@@ -71,7 +79,7 @@ def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
 
 def draw_codes(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tensor:
     """Codes (B,) from logits (B, K) and uniforms (B,) in [0, 1), by the inverse of the cumulative distribution."""
-    if config.temperature == 0:
+    if config.temperature < GREEDY_BELOW:
         return logits.argmax(-1)
     cumulative = filter_logits(logits.float(), config).softmax(-1, dtype=torch.float64).cumsum(-1)
     # `right`: the first code whose cumulative probability exceeds the number, which is never one of probability 0.
@@ -79,7 +87,14 @@ def draw_codes(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tens
 
 
 def image_uniforms(seeds: Sequence[int], num_codes: int) -> Tensor:
-    """Uniform numbers (B, N), each row from its own seed; float64 of float32 numbers, so that 1 is never reached."""
+    """Uniform numbers (B, N), each row from its own seed; float64 of float32 numbers, so that 1 is never reached.
+
+    Raises:
+        ValueError: for a seed of more than 64 bits.
+    """
+    for seed in seeds:
+        if seed not in SEEDS:
+            raise ValueError(f"got seed {seed}, expected {SEEDS[0]} to {SEEDS[-1]}")
     rows = [torch.rand(num_codes, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).double()
 

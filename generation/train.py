@@ -24,7 +24,7 @@ from vqrae.data.sources import is_encoded, open_pairs_or_codes, some_captions
 from vqrae.generation.config import TrainingConfig, read_config
 from vqrae.generation.dry_run import dry_run
 from vqrae.generation.encoding import encode_pictures, load_encoder
-from vqrae.generation.model import start_from_codebook
+from vqrae.generation.model import portable_path, start_from_codebook
 from vqrae.generation.stream import TrainingStream
 from vqrae.generation.trainer import build_model, build_text_tokenizer, build_trainer, fit_prompts
 from vqrae.generation.vocabulary import VisualVocabulary
@@ -72,7 +72,8 @@ def train(config: TrainingConfig) -> Path:
     run.begin({"tokenizer": fingerprint, "data": data_fingerprint(config.data)})
     torch.manual_seed(config.seed)
     model = build_model(config.model, vocabulary, encode_prompt, bf16=config.optimization.bf16)
-    model.config.vqrae_tokenizer, model.config.vqrae_tokenizer_fingerprint = str(tokenizer.resolve()), fingerprint
+    model.config.vqrae_tokenizer = portable_path(config.tokenizer, output / "model")
+    model.config.vqrae_tokenizer_fingerprint = fingerprint
     if code_vectors is not None:
         start_from_codebook(model, vocabulary, code_vectors)
     length = config.optimization.max_steps * config.optimization.global_batch_size

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vqrae.data.word_tokenizer import unknown_words
+
 ROW_MULTIPLE = 128  # embedding rows are rounded up to this: tensor-core friendly, divisible among processes
 
 
@@ -93,6 +95,16 @@ class PromptEncoder:
         caption_ids = self._ids(caption, split_special_tokens=True)[: self.max_caption_tokens]
         return [*self._before, *caption_ids, *self._after]
 
+    def losses(self, caption: str) -> list[str]:
+        """What the ids of a caption do not hold, in words: each entry is one sentence for people."""
+        found = []
+        if unknown := list(dict.fromkeys(unknown_words(self.text_tokenizer, caption))):
+            found.append(f"{len(unknown)} words have no id and are read as unknown: {_some(unknown)}")
+        length = len(self._ids(caption, split_special_tokens=True))
+        if length > self.max_caption_tokens:
+            found.append(f"its end is cut: {length:,} tokens, of which {self.max_caption_tokens} are read")
+        return found
+
     @property
     def template_length(self) -> int:
         """Ids of a prompt that are not the caption's, BOI among them."""
@@ -102,6 +114,11 @@ class PromptEncoder:
     def unconditional(self) -> list[int]:
         """The prompt of the empty caption."""
         return self("")
+
+
+def _some(words: Sequence[str], shown: int = 5) -> str:
+    more = f" and {len(words) - shown} more" if len(words) > shown else ""
+    return ", ".join(word[:40] for word in words[:shown]) + more
 
 
 def pad_left(rows: Sequence[Sequence[int]], fill: int) -> list[list[int]]:

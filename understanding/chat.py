@@ -116,6 +116,9 @@ class Chat:
         Args:
             sampling: arguments of transformers' `generate` such as do_sample, temperature, num_beams; none means greedy.
             streamer: receives the tokens as they come (one chat only), such as `transformers.TextStreamer`.
+
+        Raises:
+            ValueError: for a chat of more tokens than the model has positions.
         """
         inputs = self.processor.apply_chat_template(
             list(chats),
@@ -124,7 +127,9 @@ class Chat:
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
+            sanitize_control_tokens=self._spells_control_tokens(chats),
         ).to(self.model.device)
+        self._require_positions(inputs["input_ids"].shape[1])
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         options = {"do_sample": False, **(sampling or {})}
@@ -133,6 +138,20 @@ class Chat:
         )
         new_tokens = generated[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
+
+    def _spells_control_tokens(self, chats: Sequence[Messages]) -> bool:
+        """Whether a text spells a token such as `<|im_end|>`, which must reach the model as the characters that it is."""
+        tokens = [token.content for token in self.text_tokenizer.added_tokens_decoder.values() if token.special]
+        texts = [text for chat in chats for message in chat for text in _texts(message["content"])]
+        return any(token in text for token in tokens for text in texts)
+
+    def _require_positions(self, length: int) -> None:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and length >= positions:
+            raise ValueError(
+                f"got a chat of {length:,} tokens, images included, expected fewer than the {positions:,} positions of the "
+                "model: ask a shorter question, or show fewer images"
+            )
 
 
 class Session:
@@ -160,6 +179,11 @@ def user_message(question: str, pictures: Pictures) -> dict[str, Any]:
         pictures = [pictures]
     content: list[dict[str, Any]] = [{"type": "image", "image": _open(picture)} for picture in pictures]
     return {"role": "user", "content": [*content, {"type": "text", "text": question.strip()}]}
+
+
+def _texts(content: Any) -> list[str]:
+    """The texts of a message."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _open(picture: Picture) -> Image.Image:

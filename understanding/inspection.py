@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import LlavaProcessor
 
+from vqrae.common.files import printable
 from vqrae.common.trainer import IGNORE_INDEX
 
 GREEN, GREY, RESET = "\033[1;32m", "\033[2m", "\033[0m"
@@ -59,5 +60,5 @@ def _spans(
             text = f"<image x {len(span)}>"
             yield f"{GREY}{text}{RESET}" if color else text
         else:
-            text = processor.tokenizer.decode(span)
+            text = printable(processor.tokenizer.decode(span))
             yield f"{marks[0]}{text}{marks[1]}" if kind else text

@@ -33,12 +33,14 @@ def chat(arguments: argparse.Namespace) -> None:
         raise ValueError("--questions and --out belong together: give both, or neither")
     if min(arguments.batch_size, arguments.max_new_tokens) < 1:
         raise ValueError("--batch-size and --max-new-tokens must be positive")
+    if arguments.question is not None and not arguments.question.strip():
+        raise ValueError("--question: got an empty one, expected text")
     quiet()
     pictures = [open_picture(path) for path in arguments.image]
     model = Chat.from_pretrained(arguments.model, device=arguments.device, max_new_tokens=arguments.max_new_tokens)
     if arguments.questions:
         _answer_file(model, arguments)
-    elif arguments.question:
+    elif arguments.question is not None:
         print(model.answer([(pictures, arguments.question)])[0])
     else:
         _talk(model, pictures)
@@ -67,6 +69,7 @@ def _answer_file(model: "Chat", arguments: argparse.Namespace) -> None:
 def _talk(model: "Chat", pictures: list) -> None:
     from transformers import TextStreamer
 
+    from vqrae.common.files import printable
     from vqrae.common.pictures import open_picture
 
     print(HELP)
@@ -86,7 +89,7 @@ def _talk(model: "Chat", pictures: list) -> None:
                 )
                 pictures = []  # the session remembers them
         except ValueError as error:
-            print(f"vqrae: {error}", file=sys.stderr)
+            print(printable(f"vqrae: {error}"), file=sys.stderr)
 
 
 def _ask() -> str:

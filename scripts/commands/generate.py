@@ -1,6 +1,8 @@
 """Draw pictures from prompts."""
 
 import argparse
+import json
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,9 @@ def register(commands: Any) -> None:
     """Add this module's commands."""
     command = add_command(commands, "generate", generate, "draw pictures from prompts", model="generator")
     command.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    command.add_argument("--prompts-file", help="a text file with one prompt per line")
+    command.add_argument(
+        "--prompts-file", help="a text file with one prompt per line, or JSON lines, whose key prompt is drawn"
+    )
     command.add_argument("--num-images", type=int, default=4, help="pictures per prompt (default: %(default)s)")
     command.add_argument("--out", required=True, help="folder for the pictures, a JSON side-car for each, and grid.png")
     command.add_argument("--tokenizer", help="the visual tokenizer, where it has moved since training")
@@ -50,7 +54,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
     from vqrae.common.checkpoints import resolve_model
     from vqrae.common.cli import progress_line
-    from vqrae.common.files import weights_fingerprint, write_json
+    from vqrae.common.files import printable, weights_fingerprint, write_json
     from vqrae.common.pictures import open_picture, picture_to_tensor, save_picture, tensor_to_picture
     from vqrae.generation.generator import Generator
 
@@ -63,6 +67,9 @@ def generate(arguments: argparse.Namespace) -> None:
         dtype=getattr(torch, arguments.dtype),
         compile=arguments.compile,
     )
+    for prompt in dict.fromkeys(prompts):
+        for lost in generator.encode_prompt.losses(prompt):
+            print(printable(f"vqrae: prompt {prompt[:60]!r}: {lost}"), file=sys.stderr)
     sampling = _read_sampling(arguments, generator.sampling)
     settings = {
         "sampling": asdict(sampling),
@@ -120,14 +127,35 @@ def _read_sampling(arguments: argparse.Namespace, recommended: "SamplingConfig")
 
 
 def _read_prompts(arguments: argparse.Namespace) -> list[str]:
-    from vqrae.common.files import text_lines
-
     prompts = list(arguments.prompt)
     if arguments.prompts_file:
-        prompts += [line.strip() for _, line in text_lines(arguments.prompts_file) if line.strip()]
+        prompts += _prompts_of(arguments.prompts_file)
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE with one prompt per line")
     for option in ("num_images", "batch_size"):
         if getattr(arguments, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')}: got {getattr(arguments, option)}, expected at least 1")
+    return prompts
+
+
+def _prompts_of(path: str) -> list[str]:
+    """The lines of a text file, or the `prompt` of each where lines are JSON objects, as GenEval's metadata.
+
+    Raises:
+        ValueError: naming the line, for a JSON object without a prompt.
+    """
+    from vqrae.common.files import text_lines
+
+    prompts = []
+    for number, line in text_lines(path):
+        try:
+            value = json.loads(line) if line.lstrip().startswith("{") else line.strip()
+        except ValueError:  # text that begins with a brace
+            value = line.strip()
+        if isinstance(value, dict):
+            value = value.get("prompt")
+            if not isinstance(value, str):
+                raise ValueError(f"{path}, line {number}: got JSON without a text under the key prompt: {line[:80]}")
+        if value:
+            prompts.append(value)
     return prompts

@@ -58,6 +58,7 @@ class PictureReader:
         """Yield (names relative to the source, images (B, 3, H, W) in [0, 1])."""
         import torch
 
+        from vqrae.common.files import printable
         from vqrae.common.pictures import open_picture, picture_to_tensor, resize_and_crop
 
         batch: dict[str, Tensor] = {}
@@ -65,7 +66,7 @@ class PictureReader:
             try:
                 batch[name] = picture_to_tensor(resize_and_crop(open_picture(path), self.image_size))
             except ValueError as error:
-                print(f"vqrae: skipped {error}", file=sys.stderr)
+                print(printable(f"vqrae: skipped {error}"), file=sys.stderr)
                 self.broken.append(name)
             if len(batch) == BATCH_SIZE:
                 yield list(batch), torch.stack(list(batch.values()))

@@ -73,6 +73,11 @@ def test_grid_is_as_large_as_its_parts() -> None:
     assert grid.getpixel((30, 30)) == (255, 255, 255)
 
 
+def test_a_long_label_costs_a_bounded_margin() -> None:
+    image = picture_to_tensor(Image.new("RGB", (8, 8), "red"))
+    assert picture_grid([[image]], labels=["x" * 1_000_000]).width < 1100
+
+
 def test_global_batch_is_kept_or_refused() -> None:
     assert fit_batch(256, 16, 8) == (16, 2)
     assert fit_batch(32, 32, 2) == (16, 1)  # more processes than the micro-batch was chosen for

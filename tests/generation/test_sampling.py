@@ -277,3 +277,23 @@ def test_bad_options(options: dict[str, float]) -> None:
 def test_bad_interval_or_window(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected 0 <= guidance_start"):
         SamplingConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": float("nan")}, {"temperature": 1e7}, {"guidance_scale": float("nan")}, {"guidance_scale": 1e30}]
+)
+def test_numbers_that_logits_do_not_survive(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"expected a guidance_scale and a temperature between -1e\+06 and 1e\+06"):
+        SamplingConfig(**options)
+
+
+def test_next_to_no_temperature_is_greedy(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+    cold = dataclasses.replace(GREEDY, temperature=1e-40)
+    assert torch.equal(sample(model, vocabulary, cold, [0, 1]), sample(model, vocabulary, GREEDY, [0, 1]))
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_have_64_bits(seed: int) -> None:
+    assert image_uniforms([2**64 - 1, -(2**63)], 4).shape == (2, 4)
+    with pytest.raises(ValueError, match=f"got seed {seed}, expected -9223372036854775808 to 18446744073709551615"):
+        image_uniforms([seed], 4)

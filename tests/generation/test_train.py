@@ -1,5 +1,6 @@
 """Training: loss on codes only, exact resume, a plain folder, pictures at the end."""
 
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,13 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from vqrae.common.config import load_config, shipped_config
+from vqrae.common.files import read_json
 from vqrae.common.run import read_metrics
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import Generator, SamplingConfig, train
 from vqrae.generation.config import GenerationConfig
-from vqrae.generation.model import VisualHead, build_generator
+from vqrae.generation.model import VisualHead, build_generator, find_tokenizer
 from vqrae.generation.prepacking import PrepackedLinear, can_prepack
 from vqrae.generation.stream import GenerationCollator, TrainingStream
 from vqrae.generation.trainer import visual_loss
@@ -186,6 +188,21 @@ def test_bfloat16_on_cpu_samples_with_packed_weights(run: Path, compile: bool, m
 
     assert generator.codes(["a photo of a red circle"], seeds=[1], progress=look).shape == (1, 16)
     assert packed == [not compile] * 16
+
+
+def test_a_tree_of_generator_and_tokenizer_may_be_moved(run: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    recorded = read_json(run / "model" / "config.json")["vqrae_tokenizer"]
+    assert recorded == os.path.relpath(tokenizer_path, run / "model")
+    moved = tmp_path / "a" / "b"  # as deep as the tokenizer's way from the model asks for
+    shutil.copytree(run / "model", moved / run.name / "model")
+    shutil.copytree(tokenizer_path, (moved / run.name / "model" / recorded).resolve())
+    found = find_tokenizer(recorded, str(moved / run.name / "model"))
+    assert found.is_relative_to(tmp_path)
+    assert Generator.from_pretrained(moved / run.name).images([""], seeds=[0]).shape == (1, 3, 32, 32)
+    assert find_tokenizer(str(tokenizer_path), str(run / "model")) == tokenizer_path  # as older generators recorded it
+    shutil.rmtree(found)
+    with pytest.raises(FileNotFoundError, match=rf"needs the visual tokenizer {recorded} \(weights [0-9a-f]{{16}}\)"):
+        Generator.from_pretrained(moved / run.name)
 
 
 def test_generator_needs_its_own_tokenizer(run: Path, other_tokenizer_path: Path, tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ def test_a_caption_is_only_text(vocabulary: VisualVocabulary) -> None:
     assert WORDS.convert_tokens_to_ids("<|im_end|>") not in encode("a red <|im_end|> circle {caption} {}")
 
 
+def test_what_a_caption_loses_is_named(vocabulary: VisualVocabulary) -> None:
+    encode = PromptEncoder(WORDS, vocabulary, max_caption_tokens=4)
+    assert encode.losses("a Red circle") == []
+    unknown, cut = encode.losses("a photo of a crimson zebra, crimson")
+    assert unknown == "3 words have no id and are read as unknown: crimson, zebra, ,"
+    assert cut == "its end is cut: 8 tokens, of which 4 are read"
+
+
 @pytest.mark.parametrize("template", ["", "{caption} {caption}", "{Caption}"])
 def test_template_needs_one_caption(vocabulary: VisualVocabulary, template: str) -> None:
     with pytest.raises(ValueError, match=r"expected text with \{caption\} once"):

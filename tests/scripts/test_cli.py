@@ -222,6 +222,42 @@ def test_generate_without_a_prompt(generator_folder: Path, tmp_path: Path, capsy
     assert "--prompts-file" in capsys.readouterr().err
 
 
+def test_prompts_as_json_lines_and_what_prompts_lose(
+    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "metadata.jsonl", tmp_path / "out"
+    lines = ['{"tag": "single_object", "prompt": "a photo of a\\u2028zebra"}', "{caption} of a circle", ""]
+    file.write_text("\n".join(lines), encoding="utf-8-sig")
+    call = ["generate", "--model", str(generator_folder), "--num-images", "1", "--out", str(out), "--prompts-file", str(file)]
+    assert main(call) == 0
+    prompts = [json.loads((out / f"000{i}-0.json").read_text())["prompt"] for i in range(2)]
+    assert prompts == ["a photo of a\u2028zebra", "{caption} of a circle"]
+    assert "1 words have no id and are read as unknown: zebra" in capsys.readouterr().err
+    assert main([*call[:-2], "--prompt", "star " * 200]) == 0
+    assert "its end is cut: 200 tokens, of which 32 are read" in capsys.readouterr().err
+    file.write_text('{"caption": "a circle"}')
+    assert main(call) == 2
+    assert "metadata.jsonl, line 1: got JSON without a text under the key prompt" in capsys.readouterr().err
+
+
+def test_models_of_other_kinds_neither_draw_nor_chat(
+    generator_folder: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = [
+        ["generate", "--out", str(tmp_path), "--prompt", "a circle", "--model", str(tokenizer_folder)],
+        ["chat", "--question", "what ?", "--model", str(tokenizer_folder)],
+        ["chat", "--question", "what ?", "--model", str(generator_folder)],
+        ["chat", "--question", " ", "--model", str(generator_folder)],
+    ]
+    assert [main(call) for call in calls] == [2] * 4
+    errors = capsys.readouterr().err.splitlines()
+    assert "is a 'vqrae' model, expected a generator" in errors[0]
+    assert "is a 'vqrae' model, expected an understanding model" in errors[1]
+    assert "is a 'qwen3' model, expected an understanding model" in errors[2]
+    assert "--question: got an empty one" in errors[3]
+    assert len(errors) == 4
+
+
 @pytest.fixture(scope="module")
 def llava_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llava")

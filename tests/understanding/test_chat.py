@@ -1,6 +1,8 @@
 """Answers do not depend on the batch, pictures come in any form, sessions remember, files of questions resume."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,3 +159,56 @@ def test_a_line_that_is_no_question_is_named(chat, line, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "what ?"}\n' + line)
     with pytest.raises(ValueError, match=r"q.jsonl, line 2: (got|not valid JSON)"):
         answer_file(chat, tmp_path / "q.jsonl", tmp_path / "a.jsonl", fingerprint="f")
+
+
+def test_answers_belong_to_their_images_and_keep_what_a_line_holds(chat, questions, tmp_path):
+    out, other = tmp_path / "a.jsonl", tmp_path / "other"
+    records = [{"question": "what ?", "image": "0.png", "answer": "a star", "error": "none"}, {"question": "x", "image": "no"}]
+    questions.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert answer_file(chat, questions, out, fingerprint="f").failed == 1
+    rows = _rows(out)
+    assert rows[0] == {**records[0], "prediction": rows[0]["prediction"]}
+    assert rows[0]["prediction"] == chat.answer([(tmp_path / "0.png", "what ?")])[0]
+    assert "no such file" in rows[1]["error"]
+    assert answer_file(chat, questions, out, fingerprint="f").resumed == 2
+    other.mkdir()
+    with pytest.raises(ValueError, match=f"image_folder.*{other}"):
+        answer_file(chat, questions, out, fingerprint="f", image_folder=other)
+    manifest = tmp_path / "a.jsonl.manifest.json"
+    made_before = json.loads(manifest.read_text())
+    del made_before["fingerprints"]["image_folder"]  # as earlier versions wrote it
+    manifest.write_text(json.dumps(made_before))
+    assert answer_file(chat, questions, out, fingerprint="f", image_folder=other).resumed == 2
+
+
+def test_two_processes_on_one_file_of_answers_are_noticed(chat, questions, tmp_path):
+    out = tmp_path / "a.jsonl"
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".a.jsonl.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=r"a.jsonl is in use by"):
+            answer_file(chat, questions, out, fingerprint="f")
+        other.communicate("\n")
+    assert answer_file(chat, questions, out, fingerprint="f").total == 7
+
+
+def test_a_question_beyond_the_positions_costs_its_own_answer_only(chat, questions, tmp_path):
+    positions = chat.model.config.get_text_config().max_position_embeddings
+    long = "star " * (positions + 1)
+    with pytest.raises(ValueError, match=f"expected fewer than the {positions:,} positions of the model"):
+        chat.answer([(None, long)])
+    questions.write_text("".join(json.dumps({"question": text}) + "\n" for text in ("what ?", long, "how many ?")))
+    assert answer_file(chat, questions, tmp_path / "a.jsonl", fingerprint="f").failed == 1
+    assert ["answer" in row for row in _rows(tmp_path / "a.jsonl")] == [True, False, True]
+
+
+def test_control_tokens_that_a_user_types_are_text(chat, monkeypatch):
+    received = []
+    monkeypatch.setattr(chat.model, "generate", lambda input_ids, **options: received.append(input_ids) or input_ids)
+    chat.answer([(None, "red <|im_end|> star"), (None, "what ?")])
+    ids, plain = received[0]
+    end = chat.text_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert int((ids == end).sum()) == int((plain == end).sum()) == 1  # the template's own
+    chat.answer([(None, "what ?")])
+    assert received[1][0].tolist() == plain[plain != chat.text_tokenizer.pad_token_id].tolist()

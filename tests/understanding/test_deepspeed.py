@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
 from vqrae.common.run import read_metrics
@@ -38,3 +39,5 @@ def test_zero_2_then_zero_3_on_two_processes_and_on(tokenizer_folder, llm_folder
     assert (tmp_path / "two" / "pretrain" / "mm_projector.bin").is_file()
     _, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "two" / "model", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    with safe_open(tmp_path / "two" / "model" / "model.safetensors", framework="pt") as weights:
+        assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in weights.keys()  # noqa: SIM118 (no mapping)
