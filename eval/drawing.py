@@ -91,13 +91,14 @@ def claim_folder(folder: str | Path, settings: dict[str, Any], key: str = "pictu
     """Record in `settings.json` what decides the content of a folder, which the argument `key` names.
 
     Raises:
-        ValueError: when the folder was made with other settings.
+        ValueError: when the folder holds something that was made with other settings.
     """
     stored = Path(folder) / "settings.json"
-    if stored.exists() and read_json(stored) != settings:
-        raise ValueError(
-            f"{folder} was made with {read_json(stored)}, expected {settings}: set {key}= to a new folder, or delete this one"
-        )
+    before = read_json(stored) if stored.exists() else settings
+    if before != settings and any(path != stored for path in stored.parent.iterdir()):
+        names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        changes = ", ".join(f"{name} {before.get(name)!s:.60} -> {settings.get(name)!s:.60}" for name in names)
+        raise ValueError(f"{folder} was made with other settings ({changes}): set {key}= to a new folder, or delete this one")
     if is_main_process():
         write_json(stored, settings)
 

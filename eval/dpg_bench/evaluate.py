@@ -1,7 +1,7 @@
 """DPG-Bench: draw pictures of its prompts, or take anybody's, and let a judge answer its questions about them.
 
     python -m vqrae.eval.dpg_bench.evaluate model=runs/generation out=dpg
-    python -m vqrae.eval.dpg_bench.evaluate images=GRIDS questions=dpg_bench.csv judge=mplug out=dpg
+    python -m vqrae.eval.dpg_bench.evaluate images=GRIDS pictures_per_prompt=4 questions=dpg_bench.csv judge=mplug out=dpg
 
 Without a table, prompts and questions are made from the embedded scenes, and the scene detector answers them.
 
@@ -21,7 +21,7 @@ from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, sha256, write_json
 from vqrae.common.pictures import open_picture, save_picture, tile
-from vqrae.common.run import quiet_libraries
+from vqrae.common.run import hold, quiet_libraries
 from vqrae.eval.dpg_bench.judges import VQA, JudgeName, ask_what_is_known, build_judge
 from vqrae.eval.dpg_bench.pictures import find_pictures, split_grid
 from vqrae.eval.dpg_bench.questions import Item, read_questions, write_questions
@@ -37,16 +37,16 @@ Outcome = tuple[str, list[list[str]] | None, str]
 
 @dataclass(frozen=True, kw_only=True)
 class DPGConfig(PicturesConfig):
-    """Score pictures of dense prompts by questions about them; `images` holds ITEM.png, a 2 x 2 grid, for every item."""
+    """Score images of dense prompts by questions about them; `images` holds ITEM.png for every item: one, or a 2 x 2 grid."""
 
     questions: str = "scenes"
     """DPG-Bench's table (dpg_bench.csv), or scenes: prompts and questions about embedded scenes."""
     num_prompts: int | None = None
     """The first so many of the table; 50 of scenes when not given."""
-    pictures_per_prompt: int = 4
-    """Pictures in a grid; 1 takes the file as one picture."""
+    pictures_per_prompt: int | None = None
+    """Images in a file: 1, or those of a 2 x 2 grid; 4 are drawn. Given images= need this or `resolution`."""
     resolution: int | None = None
-    """Pixels of a picture's side that grids must have; any size when not given."""
+    """Pixels of an image's side that grids must have; any size when not given."""
     judge: JudgeName = "scenes"
     """What answers: mplug, vqa, chat, endpoint, understanding, scenes."""
     judge_model: str | None = None
@@ -62,15 +62,26 @@ class DPGConfig(PicturesConfig):
         super().__post_init__()
         if self.judge == "scenes" and self.questions != "scenes":
             raise ValueError(f"judge=scenes cannot answer the questions of {self.questions}: give judge=mplug or another")
-        if not 1 <= self.pictures_per_prompt <= 4:
+        if not 1 <= self.images_in_a_file <= 4:
             raise ValueError(f"got pictures_per_prompt={self.pictures_per_prompt}, expected 1, 2, 3 or 4")
+        if self.images is not None and self.pictures_per_prompt is None and self.resolution is None:
+            raise ValueError(
+                f"are the files of images={self.images} single images or grids? Set pictures_per_prompt=1, or "
+                "pictures_per_prompt=4 for grids of 2 x 2, or resolution= to the pixels of one image's side in a grid"
+            )
+
+    @property
+    def images_in_a_file(self) -> int:
+        """`pictures_per_prompt`, or the benchmark's own number."""
+        return 4 if self.pictures_per_prompt is None else self.pictures_per_prompt
 
 
-def load_items(config: DPGConfig) -> list[Item]:
-    """Prompts and questions."""
+def load_items(config: DPGConfig) -> tuple[list[Item], list[str]]:
+    """Prompts with their questions, and what is odd about the table."""
     if config.questions == "scenes":
-        return scene_items(config.sprites, config.num_prompts or 50)
-    return read_questions(config.questions)[: config.num_prompts]
+        return scene_items(config.sprites, config.num_prompts or 50), []
+    problems: list[str] = []
+    return read_questions(config.questions, problems)[: config.num_prompts], problems
 
 
 # ---- drawing
@@ -78,9 +89,9 @@ def load_items(config: DPGConfig) -> list[Item]:
 
 def draw_grids(config: DPGConfig, items: Sequence[Item], out: Path, device: str) -> None:
     """Draw the pictures that `out` lacks, and lay them out."""
-    asked = {"prompts": [item.prompt for item in items], "pictures_per_prompt": config.pictures_per_prompt}
+    asked = {"prompts": [item.prompt for item in items], "pictures_per_prompt": config.images_in_a_file}
     claim_folder(out / "singles", {**config.drawing_settings(), **asked}, "out")
-    places = [[out / "singles" / item.id / f"{i}.png" for i in range(config.pictures_per_prompt)] for item in items]
+    places = [[out / "singles" / item.id / f"{i}.png" for i in range(config.images_in_a_file)] for item in items]
     orders = [
         Order(item.prompt, picture_seed(number, sample), path)
         for number, (item, paths) in enumerate(zip(items, places, strict=True))
@@ -108,7 +119,7 @@ def judge_item(item: Item, picture: Path | None, judge: VQA, config: DPGConfig, 
     if kept.is_file() and (stored := read_json(kept))["picture"] == identity:
         return item.id, stored["answers"], ""
     try:
-        crops = split_grid(picture, config.pictures_per_prompt, config.resolution)
+        crops = split_grid(picture, config.images_in_a_file, config.resolution)
         pairs = [(crop, question.text) for crop in crops for question in item.questions]
         said = iter(judge.answer(pairs))
     except (ValueError, RuntimeError, OSError) as error:
@@ -133,7 +144,7 @@ def judge_folder(
         "judge": judge.name,
         "identity": judge.identity,
         "questions": asked,
-        "pictures_per_prompt": config.pictures_per_prompt,
+        "pictures_per_prompt": config.images_in_a_file,
         "resolution": config.resolution,
     }
     claim_folder(kept, settings, "out")
@@ -160,7 +171,10 @@ def scene_ceiling(judge: VQA, items: Sequence[Item], sprites: str) -> float:
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(DPGConfig, argv)
     quiet_libraries()
-    out, items = Path(config.out), load_items(config)
+    out, (items, problems) = Path(config.out), load_items(config)
+    if is_main_process():
+        out.mkdir(parents=True, exist_ok=True)
+        hold(out / ".lock", str(out))
     with processes(config.chosen_device()) as device:
         judge = build_judge(config.judge, model=config.judge_model, url=config.judge_url, sprites=config.sprites, device=device)
         known = ask_what_is_known(judge) if is_main_process() else {}
@@ -184,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         "failed": failed,
         **({"ceiling": {"truth": scene_ceiling(judge, items, config.sprites)}} if config.questions == "scenes" else {}),
         "self_test": known,
+        "table_problems": problems,
         "manifest": score_manifest(
             judge=judge.name,
             weights=judge.identity,
@@ -212,6 +227,8 @@ def text_table(values: dict[str, Any]) -> str:
         )
     if values.get("dropped"):
         lines.append(f"dropped by the published formulas: {', '.join(values['dropped'])}")
+    if values["table_problems"]:
+        lines.append(f"{len(values['table_problems'])} problems with the table, such as {values['table_problems'][0]}")
     if values["unclear_answers"]:
         lines.append(f"{values['unclear_answers']} answers are neither yes nor no and count as no")
     if not values["self_test"]["passed"]:

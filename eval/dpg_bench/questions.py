@@ -58,70 +58,77 @@ class Item:
     questions: tuple[Question, ...]
 
     def ancestors(self) -> dict[int, set[int]]:
-        """All questions that each one depends on, also indirectly.
-
-        Raises:
-            ValueError: when a question depends on one that does not exist, or on itself.
-        """
+        """All questions that each one depends on, also indirectly; those that do not exist, and itself, left out."""
         parents = {question.number: set(question.parents) for question in self.questions}
-        unknown = sorted(set().union(*parents.values()) - parents.keys())
-        if unknown:
-            raise ValueError(f"item {self.id}: questions depend on {unknown}, which do not exist")
         found: dict[int, set[int]] = {}
         for number in parents:
-            reached, border = set[int](), set(parents[number])
+            reached, border = set[int](), parents[number] & parents.keys()
             while border:
                 reached |= border
-                border = set().union(*(parents[parent] for parent in border)) - reached
-            if number in reached:
-                raise ValueError(f"item {self.id}: question {number} depends on itself")
-            found[number] = reached
+                border = set().union(*(parents[parent] for parent in border)) & parents.keys() - reached
+            found[number] = reached - {number}
         return found
 
 
-def read_questions(path: str | Path) -> list[Item]:
-    """Read the table.
+def read_questions(path: str | Path, problems: list[str] | None = None) -> list[Item]:
+    """Read the table. Empty rows, as spreadsheets leave them, are skipped.
+
+    Args:
+        problems: takes a line for each oddity: rows without a number (left out), questions that appear twice (the later one
+            is taken, as by the published script), questions that depend on nothing there is (the dependency is left out),
+            rows of an item that are apart from each other (put together).
 
     Raises:
         FileNotFoundError: when there is none, with where to get it.
-        ValueError: listing what is wrong with it: missing columns, numbers that are none, questions that appear twice or
-            depend on nothing there is, rows of an item that do not stand together.
+        ValueError: when columns are missing, or no row is left.
     """
-    path = Path(path)
+    path, problems = Path(path), problems if problems is not None else []
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: get DPG-Bench's table from {SOURCE}, or set questions=scenes")
-    reader = csv.DictReader(io.StringIO(decode_text(path.read_bytes(), path), newline=""))
+    reader = csv.DictReader(io.StringIO(decode_text(path.read_bytes(), path), newline=""), restval="")
     missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path} has no columns {', '.join(missing)}: expected those of DPG-Bench, see {SOURCE}")
-    rows = list(reader)
-    items: dict[str, tuple[str, list[Question]]] = {}
-    problems, last = [], ""
-    for line, row in enumerate(rows, start=1):
+    items: dict[str, tuple[str, dict[int, Question]]] = {}
+    last = ""
+    for line, row in enumerate(reader, start=1):
+        if not any(row[name].strip() for name in NEEDED):
+            continue
         name = row["item_id"].strip()
         if name in items and name != last:
             problems.append(f"row {line}: item {name} again, after others")
         last = name
         try:
-            number = int(row["proposition_id"])
-            parents = tuple(parent for part in row["dependency"].split(",") if (parent := int(part)) != 0)
+            question = _question(row)
         except ValueError as error:
-            problems.append(f"row {line}: {error}")
+            problems.append(f"row {line} is left out: {error}")
             continue
-        questions = items.setdefault(name, (row["text"], []))[1]
-        if any(question.number == number for question in questions):
-            problems.append(f"row {line}: question {number} of item {name} twice")
-        questions.append(Question(number, row["question_natural_language"].strip(), row["tuple"].strip(), parents))
-    read = [Item(name, prompt, tuple(questions)) for name, (prompt, questions) in items.items()]
+        questions = items.setdefault(name, (row["text"], {}))[1]
+        if question.number in questions:
+            problems.append(f"row {line}: question {question.number} of item {name} twice, the later one is taken")
+        questions[question.number] = question
+    if not items:
+        raise ValueError(f"{path} holds no questions: {problems[0] if problems else 'it has no rows below its header'}")
+    read = [Item(name, prompt, tuple(questions.values())) for name, (prompt, questions) in items.items()]
     for item in read:
-        try:
-            item.ancestors()
-        except ValueError as error:
-            problems.append(str(error))
-    if problems or not read:
-        shown = "\n  ".join(problems[:10])
-        raise ValueError(f"{path}: {len(rows)} rows, {len(problems)} problems\n  {shown}")
+        numbers = {question.number for question in item.questions}
+        for question in item.questions:
+            if unknown := sorted({*question.parents} - numbers):
+                problems.append(f"item {item.id}: question {question.number} depends on {unknown}, which do not exist")
+            if question.number in question.parents:
+                problems.append(f"item {item.id}: question {question.number} depends on itself")
     return read
+
+
+def _question(row: dict[str, str]) -> Question:
+    parents = [_whole_number(part) for part in row["dependency"].split(",")]
+    proposition, text = row["tuple"].strip(), row["question_natural_language"].strip()
+    return Question(_whole_number(row["proposition_id"]), text, proposition, tuple(filter(None, parents)))
+
+
+def _whole_number(text: str) -> int:
+    """A number of the table, also where a spreadsheet made 1.0 of it."""
+    return int(text.strip().removesuffix(".0"))
 
 
 def write_questions(path: str | Path, items: Sequence[Item]) -> None:

@@ -4,7 +4,8 @@
     python -m vqrae.eval.geneval.evaluate model=runs/generation out=geneval
     python -m vqrae.eval.geneval.evaluate images=PICTURES out=geneval detector=transformers
 
-Writes scores.json and results.jsonl (GenEval's own format) into `out`. The detector is tested before anything is drawn.
+Writes scores.json and results.jsonl (GenEval's own format) into `out`. The detector is tested before anything is drawn; its
+rows are kept in `out`/rows, so that an interrupted run scores only the rest.
 """
 
 import sys
@@ -16,7 +17,7 @@ from vqrae.common.cli import parse_arguments, progress_line
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json, write_text
-from vqrae.common.run import quiet_libraries
+from vqrae.common.run import hold, quiet_libraries
 from vqrae.data.scenes.language import FAMILIES
 from vqrae.eval.drawing import PicturesConfig, claim_folder, draw_missing
 from vqrae.eval.geneval.folders import (
@@ -102,7 +103,17 @@ def score(config: GenEvalConfig, judges: Judges, folder: Path) -> tuple[dict[str
     records = read_prompts(folder)
     require_known_classes(judges, records)
     progress = progress_line("scores") if is_main_process() else None
-    rows = score_folder(folder, judges.detector, judges.classifier, known=judges.known, progress=progress)
+    broken: dict[str, str] = {}
+    rows = score_folder(
+        folder,
+        judges.detector,
+        judges.classifier,
+        known=judges.known,
+        progress=progress,
+        broken=broken,
+        kept=None if config.detector == "scenes" else Path(config.out) / "rows",  # rules without weights are fast
+        identity=judges.identity,
+    )
     settings = folder / "settings.json"
     manifest = score_manifest(
         detector=judges.detector.name,
@@ -110,8 +121,13 @@ def score(config: GenEvalConfig, judges: Judges, folder: Path) -> tuple[dict[str
         suite=suite_name(records),
         pictures=read_json(settings) if settings.is_file() else {"folder": str(folder)},
     )
-    incomplete = uneven_prompts(folder, rows)
-    return {"benchmark": judges.benchmark, **summarize(rows), "incomplete": incomplete, "manifest": manifest}, rows
+    found = {
+        "num_broken": len(broken),
+        "broken": broken,
+        "incomplete": uneven_prompts(folder, rows),
+        "mistaken_colors": judges.mistaken,
+    }
+    return {"benchmark": judges.benchmark, **summarize(rows), **found, "manifest": manifest}, rows
 
 
 def leakage(config: GenEvalConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,6 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     quiet_libraries()
     out, records = Path(config.out), official_prompts(config.seed)
     if config.prompts_only:
+        if not is_main_process():
+            return
         write_text(out / "evaluation_metadata.jsonl", metadata_lines(records))
         print(f"{len(records)} prompts, suite {suite_name(records)}  ->  {out / 'evaluation_metadata.jsonl'}")
         if config.captions is not None:
@@ -146,6 +164,9 @@ def main(argv: list[str] | None = None) -> None:
         except NotMeasured as error:
             print(f"detector={config.detector}: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        if is_main_process():
+            out.mkdir(parents=True, exist_ok=True)
+            hold(out / ".lock", str(out))
         folder = Path(config.images) if config.images is not None else out / "pictures"
         if config.images is None:
             draw_suite(config, records, folder, device)
@@ -166,6 +187,11 @@ def text_table(values: dict[str, Any]) -> str:
         if key in values:
             low, high = values["intervals"][key]
             lines.append(f"{key:<16}{values[key]:>8.1%}   [{low:.1%}, {high:.1%}]")
+    if values["num_broken"]:
+        reason = next(iter(values["broken"].values()))
+        lines.append(f"BROKEN: {values['num_broken']} images are not in the score; {reason}")
+    if values["mistaken_colors"]:
+        lines.append(f"WARNING: the colour classifier fails on plain balls: {values['mistaken_colors']}; check its weights")
     if values["incomplete"]:
         lines.append(f"INCOMPLETE: {len(values['incomplete'])} prompts lack pictures, such as {values['incomplete'][0]}")
     if "leakage" in values:

@@ -6,14 +6,13 @@ OUT/00000/grid.png                the same pictures side by side, for people
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqrae.common.files import read_json, write_text
-from vqrae.common.pictures import open_picture, save_picture, tile
+from vqrae.common.files import read_json, sha256, write_json, write_text
+from vqrae.common.pictures import PICTURE_SUFFIXES, open_picture, save_picture, tile
 from vqrae.eval.drawing import Order, picture_seed
 from vqrae.eval.geneval.rules import ColorClassifier, Detector, KnownPicture, evaluate_image, require_sight
 from vqrae.eval.sharding import gather, share
@@ -77,20 +76,33 @@ def read_prompts(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _prompt_folders(folder: str | Path) -> list[Path]:
-    return sorted(path for path in Path(folder).glob("*") if path.is_dir() and path.name.isdigit())
+    folders = [path for path in Path(folder).glob("*") if path.is_dir() and path.name.isdecimal()]
+    return sorted(folders, key=lambda path: (int(path.name), path.name))
+
+
+def _samples(prompt: Path) -> list[Path]:
+    """The images of a prompt's folder, in the order of their numbers."""
+    found: dict[int, Path] = {}
+    for path in sorted((prompt / "samples").glob("*")):
+        if not (path.stem.isdecimal() and path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()):
+            continue
+        if (other := found.setdefault(int(path.stem), path)) != path:
+            raise ValueError(f"{other} and {path} are both sample {int(path.stem)}: keep one")
+    return [found[number] for number in sorted(found)]
 
 
 def list_samples(folder: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every picture of a benchmark folder with its record, sorted. Names are digits alone; anything else is ignored.
+    """Every image of a benchmark folder with its record, in the order of the numbers that name folders and images.
+
+    Names are digits alone, the suffix is that of any image format; anything else is ignored.
 
     Raises:
-        ValueError: when a prompt's record is missing or broken.
+        ValueError: when a prompt's record is missing or broken, or when two images have the same number.
     """
     for prompt in _prompt_folders(folder):
         metadata = _read_metadata(prompt / "metadata.jsonl")
-        for picture in sorted((prompt / "samples").glob("*")):
-            if re.fullmatch(r"\d+\.png", picture.name) and picture.is_file():
-                yield picture, metadata
+        for path in _samples(prompt):
+            yield path, metadata
 
 
 def score_folder(
@@ -100,27 +112,55 @@ def score_folder(
     *,
     known: Sequence[KnownPicture],
     progress: Callable[[int, int], None] | None = None,
+    broken: dict[str, str] | None = None,
+    kept: Path | None = None,
+    identity: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Result rows of all pictures in a benchmark folder; several processes share the work, and all get all rows.
+    """Result rows of all images in a benchmark folder; several processes share the work, and all get all rows.
 
     Args:
-        known: pictures with the records that they satisfy, see `require_sight`.
-        progress: called with (pictures done, pictures in all).
+        known: images with the records that they satisfy, see `require_sight`.
+        progress: called with (images done, images in all).
+        broken: takes the images that cannot be read, with the reason; they have no row.
+        kept: folder of finished rows, so that an interrupted run scores only the rest.
+        identity: which weights judge; kept rows of others are not taken.
 
     Raises:
         RuntimeError: when the detector is blind.
-        ValueError: when the folder holds no pictures, or a broken one.
+        ValueError: when the folder holds no images, or none that can be read.
     """
     require_sight(detector, classifier, known)
     samples = list(list_samples(folder))
     if not samples:
-        raise ValueError(f"{folder} holds no pictures: expected 00000/metadata.jsonl and 00000/samples/00000.png")
-    rows, mine = [], share(len(samples))
+        raise ValueError(f"{folder} holds no images: expected 00000/metadata.jsonl and 00000/samples/00000.png")
+    rows, unreadable, mine = [], [], share(len(samples))
     for done, (path, metadata) in enumerate(samples[mine.start : mine.stop], start=1):
-        rows.append(evaluate_image(open_picture(path), metadata, detector, classifier, str(path)))
+        try:
+            image = open_picture(path)
+        except ValueError as error:
+            unreadable.append((str(path), str(error)))
+        else:
+            file = kept / path.parents[1].name / f"{path.stem}.json" if kept else None
+            asked = {"image": sha256(path), "record": metadata, "detector": detector.name, "identity": identity}
+            row = _kept_row(file, asked)
+            if row is None:
+                row = evaluate_image(image, metadata, detector, classifier)
+                if file is not None:
+                    write_json(file, {"asked": asked, "row": row})
+            rows.append({**row, "filename": str(path)})
         if progress is not None:
             progress(done, len(mine))
-    return gather(rows)
+    rows, unreadable = gather(rows), gather(unreadable)
+    if not rows:
+        raise ValueError(f"none of {len(samples)} images can be read; the first: {unreadable[0][1]}")
+    if broken is not None:
+        broken.update(unreadable)
+    return rows
+
+
+def _kept_row(file: Path | None, asked: dict[str, Any]) -> dict[str, Any] | None:
+    stored = read_json(file) if file is not None and file.is_file() else {}
+    return stored["row"] if stored.get("asked") == asked else None
 
 
 def uneven_prompts(folder: str | Path, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -139,6 +179,6 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 def write_grids(folder: str | Path) -> None:
     """Write each prompt's `grid.png`: its pictures in two columns, where there are two or more."""
     for prompt in _prompt_folders(folder):
-        pictures = [open_picture(path) for path in sorted((prompt / "samples").glob("*.png")) if path.stem.isdigit()]
+        pictures = [open_picture(path) for path in _samples(prompt)]
         if len(pictures) > 1:
             save_picture(tile(pictures), prompt / "grid.png")

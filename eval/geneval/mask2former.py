@@ -32,6 +32,9 @@ HUGGING_FACE = "facebook/mask2former-swin-small-coco-instance"
 # The test pipeline of mmdetection's configuration.
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+MMDET_PADDING = (
+    128  # grey level, before normalising; detectron2, where Hugging Face's weights come from, pads with zeros after it
+)
 MAX_PER_IMAGE = 100
 
 # Of scalars that training hooks may have left among a checkpoint's metadata: harmless, but not loaded by default.
@@ -59,12 +62,16 @@ class Mask2FormerDetector:
 
     Attributes:
         identity: which weights these are.
+        padding: how they were trained to see the margin of an image, see `prepare`.
     """
 
     threshold, counting_threshold = 0.3, 0.9  # GenEval's
 
-    def __init__(self, model: Mask2FormerForUniversalSegmentation, name: str, identity: str) -> None:
+    def __init__(
+        self, model: Mask2FormerForUniversalSegmentation, name: str, identity: str, padding: int | None = None
+    ) -> None:
         self.model, self.name, self.identity = model.eval().requires_grad_(False), name, identity
+        self.padding = padding
 
     @classmethod
     def from_mmdet(cls, weights: str | None = None, device: str = "cpu") -> "Mask2FormerDetector":
@@ -79,7 +86,7 @@ class Mask2FormerDetector:
             stored = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
         model = Mask2FormerForUniversalSegmentation(swin_small_config())
         model.load_state_dict(from_mmdet(stored, model.state_dict()), strict=False)
-        return cls(model.to(device), "mask2former-swin-s(mmdet)", MMDET_FILE)
+        return cls(model.to(device), "mask2former-swin-s(mmdet)", MMDET_FILE, MMDET_PADDING)
 
     @classmethod
     def from_transformers(cls, name: str = HUGGING_FACE, device: str = "cpu") -> "Mask2FormerDetector":
@@ -101,24 +108,31 @@ class Mask2FormerDetector:
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> list[Detection]:
         """The 100 best pairs of query and class, masks (H, W) bool at the picture's size."""
-        pixel_values, resized = prepare(image)
+        pixel_values, resized = prepare(image, self.padding)
         output = self.model(pixel_values=pixel_values.to(self.model.device))
         padded = (pixel_values.shape[-2], pixel_values.shape[-1])
         size = (image.height, image.width)
         return instances(output.class_queries_logits[0], output.masks_queries_logits[0], padded, resized, size)
 
 
-def prepare(image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+def prepare(image: Image.Image, padding: int | None = None) -> tuple[Tensor, tuple[int, int]]:
     """RGB picture -> (1, 3, H, W) as the detector wants it, and the (height, width) in it that the picture covers.
 
-    Resized to fit 800 x 1333 without antialiasing, like OpenCV, to whole grey levels; padded with zeros to multiples of 32.
+    Resized to fit 800 x 1333 without antialiasing, like OpenCV, to whole grey levels; padded to multiples of 32.
+
+    Args:
+        padding: grey level of the margin, normalised like the image; None leaves zeros.
     """
     scale = min(LONG_SIDE / max(image.size), SHORT_SIDE / min(image.size))
     width, height = (int(side * scale + 0.5) for side in image.size)
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
     pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False).round()
-    pixels = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return F.pad(pixels, (0, -width % DIVISOR, 0, -height % DIVISOR)), (height, width)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    padded = torch.zeros(1, 3, height + -height % DIVISOR, width + -width % DIVISOR)
+    if padding is not None:
+        padded += (padding - mean) / std
+    padded[..., :height, :width] = (pixels - mean) / std
+    return padded, (height, width)
 
 
 def instances(

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -123,7 +124,8 @@ class TestOfficialFaults:
 class TestTable:
     def test_round_trip(self, tmp_path: Path) -> None:
         write_questions(tmp_path / "q.csv", [CAR, SKY])
-        assert read_questions(tmp_path / "q.csv") == [CAR, SKY]
+        assert read_questions(tmp_path / "q.csv", problems := []) == [CAR, SKY]
+        assert problems == []
         assert (tmp_path / "q.csv").read_text().splitlines()[2] == (
             'car,a red car left of a tree,,2,1,attribute,color,"attribute - color (car, red)",Is it red?'
         )
@@ -133,24 +135,47 @@ class TestTable:
             read_questions(tmp_path / "dpg_bench.csv")
 
     @pytest.mark.parametrize(
-        ("rows", "message"),
+        ("rows", "message", "numbers"),
         [
-            ("a,p,1,0,t,q\nb,p,1,0,t,q\na,p,2,0,t,q\n", "item a again"),
-            ("a,p,1,0,t,q\na,p,1,0,t,q\n", "question 1 of item a twice"),
-            ("a,p,1,7,t,q\n", r"depend on \[7\], which do not exist"),
-            ("a,p,1,2,t,q\na,p,2,1,t,q\n", "depends on itself"),
-            ("a,p,one,0,t,q\n", "row 1: invalid literal"),
-            ("", "0 rows"),
+            ("a,p,1,0,t,q\nb,p,1,0,t,q\na,p,2,0,t,q\n", "row 3: item a again", [1, 2]),
+            ("a,p,1,0,t,other\na,p,1,0,t,q\n", "row 2: question 1 of item a twice, the later one", [1]),
+            ("a,p,1,7,t,q\n", r"item a: question 1 depends on \[7\], which do not exist", [1]),
+            ("a,p,1,2,t,q\na,p,2,1;,t,q\n", "row 2 is left out: invalid literal", [1]),
+            ("a,p,1,1,t,q\n", "item a: question 1 depends on itself", [1]),
+            ("a,p,1,0,t,q\na,p\n", "row 2 is left out", [1]),
         ],
     )
-    def test_what_is_wrong_with_a_table(self, rows: str, message: str, tmp_path: Path) -> None:
+    def test_what_is_odd_about_a_table_is_told(self, rows: str, message: str, numbers: list[int], tmp_path: Path) -> None:
         header = "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
         (tmp_path / "q.csv").write_text(header + rows)
-        with pytest.raises(ValueError, match=message):
-            read_questions(tmp_path / "q.csv")
+        problems: list[str] = []
+        item = read_questions(tmp_path / "q.csv", problems)[0]
+        assert [question.number for question in item.questions] == numbers
+        assert item.questions[-1].text == "q"
+        assert re.match(message, problems[0])
+        assert picture_score(item, [YES] * len(numbers)) == 1
+
+    def test_a_table_from_a_spreadsheet(self, tmp_path: Path) -> None:
+        header = "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
+        (tmp_path / "q.csv").write_text(header + ",,,,,\na,p,1.0,0.0,t,q\n,,,,,\n\na,p,2,1.0,t,q\n,,,,,\n")
+        [item] = read_questions(tmp_path / "q.csv", problems := [])
+        assert [(q.number, q.parents) for q in item.questions] == [(1, ()), (2, (1,))]
+        assert problems == []
+
+    def test_tables_without_questions(self, tmp_path: Path) -> None:
         (tmp_path / "q.csv").write_text("item_id,text\n")
         with pytest.raises(ValueError, match="no columns proposition_id"):
             read_questions(tmp_path / "q.csv")
+        header = "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
+        for rows, message in (("", "has no rows"), ("a,p,one,0,t,q\n", "row 1 is left out: invalid literal")):
+            (tmp_path / "q.csv").write_text(header + rows)
+            with pytest.raises(ValueError, match=f"holds no questions: .*{message}"):
+                read_questions(tmp_path / "q.csv")
+
+    def test_questions_in_a_circle_count_together(self) -> None:
+        circle = Item("x", "", (Question(1, "", "a ()", (2,)), Question(2, "", "a ()", (1,)), Question(3, "", "a ()")))
+        assert picture_score(circle, [YES, YES, YES]) == 1
+        assert picture_score(circle, [YES, NO, YES]) == pytest.approx(1 / 3)
 
 
 class TestGrids:
@@ -335,7 +360,8 @@ def grids(folder: Path, *names: str) -> Path:
 class TestCommand:
     def arguments(self, tmp_path: Path, *more: str) -> list[str]:
         write_questions(tmp_path / "q.csv", [CAR, SKY])
-        return [f"questions={tmp_path / 'q.csv'}", f"images={tmp_path / 'p'}", f"out={tmp_path / 'o'}", "judge=vqa", *more]
+        given = [f"questions={tmp_path / 'q.csv'}", f"images={tmp_path / 'p'}", f"out={tmp_path / 'o'}", "judge=vqa"]
+        return [*given, "pictures_per_prompt=4", *more]
 
     def test_failures_are_counted_and_answers_are_kept(
         self, tmp_path: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
@@ -382,6 +408,31 @@ class TestCommand:
     def test_what_cannot_be_meant(self, arguments: list[str]) -> None:
         with pytest.raises(SystemExit):
             evaluate.main(["out=o", *arguments])
+
+    def test_images_of_unknown_layout_are_asked_about(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        grids(tmp_path / "p")
+        for item, picture in zip(scene_items("shapes", 3), true_pictures("shapes", 3), strict=True):
+            picture.save(tmp_path / "p" / f"{item.id}.png")
+        arguments = [f"images={tmp_path / 'p'}", f"out={tmp_path / 'o'}", "num_prompts=3"]
+        with pytest.raises(SystemExit):
+            evaluate.main(arguments)
+        assert "single images or grids? Set pictures_per_prompt=1, or" in capsys.readouterr().err
+        with pytest.raises(SystemExit):  # not quarters of them
+            evaluate.main([*arguments, "resolution=64"])
+        evaluate.main([*arguments, "pictures_per_prompt=1"])
+        assert read_json(tmp_path / "o" / "scores.json")["dpg"] == 100
+
+    def test_problems_of_the_table_are_in_the_scores(
+        self, tmp_path: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        grids(tmp_path / "p", "car", "sky")
+        arguments = self.arguments(tmp_path)
+        with (tmp_path / "q.csv").open("a") as table:
+            table.write("sky,a blue sky,,two,0,,,t,q\n")
+        evaluate.main(arguments)
+        values = read_json(tmp_path / "o" / "scores.json")
+        assert (values["num_scored"], len(values["table_problems"])) == (2, 1)
+        assert "1 problems with the table, such as row 7 is left out" in capsys.readouterr().out
 
     def test_scenes_from_drawing_to_score(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

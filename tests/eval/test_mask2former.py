@@ -150,6 +150,11 @@ class TestInstances:
             [(124 - 123.675) / 58.395, (116 - 116.28) / 57.12, (104 - 103.53) / 57.375], abs=1e-5
         )
         assert pixels[..., 667:, :].abs().max() == 0
+        grey, _ = prepare(image, 128)  # as mmdetection's configuration pads, before it normalises
+        assert grey[0, :, 667:].flatten(1).unique(dim=1).flatten().tolist() == pytest.approx(
+            [(128 - 123.675) / 58.395, (128 - 116.28) / 57.12, (128 - 103.53) / 57.375], abs=1e-5
+        )
+        assert torch.equal(grey[..., :667, :1333], pixels[..., :667, :1333])
         assert prepare(Image.new("RGB", (512, 512)))[0].shape == (1, 3, 800, 800)
 
     def test_scores_masks_and_boxes(self) -> None:
