@@ -137,6 +137,10 @@ class Conversations(TolerantDataset):
     def __len__(self) -> int:
         return len(self.records)
 
+    def texts(self, index: int) -> list[str]:
+        """What is said in a record, without its pictures."""
+        return [turn["value"] for turn in self.records[index]["conversations"]]
+
     def read(self, draw: Draw) -> dict[str, Any]:
         record = dict(self.records[draw])
         if "image" in record:
@@ -171,6 +175,13 @@ class ConversationTable(TolerantDataset):
 
     def __len__(self) -> int:
         return self.size
+
+    def texts(self, index: int) -> list[str]:
+        """What is said in a row, without its pictures; nothing when `read` will refuse it."""
+        try:
+            return [turn["value"] for turn in _turns(self.table.select_columns(["conversations"])[index]["conversations"])]
+        except (ValueError, TypeError, KeyError):
+            return []
 
     def read(self, draw: Draw) -> dict[str, Any]:
         name, row = f"{self.source}, row {draw:d}", self.table[int(draw)]

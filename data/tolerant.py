@@ -4,13 +4,14 @@ import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from vqrae.common.files import printable
 from vqrae.data.stream import Draw
 
 FileSplit = Literal["train", "validation", "all"]
@@ -23,18 +24,44 @@ class TooManyBrokenSamples(RuntimeError):
     """More samples could not be read than a sound source has."""
 
 
-class TolerantDataset(Dataset, ABC):
-    """A map-style data set that answers a broken sample with the next readable one, reports it and counts it.
+class BrokenSamples:
+    """Names the samples of a source that cannot be used, counts them, and stops where they are too many.
 
-    Subclasses give `__len__`, and `read(draw)`, which raises ValueError for a sample that cannot be read.
-    Substitution keeps the length and the order exact, so that resuming and sharding need no bookkeeping.
     Counts are per process (each loader worker has its own).
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.seen = 0
-        self.broken: set[int] = set()
+        self.found: set[Hashable] = set()
+
+    def note(self, sample: Hashable, error: ValueError) -> None:
+        """Count a sample that cannot be used, once however often it comes.
+
+        Raises:
+            TooManyBrokenSamples: when they are more than `BROKEN_SHARE` of what was seen.
+        """
+        if sample not in self.found:
+            self.found.add(sample)
+            told = f"skipped a broken sample ({len(self.found)} of {self.source} so far): {error}"
+            print(printable(told), file=sys.stderr, flush=True)
+        if len(self.found) > BROKEN_SHARE * max(self.seen, BROKEN_WINDOW):
+            raise TooManyBrokenSamples(
+                f"{self.source}: {len(self.found)} of the {self.seen} samples read so far are broken, the last: {error}. "
+                "Repair or remove them (messages above name each one), then start the same command again."
+            )
+
+
+class TolerantDataset(Dataset, ABC):
+    """A map-style data set that answers a broken sample with the next readable one, reports it and counts it.
+
+    Subclasses give `__len__`, and `read(draw)`, which raises ValueError for a sample that cannot be read.
+    Substitution keeps the length and the order exact, so that resuming and sharding need no bookkeeping.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.broken = BrokenSamples(source)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -55,22 +82,12 @@ class TolerantDataset(Dataset, ABC):
         epoch = index.epoch if isinstance(index, Draw) else self.epoch
         for step in range(len(self)):
             candidate = Draw((index + step) % len(self), epoch)
-            self.seen += 1
+            self.broken.seen += 1
             try:
                 return self.read(candidate)
             except ValueError as error:
-                self._note(candidate, error)
+                self.broken.note(int(candidate), error)
         raise TooManyBrokenSamples(f"{self.source}: none of its {len(self)} samples can be read")
-
-    def _note(self, index: int, error: ValueError) -> None:
-        if index not in self.broken:
-            self.broken.add(int(index))
-            print(f"skipped a broken sample ({len(self.broken)} of {self.source} so far): {error}", file=sys.stderr, flush=True)
-        if len(self.broken) > BROKEN_SHARE * max(self.seen, BROKEN_WINDOW):
-            raise TooManyBrokenSamples(
-                f"{self.source}: {len(self.broken)} of the {self.seen} samples read so far are broken, the last: {error}. "
-                "Repair or remove them (messages above name each one), then start the same command again."
-            )
 
 
 def name_hash(name: str) -> int:

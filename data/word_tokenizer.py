@@ -47,11 +47,7 @@ def build_word_tokenizer(texts: Sequence[str], *, end_with: str | None = None) -
 def fit_word_tokenizer(texts: Sequence[str], captions: Iterable[str], *, size: int) -> PreTrainedTokenizerFast:
     """A word tokenizer of at most `size` ids: all words of `texts`, then the most frequent ones of `captions`."""
     base = build_word_tokenizer(texts)
-    known, backend = base.get_vocab(), base.backend_tokenizer
-    words: Counter[str] = Counter()
-    for text in captions:
-        split = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
-        words.update(word for word, _ in split if word not in known)
+    known, words = base.get_vocab(), _new_words(base, captions)
     kept = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))][: max(0, size - len(known))]
     if len(kept) < len(words):
         share = 1 - sum(words[word] for word in kept) / words.total()
@@ -62,6 +58,35 @@ def fit_word_tokenizer(texts: Sequence[str], captions: Iterable[str], *, size: i
             flush=True,
         )
     return build_word_tokenizer([*texts, *kept])
+
+
+def _new_words(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[str]:
+    """The words of texts that a word tokenizer has no id for, and how often they occur."""
+    known, backend = text_tokenizer.get_vocab(), text_tokenizer.backend_tokenizer
+    words: Counter[str] = Counter()
+    for text in texts:
+        split = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+        words.update(word for word, _ in split if word not in known)
+    return words
+
+
+def is_word_tokenizer(text_tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text tokenizer is one of those that this module makes, which have an id for each word."""
+    return text_tokenizer.is_fast and isinstance(text_tokenizer.backend_tokenizer.model, models.WordLevel)
+
+
+def grow_word_tokenizer(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, limit: int) -> list[str]:
+    """Give ids behind all others to the words of `texts` that have none, in place; to the `limit` most frequent ones.
+
+    Returns:
+        The new words in the order of their ids, which texts and limit alone decide.
+    """
+    words = sorted(_new_words(text_tokenizer, texts).items(), key=lambda item: (-item[1], item[0]))[:limit]
+    vocabulary = text_tokenizer.get_vocab()
+    vocabulary |= {word: len(text_tokenizer) + i for i, (word, _) in enumerate(words)}
+    if words:
+        text_tokenizer.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token=text_tokenizer.unk_token)
+    return [word for word, _ in words]
 
 
 def unknown_words(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:

@@ -21,6 +21,7 @@ from transformers import LlavaProcessor
 from vqrae.common.config import did_you_mean
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.checks import Remark
+from vqrae.data.tolerant import BrokenSamples
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -163,19 +164,34 @@ class ConversationCollator:
     A batch without any picture gets a black one whose image tokens lie in the padding of the first row: masked, behind
     everything and without labels, so they change neither loss nor gradients, but every process runs tower and projector
     in every step, which DDP and ZeRO-3 need (LLaVA's zero image, without touching the model).
+
+    A record that cannot be trained on, such as one whose first answer is beyond `max_length`, is left out of its batch, named
+    and counted; LLaVA gives it no loss.
     """
 
     def __init__(self, processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None) -> None:
+        self.broken = BrokenSamples("the conversations")
         self.processor, self.max_length, self.chat_template = processor, max_length, chat_template
         size = processor.image_processor.crop_size
         self.blank = torch.zeros(1, 3, size["height"], size["width"])
         self.num_image_tokens = num_image_tokens(processor)
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch of input_ids, attention_mask, labels (B, T), pixel_values (P, 3, H, W) and what `trained_logits` adds."""
+        """Batch of input_ids, attention_mask, labels (B, T), pixel_values (P, 3, H, W) and what `trained_logits` adds.
+
+        Raises:
+            TooManyBrokenSamples: when too many records cannot be trained on.
+        """
         options: dict[str, Any] = {"max_length": self.max_length, "chat_template": self.chat_template}
-        records = [caption_record(record) if "caption" in record else record for record in records]
-        return trained_logits(self.collate([encode_conversation(record, self.processor, **options) for record in records]))
+        samples = []
+        for record in records:
+            self.broken.seen += 1
+            record = caption_record(record) if "caption" in record else record
+            try:
+                samples.append(encode_conversation(record, self.processor, **options))
+            except ValueError as error:
+                self.broken.note(record.get("id"), error)
+        return trained_logits(self.collate(samples or [self._blank_sample()]))
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """Put encoded samples together."""
@@ -189,6 +205,11 @@ class ConversationCollator:
         if pictures:
             return {**batch, "pixel_values": torch.cat(pictures)}
         return self._with_blank_picture(batch, pad)
+
+    def _blank_sample(self) -> dict[str, Tensor]:
+        """A black picture that nothing is learned from."""
+        ids = torch.full((self.num_image_tokens,), self.processor.image_token_id)
+        return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX), "pixel_values": self.blank}
 
     def _with_blank_picture(self, batch: dict[str, Tensor], pad: int) -> dict[str, Tensor]:
         fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE_INDEX}

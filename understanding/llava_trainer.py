@@ -48,6 +48,11 @@ class LlavaTrainer(WholeTrainer):
             seed=self.args.seed,
         )
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        if torch.is_tensor(count := options.get("num_items_in_batch")):
+            options["num_items_in_batch"] = count.clamp(min=1)  # a step whose records were all left out has loss 0, not 0/0
+        return super().compute_loss(model, inputs, *args, **options)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         if self.projector_learning_rate is not None:

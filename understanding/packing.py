@@ -57,7 +57,7 @@ class PackingCollator(ConversationCollator):
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """Batch of input_ids, labels, position_ids (R, T), pixel_values (P, 3, H, W) and `use_cache`."""
         if not any("pixel_values" in sample for sample in samples):
-            samples = [*samples, self._blank_sample()]
+            samples = [*samples, self._blank_sample()]  # every process runs tower and projector in every step
         lengths = [len(sample["input_ids"]) for sample in samples]
         rows = [list(range(len(samples)))] if self.one_row else lay_out(lengths)
         order = [index for row in rows for index in row]  # pictures must come as their tokens do
@@ -80,8 +80,3 @@ class PackingCollator(ConversationCollator):
             positions.append(torch.cat([torch.arange(n) for n in [*ends, width - sum(ends)]]))  # padding is one more sample
         # With a cache, transformers would not look for borders, and samples would see their neighbours.
         return {**batch, "position_ids": torch.stack(positions), "pixel_values": torch.cat(pictures), "use_cache": False}
-
-    def _blank_sample(self) -> dict[str, Tensor]:
-        """A black picture that nothing is learned from: every process runs tower and projector in every step."""
-        ids = torch.full((self.num_image_tokens,), self.processor.image_token_id)
-        return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX), "pixel_values": self.blank}

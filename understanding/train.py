@@ -16,7 +16,14 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, set_seed
+from transformers import (
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vqrae.common.cli import read_run
@@ -33,6 +40,7 @@ from vqrae.common.trainer import (
     training_arguments,
 )
 from vqrae.data.sources import Samples, fingerprint, holds_conversations, open_conversations, open_pairs
+from vqrae.data.word_tokenizer import is_word_tokenizer
 from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, keep_released_names, require_tokenizer
 from vqrae.understanding.conversation import ConversationCollator, load_template
 from vqrae.understanding.llava_trainer import LlavaTrainer
@@ -40,6 +48,7 @@ from vqrae.understanding.lora import LoraSettings, add_lora, merge_lora
 from vqrae.understanding.packing import PackingCollator
 from vqrae.understanding.projector import PROJECTOR_FILE, load_projector, save_projector
 from vqrae.understanding.quantized import QUANTIZED, read_quantized_features
+from vqrae.understanding.words import add_word_rows, describe_unknown, learn_words, texts_of
 
 Stage = Literal["pretrain", "sft"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft")
@@ -128,7 +137,7 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
         model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, attn_implementation=attention)
         require_tokenizer(model.config, config.tokenizer, pretrained)
         keep_released_names(model)
-        return model, AutoProcessor.from_pretrained(pretrained)
+        return with_words_of_data(config, model, AutoProcessor.from_pretrained(pretrained))
     if stage == "sft" and is_main_process():
         print(f"{pretrained} does not exist: the projector starts at random (stage=both pretrains it first)", flush=True)
     model, processor = build_llava(
@@ -141,7 +150,30 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
     )
     if config.projector:
         load_projector(model.model.multi_modal_projector, config.projector)
+    return with_words_of_data(config, model, processor)
+
+
+def with_words_of_data(
+    config: TrainConfig, model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Model and processor that know the words of the data of both stages, where the vocabulary is a small one of words."""
+    first = len(processor.tokenizer)
+    if words := learn_words_of_data(config, processor.tokenizer):
+        add_word_rows(model, first, first + len(words))
+        if is_main_process():
+            shown = ", ".join(words[:8])
+            print(f"text: {len(words):,} words of the data are new to the language model: {shown}", flush=True)
     return model, processor
+
+
+def learn_words_of_data(config: TrainConfig, text_tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The words of the data of both stages that a word tokenizer has now got ids for, see `learn_words`."""
+    if not is_word_tokenizer(text_tokenizer):
+        return []
+    sources = {data_source(config, stage): stage for stage in reversed(STAGES)}
+    return learn_words(
+        text_tokenizer, [t for stage in sources.values() for t in texts_of(open_data(config, stage, image_size=8))]
+    )
 
 
 def build_collator(config: TrainConfig, stage: Stage, processor: LlavaProcessor) -> ConversationCollator:
@@ -212,6 +244,8 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
     if is_main_process():
         epochs = optimization.max_steps * optimization.global_batch_size / len(dataset)
         print(f"data: {len(dataset):,} samples, {epochs:.2f} epochs in {optimization.max_steps:,} steps", flush=True)
+        if unknown := describe_unknown(processor.tokenizer, texts_of(dataset)):
+            print(f"text: {unknown}", flush=True)
     trainer = LlavaTrainer(
         model=trained,
         args=training_arguments(optimization, run_dir, seed=config.seed),

@@ -26,7 +26,9 @@ def register(commands: Any) -> None:
 
 def chat(arguments: argparse.Namespace) -> None:
     """Answer one question, a file of them, or talk until the input ends."""
+    from vqrae.common.files import printable
     from vqrae.common.pictures import open_picture
+    from vqrae.data.word_tokenizer import unknown_words
     from vqrae.understanding.chat import Chat
 
     if (arguments.questions is None) != (arguments.out is None):
@@ -41,6 +43,8 @@ def chat(arguments: argparse.Namespace) -> None:
     if arguments.questions:
         _answer_file(model, arguments)
     elif arguments.question is not None:
+        if unknown := unknown_words(model.text_tokenizer, arguments.question):
+            print(printable(f"vqrae: words that the model does not know: {', '.join(unknown)}"), file=sys.stderr)
         print(model.answer([(pictures, arguments.question)])[0])
     else:
         _talk(model, pictures)

@@ -46,13 +46,14 @@ def processor_of(config: "TrainConfig") -> "LlavaProcessor":
 def inspect_batch(arguments: argparse.Namespace) -> None:
     """Print the first samples of a stage as one batch."""
     from vqrae.understanding.inspection import describe_batch
-    from vqrae.understanding.train import build_collator, open_data
+    from vqrae.understanding.train import build_collator, learn_words_of_data, open_data
 
     quiet()
     if arguments.samples < 1:
         raise ValueError(f"got --samples {arguments.samples}, expected a positive number")
     config = read_run(arguments)
     processor = processor_of(config)
+    learn_words_of_data(config, processor.tokenizer)
     dataset = open_data(config, arguments.stage, processor.image_processor.crop_size["height"])
     batch = build_collator(config, arguments.stage, processor)(
         [dataset[i] for i in range(min(arguments.samples, len(dataset)))]

@@ -98,7 +98,7 @@ def test_a_broken_picture_is_replaced_by_the_next_and_named(tmp_path: Path, caps
     index = dataset.paths.index(broken)
     assert torch.equal(dataset[index]["image"], dataset[(index + 1) % 6]["image"])
     dataset[index]
-    assert dataset.broken == {index}
+    assert dataset.broken.found == {index}
     assert capsys.readouterr().err.count("000.png") == 1
 
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.scenes import SceneDataset
+from vqrae.data.tolerant import TooManyBrokenSamples
 from vqrae.tokenizer import VQRAEConfig
 from vqrae.understanding.build import build_llava, build_processor, prepare_text_tokenizer
 from vqrae.understanding.conversation import (
@@ -269,6 +270,24 @@ def test_text_only_batch_reaches_the_projector_without_changing_anything(tokeniz
     torch.testing.assert_close(loss, expected_loss)
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], msg=name)
+
+
+@pytest.mark.parametrize("collator_class", [ConversationCollator, PackingCollator])
+def test_records_that_cannot_be_trained_on_are_left_out_and_counted(collator_class, tokenizer_folder, llm_folder, capsys):
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    collator = collator_class(processor, max_length=100)
+    long = {**_record("<image>\n" + "what " * 100, "red"), "id": "long"}
+    good = [TWO_ROUNDS, _record("how many things ?", "two", image=False)]
+    batch, expected = collator([good[0], long, good[1]]), collator_class(processor, max_length=100)(good)
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value)) for name, value in expected.items())
+    assert "skipped a broken sample (1 of the conversations so far): record 'long': no answer" in capsys.readouterr().err
+    loss, gradients = _loss_and_gradients(model, {**collator([long]), "num_items_in_batch": torch.tensor(1)})
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients.values())
+    assert collator.broken.found == {"long"}
+    with pytest.raises(TooManyBrokenSamples, match="6 of the 9 samples read so far are broken"):
+        collator([{**long, "id": i} for i in range(6)])
 
 
 @pytest.mark.parametrize("collator_class", [ConversationCollator, PackingCollator])

@@ -200,3 +200,12 @@ def test_language_model_trains_on_all_tokens_with_the_caption_as_context():
 def test_shipped_configs_build(name):
     cls = train.TrainConfig if name == "tiny" else train_llm.TinyLLMConfig
     assert isinstance(load_config(cls, shipped_config("vqrae.understanding", name)), cls)
+
+
+def test_a_step_whose_records_are_all_too_long_changes_nothing(arguments, tmp_path):
+    turns = [{"from": "human", "value": "what " * 300}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "long.json").write_text(json.dumps([{"id": i, "conversations": turns} for i in range(2)]))
+    own = arguments(stage="sft", steps=1, data=tmp_path / "long.json", max_length=100)
+    train.main([*own, "sft.global_batch_size=2", "sft.weight_decay=0", "sft.optimizer=adamw"])
+    [row] = read_metrics(tmp_path / "run" / "sft")
+    assert row["loss"] == row["grad_norm"] == 0

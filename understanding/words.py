@@ -1,0 +1,77 @@
+"""Words of the data that a text tokenizer lacks: named before they are trained as unknown, learned by a small vocabulary.
+
+A released language model reads any text. Those of the embedded default know the words of the scenes; whoever trains LLaVA on
+data of their own gives them the words of these data, as new rows.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vqrae.common.distributed import gathered
+from vqrae.data.conversations import IMAGE_TAG, Conversations, ConversationTable
+from vqrae.data.mixture import Mixture
+from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.sources import Samples, some_captions
+from vqrae.data.word_tokenizer import grow_word_tokenizer, is_word_tokenizer, unknown_words
+from vqrae.understanding.build import add_rows
+
+NEW_WORDS = 8192
+"""Words that a small vocabulary grows by at most: the most frequent ones."""
+
+
+def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
+    """What is read and answered in up to `limit` samples, evenly spread over each part, without decoding an image."""
+    if isinstance(samples, Mixture):
+        return [text for part in samples.parts for text in texts_of(part, limit)]
+    if isinstance(samples, SceneDataset):
+        return vocabulary_texts(samples.sprites.names)
+    if not isinstance(samples, Conversations | ConversationTable):
+        return some_captions(samples, limit)
+    chosen = np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)).tolist()
+    return [text.replace(IMAGE_TAG, "") for index in chosen for text in samples.texts(index)]
+
+
+def learn_words(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
+    """The words of `texts` that a word tokenizer has now got ids for; none for any other tokenizer."""
+    return grow_word_tokenizer(text_tokenizer, texts, limit=NEW_WORDS) if is_word_tokenizer(text_tokenizer) else []
+
+
+@torch.no_grad()
+def add_word_rows(model: PreTrainedModel, first: int, end: int) -> None:
+    """Start the rows of the ids from `first` to `end` where the known words are: their mean, with a tenth of their spread.
+
+    Rows that were there before, as padding, have been trained to be never chosen. The numbers depend on nothing else, so that
+    a resumed run and a merged adapter find the same rows.
+    """
+    add_rows(model, end)
+    noise = torch.Generator().manual_seed(first)
+    weights = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for weight in weights.values():
+        with gathered(weight):
+            known = weight[:first].float()
+            rows = torch.randn(end - first, weight.shape[1], generator=noise).to(weight.device)
+            weight[first:end] = (known.mean(0) + 0.1 * known.std(0) * rows).to(weight.dtype)
+
+
+def describe_unknown(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
+    """The words of `texts` that the tokenizer reads as unknown, with their share, in one line; None when there are none."""
+    model = text_tokenizer.backend_tokenizer.model if text_tokenizer.is_fast else None
+    if text_tokenizer.unk_token is None or model is None or getattr(model, "byte_fallback", False):
+        return None
+    words: Counter[str] = Counter()
+    total = 0
+    for text in texts:
+        words.update(unknown_words(text_tokenizer, text))
+        total += len(text_tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not words:
+        return None
+    shown = ", ".join(f"{word[:40]!r} ({count})" for word, count in words.most_common(8))
+    return (
+        f"{words.total():,} of {total:,} tokens ({words.total() / total:.1%}) are words that the text tokenizer reads as "
+        f"{text_tokenizer.unk_token}, {len(words):,} different ones: {shown}"
+    )
