@@ -22,7 +22,7 @@ setup(
     package_dir={f"vqrae.{folder}": folder for folder in FOLDERS},
     package_data={package: ["*.yaml", "configs/*.yaml", "deepspeed/*.json", "*.jinja", "py.typed"] for package in packages},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.9",
         "torchvision",
         "transformers>=5.23",
         "accelerate>=1.10",

@@ -12,11 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.transforms.v2 import functional as vision
 from transformers import AutoModel, PreTrainedModel, ViTConfig
 
 from vqrae.common.config import did_you_mean
-from vqrae.tokenizer.perceptual import IMAGENET_MEAN, IMAGENET_STD
+from vqrae.tokenizer.perceptual import Normalize
 
 DISCRIMINATORS = ("maskbit", "dino")
 
@@ -132,7 +131,7 @@ class DinoDiscriminator(nn.Module):
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
-        self.backbone = backbone.eval().requires_grad_(False)
+        self.backbone, self.normalize = backbone.eval().requires_grad_(False), Normalize()
         layers, width = backbone.config.num_hidden_layers, backbone.config.hidden_size
         self.depths = [layers * quarter // 4 for quarter in (1, 2, 3, 4)]  # behind block 3, 6, 9, 12 of ViT-S
         self.heads = nn.ModuleList(self._head(width) for _ in self.depths)
@@ -157,7 +156,7 @@ class DinoDiscriminator(nn.Module):
         size = self.backbone.config.image_size
         with torch.autocast(images.device.type, enabled=False):
             resized = nn.functional.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
-            pixel_values = vision.normalize(resized, IMAGENET_MEAN, IMAGENET_STD)
+            pixel_values = self.normalize(resized)
             states = self.backbone(pixel_values, output_hidden_states=True).hidden_states
             # Every patch is read together with the class token.
             features = [(states[depth][:, 1:] + states[depth][:, :1]).transpose(1, 2) for depth in self.depths]

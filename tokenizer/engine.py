@@ -22,6 +22,14 @@ from vqrae.tokenizer.train_config import StageConfig
 BUCKET = 100_000_000  # values that ZeRO sends at once: buffers of 0.4 GB each instead of the default's 2 GB
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Let fp32 products and convolutions of this process use TF32 on CUDA, or not.
+
+    By the older of PyTorch's switches, for `torch.compile` asks that one and fails after the newer.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
 def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16: bool) -> tuple[Accelerator, Accelerator]:
     """Accelerators for tokenizer and discriminator.
 

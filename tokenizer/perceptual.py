@@ -17,12 +17,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, WeightsEnum, convnext_small, vgg
-from torchvision.transforms.v2 import functional as vision
 from transformers import PreTrainedModel
 
 from vqrae.common.config import did_you_mean
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+class Normalize(nn.Module):
+    """Images (B, 3, H, W) minus a mean, over a deviation, both of channels and kept on the device: a list would be copied
+    there in every call, and the host would wait. They are ImageNet's for images in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float] = (0.485, 0.456, 0.406), std: Sequence[float] = (0.229, 0.224, 0.225)) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
 
 
 class EncoderPerceptual(nn.Module):
@@ -49,13 +62,13 @@ class LPIPS(nn.Module):
 
     # Between these layers of VGG16 lie relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, with so many channels.
     BOUNDS, CHANNELS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)
-    # ImageNet's statistics for pictures in [-1, 1], with the digits that the heads were fitted to.
-    MEAN, STD = [-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]
 
     def __init__(self) -> None:
         super().__init__()
         self.features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)[: self.BOUNDS[-1]]
         self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.CHANNELS)
+        # ImageNet's statistics for pictures in [-1, 1], with the digits that the heads were fitted to.
+        self.normalize = Normalize((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
 
     def load_pretrained(self, folder: str | None) -> None:
         """Load torchvision's VGG16 (see `pretrained_weights`) and the linear heads that torchmetrics ships."""
@@ -69,7 +82,7 @@ class LPIPS(nn.Module):
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """Mean LPIPS of pictures (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
         with torch.autocast(images.device.type, enabled=False):
-            hidden, target = (vision.normalize(2 * x.float() - 1, self.MEAN, self.STD) for x in (reconstruction, images))
+            hidden, target = (self.normalize(2 * x.float() - 1) for x in (reconstruction, images))
             distances = []
             for (start, end), head in zip(pairwise(self.BOUNDS), self.heads, strict=True):
                 hidden = self.features[start:end](hidden)
@@ -88,7 +101,7 @@ class ConvNeXtLogits(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = convnext_small()
+        self.network, self.normalize = convnext_small(), Normalize()
 
     def load_pretrained(self, folder: str | None) -> None:
         """Load torchvision's ConvNeXt-S (see `pretrained_weights`)."""
@@ -96,7 +109,7 @@ class ConvNeXtLogits(nn.Module):
 
     def _logits(self, images: Tensor) -> Tensor:
         resized = nn.functional.interpolate(images.float(), size=(224, 224), mode="bilinear", antialias=True)
-        return self.network(vision.normalize(resized, IMAGENET_MEAN, IMAGENET_STD))
+        return self.network(self.normalize(resized))
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """Scalar distance of pictures (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""

@@ -22,6 +22,7 @@ from vqrae.tokenizer.discriminator import build_discriminator, frozen
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.engine import (
+    allow_tf32,
     build_accelerators,
     build_optimizer,
     compile_blocks,
@@ -62,6 +63,7 @@ class StageTrainer:
         self.stage = stage = config.stage_config(number)
         micro_batch_size, self.accumulation = fit_batch(stage.global_batch_size, stage.micro_batch_size, world_size())
         self.stage = stage = dataclasses.replace(stage, micro_batch_size=micro_batch_size)
+        allow_tf32(config.tf32)
         self.engine, self.d_engine = build_accelerators(
             stage, zero=config.zero, accumulation=self.accumulation, bf16=config.bf16
         )

@@ -143,6 +143,9 @@ class TokenizerTrainConfig:
     micro_batch_size: int | None = None
     """In place of both stages' own, to fit another machine; the global batch stays."""
     bf16: bool = True
+    tf32: bool = True
+    """Let what stays fp32 beside bf16 (perceptual networks, projections, discriminator) multiply in TF32 on CUDA. The search
+    for codes is exact all the same."""
     attention: str = "auto"
     activation_checkpointing: bool = False
     """Keep one state for each block of encoder and decoder and compute the rest again: far less memory, a third more work."""

@@ -1,13 +1,16 @@
 """The search gives the exact nearest code, in any precision and any blocks, with bounded memory."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqrae.tokenizer.quantizers import search
 from vqrae.tokenizer.quantizers.search import best_codes, nearest_codes
+from vqrae.tokenizer.quantizers.simvq import SimVQ
 
 PRECISIONS = ["fp32", "bf16"]
 
@@ -113,20 +116,47 @@ def test_no_score_is_further_off_than_its_slack(case: str, name: str) -> None:
     assert ((error.amax(-1) - error.amin(-1)) / 2 <= slack).all()
 
 
-def test_fp32_slack_follows_pytorchs_setting() -> None:
-    """Where the setting lets fp32 products lose bits, the slack covers the loss; few CPUs act on the setting."""
-    features, table = near_codes("worst rounding")
-    offsets = table.double().square().sum(-1) / 2
-    lost = features.double() @ table.double().T - (features.bfloat16().double() @ table.bfloat16().double().T)
-    try:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        _, covering = search.SCORERS["fp32"](table, offsets)(features)
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = "none"
-    _, exact_only = search.SCORERS["fp32"](table, offsets)(features)
-    largest = lost.abs().amax(-1)
-    assert (largest <= covering).all()
-    assert (largest > exact_only).any()
+class SettingsAtProducts(TorchDispatchMode):
+    """What PyTorch allows fp32 products to lose, at each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            self.seen.add(tuple(backend.fp32_precision for backend in backends))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["older switch", "newer switch", "switch of all", "medium"])
+def shortened_products(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """Each of PyTorch's ways to allow TF32 or bf16 in fp32 products; gives what then is in force."""
+    backends: Any = torch.backends
+    ways = {
+        "older switch": lambda: setattr(backends.cuda.matmul, "allow_tf32", True),
+        "newer switch": lambda: setattr(backends.cuda.matmul, "fp32_precision", "tf32"),
+        "switch of all": lambda: setattr(backends, "fp32_precision", "tf32"),
+        "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    }
+    ways[request.param]()
+    yield backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+    torch.set_float32_matmul_precision("highest")
+    for part in (backends, backends.cuda.matmul, backends.mkldnn.matmul):
+        part.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("settle", [True, False])
+def test_the_search_and_its_table_are_fp32_whatever_is_allowed_outside(
+    settle: bool, shortened_products: tuple[str, str]
+) -> None:
+    quantizer = SimVQ(16, 4).train(not settle)
+    with SettingsAtProducts() as settings, torch.no_grad():
+        quantizer.nearest(torch.randn(1, 3, 4), quantizer.table())
+    assert settings.seen == {("ieee", "ieee")}
+    after = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    assert after == shortened_products
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -10,7 +10,8 @@ Shapes: R features of a block, E width, K codes, P pairs of a feature and a cand
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -30,22 +31,35 @@ WIDE_NUMBERS = 2**19
 
 # Unit roundoffs: the largest relative error of one rounding.
 BF16, FP32, FP64 = 2.0**-8, 2.0**-24, 2.0**-53
-# What fp32 factors lose inside a product, by PyTorch's setting (TF32 and bf16 may truncate instead of rounding).
-FACTOR_ROUNDING = {"none": 0.0, "ieee": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-7}
 
 # Features (R, E) -> scores (R, K) and their slack (R,): no score is further than that from its true value, up to a shift
 # that all codes of a feature share.
 Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """A block in which fp32 matrix products are fp32, where TF32 or bf16 may be allowed outside (`torch.backends`)."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 @torch.no_grad()
+@exact_products()
 def best_codes(
     features: Tensor, table: Tensor, offsets: Tensor, *, precision: Precision = "fp32", settle: bool = True
 ) -> Tensor:
     """Codes (...) with the largest score z.e - offset, for features z (..., E).
 
     Among scores that float64 cannot tell apart the lowest code wins; a feature that is not finite gets code 0.
-    The memory beyond the codes themselves does not grow with the number of features.
+    The memory beyond the codes themselves does not grow with the number of features. TF32, where it is on, is off in here.
 
     Args:
         table: code vectors e (K, E).
@@ -167,14 +181,11 @@ def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
 
 
 def _fp32_scorer(table: Tensor, offsets: Tensor) -> Scorer:
-    backend: Any = torch.backends.cuda if table.is_cuda else torch.backends.mkldnn
-    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", "bf16")  # the worst where it cannot be read
-    rounding = 2.1 * FACTOR_ROUNDING[setting] + _accumulation(table) * FP32
     norm, offset = table.norm(dim=-1).max(), offsets.float()
     largest_offset = offset.abs().max()
 
     def scores(features: Tensor) -> tuple[Tensor, Tensor]:
-        slack = rounding * features.norm(dim=-1) * norm + 16 * FP32 * largest_offset
+        slack = _accumulation(table) * FP32 * features.norm(dim=-1) * norm + 16 * FP32 * largest_offset
         return (features @ table.T).sub_(offset), 1.01 * slack
 
     return scores

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from vqrae.tokenizer.quantizers.base import CodebookQuantizer
-from vqrae.tokenizer.quantizers.search import Precision
+from vqrae.tokenizer.quantizers.search import Precision, exact_products
 
 
 class SimVQ(CodebookQuantizer):
@@ -38,6 +38,7 @@ class SimVQ(CodebookQuantizer):
         init.normal_(self.codebook, std=self.codebook_dim**-0.5)
         self.projection.reset_parameters()
 
+    @exact_products()  # as trained with TF32, so decoded without
     def table(self) -> Tensor:
         """W(C) without gradient, which `gather` has; projected once in evaluation."""
         if self.training or torch.is_grad_enabled():
