@@ -2,6 +2,8 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,6 +62,33 @@ def prepare_cpu_deepspeed() -> None:
 
     # A private table, and the only switch there is: absent in some release, the build merely takes its time again.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+class FullPrecisionLinear(torch.nn.Linear):
+    """A linear layer that computes outside of autocast.
+
+    A class of its own, for DeepSpeed adds up the gradients of exactly `nn.Linear` in the lower precision of autocast.
+    """
+
+
+def require_same_partition(folder: Path, state: dict[str, Any], *, zero: int) -> None:
+    """Refuse a training state that ZeRO cannot read: its parts belong to one stage and one number of processes.
+
+    Args:
+        folder: of the checkpoint, for the message.
+        state: `zero` and `processes` of the launch that wrote it; a state that does not say is let through.
+
+    Raises:
+        ValueError: naming what to set.
+    """
+    found, processes = state.get("zero", zero), state.get("processes", world_size())
+    if found != zero:
+        raise ValueError(f"{folder} was written with zero={found}, got zero={zero}: set zero={found} to continue")
+    if zero and processes != world_size():
+        raise ValueError(
+            f"{folder} holds optimizer states in {processes} parts, one for each process of zero={zero}, got {world_size()} "
+            f"processes: continue with {processes} (zero=0 continues on any number)"
+        )
 
 
 def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager:

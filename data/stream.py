@@ -41,7 +41,7 @@ class StreamSampler(Sampler[int]):
             raise ValueError("the data set is empty")
         self.seed, self.rank, self.world_size, self.start = seed, rank, world_size, start
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Draw]:
         position = self.start + self.rank
         epoch, order = -1, torch.empty(0)
         while True:

@@ -94,16 +94,22 @@ def extract(model: VQRAEModel, dataset: Dataset, config: FeaturesConfig) -> dict
 
 @torch.inference_mode()
 def teacher_cosines(model: VQRAEModel, original: VQRAEModel, dataset: Dataset, config: FeaturesConfig) -> dict[str, float]:
-    """Mean cosine of features with the original encoder's, and with the original's of the next picture at the same place."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    count = 0
+    """Mean cosine of features with the original encoder's, and with the original's of the image before at the same place.
+
+    NaN for the latter where there is a single image.
+    """
+    sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
+    before: list[Tensor] = []  # the original's features of the last image of the batch before
     for images, _ in batches(dataset, config, model.device):
         ours, theirs = (tokenizer.encode_features(images).float() for tokenizer in (model, original))
-        cosines = [F.cosine_similarity(ours, other, dim=-1) for other in (theirs, theirs.roll(1, dims=0))]
-        sums += torch.stack([cosine.double().sum() for cosine in cosines]).cpu()
-        count += cosines[0].numel()
-    own, other = (sums / count).tolist()
-    return {"teacher_cosine": own, "teacher_cosine_other_picture": other}
+        others = torch.cat([*before, theirs[:-1]])
+        for kind, (mine, other) in enumerate(((ours, theirs), (ours[len(ours) - len(others) :], others))):
+            cosines = F.cosine_similarity(mine, other, dim=-1).double()
+            sums[kind] += cosines.sum().cpu()
+            counts[kind] += cosines.numel()
+        before = [theirs[-1:]]
+    own_image, other_image = (sums / counts).tolist()
+    return {"teacher_cosine": own_image, "teacher_cosine_other_picture": other_image}
 
 
 def probe(model: VQRAEModel, tasks: dict[str, Pair], config: FeaturesConfig) -> dict[str, Any]:

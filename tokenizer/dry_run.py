@@ -1,12 +1,15 @@
 """`dry_run=N`: the real configuration for N steps on rendered scenes, then what it took and what the full run would need.
 
 Nothing is downloaded and nothing is kept (see `vqrae.common.dry_run`). The discriminator takes part from the first step on; the
-global batch is one micro-batch of every process.
+global batch is one micro-batch of every process. Behind the steps come previews, a checkpoint and its restore.
 """
 
 import dataclasses
-import tempfile
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +17,13 @@ from torch import nn
 
 from vqrae.common.distributed import attention_implementation, is_main_process, world_size
 from vqrae.common.dry_run import GPUS, DryRunReport, held_bytes, is_here, peak_bytes
-from vqrae.common.memory import count_parameters, state_bytes, weight_bytes
+from vqrae.common.memory import GIB, count_parameters, state_bytes, weight_bytes
 from vqrae.common.run import RunDirectory
 from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.configuration import FEATURE_TAPS
+from vqrae.tokenizer.encoders import encoder_features
+from vqrae.tokenizer.losses import distillation_loss
+from vqrae.tokenizer.pictures import resize
 from vqrae.tokenizer.stage import StageTrainer
 from vqrae.tokenizer.train_config import ModelConfig, StageConfig, TokenizerTrainConfig
 
@@ -24,13 +31,28 @@ from vqrae.tokenizer.train_config import ModelConfig, StageConfig, TokenizerTrai
 def dry_run(config: TokenizerTrainConfig) -> None:
     """Rehearse the configured stages one after the other and print a report on each."""
     for number in [1, 2] if config.stage == "both" else [config.stage]:
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder(Path(config.output_dir)) as folder:
             rehearsed = rehearsal(config, number)
-            run = RunDirectory(folder, rehearsed, seed=config.seed)
+            run = RunDirectory(folder / f"stage{number}", rehearsed, seed=config.seed)
             run.begin()
             report = measure(rehearsed, number, run, config.stage_config(number))
         if is_main_process():
             print(report.text(), flush=True)
+
+
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """A folder next to `output`, on the disk that the run will write to and that all processes see; removed at the end."""
+    folder = output.absolute().with_name(f".{output.name}.dry_run")
+    made = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        yield folder
+    finally:
+        if is_main_process():
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # somebody else uses it by now
+                for parent in made:
+                    parent.rmdir()
 
 
 def rehearsal(config: TokenizerTrainConfig, number: int) -> TokenizerTrainConfig:
@@ -62,10 +84,45 @@ def without_download(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, encoder=None)
 
 
+def rehearse_checkpoint(trainer: StageTrainer, step: int) -> None:
+    """Previews, a checkpoint and its restore, and what the features are at both taps."""
+    begin = time.perf_counter()
+    trainer.save(step)
+    if is_main_process():
+        trainer.save_previews(step)
+    checkpoint = trainer.run.path / f"step-{step}"
+    trainer.restore(checkpoint)
+    trainer.engine.wait_for_everyone()
+    if is_main_process():
+        gib = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / GIB
+        seconds = time.perf_counter() - begin
+        print(f"dry run of stage {trainer.number}: previews, a checkpoint of {gib:.2f} GiB and its restore: {seconds:.1f} s")
+        print("\n".join(describe_taps(trainer)), flush=True)
+    trainer.engine.wait_for_everyone()
+
+
+@torch.no_grad()
+def describe_taps(trainer: StageTrainer) -> list[str]:
+    """How large the features are at each tap, and what their distillation loss would be after these steps."""
+    model = trainer.model
+    lines = ["features of the preview images: root mean square, largest channel's, distillation loss"]
+    with trainer.autocast():
+        pixel_values = model.normalize(resize(trainer.previews, trainer.image_size))
+        for tap in FEATURE_TAPS:
+            features = encoder_features(model.encoder, pixel_values, tap).float()
+            loss = "no teacher"
+            if trainer.teacher is not None:
+                loss = f"{distillation_loss(features, encoder_features(trainer.teacher, pixel_values, tap)):.3g}"
+            squares = features.square().mean((0, 1))
+            chosen = "  (feature_tap of this run)" if tap == model.config.feature_tap else ""
+            lines.append(f"  {tap:22}{squares.mean().sqrt():10.3g}{squares.max().sqrt():10.3g}  {loss:>10}{chosen}")
+    return lines
+
+
 def measure(config: TokenizerTrainConfig, number: int, run: RunDirectory, full: StageConfig) -> DryRunReport:
     """Run the rehearsal of a stage that is `full` in reality."""
     before = held_bytes()
-    model = build_tokenizer(config.model, attention_implementation(config.attention))
+    model = build_tokenizer(config.model, attention_implementation(config.attention, half=config.bf16))
     trainer = StageTrainer(config, number, model, run)
     trainer.set_mode()
     batches = trainer.pictures.micro_batches(0)
@@ -105,6 +162,7 @@ def measure(config: TokenizerTrainConfig, number: int, run: RunDirectory, full: 
         max_steps=full.max_steps,
         global_batch_size=full.global_batch_size,
     )
+    rehearse_checkpoint(trainer, config.dry_run)
     trainer.engine.free_memory()
     trainer.d_engine.free_memory()
     return report

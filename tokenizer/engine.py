@@ -58,7 +58,12 @@ def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
     }
-    plugins = {name: DeepSpeedPlugin(hf_ds_config=dict(settings)) for name in ("tokenizer", "discriminator")}
+    # The discriminator judges in fp32, so its gradients are added up in fp32 as well.
+    judging = settings | {"torch_autocast": {"enabled": False}}
+    plugins = {
+        name: DeepSpeedPlugin(hf_ds_config=dict(chosen))
+        for name, chosen in (("tokenizer", settings), ("discriminator", judging))
+    }
     first = Accelerator(deepspeed_plugins=plugins)
     if first.distributed_type != DistributedType.DEEPSPEED:
         raise RuntimeError(f"zero={zero} was asked for, but accelerate chose {first.distributed_type}")

@@ -6,24 +6,29 @@ from torch import Tensor
 
 
 class LossWindow:
-    """Means of named scalars over a window of micro-batches, over all processes."""
+    """Means of named scalars over a window of micro-batches, over all processes; every image counts the same."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # name -> (sum, count); values that are not finite take no part
 
     @torch.no_grad()
-    def update(self, values: dict[str, Tensor]) -> None:
-        """Add one value of each name; no host synchronisation."""
+    def update(self, values: dict[str, Tensor], *, weight: int = 1) -> None:
+        """Add one value of each name, the mean of `weight` images; no host synchronisation."""
         for name, value in values.items():
             finite = value.isfinite()
-            pair = torch.stack([torch.where(finite, value.float(), 0.0), finite.float()])
+            pair = torch.stack([torch.where(finite, value.float(), 0.0), finite.float()]) * weight
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def gather(self, engine: Accelerator) -> None:
-        """Make the sums those of all processes, on each of them; all must have seen the same names."""
+        """Make the sums those of all processes, on each of them; all must hold the same names."""
         if self.sums:
-            totals = engine.reduce(torch.stack(list(self.sums.values())))
-            self.sums = dict(zip(self.sums, totals, strict=True))
+            names = sorted(self.sums)
+            totals = engine.reduce(torch.stack([self.sums[name] for name in names]))
+            self.sums = dict(zip(names, totals, strict=True))
+
+    def clear(self) -> None:
+        """Nothing was seen by this process, though others have seen these names: the next `gather` needs them everywhere."""
+        self.sums = {name: torch.zeros_like(pair) for name, pair in self.sums.items()}
 
     def means(self) -> dict[str, float]:
         """Mean by name; NaN where no value was finite."""

@@ -18,6 +18,7 @@ from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor
 from transformers import initialization as init
 
 from vqrae.common.checkpoints import require_finite
+from vqrae.common.distributed import FullPrecisionLinear
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.decoder import DCTBasis, ViTDecoder
 from vqrae.tokenizer.encoders import encoder_features
@@ -59,11 +60,11 @@ class VQRAEModel(PreTrainedModel):
             config.build_encoder_config(), attn_implementation=config._attn_implementation
         )
         width = config.feature_dim
-        self.in_proj = nn.Linear(width, config.codebook_dim)
+        self.in_proj = FullPrecisionLinear(width, config.codebook_dim)
         self.quantizer: Quantizer = build_quantizer(
             config.quantizer, config.codebook_size, config.codebook_dim, **config.quantizer_options
         )
-        self.out_proj = nn.Linear(config.codebook_dim, width)
+        self.out_proj = FullPrecisionLinear(config.codebook_dim, width)
         patch_size = config.output_patch_size or config.patch_size
         self.decoder = ViTDecoder(self.encoder, config.grid_size, patch_size, config.output_basis)
         fp32: dict[str, Any] = {"dtype": torch.float32}  # whatever the default is while a half-precision model is built
@@ -222,7 +223,8 @@ class VQRAEModel(PreTrainedModel):
             raise ValueError(f"quantizer {self.config.quantizer} has no codebook that could start from features")
         self.require_images_for_codebook(len(images))
         batches = [self.project(self.encode_features(batch)).flatten(0, 1) for batch in images.split(batch_size)]
-        self.quantizer.initialize_from(torch.cat(batches))
+        with torch.autocast(images.device.type, enabled=False):
+            self.quantizer.initialize_from(torch.cat(batches))
 
     def require_images_for_codebook(self, count: int) -> None:
         """Refuse to start K codes from `count` images whose tokens are fewer.
@@ -248,24 +250,33 @@ class VQRAEModel(PreTrainedModel):
             images: (M, 3, H, W) in [0, 1].
         """
         generator = torch.Generator(images.device).manual_seed(0)
+        full_precision = torch.autocast(images.device.type, enabled=False)  # encoder and decoder follow the caller
         metric = scatter = torch.zeros(self.config.codebook_dim, self.config.codebook_dim, device=images.device)
         for batch in images.split(batch_size):
             projected = self.project(self.encode_features(batch)).detach().requires_grad_()
-            picture = self._paint(self.out_proj(projected))
+            with full_precision:
+                hidden = self.out_proj(projected)
+            picture = self._paint(hidden)
             for _ in range(num_probes):
                 probe = torch.randn(picture.shape, generator=generator, device=picture.device)
                 (gradient,) = torch.autograd.grad(picture, projected, probe, retain_graph=True)
-                metric = metric + torch.einsum("bne,bnf->ef", gradient, gradient)
+                with full_precision:
+                    metric = metric + torch.einsum("bne,bnf->ef", gradient, gradient)
             centred = projected.detach() - projected.detach().mean((0, 1))
-            scatter = scatter + torch.einsum("bne,bnf->ef", centred, centred)
+            with full_precision:
+                scatter = scatter + torch.einsum("bne,bnf->ef", centred, centred)
+        with torch.no_grad(), full_precision:
+            self._change_basis(metric, scatter)
+
+    def _change_basis(self, metric: Tensor, scatter: Tensor) -> None:
+        """Turn the code space (E, E) so that its distances are those of `metric`; features keep their total variance."""
         values, axes = torch.linalg.eigh(metric)
         values = values.clamp(min=1e-6 * values[-1])
-        values = values * (scatter.trace() / (metric @ scatter).trace())  # features keep their total variance
-        with torch.no_grad():
-            root, inverse = ((axes * scale) @ axes.T for scale in (values.sqrt(), values.rsqrt()))
-            self.in_proj.weight.copy_(root @ self.in_proj.weight)
-            self.in_proj.bias.copy_(root @ self.in_proj.bias)
-            self.out_proj.weight.copy_(self.out_proj.weight @ inverse)
+        values = values * (scatter.trace() / (metric @ scatter).trace())
+        root, inverse = ((axes * scale) @ axes.T for scale in (values.sqrt(), values.rsqrt()))
+        self.in_proj.weight.copy_(root @ self.in_proj.weight)
+        self.in_proj.bias.copy_(root @ self.in_proj.bias)
+        self.out_proj.weight.copy_(self.out_proj.weight @ inverse)
 
     def with_plain_codebook(self) -> "VQRAEModel":
         """An equal model with `quantizer=vq`: the same codes and pictures, from a table that needs nothing of its training.

@@ -4,23 +4,27 @@ Shapes: B micro-batch, H W pixels.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vqrae.data.sources import open_images
-from vqrae.data.stream import StreamSampler
+from vqrae.data.mixture import parse_mixture
+from vqrae.data.sources import open_images, source_kind
+from vqrae.data.stream import Draw, StreamSampler
+from vqrae.data.tolerant import FileSplit
 from vqrae.tokenizer.train_config import DataConfig, StageConfig
 
 
 class StagePictures:
-    """Training pictures of one process, and the few that are looked at.
+    """Training images of one process, and the few that are looked at.
 
     Args:
         size: pixels of a side.
-        seed: of order and augmentation.
+        seed: of the run: which scenes there are, random crops, the order of a mixture.
+        number: of the stage, whose order and augmentation are its own.
         rank, world_size: this process among all.
         device: where images go.
     """
@@ -32,57 +36,125 @@ class StagePictures:
         *,
         size: int,
         seed: int,
+        number: int,
         rank: int,
         world_size: int,
         device: torch.device,
     ) -> None:
-        self.config, self.stage, self.seed, self.rank, self.device = config, stage, seed, rank, device
-        self.dataset: Any = open_images(config.train, image_size=size, crop=config.crop)
-        self.validation: Any = open_images(config.validation or config.train, image_size=size, split="validation")
-        self.sampler = StreamSampler(self.dataset, seed=seed, rank=rank, world_size=world_size)
+        self.config, self.stage, self.seed, self.device = config, stage, seed + number, device
+        self.rank, self.world_size = rank, world_size
+        train, validation = splits(config)
+        self.dataset: Any = open_images(config.train, image_size=size, crop=config.crop, split=train, seed=seed)
+        self.validation: Any = open_images(config.validation or config.train, image_size=size, split=validation)
 
     def micro_batches(self, start: int) -> Iterator[Tensor]:
-        """uint8 (B, 3, H, W) from optimizer step `start` on, without end."""
-        self.sampler.start = start * self.stage.global_batch_size
-        size, workers = self.stage.micro_batch_size, self.config.num_workers
-        for batch in DataLoader(self.dataset, size, sampler=self.sampler, num_workers=workers):
-            yield batch["image"]
+        """Images (B, 3, H, W) in [0, 1], mirrored and mixed as configured, from optimizer step `start` on, without end."""
+        position = start * self.stage.global_batch_size + self.rank
+        places = PlaceSampler(self.dataset, seed=self.seed, start=position, stride=self.world_size)
+        samples = AugmentedImages(self.dataset, self.config, self.seed)
+        loader = DataLoader(
+            samples,
+            self.stage.micro_batch_size,
+            sampler=places,
+            num_workers=self.config.num_workers,
+            pin_memory=self.device.type == "cuda",  # only from there can a copy run beside the computation
+        )
+        for batch in loader:
+            yield batch.to(self.device, non_blocking=True).float() / 255
 
-    def augment(self, batch: Tensor, step: int, micro: int) -> Tensor:
-        """uint8 (B, 3, H, W) -> images in [0, 1], mirrored and mixed as configured."""
-        images = batch.to(self.device, non_blocking=True).float() / 255
-        generator = torch.Generator().manual_seed(hash((self.seed, step, micro, self.rank)))
-        if self.config.random_flip:
-            flips = torch.rand(len(images), generator=generator) < 0.5
-            images = torch.where(flips.to(self.device)[:, None, None, None], images.flip(-1), images)
-        return cutmix(images, self.config.cutmix, generator) if self.config.cutmix else images
-
-    def first(self, count: int) -> Tensor:
-        """The first training pictures as images (count, 3, H, W) in [0, 1]: what statistics and codebook start from."""
-        return self._stack(self.dataset, count)
+    def some(self, count: int) -> Tensor:
+        """Up to `count` training images (M, 3, H, W) in [0, 1], without augmentation, drawn from all of the data."""
+        return self._load(self.dataset, count, self.seed)
 
     def previews(self, count: int = 12) -> Tensor:
-        """The first validation pictures as images (count, 3, H, W) in [0, 1]."""
-        return self._stack(self.validation, count)
+        """Up to `count` validation images (M, 3, H, W) in [0, 1]; the same for every seed and stage."""
+        return self._load(self.validation, count, 0)
 
-    def _stack(self, dataset: Dataset, count: int) -> Tensor:
-        samples = [dataset[i]["image"] for i in range(min(count, len(dataset)))]  # type: ignore[arg-type]
-        return torch.stack(samples).to(self.device).float() / 255
+    def _load(self, dataset: Any, count: int, seed: int) -> Tensor:
+        draws = list(islice(StreamSampler(dataset, seed=seed), min(count, len(dataset))))
+        loader = DataLoader(dataset, batch_size=64, sampler=draws, num_workers=self.config.num_workers)
+        return torch.cat([batch["image"] for batch in loader]).to(self.device).float() / 255
 
 
-def cutmix(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W), a share of which show a rectangle of their neighbour in the batch (CutMix, arXiv 1905.04899).
+def splits(config: DataConfig) -> tuple[FileSplit, FileSplit]:
+    """The splits to train and to look at: where validation has a source of its own, both are used whole."""
+    if config.validation is None:
+        return "train", "validation"
+    return ("train" if is_endless(config.train) else "all", "validation" if is_endless(config.validation) else "all")
 
-    Sides and corners of the rectangles lie on eighths of a side, so that few patches hold parts of both.
+
+def is_endless(source: str) -> bool:
+    """Whether a source, or part of a mixture, is scenes: they are no files that could be used whole."""
+    kind = source_kind(source)
+    return kind == "scenes" or (kind == "mixture" and any(is_endless(name) for name, _ in parse_mixture(source)))
+
+
+class Place(NamedTuple):
+    """A place in the stream of samples that all processes share.
+
+    Attributes:
+        position: its number since the stage began, from which all randomness of augmentation follows.
+        own: the sample there.
+        next: the sample behind it.
     """
-    batch, _, height, width = images.shape
-    inside = torch.rand(batch, generator=generator)[:, None, None] < share
-    for axis, length in ((1, height), (2, width)):
-        extent = torch.randint(2, 7, (batch, 1), generator=generator)
-        begin = (torch.rand(batch, 1, generator=generator) * (9 - extent)).long()
-        cell = torch.arange(length)[None] * 8 // length
-        inside = inside & ((begin <= cell) & (cell < begin + extent)).unsqueeze(3 - axis)
-    return torch.where(inside[:, None].to(images.device), images.roll(1, 0), images)
+
+    position: int
+    own: Draw
+    next: Draw
+
+
+class PlaceSampler(Sampler[Place]):
+    """Every `stride`-th place of the stream of `StreamSampler`, from position `start` on, without end."""
+
+    def __init__(self, data: Any, *, seed: int, start: int, stride: int) -> None:
+        self.start, self.stride = start, stride
+        own, following = (StreamSampler(data, seed=seed, world_size=stride, start=start + shift) for shift in (0, 1))
+        self.own, self.next = own, following
+
+    def __iter__(self) -> Iterator[Place]:
+        for step, (own, following) in enumerate(zip(self.own, self.next, strict=True)):
+            yield Place(self.start + step * self.stride, own, following)
+
+
+class AugmentedImages(Dataset):
+    """Images uint8 (3, H, W) by place, a share of them mixed with their next and mirrored.
+
+    Everything depends on the position in the stream alone: neither micro-batch, processes nor loader workers matter.
+    """
+
+    def __init__(self, images: Any, config: DataConfig, seed: int) -> None:
+        self.images, self.config, self.seed = images, config, seed
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
+
+    def __getitem__(self, place: Place) -> Tensor:
+        image = self._image(place.own)
+        generator = torch.Generator().manual_seed(hash((self.seed, place.position)))
+        if self.config.cutmix and torch.rand((), generator=generator) < self.config.cutmix:
+            image = cutmix(image, self._image(place.next), generator)
+        if self.config.random_flip and torch.rand((), generator=generator) < 0.5:
+            image = image.flip(-1)
+        return image
+
+    def _image(self, draw: Draw) -> Tensor:
+        """The image of a draw; the newest is kept, as in one process the next of a place is the own of the following."""
+        key = (int(draw), draw.epoch)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self.images[draw]["image"]
+        return self._kept[1]
+
+
+def cutmix(image: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
+    """An image (3, H, W) with a rectangle of another one (CutMix, arXiv 1905.04899).
+
+    Sides and corners of the rectangle lie on eighths of a side, so that few patches hold parts of both.
+    """
+    inside = torch.tensor(True)
+    for length in image.shape[1:]:
+        extent = torch.randint(2, 7, (), generator=generator)
+        begin = (torch.rand((), generator=generator) * (9 - extent)).long()
+        cell = torch.arange(length) * 8 // length
+        inside = inside[..., None] & (begin <= cell) & (cell < begin + extent)
+    return torch.where(inside, other, image)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

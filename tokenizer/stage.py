@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqrae.common.checkpoints import require_finite
 from vqrae.common.distributed import fit_batch, is_main_process, world_size
 from vqrae.common.files import atomic_path
+from vqrae.common.memory import count_parameters
 from vqrae.common.pictures import picture_grid, save_picture
-from vqrae.common.run import RunDirectory, format_duration
+from vqrae.common.run import RunDirectory, format_duration, mark_trained
 from vqrae.common.schedule import warmup_cosine
-from vqrae.tokenizer.discriminator import build_discriminator, frozen
+from vqrae.tokenizer.discriminator import frozen
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.engine import (
@@ -32,6 +34,7 @@ from vqrae.tokenizer.engine import (
     share_from_main,
 )
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
+from vqrae.tokenizer.judges import build_judges
 from vqrae.tokenizer.losses import (
     LeCam,
     discriminator_hinge_loss,
@@ -41,12 +44,11 @@ from vqrae.tokenizer.losses import (
 )
 from vqrae.tokenizer.meters import LossWindow
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
-from vqrae.tokenizer.perceptual import build_perceptual
 from vqrae.tokenizer.pictures import StagePictures, resize
 from vqrae.tokenizer.revival import revive_dead_codes
-from vqrae.tokenizer.teacher import keep_original, original_encoder
+from vqrae.tokenizer.teacher import keep_original
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
-from vqrae.tokenizer.train_state import TrainState
+from vqrae.tokenizer.train_state import TrainState, require_resumable
 from vqrae.tokenizer.usage import CodeUsage
 
 
@@ -60,6 +62,9 @@ class StageTrainer:
 
     def __init__(self, config: TokenizerTrainConfig, number: int, model: VQRAEModel, run: RunDirectory) -> None:
         self.config, self.number, self.model, self.run = config, number, model, run
+        self.checkpoint = run.latest_checkpoint()
+        if self.checkpoint is not None:
+            require_resumable(self.checkpoint / "train_state", zero=config.zero)
         self.stage = stage = config.stage_config(number)
         micro_batch_size, self.accumulation = fit_batch(stage.global_batch_size, stage.micro_batch_size, world_size())
         self.stage = stage = dataclasses.replace(stage, micro_batch_size=micro_batch_size)
@@ -74,21 +79,24 @@ class StageTrainer:
         if config.activation_checkpointing:
             model.activation_checkpointing_enable()
 
-        self.checkpoint = run.latest_checkpoint()
         self.rolled_back_to: Path | None = None
-        self._build_judges()
         self.image_size, self.output_size = model.config.image_size, model.config.output_size
+        self._build_judges()
         self.pictures = StagePictures(
             config.data,
             stage,
             size=max(self.image_size, self.output_size),
-            seed=config.seed + number,
+            seed=config.seed,
+            number=number,
             rank=self.engine.process_index,
             world_size=self.engine.num_processes,
             device=self.device,
         )
         self.previews = self.pictures.previews()
-        if number == 1 and self.checkpoint is None:
+        from_data = number == 1 and self.checkpoint is None
+        if stage.bypass_steps or (from_data and config.model.codebook_init == "features"):
+            model.require_images_for_codebook(len(self.pictures.dataset))  # here, not behind the bypass
+        if from_data:
             self._start_from_data()
         # The average is the main process's: it alone writes models.
         self.ema = WeightAverage(model, config.ema_decay) if config.ema_decay and is_main_process() else None
@@ -100,38 +108,22 @@ class StageTrainer:
         self.usage, self.revival_usage = (CodeUsage(model.config.codebook_size, self.device) for _ in range(2))
 
     def _build_judges(self) -> None:
-        """Networks that say how good a reconstruction is: teacher, perceptual network, discriminator."""
-        config, stage, model = self.config, self.stage, self.model
         original = self.run.path.with_name("stage1") / "original_encoder.safetensors"
         if self.number == 1 and self.checkpoint is None:
-            keep_original(model.encoder, original, tuned=not stage.freeze_encoder)
+            keep_original(self.model.encoder, original, tuned=not self.stage.freeze_encoder)
             self.engine.wait_for_everyone()
-        self.teacher = original_encoder(model.encoder, original, bf16=config.bf16) if stage.needs_teacher else None
-        self.perceptual: nn.Module | None = None
-        if stage.perceptual_weight:
-            self.perceptual = build_perceptual(
-                stage.perceptual_network,
-                stage.perceptual_mix,
-                teacher=self.teacher,
-                normalize=model.normalize,
-                folder=config.perceptual_weights,
-                random=config.random_perceptual_weights,
-            ).to(self.device)
-        if stage.adversarial_weight:
-            self.discriminator = build_discriminator(
-                stage.discriminator,
-                channels=stage.discriminator_channels,
-                backbone=stage.discriminator_backbone,
-                random_backbone=config.random_perceptual_weights,
-            ).to(self.device)
+        judges = build_judges(self.config, self.stage, self.model, original, self.device)
+        self.teacher, self.perceptual = judges.teacher, judges.perceptual
+        self.discriminator: Any = judges.discriminator
         self.lecam = LeCam().to(self.device)
 
     def _start_from_data(self) -> None:
         """Statistics of the features, and the codebook, before the first step."""
-        if self.model.config.feature_norm == "standardize":
-            self.model.standardize_features(self.sample_images())
-        if self.config.model.codebook_init == "features":
-            self.model.initialize_codebook(self.sample_images())
+        with self.autocast():
+            if self.model.config.feature_norm == "standardize":
+                self.model.standardize_features(self.sample_images())
+            if self.config.model.codebook_init == "features":
+                self.model.initialize_codebook(self.sample_images())
         share_from_main(self.model)
 
     def _build_optimizers(self) -> None:
@@ -168,22 +160,30 @@ class StageTrainer:
             if done % config.log_steps == 0 or last:
                 self.log(done, seconds=(time.time() - clock) / (done - clock_step))
                 clock, clock_step = time.time(), done
-                if self.skipped.in_a_row >= config.max_nonfinite_steps:
+                if self.skipped_in_a_row() >= min(config.max_nonfinite_steps, stage.max_steps):
                     self.roll_back(done)
                     continue
+            # Saved first: a mishap of the previews then costs no work.
+            if last:
+                self.finish()
+            elif done % config.save_steps == 0 and self.skipped_in_a_row() == 0:
+                self.save(done)
             if is_main_process() and (done % config.sample_steps == 0 or last):
                 self.save_previews(done)
-            if done % config.save_steps == 0 and not last and self.skipped.in_a_row == 0:
-                self.save(done)
+        self.engine.wait_for_everyone()
+        self.engine.free_memory()
+        self.d_engine.free_memory()
 
+    def finish(self) -> None:
+        """Write the model of the finished stage."""
+        require_finite(self.model, f"stage {self.number}")
         self.engine.wait_for_everyone()
         if is_main_process():
             for name, model in self.models().items():
                 with atomic_path(self.run.path / name) as temporary:
                     model.save_pretrained(temporary)
+                    mark_trained(temporary, self.stage.max_steps)
         self.engine.wait_for_everyone()
-        self.engine.free_memory()
-        self.d_engine.free_memory()
 
     def train_step(self, step: int, batches: Iterator[Tensor]) -> None:
         """One step of both optimizers: `accumulation` micro-batches. The host waits only for Muon and a bf16 search."""
@@ -191,25 +191,26 @@ class StageTrainer:
         self.set_learning_rates(step)
         if step and step == self.stage.bypass_steps:
             images = self.sample_images()
-            if self.stage.codebook_metric == "pixels":
-                self.model.measure_in_pixels(images[:256])
-            self.model.initialize_codebook(images)
+            with self.autocast():
+                if self.stage.codebook_metric == "pixels":
+                    self.model.measure_in_pixels(images[:256])
+                self.model.initialize_codebook(images)
             share_from_main(self.model)
             refresh_master_weights(self.optimizer)
-        for micro in range(self.accumulation):
-            images = self.pictures.augment(next(batches), step, micro)
+        for _ in range(self.accumulation):
+            images = next(batches)
             inputs, targets = resize(images, self.image_size), resize(images, self.output_size)
             output, losses = self.tokenizer_step(inputs, targets, step)
             self.usage.update(output.codes)
             self.revival_usage.update(output.codes)
-            if self.is_adversarial(step):
+            if self.stage.is_adversarial(step):
                 losses["discriminator_loss"] = self.discriminator_step(targets, output.reconstruction.detach())
-            self.losses.update(losses)
+            self.losses.update(losses, weight=len(images))
         self.model.quantizer.after_step(self.grad_norm.isfinite())
         self.skipped.update(self.grad_norm)
         if self.ema is not None and step >= self.stage.bypass_steps:
             self.ema.update(self.model)
-        if self.is_revival(done) and self.skipped.in_a_row == 0:
+        if self.stage.is_revival(done) and self.skipped.in_a_row == 0:
             revived = revive_dead_codes(self.model, output, self.revival_usage, self.engine, seed=done)
             self.losses.update({"revived_codes": torch.tensor(revived, device=self.device)})
             refresh_master_weights(self.optimizer)
@@ -233,12 +234,12 @@ class StageTrainer:
                     losses["distillation_loss"] = distillation_loss(output.features, target)
                 if self.perceptual is not None:
                     losses["perceptual_loss"] = self.perceptual(output.reconstruction, targets)
-                if self.is_adversarial(step):
+                if self.stage.is_adversarial(step):
                     with frozen(self.discriminator):  # the bare module: its engine must not see this backward
                         losses["adversarial_loss"] = generator_hinge_loss(self.discriminator(output.reconstruction))
             weights = {name: getattr(stage, name.replace("_loss", "_weight")) for name in losses}
             if "adversarial_loss" in losses:
-                weights["adversarial_loss"] *= self.adversarial_ramp(step)
+                weights["adversarial_loss"] *= self.stage.adversarial_ramp(step)
             if bypass:
                 weights |= dict.fromkeys(output.losses, 0.0)
             # Outside of autocast, whose bf16 copies of all weights are gone by now.
@@ -252,10 +253,9 @@ class StageTrainer:
     def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         """One micro-batch of real pictures and their reconstructions through the discriminator; returns its loss."""
         engine, stage = self.d_engine, self.stage
-        with engine.accumulate(self.d_wrapped):
-            with self.autocast():
-                real, fake = self.d_wrapped(torch.cat([images, reconstruction])).float().chunk(2)
-                loss = discriminator_hinge_loss(real, fake)
+        with engine.accumulate(self.d_wrapped):  # outside of autocast: it judges in fp32
+            real, fake = self.d_wrapped(torch.cat([images, reconstruction])).float().chunk(2)
+            loss = discriminator_hinge_loss(real, fake)
             engine.backward(loss + stage.lecam_weight * self.lecam(real, fake))
             self.lecam.observe(real, fake)
             if engine.sync_gradients:
@@ -279,44 +279,34 @@ class StageTrainer:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16)
 
-    def is_adversarial(self, step: int) -> bool:
-        return self.stage.adversarial_weight > 0 and step >= self.stage.discriminator_start
-
-    def adversarial_ramp(self, step: int) -> float:
-        """Share of the adversarial weight at a step from the discriminator's start on."""
-        return min(1.0, (step - self.stage.discriminator_start + 1) / max(1, self.stage.discriminator_ramp))
-
-    def is_revival(self, done: int) -> bool:
-        stage = self.stage
-        within = stage.bypass_steps < done <= stage.revival_until * stage.max_steps
-        return within and stage.revival_interval > 0 and done % stage.revival_interval == 0
-
     def set_learning_rates(self, step: int) -> None:
         """Warm-up and cosine on every group; the discriminator's schedule counts its own steps."""
         stage, end = self.stage, self.stage.end_lr / self.stage.decoder_lr
         factor = warmup_cosine(step, warmup_steps=stage.warmup_steps, total_steps=stage.max_steps, end=end)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        if self.is_adversarial(step):
+        if self.stage.is_adversarial(step):
             begun, total = step - stage.discriminator_start, stage.max_steps - stage.discriminator_start
             factor = warmup_cosine(begun, warmup_steps=stage.warmup_steps, total_steps=total, end=end)
             for group in self.d_optimizer.param_groups:
                 group["lr"] = stage.discriminator_lr * factor
 
     def sample_images(self) -> Tensor:
-        """The first pictures of the data, enough for 32 features per code: what statistics and codebook start from."""
+        """Images from all over the data, enough for 32 features per code: what statistics and codebook start from."""
         config = self.model.config
         count = max(256, -(-32 * config.codebook_size // config.grid_size**2))
-        return resize(self.pictures.first(count), self.image_size)
+        return resize(self.pictures.some(count), self.image_size)
+
+    def skipped_in_a_row(self) -> int:
+        """Steps that one of the two networks last left out in a row. The host waits for the device."""
+        return int(torch.maximum(self.skipped.in_a_row, self.d_skipped.in_a_row))
 
     # ------------------------------------------------------------------------------------------- what is seen and kept
 
     def announce(self) -> None:
         if not is_main_process():
             return
-        counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        total, trainable = sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
-        stage = self.stage
+        (total, trainable), stage = count_parameters(self.model), self.stage
         print(
             f"stage {self.number}: {total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable, "
             f"batch {stage.global_batch_size} = {stage.micro_batch_size} x {self.accumulation} accumulated "
@@ -325,7 +315,7 @@ class StageTrainer:
         )
 
     def log(self, done: int, *, seconds: float) -> None:
-        """One line and one row of metrics: means over the window since the last. Here the host waits for the device."""
+        """One line and one row of metrics: means since the last. Here the host waits for the device."""
         for window in (self.losses, self.usage):
             window.gather(self.engine)
         values = self.losses.means()
@@ -346,7 +336,8 @@ class StageTrainer:
     def save_previews(self, done: int) -> None:
         """Write originals above their reconstructions."""
         self.model.eval()
-        reconstructions = self.model(resize(self.previews, self.image_size)).reconstruction
+        with self.autocast():
+            reconstructions = self.model(resize(self.previews, self.image_size)).reconstruction
         rows = [list(resize(self.previews, self.output_size)), list(reconstructions)]
         self.set_mode()
         save_picture(picture_grid(rows), self.run.path / "samples" / f"step-{done}.png")
@@ -359,12 +350,14 @@ class StageTrainer:
         engines = {"tokenizer": self.engine} | ({"discriminator": self.d_engine} if self.stage.adversarial_weight else {})
         return TrainState(
             engines=engines,
+            zero=self.config.zero,
             shared={"lecam": self.lecam, "skipped": self.skipped, "d_skipped": self.d_skipped},
             windows={"losses": self.losses, "usage": self.usage, "revival_usage": self.revival_usage},
         )
 
     def save(self, step: int) -> None:
         """Write `step-N/` with the model folders and, apart, the training state; whole or not at all."""
+        require_finite(self.model, f"stage {self.number}, step {step}")
         temporary = self.run.path / f".step-{step}.tmp"
         if is_main_process():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -389,18 +382,21 @@ class StageTrainer:
         """Weights and optimizers return to the newest checkpoint. Time goes on: what led here is not seen again.
 
         Raises:
-            FloatingPointError: when there is no checkpoint, or none since the last time.
+            FloatingPointError: when there is no checkpoint, none since the last time, or no step left.
         """
         newest = self.run.latest_checkpoint()
-        if newest is None or newest == self.rolled_back_to:
+        network = "tokenizer" if self.skipped.in_a_row >= self.d_skipped.in_a_row else "discriminator"
+        if newest is None or newest == self.rolled_back_to or done == self.stage.max_steps:
+            outcome = "the stage ends here" if newest != self.rolled_back_to else f"going back to {newest} did not help"
             raise FloatingPointError(
-                f"the last {self.skipped.in_a_row.item()} steps up to {done} had no finite gradient, and "
-                f"{'there is no checkpoint' if newest is None else f'going back to {newest} did not help'}: "
-                "lower the learning rates, or look at the losses in metrics.jsonl for the one that grew"
+                f"the last {self.skipped_in_a_row()} steps up to {done} of stage {self.number} had no finite gradient of the "
+                f"{network}, and {'there is no checkpoint' if newest is None else outcome}: look at metrics.jsonl "
+                "for the loss that grew, and train again with lower learning rates in another output_dir"
             )
         if is_main_process():
-            print(f"stage {self.number}: no finite gradient any more at step {done}, going on from {newest}", flush=True)
-        total = self.skipped.total.clone()
+            print(f"stage {self.number}: {network} without finite gradients at step {done}, going on from {newest}", flush=True)
+        totals = [counts.total.clone() for counts in (self.skipped, self.d_skipped)]
         self.restore(newest)
-        self.skipped.total.copy_(total)
+        for counts, total in zip((self.skipped, self.d_skipped), totals, strict=True):
+            counts.total.copy_(total)
         self.rolled_back_to = newest

@@ -18,7 +18,7 @@ from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, weights_fingerprint
-from vqrae.common.run import RunDirectory
+from vqrae.common.run import RunDirectory, trained_steps
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
 from vqrae.tokenizer.dry_run import dry_run
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -32,11 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         dry_run(config)
         return
-    attention = attention_implementation(config.attention)
+    attention = attention_implementation(config.attention, half=config.bf16)
     output = Path(config.output_dir)
     stages = [1, 2] if config.stage == "both" else [config.stage]
     not_begun = {f"stage{number}" for number in (1, 2) if not (output / f"stage{number}").is_dir()}
     run_of_both = RunDirectory(output, config, seed=config.seed, ignore=not_begun)
+    require_same_length(config, output)
     if not all((output / f"stage{number}" / "model").is_dir() for number in stages):
         run_of_both.begin()
     for number in stages:
@@ -59,6 +60,21 @@ def main(argv: list[str] | None = None) -> None:
             with atomic_path(output / folder.name) as temporary:
                 shutil.copytree(folder, temporary)
         print(f"tokenizer {weights_fingerprint(output / 'model')[:16]} in {output / 'model'}")
+
+
+def require_same_length(config: TokenizerTrainConfig, output: Path) -> None:
+    """Refuse to prolong a finished stage: its learning rates have come to their end, and stage 2 starts from stage 1.
+
+    Raises:
+        ValueError: naming the steps that it was trained for.
+    """
+    for number in (1, 2):
+        folder, asked = output / f"stage{number}" / "model", config.stage_config(number).max_steps
+        if 0 < trained_steps(folder) < asked:
+            raise ValueError(
+                f"{folder} is finished after {trained_steps(folder)} steps, got stage{number}.max_steps={asked}: "
+                f"set stage{number}.max_steps={trained_steps(folder)}, or another output_dir"
+            )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class DataConfig:
     train: str = "scenes"
     """A source of pictures, see `vqrae.data.sources`."""
     validation: str | None = None
-    """None: the validation split of `train`."""
+    """A source of its own, which leaves all of `train` for training; None: 5 % of `train` are held back."""
     num_workers: int = 0
     random_flip: bool = True
     cutmix: float = 0.0
@@ -122,6 +122,19 @@ class StageConfig:
         """Whether a frozen copy of the original encoder has a part in this stage."""
         perceptual = bool(self.perceptual_weight) and "encoder" in self.perceptual_network.split("+")
         return bool(self.distillation_weight) or perceptual
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether the discriminator has a part in a step."""
+        return self.adversarial_weight > 0 and step >= self.discriminator_start
+
+    def adversarial_ramp(self, step: int) -> float:
+        """Share of the adversarial weight at a step from the discriminator's start on."""
+        return min(1.0, (step - self.discriminator_start + 1) / max(1, self.discriminator_ramp))
+
+    def is_revival(self, done: int) -> bool:
+        """Whether unused codes come back to life behind so many steps."""
+        within = self.bypass_steps < done <= self.revival_until * self.max_steps
+        return within and self.revival_interval > 0 and done % self.revival_interval == 0
 
 
 @dataclass(frozen=True, kw_only=True)

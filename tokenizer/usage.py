@@ -24,6 +24,10 @@ class CodeUsage:
         """Make the counts those of all processes, on each of them."""
         self.counts = engine.reduce(self.counts)
 
+    def clear(self) -> None:
+        """Nothing was seen by this process."""
+        self.reset()
+
     def reset(self) -> None:
         """Start a new window."""
         self.counts.zero_()

@@ -9,7 +9,7 @@ import torch
 from vqrae.common.pictures import save_picture, tensor_to_picture
 from vqrae.data.scenes import SceneDataset, SceneObject
 from vqrae.eval import features
-from vqrae.eval.features import FeaturesConfig, evaluate_features, extract
+from vqrae.eval.features import FeaturesConfig, evaluate_features, extract, teacher_cosines
 from vqrae.eval.labelled import LabelledScenes, cell_labels, folder_tasks, place_of, shape_of
 from vqrae.eval.probes import Samples, knn_accuracy, linear_accuracy, majority_share
 from vqrae.tokenizer import VQRAEModel
@@ -142,3 +142,17 @@ def test_a_lone_tokenizer_is_probed_without_its_teacher(tokenizer_folder: Path, 
     scores = values["stages"]["model"]["tasks"]["pictures"]
     assert scores["continuous"]["linear"] == 1  # brightness survives even a random encoder
     assert scores["chance"] == 0.5
+
+
+def test_an_image_is_never_its_own_other(tokenizer: VQRAEModel) -> None:
+    size = tokenizer.config.image_size
+    images = torch.randint(256, (5, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    samples = [{"image": image, "label": 0} for image in images]
+    found = [
+        teacher_cosines(tokenizer, tokenizer, samples, FeaturesConfig(model="unused", output="unused", batch_size=count))
+        for count in (5, 2, 1)
+    ]
+    for cosines in found:
+        assert cosines["teacher_cosine"] == pytest.approx(1)
+        assert cosines["teacher_cosine_other_picture"] == pytest.approx(found[0]["teacher_cosine_other_picture"])
+    assert found[0]["teacher_cosine_other_picture"] < 0.999

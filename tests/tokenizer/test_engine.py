@@ -1,6 +1,7 @@
 """What the training engine adds around the loop: less memory, compiled blocks, left-out steps, averages, a rehearsal."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vqrae.common.run import RunDirectory
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.configuration import FEATURE_TAPS
 from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.engine import compile_blocks
@@ -188,6 +190,9 @@ def test_a_dry_run_reports_and_keeps_nothing(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     for part in ("encoder", "decoder", "quantizer", "teacher", "discriminator"):
         assert f"\n  {part} " in printed
+    assert "previews, a checkpoint of 0.00 GiB and its restore" in printed
+    for tap in FEATURE_TAPS:
+        assert f"\n  {tap} " in printed  # how large its features are, and the distillation loss
     for line in ("2 steps of 1 pictures", "peak memory", "seconds per step", "700 steps of 4 = 2,800 pictures", "zero=2"):
         assert line in printed
     assert list(tmp_path.iterdir()) == []
@@ -211,3 +216,26 @@ def test_a_rehearsal_leaves_out_nothing_that_costs() -> None:
 def test_an_impossible_decay_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"ema_decay: got 1\.0, expected 0 for none or a number below 1"):
         configure("ema_decay=1.0")
+
+
+def test_flash_attention_gets_no_fp32_work(flash_attention: str, tmp_path: Path) -> None:
+    """Statistics, codebook start, pixel metric, previews, average, restore, dry run, under a kernel that refuses fp32."""
+    everything = [
+        *(key for key in ARGUMENTS if not key.startswith(("stage=", "model.feature_norm", "model.codebook_init"))),
+        "stage2.bypass_steps=1",
+        "stage1.max_steps=2",
+        "stage2.max_steps=3",
+        *(f"stage{n}.{key}" for n in (1, 2) for key in ("global_batch_size=4", "micro_batch_size=2", "revival_interval=1")),
+        "save_steps=2",
+        "sample_steps=1",
+        f"attention={flash_attention}",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    tokenizer_train.main(["tiny", *everything, "dry_run=1", "data.train=scenes"])
+    tokenizer_train.main(["tiny", *everything])
+    for folder in ("model", "stage2/model"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    tokenizer_train.main(["tiny", *everything])
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    with pytest.raises(ValueError, match="expected fp16 or bf16: set bf16=true"):
+        tokenizer_train.main(["tiny", *everything, "bf16=false", f"output_dir={tmp_path / 'other'}"])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from vqrae.common.config import ConfigError
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
-from vqrae.tokenizer.pictures import StagePictures
 from vqrae.tokenizer.quantizers import QUANTIZERS
+from vqrae.tokenizer.stage import StageTrainer
 from vqrae.tokenizer.train_config import ModelConfig
 
 ENCODER = (
@@ -196,7 +197,7 @@ BAD_STEP = runpy.run_path(str(Path(__file__).with_name("train_with_a_bad_step.py
 
 
 def test_a_bad_step_is_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StagePictures, "augment", BAD_STEP["augment_badly"])
+    monkeypatch.setattr(StageTrainer, "tokenizer_step", BAD_STEP["step_badly"])
     train(tmp_path, "save_steps=3", "stage2.max_steps=5", "keep_checkpoints=3")
     rows = metrics(tmp_path, 2)
     assert ["skipped_steps" in row for row in rows] == [False, False, True, True, True]
@@ -209,16 +210,15 @@ def test_a_bad_step_is_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.
 def test_too_many_bad_steps_return_to_the_newest_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad_steps = {2, 3}
-    augment = StagePictures.augment
+    bad_steps, tokenizer_step = {2, 3}, StageTrainer.tokenizer_step
 
-    def augment_badly(self: StagePictures, batch: torch.Tensor, step: int, micro: int) -> torch.Tensor:
-        return augment(self, batch, step, micro) * (float("nan") if step in bad_steps else 1)
+    def step_badly(self: StageTrainer, inputs: torch.Tensor, targets: torch.Tensor, step: int) -> Any:
+        return tokenizer_step(self, inputs * (float("nan") if step in bad_steps else 1), targets, step)
 
-    monkeypatch.setattr(StagePictures, "augment", augment_badly)
+    monkeypatch.setattr(StageTrainer, "tokenizer_step", step_badly)
     arguments = ["max_nonfinite_steps=2", "stage=1", "stage1.max_steps=6", "stage1.revival_interval=0"]
     final = train(tmp_path / "helps", *arguments)
-    assert "no finite gradient any more at step 4" in capsys.readouterr().out
+    assert "tokenizer without finite gradients at step 4" in capsys.readouterr().out
     assert all(value.isfinite().all() for value in final.values())
     assert metrics(tmp_path / "helps", 1)[-1]["skipped_steps"] == 2
     with pytest.raises(FloatingPointError, match="there is no checkpoint"):
@@ -234,8 +234,8 @@ TWO_PROCESSES = [
     "bf16=false",
     "stage1.optimizer=adamw",  # Muon gives the smallest directions of a gradient, which are rounding, full weight
     "stage2.optimizer=adamw",
-    "data.random_flip=false",  # which pictures are mirrored, and mixed with which, is a matter of micro-batch and process
-    "data.cutmix=0",
+    "data.random_flip=true",
+    "data.cutmix=0.7",
     "stage1.max_steps=2",
     "stage2.max_steps=5",
     "stage1.revival_interval=0",

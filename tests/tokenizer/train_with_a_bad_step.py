@@ -1,21 +1,22 @@
-"""A training whose pictures are NaN at one step, which the guard of every engine has to leave out. Run by test_train.py."""
+"""A training whose images are NaN at one step, which the guard of every engine has to leave out. Run by test_train.py."""
 
 import sys
+from typing import Any
 
 from torch import Tensor
 
 from vqrae.tokenizer import train
-from vqrae.tokenizer.pictures import StagePictures
+from vqrae.tokenizer.stage import StageTrainer
 
 BAD_STEP = 2
-augment = StagePictures.augment
+tokenizer_step = StageTrainer.tokenizer_step
 
 
-def augment_badly(self: StagePictures, batch: Tensor, step: int, micro: int) -> Tensor:
-    images = augment(self, batch, step, micro)
-    return images * float("nan") if step == BAD_STEP else images
+def step_badly(self: StageTrainer, inputs: Tensor, targets: Tensor, step: int) -> Any:
+    factor = float("nan") if step == BAD_STEP else 1.0
+    return tokenizer_step(self, inputs * factor, targets * factor, step)
 
 
 if __name__ == "__main__":
-    StagePictures.augment = augment_badly  # type: ignore[method-assign]
+    StageTrainer.tokenizer_step = step_badly  # type: ignore[method-assign]
     train.main(sys.argv[1:])

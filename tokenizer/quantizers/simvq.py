@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from vqrae.common.distributed import FullPrecisionLinear
 from vqrae.tokenizer.quantizers.base import CodebookQuantizer
 from vqrae.tokenizer.quantizers.search import Precision, exact_products
 
@@ -29,7 +30,7 @@ class SimVQ(CodebookQuantizer):
             self.codebook = nn.Parameter(table)
         else:
             self.register_buffer("codebook", table)
-        self.projection = nn.Linear(codebook_dim, codebook_dim)
+        self.projection = FullPrecisionLinear(codebook_dim, codebook_dim)
         self._cached: tuple[tuple[int, ...], Tensor] | None = None
         self.reset_parameters()
 
