@@ -10,8 +10,6 @@ A suite is a file of overrides (`configs/`), each run an ordinary `vqrae.tokeniz
 
 import dataclasses
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from vqrae.eval import features, locality, reconstruction
 from vqrae.eval.ablation_suites import Recipe, Row, Suite, load_suite, suite_names
 from vqrae.eval.ablation_tables import judge, markdown
 from vqrae.eval.protocols import Protocol
+from vqrae.eval.sharding import run_module
 from vqrae.tokenizer import train
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
@@ -219,12 +218,7 @@ class Ablation:
         return record
 
     def _train(self, arguments: list[str]) -> None:
-        """A training in this process, or in several others."""
-        if self.config.nproc == 1:
-            train.main(arguments)
-            return
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.config.nproc)]
-        subprocess.run([sys.executable, *launcher, "-m", "vqrae.tokenizer.train", *arguments], check=True)
+        run_module(train, arguments, self.config.nproc)
 
     # ---- scores
 

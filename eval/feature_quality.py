@@ -24,6 +24,7 @@ from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import run_manifest
 from vqrae.eval import reconstruction, scene_questions
+from vqrae.eval.sharding import run_module
 from vqrae.eval.tables import markdown_table
 from vqrae.tokenizer import train as tokenizer_training
 from vqrae.understanding import train as llava_training
@@ -53,10 +54,12 @@ class FeatureQualityConfig:
     """Scenes to ask about, and to reconstruct."""
     sprites: str = "shapes"
     """What the scenes are made of: shapes or emoji."""
+    nproc: int = 1
+    """Processes of each training and each score."""
 
     def __post_init__(self) -> None:
-        if not self.seeds or self.num_images < 1:
-            raise ValueError("give at least one seed, and a positive num_images")
+        if not self.seeds or min(self.num_images, self.nproc) < 1:
+            raise ValueError("give at least one seed, and a positive num_images and nproc")
 
 
 def compare(config: FeatureQualityConfig) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def find_tokenizers(config: FeatureQualityConfig) -> dict[str, Path]:
         with atomic_path(undistilled / "stage1") as temporary:
             shutil.copytree(run / "stage1", temporary, ignore=shutil.ignore_patterns("step-*", "events", "samples"))
     arguments = [str(run / "config.yaml"), f"output_dir={undistilled}", "stage=2", "stage2.distillation_weight=0"]
-    tokenizer_training.main([*arguments, *config.tokenizer_training])
+    run_module(tokenizer_training, [*arguments, *config.tokenizer_training], config.nproc)
     distilled = run / "stage2" / "model"
     return {
         "original": run / "stage1" / "model",
@@ -105,7 +108,7 @@ def _psnr(config: FeatureQualityConfig, kind: str, tokenizer: Path) -> float:
     data = "scenes" if config.sprites == "shapes" else f"scenes:{config.sprites}"
     scored = [f"model={tokenizer}", f"output={file}", f"data={data}", f"num_images={config.num_images}"]
     if not _is_current(file, tokenizer, config):
-        reconstruction.main([*scored, "frechet=[]", "lpips=[]"])
+        run_module(reconstruction, [*scored, "frechet=[]", "lpips=[]"], config.nproc)
         _mark(file, tokenizer, config)
     return read_json(file)["psnr"]
 
@@ -116,11 +119,12 @@ def _answers(config: FeatureQualityConfig, kind: str, tokenizer: Path, seed: int
     features = "quantized" if kind == "quantized" else "continuous"
     llava = [config.config, f"tokenizer={tokenizer}", f"llm={config.llm}", f"output_dir={run}", f"seed={seed}"]
     data = "scenes" if config.sprites == "shapes" else f"scenes:{config.sprites}"
-    llava_training.main([*llava, f"features={features}", f"data={data}", *config.training])
+    run_module(llava_training, [*llava, f"features={features}", f"data={data}", *config.training], config.nproc)
     file = run / "questions.json"
     if not _is_current(file, run, config):
         asked = [f"model={run}", f"output={file}", f"num_images={config.num_images}", f"sprites={config.sprites}"]
-        scene_questions.main([*asked, *([f"tokenizer={tokenizer}"] if features == "quantized" else [])])
+        needed = [f"tokenizer={tokenizer}"] if features == "quantized" else []
+        run_module(scene_questions, [*asked, *needed], config.nproc)
         _mark(file, run, config)
     return {key: value for key, value in read_json(file).items() if key != "examples"}
 

@@ -19,14 +19,23 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.cli import parse_arguments
+from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
-from vqrae.common.files import weights_fingerprint, write_json, write_text
+from vqrae.common.files import write_json, write_text
 from vqrae.common.run import package_versions, quiet_libraries
 from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval.labelled import Pair, folder_tasks, scene_tasks
+from vqrae.eval.manifest import model_fingerprint
 from vqrae.eval.networks import NotMeasured, original_tokenizer
 from vqrae.eval.probes import Samples, knn_accuracy, linear_accuracy, majority_share
+from vqrae.eval.sharding import (
+    gather_strided,
+    processes,
+    progress_of_main,
+    stride,
+    sum_over_processes,
+)
 from vqrae.eval.tables import markdown_table
 from vqrae.tokenizer import VQRAEModel
 
@@ -71,45 +80,56 @@ def stages(model: str) -> dict[str, str]:
     return {name: str(folder) for name, folder in found.items() if folder.is_dir()} or {"model": resolve_model(model)}
 
 
-def batches(dataset: Dataset, config: FeaturesConfig, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, 3, H, W) in [0, 1] with their labels."""
-    for batch in DataLoader(dataset, config.batch_size, num_workers=config.num_workers):
+def batches(
+    dataset: Dataset, config: FeaturesConfig, device: torch.device, *, after: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's batches of images (B, 3, H, W) in [0, 1] with their labels.
+
+    Args:
+        after: begin each batch with so many of the images before it; those before the first are the last ones.
+    """
+    total: int = len(dataset)  # type: ignore[arg-type]  # every source of ours has a length
+    starts = range(0, total, config.batch_size)
+    chunks = [[i % total for i in range(start - after, min(start + config.batch_size, total))] for start in starts]
+    # Whole batches are shared out, so that rounding does not depend on the number of processes.
+    for batch in DataLoader(dataset, batch_sampler=stride(chunks), num_workers=config.num_workers):
         yield batch["image"].to(device).float() / 255, batch["label"].to(device)
 
 
 @torch.inference_mode()
 def extract(model: VQRAEModel, dataset: Dataset, config: FeaturesConfig) -> dict[str, Samples]:
-    """Samples of each of `KINDS`: labelled tokens as they are, labelled pictures as the mean over their tokens."""
-    parts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    labels: list[Tensor] = []
+    """Samples of each of `KINDS`: labelled tokens as they are, labelled pictures as the mean over their tokens.
+
+    Several processes share the work, and all get all samples.
+    """
+    parts: list[tuple[Tensor, ...]] = []  # labels, and features of each kind
     for images, label in batches(dataset, config, model.device):
         features = model.encode_features(images).float()
         quantized = model.quantizer(model.project(features)).quantized
         chosen = label >= 0
-        for kind, tokens in zip(KINDS, (features, quantized), strict=True):
-            parts[kind].append(tokens[chosen] if label.ndim == 2 else tokens.mean(1))
-        labels.append(label[chosen])
-    return {kind: Samples(torch.cat(parts[kind]), torch.cat(labels)) for kind in KINDS}
+        kinds = [tokens[chosen] if label.ndim == 2 else tokens.mean(1) for tokens in (features, quantized)]
+        parts.append(tuple(part.cpu() for part in (label[chosen], *kinds)))
+    labels, *found = (torch.cat(column).to(model.device) for column in zip(*gather_strided(parts), strict=True))
+    return {kind: Samples(tokens, labels) for kind, tokens in zip(KINDS, found, strict=True)}
 
 
 @torch.inference_mode()
-def teacher_cosines(model: VQRAEModel, original: VQRAEModel, dataset: Dataset, config: FeaturesConfig) -> dict[str, float]:
-    """Mean cosine of features with the original encoder's, and with the original's of the image before at the same place.
+def teacher_cosines(
+    model: VQRAEModel, original: VQRAEModel, dataset: Dataset, config: FeaturesConfig
+) -> dict[str, float | None]:
+    """Mean cosine of features with the original encoder's of the same image and of the one before it, at the same place.
 
-    NaN for the latter where there is a single image.
+    The second is None for a data set of one image. Several processes share the work, and all get the means.
     """
-    sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
-    before: list[Tensor] = []  # the original's features of the last image of the batch before
-    for images, _ in batches(dataset, config, model.device):
-        ours, theirs = (tokenizer.encode_features(images).float() for tokenizer in (model, original))
-        others = torch.cat([*before, theirs[:-1]])
-        for kind, (mine, other) in enumerate(((ours, theirs), (ours[len(ours) - len(others) :], others))):
-            cosines = F.cosine_similarity(mine, other, dim=-1).double()
-            sums[kind] += cosines.sum().cpu()
-            counts[kind] += cosines.numel()
-        before = [theirs[-1:]]
-    own_image, other_image = (sums / counts).tolist()
-    return {"teacher_cosine": own_image, "teacher_cosine_other_picture": other_image}
+    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+    for images, _ in batches(dataset, config, model.device, after=1):
+        ours, theirs = model.encode_features(images[1:]).float(), original.encode_features(images).float()
+        cosines = [F.cosine_similarity(ours, others, dim=-1).double() for others in (theirs[1:], theirs[:-1])]
+        sums += torch.stack([*(cosine.sum() for cosine in cosines), sums.new_tensor(cosines[0].numel())])
+    sum_over_processes(sums)
+    own, other, count = sums.tolist()
+    alone = len(dataset) == 1  # type: ignore[arg-type]
+    return {"teacher_cosine": own / count, "teacher_cosine_other_picture": None if alone else other / count}
 
 
 def probe(model: VQRAEModel, tasks: dict[str, Pair], config: FeaturesConfig) -> dict[str, Any]:
@@ -127,7 +147,11 @@ def probe(model: VQRAEModel, tasks: dict[str, Pair], config: FeaturesConfig) -> 
 
 def evaluate_features(config: FeaturesConfig) -> dict[str, Any]:
     """All scores: {stages: {name: {tokenizer, teacher_cosine…, tasks}}, not_measured, and what they were measured on}."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    with processes(config.device) as device:
+        return _evaluate(config, device)
+
+
+def _evaluate(config: FeaturesConfig, device: str) -> dict[str, Any]:
     not_measured: dict[str, str] = {}
     original: VQRAEModel | None = None
     try:
@@ -135,15 +159,16 @@ def evaluate_features(config: FeaturesConfig) -> dict[str, Any]:
     except NotMeasured as error:
         not_measured["teacher_cosine"] = str(error)
     found = stages(config.model)
-    progress = progress_line("features")
+    progress = progress_of_main("features") or (lambda done, total: None)
     result: dict[str, Any] = {}
     for done, (name, folder) in enumerate(found.items()):
         progress(done, len(found))
         model = VQRAEModel.from_pretrained(folder).to(device).eval()
         tasks = labelled_tasks(config, model)
         cosines = teacher_cosines(model, original, tasks["pictures"][1], config) if original is not None else {}
-        identity = weights_fingerprint(folder) if Path(folder).is_dir() else folder
-        result[name] = {"tokenizer": identity, **cosines, "tasks": probe(model, tasks, config)}
+        if None in cosines.values():
+            not_measured["teacher_cosine_other_picture"] = "there is one test image: set num_test=2 or more"
+        result[name] = {"tokenizer": model_fingerprint(folder), **cosines, "tasks": probe(model, tasks, config)}
     progress(len(found), len(found))
     names = (config.data, config.test_data)
     return {
@@ -176,7 +201,8 @@ def markdown(values: dict[str, Any]) -> str:
         for kind in KINDS:
             cosine = ""
             if kind == "continuous" and "teacher_cosine" in scores:
-                cosine = f"{scores['teacher_cosine']:.4f} ({scores['teacher_cosine_other_picture']:.4f})"
+                other = scores["teacher_cosine_other_picture"]
+                cosine = f"{scores['teacher_cosine']:.4f} ({'—' if other is None else f'{other:.4f}'})"
             accuracies = [f"{scores['tasks'][task][kind][name]:.1%}" for task in tasks for name in ("knn", "linear")]
             rows.append([stage, kind, cosine, *accuracies])
     chances = ", ".join(f"{task} {scores['chance']:.1%} of {scores['samples'][1]}" for task, scores in tasks.items())
@@ -189,6 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(FeaturesConfig, argv)
     quiet_libraries()
     values = evaluate_features(config)
+    if not is_main_process():
+        return
     text, output = markdown(values), Path(config.output)
     write_json(output, values)
     write_text(output.with_suffix(".md"), text)

@@ -8,7 +8,7 @@ layout, so that other scorers can read them; an interrupted run keeps the pictur
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqrae.common.checkpoints import resolve_model
-from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.cli import parse_arguments
+from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
-from vqrae.common.files import weights_fingerprint, write_json
+from vqrae.common.files import write_json
 from vqrae.common.pictures import picture_to_tensor, tensor_to_picture
 from vqrae.data.scenes import Scene, SceneSampler, SpriteSet, benchmark_prompts, load_sprites, relation, render
 from vqrae.data.scenes.scene import COLOR_NAMES, is_held_out_pair, is_held_out_triple
@@ -34,14 +34,16 @@ from vqrae.eval.geneval import (
     write_prompts,
     write_rows,
 )
-from vqrae.eval.manifest import score_manifest, tokenizer_fingerprint
+from vqrae.eval.manifest import model_fingerprint, score_manifest, tokenizer_fingerprint
 from vqrae.eval.scene_detector import SceneColorClassifier, SceneDetector
+from vqrae.eval.sharding import gather_strided, processes, progress_of_main, stride
 from vqrae.generation.generator import Generator
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.tokenizer import VQRAEModel
 
 COMPOSING = ("colors", "position", "color_attr")  # the families whose prompts can hold combinations unseen in training
 Progress = Callable[[int, int], None]
+BATCH = 64  # pictures that a tokenizer copies, and that a process scores, at once
 
 
 # ---- scenes that satisfy a prompt
@@ -84,13 +86,10 @@ def satisfying_pictures(
 
 
 @torch.inference_mode()
-def reconstruct(pictures: Sequence[Image.Image], tokenizer: VQRAEModel, batch_size: int = 64) -> list[Image.Image]:
-    """Pictures through the tokenizer and back."""
-    copies: list[Image.Image] = []
-    for start in range(0, len(pictures), batch_size):
-        images = torch.stack([picture_to_tensor(picture) for picture in pictures[start : start + batch_size]])
-        copies += map(tensor_to_picture, tokenizer.decode(tokenizer.encode(images.to(tokenizer.device))))
-    return copies
+def reconstruct(pictures: Sequence[Image.Image], tokenizer: VQRAEModel) -> list[Image.Image]:
+    """A batch of pictures through the tokenizer and back."""
+    images = torch.stack([picture_to_tensor(picture) for picture in pictures]).to(tokenizer.device)
+    return [tensor_to_picture(image) for image in tokenizer.decode(tokenizer.encode(images))]
 
 
 # ---- scores
@@ -143,31 +142,46 @@ class SceneBenchmark:
         self.known = satisfying_pictures(self.records[-1:], self.sprites, image_size=64, per_prompt=1)
 
     def score_pictures(
-        self, pictures: Iterable[tuple[Image.Image, dict[str, Any]]], progress: Progress | None = None
+        self,
+        pictures: Sequence[tuple[Image.Image, dict[str, Any]]],
+        progress: Progress | None = None,
+        *,
+        tokenizer: VQRAEModel | None = None,
     ) -> dict[str, Any]:
-        """Scores of pictures with the records of their prompts."""
+        """Scores of pictures with the records of their prompts; several processes share the work, all get the scores.
+
+        Args:
+            progress: called with (pictures done, pictures in all), of this process.
+            tokenizer: score its copies of the pictures.
+        """
         require_sight(self.detector, self.classifier, self.known)
-        rows, pictures = [], list(pictures)
-        for picture, record in pictures:
-            rows.append(evaluate_image(picture, record, self.detector, self.classifier))
-            if progress is not None:
-                progress(len(rows), len(pictures))
-        return scene_scores(rows, self.records, self.sprites.names)
+        mine = stride([pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)])
+        done = 0
+        rows: list[list[dict[str, Any]]] = []
+        for batch in mine:
+            shown = [picture for picture, _ in batch]
+            shown = reconstruct(shown, tokenizer) if tokenizer is not None else shown
+            rows.append([])
+            for picture, (_, record) in zip(shown, batch, strict=True):
+                rows[-1].append(evaluate_image(picture, record, self.detector, self.classifier))
+                done += 1
+                if progress is not None:
+                    progress(done, sum(map(len, mine)))
+        everything = [row for part in gather_strided(rows) for row in part]
+        return scene_scores(everything, self.records, self.sprites.names)
 
     def score_folder(self, folder: str | Path, progress: Progress | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Scores and result rows of a folder in GenEval's layout."""
         rows = score_folder(folder, self.detector, self.classifier, known=self.known, progress=progress)
         return scene_scores(rows, self.records, self.sprites.names), rows
 
-    def ceilings(self, tokenizer: VQRAEModel, progress: Callable[[str], Progress]) -> dict[str, Any]:
+    def ceilings(self, tokenizer: VQRAEModel, progress: Callable[[str], Progress | None]) -> dict[str, Any]:
         """Scores of scenes that satisfy the prompts: `truth`, and the same after encoding and decoding."""
         size = tokenizer.config.image_size
         truth = satisfying_pictures(self.records, self.sprites, image_size=size, per_prompt=self.images_per_prompt)
-        copies = reconstruct([picture for picture, _ in truth], tokenizer)
-        pairs = zip(copies, (record for _, record in truth), strict=True)
         return {
             "truth": self.score_pictures(truth, progress("truth")),
-            "reconstruction": self.score_pictures(pairs, progress("reconstruction")),
+            "reconstruction": self.score_pictures(truth, progress("reconstruction"), tokenizer=tokenizer),
         }
 
     def draw(
@@ -180,7 +194,7 @@ class SceneBenchmark:
         batch_size: int = 64,
         progress: Progress | None = None,
     ) -> None:
-        """Generate the pictures that `folder` lacks, in GenEval's layout.
+        """Generate the pictures that `folder` lacks, in GenEval's layout; several processes share the work.
 
         Args:
             settings: what decides the pictures (weights, sampling); stored beside them.
@@ -190,7 +204,8 @@ class SceneBenchmark:
             ValueError: when the folder holds pictures of other settings or prompts.
         """
         claim_folder(folder, {**settings, "prompts": len(self.records), "images_per_prompt": self.images_per_prompt})
-        write_prompts(folder, self.records)
+        if is_main_process():
+            write_prompts(folder, self.records)
         orders = picture_orders(folder, self.records, self.images_per_prompt)
         draw_missing(generator, orders, sampling=sampling, batch_size=batch_size, progress=progress)
 
@@ -242,27 +257,29 @@ def main(argv: list[str] | None = None) -> None:
     )
     output = Path(config.output)
     pictures = Path(config.pictures) if config.pictures else output.with_name("pictures")
-    device = None if config.device == "auto" else config.device
-    generator = Generator.from_pretrained(
-        config.model, tokenizer=config.tokenizer, device=device, dtype=getattr(torch, config.dtype)
-    )
-    folder, sampling = resolve_model(config.model), config.sampling or generator.sampling
-    settings = {
-        "generator": weights_fingerprint(folder) if Path(folder).is_dir() else config.model,
-        "dtype": config.dtype,
-        "sampling": dataclasses.asdict(sampling),
-    }
-    benchmark.draw(
-        generator,
-        pictures,
-        settings=settings,
-        sampling=sampling,
-        batch_size=config.batch_size,
-        progress=progress_line("pictures"),
-    )
-    scores, rows = benchmark.score_folder(pictures, progress_line("scores"))
+    with processes(config.device) as device:
+        generator = Generator.from_pretrained(
+            config.model, tokenizer=config.tokenizer, device=device, dtype=getattr(torch, config.dtype)
+        )
+        sampling = config.sampling or generator.sampling
+        settings = {
+            "generator": model_fingerprint(config.model),
+            "dtype": config.dtype,
+            "sampling": dataclasses.asdict(sampling),
+        }
+        benchmark.draw(
+            generator,
+            pictures,
+            settings=settings,
+            sampling=sampling,
+            batch_size=config.batch_size,
+            progress=progress_of_main("pictures"),
+        )
+        scores, rows = benchmark.score_folder(pictures, progress_of_main("scores"))
+        ceiling = benchmark.ceilings(generator.tokenizer, progress_of_main)
+    if not is_main_process():
+        return
     write_rows(output.with_suffix(".jsonl"), rows)
-    ceiling = benchmark.ceilings(generator.tokenizer, progress_line)
     suite = f"scenes({config.sprites}, {config.per_family} per family, seed {config.prompt_seed})"
     pictures_of = {**settings, "tokenizer": tokenizer_fingerprint(config.model)}
     manifest = score_manifest(detector=benchmark.detector.name, suite=suite, pictures=pictures_of)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.cli import parse_arguments
+from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
 from vqrae.common.run import quiet_libraries
@@ -25,7 +26,10 @@ from vqrae.data.scenes import SceneDataset
 from vqrae.data.scenes.scene import COLOR_VALUES
 from vqrae.eval.generation import SceneBenchmark
 from vqrae.eval.manifest import model_fingerprint, score_manifest
+from vqrae.eval.sharding import gather_strided, processes, progress_of_main, stride
 from vqrae.tokenizer import VQRAEModel
+
+PROMPTS, IMAGES = 25, 4  # of each family of prompts, and of each prompt, that reconstructions are scored on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class LocalityConfig:
     """Training scenes that one-coloured patches are taken from."""
     batch_size: int = 64
     """Pictures of one pass."""
+    device: str = "auto"
+    """cpu, cuda, …; auto takes CUDA when there is one."""
 
 
 def conditional_entropy(pairs: Iterable[tuple[Hashable, Hashable]]) -> float:
@@ -70,16 +76,21 @@ def plain_patches(scenes: SceneDataset, index: int, grid_size: int) -> list[tupl
 def object_knowledge(model: VQRAEModel, scenes: SceneDataset, batch_size: int = 64) -> dict[str, Any]:
     """How much of an object's name its one-coloured patches' codes tell, beyond the colour.
 
+    Several processes share the work, and all get the result.
+
     Returns:
         name_given_color: H(name | colour) in nats; known_share: the share of it that the code takes away, 0 for codes that
         know nothing but their patch and 1 for codes that know the thing; codes_per_color; num_patches.
     """
-    rows: list[tuple[int, int, int]] = []  # name, colour, code
-    for start in range(0, len(scenes), batch_size):
+    found: list[list[tuple[int, int, int]]] = []  # name, colour, code; of each batch
+    for start in stride(range(0, len(scenes), batch_size)):
         chunk = range(start, min(start + batch_size, len(scenes)))
         images: Tensor = torch.stack([scenes.image(i) for i in chunk]).to(model.device).float() / 255
+        found.append([])
         for i, codes in zip(chunk, model.encode(images).tolist(), strict=True):
-            rows += [(name, color, codes[patch]) for patch, name, color in plain_patches(scenes, i, model.config.grid_size)]
+            patches = plain_patches(scenes, i, model.config.grid_size)
+            found[-1] += [(name, color, codes[patch]) for patch, name, color in patches]
+    rows = [row for part in gather_strided(found) for row in part]
     if not rows:
         raise ValueError(f"{len(scenes)} scenes hold no patch of one colour: take more, or smaller patches")
     by_color = conditional_entropy((name, color) for name, color, _ in rows)
@@ -97,10 +108,14 @@ def object_knowledge(model: VQRAEModel, scenes: SceneDataset, batch_size: int = 
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(LocalityConfig, argv)
     quiet_libraries()
-    model = VQRAEModel.from_pretrained(resolve_model(config.model)).eval()
-    scenes = SceneDataset(size=config.num_images, image_size=model.config.image_size, sprites=config.sprites)
-    knowledge = object_knowledge(model, scenes, config.batch_size)
-    ceiling = SceneBenchmark(config.sprites).ceilings(model, progress_line)["reconstruction"]
+    with processes(config.device) as device:
+        model = VQRAEModel.from_pretrained(resolve_model(config.model)).to(device).eval()
+        scenes = SceneDataset(size=config.num_images, image_size=model.config.image_size, sprites=config.sprites)
+        knowledge = object_knowledge(model, scenes, config.batch_size)
+        benchmark = SceneBenchmark(config.sprites, per_family=PROMPTS, images_per_prompt=IMAGES)
+        ceiling = benchmark.ceilings(model, progress_of_main)["reconstruction"]
+    if not is_main_process():
+        return
     reconstruction = {half: ceiling[half]["overall"] for half in ("seen", "held_out")}
     manifest = score_manifest(suite=f"scenes({config.sprites})", tokenizer=model_fingerprint(config.model))
     write_json(config.output, {**knowledge, "reconstruction": reconstruction, "manifest": manifest})

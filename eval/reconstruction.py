@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.cli import parse_arguments
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json, write_text
@@ -46,7 +46,7 @@ from vqrae.eval.pictures import (
     resolve_split,
 )
 from vqrae.eval.protocols import Protocol, get_protocol
-from vqrae.eval.sharding import processes
+from vqrae.eval.sharding import processes, progress_of_main
 from vqrae.eval.tables import markdown_table
 from vqrae.tokenizer import VQRAEModel
 
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(ReconstructionConfig, argv)
     quiet_libraries()
     folder, protocol = resolve_model(config.model), get_protocol(config.protocol)
-    with processes(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu") as device:
+    with processes(config.device) as device:
         model = VQRAEModel.from_pretrained(folder).to(device)
         split = resolve_split(config.data, config.split)
         size = config.num_images or (SCENES if source_kind(config.data) == "scenes" else None)
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
             protocol=protocol,
             frechet=tuple(judges.frechet),
             lpips=judges.lpips,
-            progress=progress_line("reconstruction") if is_main_process() else None,
+            progress=progress_of_main("reconstruction"),
         )
     if is_main_process():
         judges.keep_references()

@@ -6,18 +6,20 @@ An answer counts when it equals the expected word after stripping white space an
 scene holds a combination that training never shows; both halves are scored apart.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 
-from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.cli import parse_arguments
+from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
 from vqrae.data.scenes import Question, SceneDataset, load_sprites
+from vqrae.eval.sharding import gather_strided, processes, progress_of_main, stride
 
 Answer = Callable[[Sequence[tuple[Image.Image, str]]], list[str]]
 """(picture, question) pairs -> answers in the same order."""
@@ -93,6 +95,10 @@ def accuracies(asked: Sequence[AskedQuestion], answers: Sequence[str]) -> dict[s
     }
 
 
+def _flat(parts: Iterable[list[str]]) -> list[str]:
+    return list(itertools.chain.from_iterable(parts))
+
+
 def evaluate_questions(
     answer: Answer,
     *,
@@ -102,12 +108,12 @@ def evaluate_questions(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Ask a model about validation scenes.
+    """Ask a model about validation scenes; several processes share the work, and all get the result.
 
     Args:
         answer: the model.
         seed: of the scenes, that of the training data.
-        progress: called with (questions done, questions in all).
+        progress: called with (questions done, questions in all), of this process.
 
     Returns:
         What `accuracies` returns; `blind_accuracy` with `blind_kinds`, the same questions guessed from their text alone;
@@ -118,7 +124,16 @@ def evaluate_questions(
     asked = validation_questions(scenes, num_images)
     grey = Image.new("RGB", (image_size, image_size), (128, 128, 128))
     texts = sorted({item.question.text for item in asked})  # before a grey picture, equal questions have equal answers
-    total, done = len(asked) + len(texts), 0
+
+    def before_scenes(chunk: Sequence[AskedQuestion]) -> list[tuple[Image.Image, str]]:
+        pictures = {item.index: Image.fromarray(scenes.pixels(item.index)) for item in chunk}
+        return [(pictures[item.index], item.question.text) for item in chunk]
+
+    # Whole chunks are shared out, so that a model's batches do not depend on the number of processes.
+    chunks = [asked[start : start + CHUNK] for start in range(0, len(asked), CHUNK)]
+    blind_chunks = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
+    mine, mine_blind = stride(chunks), stride(blind_chunks)
+    total, done = sum(map(len, mine)) + sum(map(len, mine_blind)), 0
 
     def ask(pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:
         nonlocal done
@@ -130,15 +145,9 @@ def evaluate_questions(
             progress(done, total)
         return answers
 
-    answers: list[str] = []
-    for start in range(0, len(asked), CHUNK):
-        chunk = asked[start : start + CHUNK]
-        pictures = {item.index: Image.fromarray(scenes.pixels(item.index)) for item in chunk}
-        answers += ask([(pictures[item.index], item.question.text) for item in chunk])
-    unseen: dict[str, str] = {}
-    for start in range(0, len(texts), CHUNK):
-        chunk_texts = texts[start : start + CHUNK]
-        unseen.update(zip(chunk_texts, ask([(grey, text) for text in chunk_texts]), strict=True))
+    answers = _flat(gather_strided([ask(before_scenes(chunk)) for chunk in mine]))
+    blind_answers = [ask(list(zip(itertools.repeat(grey), chunk))) for chunk in mine_blind]
+    unseen = dict(zip(texts, _flat(gather_strided(blind_answers)), strict=True))
 
     guesser = BlindGuesser.from_training(training)
     blind = accuracies(asked, [guesser.answer(item.question) for item in asked])
@@ -192,16 +201,20 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(SceneQuestionsConfig, argv)
     from vqrae.understanding.chat import Chat  # the language model's imports take seconds; `--help` does without
 
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    chat = Chat.from_pretrained(config.model, device=device, max_new_tokens=config.max_new_tokens, tokenizer=config.tokenizer)
-    result = evaluate_questions(
-        lambda pairs: chat.answer(pairs, batch_size=config.batch_size),
-        sprites=config.sprites,
-        image_size=config.image_size,
-        num_images=config.num_images,
-        seed=config.seed,
-        progress=progress_line("questions"),
-    )
+    with processes(config.device) as device:
+        chat = Chat.from_pretrained(
+            config.model, device=device, max_new_tokens=config.max_new_tokens, tokenizer=config.tokenizer
+        )
+        result = evaluate_questions(
+            lambda pairs: chat.answer(pairs, batch_size=config.batch_size),
+            sprites=config.sprites,
+            image_size=config.image_size,
+            num_images=config.num_images,
+            seed=config.seed,
+            progress=progress_of_main("questions"),
+        )
+    if not is_main_process():
+        return
     write_json(config.output, result)
     kinds = "  ".join(f"{kind} {value:.1%}" for kind, value in result["kinds"].items())
     print(

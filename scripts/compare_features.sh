@@ -8,6 +8,7 @@
 #   output=runs/feature_quality    folder of all runs, scores.json and scores.md
 #   seeds=[0]                      one model of each kind for each; several say which differences mean something
 #   training=[sft.max_steps=500]   changes to the training of the four models
+#   nproc=1                        processes of each training and score
 #
 # Takes about an hour for each seed with 400 steps of sft on one EPYC core, and two with the default's 900. The same command
 # goes on where it stopped. Paths are relative to the repository.
@@ -18,4 +19,6 @@ install
 artefact tokenizer tokenizer train_tokenizer.sh
 artefact llm llm train_llm.sh
 defaults output=runs/feature_quality
+arguments+=("nproc=$nproc")
+nproc=1 # trainings and scores are launched from inside
 launch vqrae.eval.feature_quality

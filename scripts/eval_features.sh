@@ -9,6 +9,7 @@
 #   test_data=FOLDER                       test pictures of the same classes; else every fifth of data=
 #   num_train=1000 num_test=500            pictures to learn from, and to ask about
 #   output=runs/evaluation/features.json   where the scores go; a Markdown table beside it
+#   nproc=N                                processes; the numbers do not depend on it
 #
 # Paths are relative to the repository.
 . "$(dirname "$0")/lib.sh"

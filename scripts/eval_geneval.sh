@@ -9,6 +9,7 @@
 #   sprites=shapes                          shapes or emoji
 #   output=runs/evaluation/generation.json  where the scores go
 #   pictures=runs/evaluation/pictures       where the pictures go
+#   nproc=N                                 processes; the numbers do not depend on it
 #
 # GenEval itself, when one of these is given:
 #   prompts_only=true                       just write evaluation_metadata.jsonl into out=

@@ -11,7 +11,7 @@
 #   sprites=shapes                         of scenes: shapes or emoji
 #   data=FOLDER                            local parquet files of the benchmarks (docs/understanding.md); else the hub
 #   limit=N                                questions of each benchmark, to try it out
-#   nproc=1                                processes that share the questions (lmms-eval only)
+#   nproc=1                                processes that share the questions
 #
 # With lmms-eval, the same command goes on where it stopped, and it fails when lmms-eval does. Paths are relative to the
 # repository.

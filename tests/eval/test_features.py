@@ -117,6 +117,17 @@ def test_quantized_features_are_the_vectors_of_the_codes(tokenizer_folder: Path)
     torch.testing.assert_close(found["continuous"].features[2:], model.encode_features(image).mean(1))
 
 
+def test_one_image_has_no_other(tokenizer_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "features.json"
+    arguments = [f"model={tokenizer_folder}", f"original_encoder={tokenizer_folder}", f"output={output}"]
+    features.main([*arguments, "num_train=24", "num_test=1", "neighbors=5"])
+    values = json.loads(output.read_text())
+    assert values["stages"]["model"]["teacher_cosine"] == pytest.approx(1, abs=1e-6)
+    assert values["stages"]["model"]["teacher_cosine_other_picture"] is None
+    assert "one test image" in values["not_measured"]["teacher_cosine_other_picture"]
+    assert "| 1.0000 (—) |" in output.with_suffix(".md").read_text()
+
+
 def test_every_stage_of_a_run_is_probed(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     for stage in ("stage1", "stage2"):

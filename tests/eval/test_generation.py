@@ -176,7 +176,7 @@ def test_reconstruction_matches_the_tokenizer(tokenizer_folder: Path) -> None:
     tokenizer = VQRAEModel.from_pretrained(tokenizer_folder).eval()
     benchmark = SceneBenchmark(per_family=1, images_per_prompt=1)
     pictures = [p for p, _ in satisfying_pictures(benchmark.records, benchmark.sprites, image_size=64, per_prompt=1)]
-    copies = reconstruct(pictures, tokenizer, batch_size=4)
+    copies = reconstruct(pictures, tokenizer)
     assert len(copies) == len(pictures)
     with torch.inference_mode():
         expected = tokenizer(picture_to_tensor(pictures[5])[None]).reconstruction[0]

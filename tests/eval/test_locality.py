@@ -70,7 +70,10 @@ def test_what_codes_know_of_the_thing_around_their_patch() -> None:
         object_knowledge(nothing, SceneDataset(size=0))
 
 
-def test_the_command(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locality, "PROMPTS", 4)
     locality.main([f"model={tokenizer_folder}", f"output={tmp_path / 'out.json'}", "num_images=40"])
     scores = read_json(tmp_path / "out.json")
     assert 0 <= scores["known_share"] <= 1
