@@ -6,13 +6,13 @@ declared type or refused, and all problems of a file are reported together, befo
 
 import dataclasses
 import difflib
+import importlib.util
 import math
 import re
 import sys
 import types
 import typing
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -207,12 +207,19 @@ def shipped_config(package: str, name: str) -> Path:
     known = shipped_names(package)
     if name not in known:
         raise ConfigError(f"{package} has no config {name!r}. {did_you_mean(name, known)}")
-    return Path(str(resources.files(package) / "configs" / f"{name}.yaml"))
+    return _configs_folder(package) / f"{name}.yaml"
 
 
 def shipped_names(package: str) -> list[str]:
     """Names of the configurations of one of our packages."""
-    return sorted(path.stem for path in Path(str(resources.files(package) / "configs")).glob("*.yaml"))
+    return sorted(path.stem for path in _configs_folder(package).glob("*.yaml"))
+
+
+def _configs_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)  # unlike `importlib.resources` it does not import the package, which takes seconds
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "configs"
 
 
 def to_yaml(config: Any) -> str:

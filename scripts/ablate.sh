@@ -19,6 +19,6 @@ config=""
 read_arguments "$@"
 install
 artefact encoder encoder pretrain_encoder.sh
-arguments+=("nproc=$nproc")
+arguments+=("nproc=${nproc:-$(processes)}")
 nproc=1 # trainings are launched from inside
 launch vqrae.eval.ablations

@@ -13,9 +13,9 @@
 #
 # The same command continues after the shards that are there; `vqrae check-data FOLDER` compares all of them with their checksums. Paths are relative to the repository.
 . "$(dirname "$0")/lib.sh"
+package=generation section=extraction.
 read_arguments "$@"
 install
 rename data=source output=output_dir
-defaults output_dir=runs/codes
 artefact tokenizer tokenizer train_tokenizer.sh
 launch vqrae.generation.extract_codes

@@ -11,9 +11,8 @@
 #
 # The same command resumes an interrupted run. Paths are relative to the repository.
 . "$(dirname "$0")/lib.sh"
-config=tiny_encoder
+config=tiny_encoder package=tokenizer zero_keys=optimization.zero
 read_arguments "$@"
 install_for_training
 rename output=output_dir
-defaults output_dir=runs/encoder
-launch vqrae.tokenizer.pretrain_encoder optimization.zero
+launch vqrae.tokenizer.pretrain_encoder

@@ -15,12 +15,12 @@
 #
 # The same command resumes an interrupted run. Paths are relative to the repository.
 . "$(dirname "$0")/lib.sh"
+package=generation section=training. zero_keys=optimization.zero
 read_arguments "$@"
 install_for_training
 rename output=output_dir
-defaults output_dir=runs/generation
 if ! given dry_run >/dev/null; then
   artefact tokenizer tokenizer train_tokenizer.sh
-  artefact data codes extract_codes.sh tokenizer="$(given tokenizer || true)"
+  artefact data codes extract_codes.sh tokenizer="$(given tokenizer || setting tokenizer)"
 fi
-launch vqrae.generation.train optimization.zero
+launch vqrae.generation.train

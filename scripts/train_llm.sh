@@ -10,9 +10,8 @@
 #
 # The same command resumes an interrupted run. Paths are relative to the repository.
 . "$(dirname "$0")/lib.sh"
-config=tiny_llm
+config=tiny_llm package=understanding zero_keys=optimization.zero
 read_arguments "$@"
 install_for_training
 rename output=output_dir
-defaults output_dir=runs/llm
-launch vqrae.understanding.train_llm optimization.zero
+launch vqrae.understanding.train_llm

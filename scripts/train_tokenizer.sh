@@ -15,8 +15,9 @@
 #
 # The same command resumes an interrupted run. Paths are relative to the repository.
 . "$(dirname "$0")/lib.sh"
+package=tokenizer zero_keys=zero
 read_arguments "$@"
 install_for_training
 rename encoder=model.encoder data=data.train output=output_dir
 artefact model.encoder encoder pretrain_encoder.sh
-launch vqrae.tokenizer.train zero
+launch vqrae.tokenizer.train

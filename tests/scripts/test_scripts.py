@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,10 @@ READERS: dict[str, Callable[[list[str]], object]] = {
 }
 
 
+# Variables of whoever runs the tests that would choose an environment or a launch.
+FOREIGN = ("VIRTUAL_ENV", "CONDA_", "PYTHON", "UV_", "PIP_", "SLURM_", "MASTER_", "CUDA_")
+
+
 class Repository:
     """A copy of the scripts, and an active environment whose `python` records its calls."""
 
@@ -64,15 +69,30 @@ class Repository:
             shutil.copy(ROOT / name, self.folder)
         self.make_python(folder / "env")
         self.make_python(self.folder / ".venv")
-        self.environment = {**os.environ, "VIRTUAL_ENV": str(folder / "env"), "CALLS": str(self.log)}
+        self.tools = folder / "tools"
+        self.tools.mkdir()
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+        tools = {"CALLS": str(self.log), "PATH": f"{self.tools}:{os.environ['PATH']}"}
+        self.environment = {**clean, "VIRTUAL_ENV": str(folder / "env"), **tools}
+
+    def make_python(self, environment: Path) -> Path:
+        """A Python that lacks $MISSING, sees $GPUS, takes $SECONDS to install, and really reads configurations."""
+        return self.make_tool(
+            environment / "bin" / "python",
+            'case "$*" in\n'
+            f'"- vqrae."*) exec {sys.executable} "$@" ;;\n'
+            '"- "*) cat >/dev/null; [ -z "${MISSING:-}" ] || echo "$MISSING" ;;\n'
+            '"-c import torch"*) echo "${GPUS:-0}" ;;\n'
+            '*" install "*) sleep ${INSTALL_SECONDS:-0}; exit ${INSTALL_FAILS:-0} ;;\n'
+            "esac\n",
+        )
 
     @staticmethod
-    def make_python(environment: Path) -> None:
-        python = environment / "bin" / "python"
-        python.parent.mkdir(parents=True)
-        answers = 'case "$*" in "- "*) cat >/dev/null ;; *" install "*) exit ${INSTALL_FAILS:-0} ;; esac\n'
-        python.write_text('#!/bin/sh\necho "$*" >>"$CALLS"\n' + answers)
-        python.chmod(0o755)
+    def make_tool(path: Path, answers: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('#!/bin/sh\necho "$*" >>"$CALLS"\n' + answers)
+        path.chmod(0o755)
+        return path
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         self.log.write_text("")
@@ -214,6 +234,44 @@ def test_processes_nodes_and_zero_choose_the_launch(repository: Repository) -> N
     assert repository.run("train_llava.sh", "nnodes=2", *given).returncode == 2
     repository.run("train_llava.sh", "nnodes=2", *given, MASTER_ADDR="first")
     assert repository.calls()[0][2:8] == ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "first:29500"]
+    static = ["--nnodes", "2", "--node_rank", "1", "--master_addr", "first", "--master_port", "3"]
+    for rank in ({}, {"SLURM_NODEID": "1"}):
+        chosen = [] if rank else ["node_rank=1"]
+        repository.run("train_llava.sh", "nnodes=2", *chosen, *given, MASTER_ADDR="first", MASTER_PORT="3", **rank)
+        assert repository.calls()[0][2:10] == static
+
+
+def test_nodes_do_not_all_make_what_is_missing(repository: Repository) -> None:
+    result = repository.run("train_llava.sh", "nnodes=2", MASTER_ADDR="first")
+    assert result.returncode == 2
+    assert "first, on one node, run scripts/train_tokenizer.sh" in result.stderr
+    assert repository.calls() == []
+
+
+# ---- GPUs
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [("0", None), ("1", None), ("3", "3")])
+def test_a_process_for_each_gpu_that_torch_sees(gpus: str, processes: str | None, repository: Repository) -> None:
+    repository.make_tool(repository.tools / "nvidia-smi", "for i in 0 1 2 3 4 5 6 7; do echo GPU $i: H100; done")
+    result = repository.run("train_llm.sh", GPUS=gpus)
+    call = next(call for call in repository.calls() if "vqrae.understanding.train_llm" in call)
+    assert (call[call.index("--nproc_per_node") + 1] if "--nproc_per_node" in call else None) == processes
+    assert ("torch in" in result.stderr) == (gpus == "0")  # GPUs that torch cannot use are not passed over in silence
+    hidden = repository.run("train_llm.sh", GPUS="0", CUDA_VISIBLE_DEVICES="")
+    assert hidden.stderr == ""
+
+
+def test_torch_itself_is_asked(tmp_path: Path) -> None:
+    program = '. scripts/lib.sh; PYTHON=$1; echo "processes $(processes)"; echo "missing $(missing_packages dev lora)"'
+    command = ["bash", "-c", program, str(ROOT / "scripts" / "lib.sh"), sys.executable]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    assert result.stdout == "processes 1\nmissing \n", result.stderr
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    bare = [*command[:-1], str(tmp_path / "bin" / "python")]
+    result = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True)
+    assert "torch cannot be imported" in result.stderr
+    assert result.stdout.endswith("missing vqrae\n")
 
 
 def test_what_is_given_wins_over_the_defaults(repository: Repository) -> None:
@@ -222,6 +280,38 @@ def test_what_is_given_wins_over_the_defaults(repository: Repository) -> None:
         config = read(repository.calls()[0])
         assert isinstance(config, TinyLLMConfig)
         assert config.output_dir == "mine"
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "tiny_of_mine.yaml"])
+def test_a_configuration_of_ones_own_behaves_like_what_it_was_copied_from(name: str, repository: Repository) -> None:
+    own = repository.folder / name
+    own.write_text((ROOT / "understanding" / "configs" / "tiny.yaml").read_text())
+    repository.run("train_llava.sh", f"config={name}")
+    modules = [call[1].removeprefix("vqrae.") for call in repository.calls()]
+    assert modules == ["tokenizer.pretrain_encoder", "tokenizer.train", "understanding.train_llm", "understanding.train"]
+    assert repository.calls()[-1][2:] == [name, "tokenizer=runs/tokenizer", "llm=runs/llm"]
+    own.write_text((ROOT / "understanding" / "configs" / "vicuna_7b.yaml").read_text())
+    repository.run("train_llava.sh", f"config={name}")
+    [call] = repository.calls()  # it names its own models, and asks for DeepSpeed
+    assert call[-2:] == ["vqrae.understanding.train", name]
+    assert "torch.distributed.run" in call
+    repository.run("train_llava.sh", f"config={name}", "zero=0")
+    assert repository.calls()[0][:2] == ["-m", "vqrae.understanding.train"]
+    own.write_text((ROOT / "understanding" / "configs" / "smollm2.yaml").read_text())
+    repository.run("train_llava.sh", f"config={name}", "tokenizer=t")
+    assert repository.calls()[0][1:] == ["vqrae.understanding.smollm2", "runs/smollm2"]
+
+
+def test_an_unknown_configuration_is_refused_before_the_launch(repository: Repository) -> None:
+    result = repository.run("train_tokenizer.sh", "config=tinny")
+    assert result.returncode == 2
+    assert "Did you mean 'tiny'?" in result.stderr
+    assert repository.calls() == []
+
+
+def test_zero_of_a_key_counts(repository: Repository) -> None:
+    repository.run("train_llava.sh", "sft.zero=2", "tokenizer=t", "llm=l")
+    assert "torch.distributed.run" in repository.calls()[0]
 
 
 def test_full_size_configurations_hold_their_own_defaults(repository: Repository) -> None:
@@ -305,6 +395,103 @@ def test_an_install_that_failed_starts_over(repository: Repository) -> None:
     assert installs(repository, "train_llm.sh") == 1
 
 
-def test_an_active_environment_that_has_everything_is_used(repository: Repository) -> None:
+def test_an_active_environment_that_has_everything_is_used(repository: Repository, tmp_path: Path) -> None:
     repository.run("train_llm.sh")
     assert repository.calls(" install ") == []
+    for name, folder in (("CONDA_PREFIX", tmp_path / "conda"), ("PYTHON", tmp_path / "own")):
+        python = repository.make_python(folder)
+        chosen = {"VIRTUAL_ENV": "", name: str(folder if name == "CONDA_PREFIX" else python)}
+        result = repository.run("train_llm.sh", **chosen)
+        assert f"+ {python} -m vqrae.understanding.train_llm" in result.stdout
+        assert repository.calls(" install ") == []
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"VIRTUAL_ENV": "E"}, {"CONDA_PREFIX": "E", "CONDA_DEFAULT_ENV": "work"}, {"PYTHON": "E/bin/python"}]
+)
+def test_what_the_chosen_environment_lacks_is_named(chosen: dict[str, str], repository: Repository) -> None:
+    environment = str(repository.folder.parent / "env")
+    values = {key: value.replace("E", environment) for key, value in chosen.items() if value != "work"}
+    result = repository.run("train_llava.sh", **{**chosen, "VIRTUAL_ENV": "", **values}, MISSING="peft>=0.17")
+    assert result.returncode == 2
+    assert f"{environment}/bin/python lacks peft>=0.17" in result.stderr
+    assert f"{environment}/bin/python -m pip install -c scripts/constraints.txt -e '.'" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert repository.calls(" install ") == repository.calls() == []
+
+
+def test_the_base_of_conda_is_left_alone(repository: Repository) -> None:
+    base = {"VIRTUAL_ENV": "", "CONDA_PREFIX": str(repository.folder.parent / "env"), "CONDA_DEFAULT_ENV": "base"}
+    result = repository.run("train_llm.sh", **base, MISSING="vqrae")
+    assert "conda's base environment lacks vqrae: .venv is used instead" in result.stdout
+    assert len(repository.calls(" install ")) == 1
+    assert "/repo/.venv/bin/python" in result.stdout
+
+
+def test_extras_are_kept_when_another_is_installed(repository: Repository) -> None:
+    assert installs(repository, "test.sh") == 1
+    repository.run("eval_understanding.sh", "model=m", "benchmark=pope", VIRTUAL_ENV="")
+    [call] = repository.calls(" install ")
+    assert sorted(call[-1].strip(".[]").split(",")) == ["deepspeed", "dev", "eval"]
+    assert installs(repository, "test.sh") == 0
+
+
+def test_uv_installs_with_what_pip_is_configured_for(repository: Repository, tmp_path: Path) -> None:
+    variables = ("UV_DEFAULT_INDEX", "UV_INDEX", "UV_FIND_LINKS", "UV_CONSTRAINT", "SSL_CERT_FILE", "UV_INDEX_STRATEGY")
+    seen = tmp_path / "seen"
+    show = "".join(f'echo "{name}=${{{name}:-}}" >>{seen}\n' for name in variables)
+    repository.make_tool(repository.tools / "uv", show)
+    lines = [
+        ":env:.find-links='/wheels /more'",
+        "global.extra-index-url='\\nfile:///a/simple\\nhttps://b/simple'",
+        "global.find-links='/other'",
+        "user.cert='/etc/cert.pem'",
+        "install.constraint='/etc/caps.txt'",
+    ]
+    (tmp_path / "pip.txt").write_text("\n".join(lines))
+    repository.make_tool(repository.tools / "python3", f"cat {tmp_path / 'pip.txt'}\n")
+    result = repository.run("train_llm.sh", VIRTUAL_ENV="", UV_CONSTRAINT="mine.txt", SSL_CERT_FILE="")
+    assert result.returncode == 0, result.stderr
+    [call] = repository.calls("pip install")
+    assert call[:3] == ["pip", "install", "--python"]
+    assert call[3].endswith("/repo/.venv/bin/python")
+    expected = ["", "file:///a/simple https://b/simple", "/wheels,/more", "mine.txt", "/etc/cert.pem", "unsafe-best-match"]
+    assert seen.read_text().splitlines() == [f"{name}={value}" for name, value in zip(variables, expected, strict=True)]
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_launches_that_share_an_environment_install_once(flock: bool, repository: Repository) -> None:
+    if not flock:
+        hide(repository, "flock")
+    environment = {**repository.environment, "VIRTUAL_ENV": "", "INSTALL_SECONDS": "1"}
+    command = ["bash", str(repository.folder / "scripts" / "train_llm.sh")]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(repository.calls(" install ")) == 1
+    assert len(repository.calls()) == 2
+    assert sum("waiting for" in output for output in outputs) == 1
+    assert not (repository.folder / ".venv.lock.d").exists()
+
+
+def test_the_lock_of_a_launch_that_was_killed_is_taken_over(repository: Repository) -> None:
+    hide(repository, "flock")
+    lock = repository.folder / ".venv.lock.d"
+    lock.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (lock / "owner").write_text(f"{os.uname().nodename} {dead.pid}\n")
+    assert installs(repository, "train_llm.sh") == 1
+    assert not lock.exists()
+    assert installs(repository, "test.sh", INSTALL_FAILS="1") == 1
+    assert not lock.exists()  # a failure lets go of it
+
+
+def hide(repository: Repository, name: str) -> None:
+    """Let the scripts find every command of PATH but this one."""
+    for folder in reversed(os.environ["PATH"].split(":")):
+        for tool in Path(folder).glob("*"):
+            link = repository.tools / tool.name
+            if tool.name != name and not link.exists():
+                link.symlink_to(tool)
+    repository.environment["PATH"] = str(repository.tools)
