@@ -178,7 +178,7 @@ def test_an_ablation_launches_its_trainings_itself(repository: Repository) -> No
         ("eval_geneval", ["prompts_only=true", "out=o"]),
         ("eval_geneval", ["images=.", "detector=transformers"]),
         ("eval_geneval", ["model=m", "seed=43"]),
-        ("eval_dpg", ["images=."]),
+        ("eval_dpg", ["images=.", "pictures_per_prompt=4"]),
     ],
 )
 def test_benchmarks_with_their_own_prompts_make_no_model(script: str, arguments: list[str], repository: Repository) -> None:
