@@ -53,6 +53,13 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def end_process_group() -> None:
+    """Leave the process group together, before the interpreter ends: a thread of it that is still at work then aborts."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def prepare_cpu_deepspeed() -> None:
     """Let DeepSpeed start on CPU without its 90 s build of the shared-memory collective; gloo takes its place."""
     if torch.cuda.is_available():
@@ -111,11 +118,20 @@ def fit_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> 
     Raises:
         ValueError: when it does not divide.
     """
-    micro_batch_size = max(1, min(micro_batch_size, global_batch_size // processes))
-    per_pass = micro_batch_size * processes
-    if global_batch_size % per_pass:
+    share, rest = divmod(global_batch_size, processes)
+    if rest or not share:
+        counts = [count for count in range(1, min(global_batch_size, 2 * processes) + 1) if global_batch_size % count == 0]
+        raise ValueError(
+            f"global_batch_size {global_batch_size} cannot be shared evenly by {processes} processes: launch "
+            f"{', '.join(map(str, counts))} processes (nproc=), or set global_batch_size to a multiple of {processes}, "
+            f"such as {max(share, 1) * processes}"
+        )
+    micro_batch_size = min(micro_batch_size, share)
+    if share % micro_batch_size:
+        fits = max(size for size in range(1, micro_batch_size) if share % size == 0)
         raise ValueError(
             f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
-            f"{processes} processes = {per_pass}: choose a micro_batch_size that divides {global_batch_size // processes}"
+            f"{processes} processes = {micro_batch_size * processes}: set micro_batch_size to {fits}, or to another divisor "
+            f"of {share}"
         )
-    return micro_batch_size, global_batch_size // per_pass
+    return micro_batch_size, share // micro_batch_size

@@ -66,7 +66,12 @@ def exit_code(run: Callable[[], int | None], program: str) -> int:
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run the `main` of a module that was started with `python -m`, and end the process with its exit code."""
     spec = sys.modules["__main__"].__spec__
-    sys.exit(exit_code(main, spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name))
+    code = exit_code(main, spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name)
+    if code == 0 and "torch" in sys.modules:
+        from vqrae.common.distributed import end_process_group
+
+        end_process_group()
+    sys.exit(code)
 
 
 @contextmanager

@@ -33,7 +33,6 @@ FREE_SETTINGS = frozenset(
         "dry_run",
         "tokenizer",
         "micro_batch_size",
-        "zero",
         "attention",
         "attn_implementation",
         "compile",
@@ -276,7 +275,14 @@ class RunDirectory:
     def prune_checkpoints(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints."""
         for path in self.checkpoints()[:-keep]:
-            shutil.rmtree(path)
+            discard(path)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder under another name, so that one that is half removed is not taken for whole."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    folder.rename(temporary)
+    shutil.rmtree(temporary)
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -12,13 +12,25 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from vqrae.common.distributed import fit_batch, is_main_process, prepare_cpu_deepspeed, world_size
+from vqrae.common.config import check_range
+from vqrae.common.distributed import (
+    end_process_group,
+    fit_batch,
+    is_main_process,
+    prepare_cpu_deepspeed,
+    sum_over_processes,
+    world_size,
+)
 from vqrae.common.files import atomic_path, read_json
+from vqrae.common.loading import STALL_SECONDS, stalls_explained
 from vqrae.common.optimizers import Muon, muon_groups
-from vqrae.common.run import RunDirectory, format_duration, mark_trained
+from vqrae.common.run import RunDirectory, discard, format_duration, mark_trained, remove_temporaries
+from vqrae.common.stopping import StopRequest
 
 IGNORE_INDEX = -100  # labels that carry no loss
 
@@ -54,6 +66,13 @@ class OptimizationConfig:
     """DeepSpeed ZeRO stage; 0 is plain DDP."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further `TrainingArguments`, under their Hugging Face names."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "max_steps", "global_batch_size", "micro_batch_size", "save_steps", "logging_steps", low=1)
+        check_range(self, "save_total_limit", "dataloader_num_workers", "learning_rate", "warmup_steps", low=0)
+        check_range(self, "weight_decay", "adam_epsilon", low=0)
+        check_range(self, "adam_beta1", "adam_beta2", low=0, high=1)
+        check_range(self, "max_grad_norm", low=0, high=math.inf)
 
 
 def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, seed: int) -> TrainingArguments:
@@ -100,6 +119,11 @@ def build_optimizers(config: OptimizationConfig, model: nn.Module) -> tuple[torc
     return muon, None
 
 
+def diverged(problem: str) -> FloatingPointError:
+    """The error of a training that cannot go on. A checkpoint brings its learning rate along, hence the advice."""
+    return FloatingPointError(f"{problem}. Start again with a lower learning_rate and another output_dir")
+
+
 class InstrumentCallback(TrainerCallback):
     """One line per logging step with progress and time left; the same numbers in the run directory."""
 
@@ -114,10 +138,8 @@ class InstrumentCallback(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(
-                f"{self.name}: the loss is {logs['loss']} between steps {state.global_step - args.logging_steps} and "
-                f"{state.global_step}. Lower the learning rate; the newest checkpoint in {args.output_dir} is from before"
-            )
+            first = state.global_step - args.logging_steps
+            raise diverged(f"{self.name}: the loss is {logs['loss']} between steps {first} and {state.global_step}")
         done = state.global_step - self._first_step
         seconds = (time.time() - self._clock) / max(done, 1)
         samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size / max(seconds, 1e-9)
@@ -133,14 +155,27 @@ class InstrumentCallback(TrainerCallback):
 
 
 class WholeTrainer(Trainer):
-    """`Trainer` whose checkpoints are whole or absent, whenever it is killed."""
+    """`Trainer` whose checkpoints are whole or absent, whenever it is killed, and hold no model that has diverged."""
 
     _staging: Path | None = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_num_workers:
+            getattr(loader, "base_dataloader", loader).timeout = STALL_SECONDS
+        return loader
+
+    def _run_epoch(self, **options: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**options)
+        else:  # resumed from the checkpoint of the last step, where Trainer would take one more
+            self.control.should_training_stop = True
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.require_finite_weights()
         output_dir = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = output_dir / ".saving.tmp"
@@ -150,17 +185,66 @@ class WholeTrainer(Trainer):
             staging, self._staging = self._staging, None
         self.accelerator.wait_for_everyone()  # each process writes its part
         if self.args.should_save:
-            shutil.rmtree(output_dir / name, ignore_errors=True)
             (staging / name).rename(output_dir / name)
             staging.rmdir()
-            rotate_checkpoints(str(output_dir), self.args.save_total_limit)
+            prune(output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def require_finite_weights(self) -> None:
+        """Refuse to keep a model that is worth nothing; every process takes part.
+
+        Raises:
+            FloatingPointError: when a trained weight is not a finite number.
+        """
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        kept = [getattr(p, "ds_tensor", p) for p in trained]  # under ZeRO-3 the part that is here
+        finite = torch.stack([weight.isfinite().all() for weight in kept])
+        if sum_over_processes((~finite).sum()) > 0:
+            raise diverged(f"the weights are not finite at step {self.state.global_step}")
+
+
+class StopCallback(TrainerCallback):
+    """Ends the training, with a checkpoint, after the step in which a signal asked for it."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request, self.stopped = request, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.request.agreed() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+
+def check_launch(config: OptimizationConfig, output_dir: Path) -> None:
+    """Refuse, before anything is built, what this number of processes cannot train or resume.
+
+    Raises:
+        ValueError: when the batch cannot be shared by the processes, or when DeepSpeed cut the newest checkpoint into the parts
+            of another number of processes.
+    """
+    fit_batch(config.global_batch_size, config.micro_batch_size, world_size())
+    newest = checkpoints(output_dir)[-1:]
+    parts = [file for folder in newest for file in folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt")]
+    if parts and len(parts) != world_size():
+        raise ValueError(
+            f"{newest[0]} was written under DeepSpeed by {len(parts)} processes, and now there are {world_size()}: a "
+            f"checkpoint of ZeRO resumes on the same number, so launch {len(parts)} (nproc=), or set another output_dir"
+        )
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a `Trainer` in a folder, oldest first."""
     found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     return [path for path in found if _is_whole(path)]
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints (None or 0: keep all), and those that are not whole."""
+    whole = checkpoints(folder)
+    kept = whole[-keep:] if keep else whole
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if path not in kept:
+            discard(path)
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -172,24 +256,37 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def run_trainer(trainer: Trainer) -> None:
-    """Train, continuing from the newest whole checkpoint in the output directory; what is not whole there is removed."""
+    """Train, continuing from the newest whole checkpoint in the output directory; what is not whole there is removed.
+
+    Raises:
+        SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
+        FloatingPointError: when the training has diverged.
+    """
     trainer.remove_callback(PrinterCallback)  # the instrument callback prints the line
     output_dir = Path(str(trainer.args.output_dir))
     found = checkpoints(output_dir)
     trainer.accelerator.wait_for_everyone()
     if is_main_process():
-        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if path not in found:
-                shutil.rmtree(path)
+        prune(output_dir, trainer.args.save_total_limit)
+        remove_temporaries(output_dir)
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    with StopRequest(trainer.args.device) as request, stalls_explained():
+        callback = StopCallback(request)
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    if callback.stopped:
+        if is_main_process():
+            print(f"stopped at step {trainer.state.global_step}: the same command continues", flush=True)
+        end_process_group()
+        raise SystemExit(128 + request.signal)
 
 
-def save_model(trainer: Trainer, folder: Path, text_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_model(trainer: WholeTrainer, folder: Path, text_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write the trained model, with the trainer's processor or `text_tokenizer`, to `folder`, whole or not at all.
 
     Every process calls this: under ZeRO-3 the weights are gathered from all.
     """
+    trainer.require_finite_weights()
     trainer.model.config.use_cache = True  # Trainer turned it off
     staging = folder.with_name(f".{folder.name}.tmp")
     if trainer.is_world_process_zero():
@@ -204,3 +301,12 @@ def save_model(trainer: Trainer, folder: Path, text_tokenizer: PreTrainedTokeniz
         with atomic_path(folder) as whole:
             os.replace(staging, whole)
     trainer.accelerator.wait_for_everyone()
+
+
+def free_engine(trainer: Trainer) -> None:
+    """Take DeepSpeed off a model that is trained: its hooks on gradients would keep the model alive for ever."""
+    if trainer.deepspeed is not None:
+        trainer.deepspeed.destroy()
+        # Else the next from_pretrained would partition its weights by these settings.
+        unset_hf_deepspeed_config()
+    trainer.accelerator.free_memory()

@@ -18,7 +18,7 @@ from vqrae.common.checkpoints import local_model
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
 from vqrae.common.run import RunDirectory, trained_steps
-from vqrae.common.trainer import InstrumentCallback, checkpoints, run_trainer, save_model, training_arguments
+from vqrae.common.trainer import InstrumentCallback, check_launch, checkpoints, run_trainer, save_model, training_arguments
 from vqrae.data.sources import fingerprint as data_fingerprint
 from vqrae.data.sources import is_encoded, open_pairs_or_codes, some_captions
 from vqrae.generation.config import TrainingConfig, read_config
@@ -53,6 +53,7 @@ def train(config: TrainingConfig) -> Path:
     if trained_steps(output / "model") >= config.optimization.max_steps:
         print(f"finished: {output / 'model'}", flush=True)
         return output / "model"
+    check_launch(config.optimization, output)
     visual = VQRAEConfig.from_pretrained(tokenizer)
     samples = open_pairs_or_codes(
         config.data, image_size=visual.image_size, tokenizer_fingerprint=fingerprint, seed=config.seed

@@ -29,6 +29,7 @@ from vqrae.common.trainer import (
     OptimizationConfig,
     WholeTrainer,
     build_optimizers,
+    check_launch,
     run_trainer,
     training_arguments,
 )
@@ -156,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     if trained_steps(final) >= max_steps:
         print(f"{final} is finished ({max_steps} steps)")
         return
+    check_launch(config.optimization, run.path / "checkpoints")
     run.begin()
     set_seed(config.seed)
     texts = vocabulary_texts(load_sprites(config.sprites).names)
@@ -174,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[InstrumentCallback(run, "encoder")],
     )
     run_trainer(trainer)
+    trainer.require_finite_weights()
     trainer.save_model(str(run.path / "siglip"))  # collective: every rank takes part
     if trainer.is_world_process_zero():
         trained = SiglipModel.from_pretrained(run.path / "siglip")

@@ -23,8 +23,8 @@ NAMES = {
 def save_projector(weights: dict[str, Tensor], path: str | Path) -> None:
     """Write a projector's state dict as LLaVA's file."""
     state = {f"model.mm_projector.{theirs}": weights[ours].detach().cpu().clone() for theirs, ours in NAMES.items()}
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        torch.save(state, stream)  # given a path, it writes that into the file
 
 
 def load_projector(projector: nn.Module, path: str | Path) -> None:

@@ -10,6 +10,7 @@ Pretrain leaves LLaVA's `mm_projector.bin` too. The same command resumes, and do
 """
 
 import dataclasses
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation, is_main_process
@@ -35,6 +35,8 @@ from vqrae.common.trainer import (
     InstrumentCallback,
     OptimizationConfig,
     build_optimizers,
+    check_launch,
+    free_engine,
     run_trainer,
     save_model,
     training_arguments,
@@ -132,7 +134,7 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
     # they are frozen.
     frozen = stage == "sft" and config.lora is not None
     dtype = torch.bfloat16 if optimization.bf16 and (optimization.zero or frozen) else torch.float32
-    pretrained = pretrained_model(config)
+    pretrained = final_model(config, "pretrain")
     if stage == "sft" and (pretrained / "config.json").is_file():
         model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, attn_implementation=attention)
         require_tokenizer(model.config, config.tokenizer, pretrained)
@@ -198,22 +200,21 @@ def open_run(config: TrainConfig, stage: Stage) -> RunDirectory:
     if stage == "pretrain":
         own_data = {"data", "image_folder"} if config.pretrain_data else set()
         return RunDirectory(folder / stage, config, seed=config.seed, ignore={"sft", "lora", "batching"} | own_data)
-    if pretrained_model(config).is_dir() and is_main_process():
+    if final_model(config, "pretrain").is_dir() and is_main_process():
         refuse_changes(folder / "pretrain", changed_settings(folder / "pretrain", config, names - BUILT_BY_PRETRAIN))
     ignore = {"pretrain", "pretrain_data", "pretrain_image_folder"}
     return RunDirectory(folder / stage, config, seed=config.seed, ignore=ignore)
 
 
-def pretrained_model(config: TrainConfig) -> Path:
-    """Where pretrain leaves its model."""
-    return Path(config.output_dir) / "pretrain" / "model"
+def final_model(config: TrainConfig, stage: Stage) -> Path:
+    """Where a stage leaves its model."""
+    output_dir = Path(config.output_dir)
+    return output_dir / "model" if stage == "sft" else output_dir / stage / "model"
 
 
 def run_stage(config: TrainConfig, stage: Stage) -> None:
     """Train one stage to its end, or return at once when that was done before."""
-    output_dir = Path(config.output_dir)
-    run_dir = output_dir / stage
-    final = output_dir / "model" if stage == "sft" else pretrained_model(config)
+    run_dir, final = Path(config.output_dir) / stage, final_model(config, stage)
     optimization: OptimizationConfig = getattr(config, stage)
     if (final / "config.json").is_file():
         require_tokenizer(LlavaConfig.from_pretrained(final), config.tokenizer, final)
@@ -238,7 +239,7 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         "data": fingerprint(data_source(config, stage)),
     }
     if stage == "sft":
-        identities["pretrain"] = f"{trained_steps(pretrained_model(config))} steps"
+        identities["pretrain"] = f"{trained_steps(final_model(config, 'pretrain'))} steps"
     run.begin(identities)
     print_parameters(trained)
     if is_main_process():
@@ -260,9 +261,7 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
     )
     run_trainer(trainer)
     save_model(trainer, run_dir / "adapter" if lora else final)
-    if optimization.zero:
-        # Else the next from_pretrained would partition its weights by this stage's settings.
-        unset_hf_deepspeed_config()
+    free_engine(trainer)
     if is_main_process():
         if lora:
             save_merged(config, run_dir / "adapter", final, steps=trainer.state.global_step)
@@ -294,8 +293,14 @@ def print_parameters(model: nn.Module) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Command line: CONFIG [key.path=value …]."""
     config: TrainConfig = read_run(TrainConfig, "vqrae.understanding", argv)
-    for stage in STAGES if config.stage == "both" else (config.stage,):
+    stages: tuple[Stage, ...] = STAGES if config.stage == "both" else (config.stage,)
+    for stage in stages:
+        optimization: OptimizationConfig = getattr(config, stage)
+        if trained_steps(final_model(config, stage)) < optimization.max_steps:
+            check_launch(optimization, Path(config.output_dir) / stage)
+    for stage in stages:
         run_stage(config, stage)
+        gc.collect()  # a model of billions of weights waits in cycles
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from vqrae.common.trainer import (
     OptimizationConfig,
     WholeTrainer,
     build_optimizers,
+    check_launch,
     run_trainer,
     save_model,
     training_arguments,
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     if trained_steps(run_dir / "model") >= config.optimization.max_steps:
         print(f"{run_dir / 'model'} is finished ({config.optimization.max_steps} steps)", flush=True)
         return
+    check_launch(config.optimization, run_dir)
     run.begin()
     set_seed(config.seed)
     model, text_tokenizer = build_tiny_llm(config)
