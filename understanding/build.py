@@ -4,6 +4,7 @@ The vision tower *is* the tokenizer's encoder (same class, same weights), so the
 peft, vLLM and lmms-eval. Its configuration carries the tokenizer's fingerprint under `vqrae_tokenizer_fingerprint`.
 """
 
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -154,7 +155,7 @@ def build_processor(
 
     Args:
         aspect_ratio: `crop` resizes pictures by their shorter edge and cuts out the centre; `pad` first makes them square by
-            a border in the mean colour, as LLaVA-1.5 does in sft and inference.
+            a border in the mean colour, as LLaVA-1.5 does in sft and inference (its pretraining crops: `for_pretraining`).
 
     Raises:
         ValueError: when the text tokenizer lacks the end token of the template.
@@ -185,9 +186,17 @@ def build_processor(
         patch_size=config.patch_size,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=int(strategy == "default"),
-        chat_template=load_template(chat_template),
+        chat_template=load_template(chat_template, text_tokenizer),
         image_token=IMAGE_TOKEN,
     )
+
+
+def for_pretraining(processor: LlavaProcessor) -> LlavaProcessor:
+    """The processor with which captions are trained: as LLaVA-1.5's pretrain.sh, it cuts out the centre and never pads."""
+    processor = copy.deepcopy(processor)
+    if getattr(processor.image_processor, "do_pad", None):
+        processor.image_processor.do_pad = False
+    return processor
 
 
 def end_token(text_tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:

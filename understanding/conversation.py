@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
 from vqrae.common.config import did_you_mean
 from vqrae.common.trainer import IGNORE_INDEX
@@ -29,8 +29,12 @@ CHAT_TEMPLATES = ("chatml", "vicuna_v1")
 """What a chat model speaks; `plain` (image, then caption) is LLaVA's format for training the projector alone."""
 
 
-def load_template(name: str) -> str:
+def load_template(name: str, text_tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     """The Jinja text of `chatml`, `vicuna_v1` or `plain`.
+
+    Args:
+        text_tokenizer: whose ids the text must become as in LLaVA, which reads what follows an image, or `<s>`, as a text of
+            its own. Llama's puts a space in front of such a text, but not behind a special token: there the template does.
 
     Raises:
         ValueError: for another name, listing the known ones.
@@ -38,7 +42,18 @@ def load_template(name: str) -> str:
     known = (*CHAT_TEMPLATES, "plain")
     if name not in known:
         raise ValueError(f"unknown chat template {name!r}. {did_you_mean(name, known)}")
-    return (resources.files("vqrae.understanding") / f"{name}.jinja").read_text().rstrip("\n")
+    template = (resources.files("vqrae.understanding") / f"{name}.jinja").read_text().rstrip("\n")
+    if text_tokenizer is None or name == "chatml" or not _needs_space(text_tokenizer):
+        return template
+    return "{%- set space = ' ' -%}" + template
+
+
+def _needs_space(text_tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether text behind a special token is read like a text of its own only with a space between them."""
+    special, text = text_tokenizer.eos_token, "red"
+    alone = text_tokenizer(text, add_special_tokens=False).input_ids
+    behind, spaced = (text_tokenizer(f"{special}{space}{text}", add_special_tokens=False).input_ids[1:] for space in ("", " "))
+    return behind != alone == spaced
 
 
 def caption_record(sample: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +152,8 @@ def examine_length(
         """Tokens of the first `turns` messages as a prompt, or of all."""
         options: dict[str, Any] = {"chat_template": chat_template, "tokenize": False, "add_generation_prompt": bool(turns)}
         text = processor.apply_chat_template(messages[:turns], **options)
-        ids = processor.tokenizer(text).input_ids
+        bos = processor.tokenizer.bos_token
+        ids = processor.tokenizer(text, add_special_tokens=bos is None or not text.startswith(bos)).input_ids
         return len(ids) + ids.count(processor.image_token_id) * (num_image_tokens(processor) - 1)
 
     total = num_tokens()

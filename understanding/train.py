@@ -43,7 +43,7 @@ from vqrae.common.trainer import (
 )
 from vqrae.data.sources import Samples, fingerprint, holds_conversations, open_conversations, open_pairs
 from vqrae.data.word_tokenizer import is_word_tokenizer
-from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, keep_released_names, require_tokenizer
+from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, for_pretraining, keep_released_names, require_tokenizer
 from vqrae.understanding.conversation import ConversationCollator, load_template
 from vqrae.understanding.llava_trainer import LlavaTrainer
 from vqrae.understanding.lora import LoraSettings, add_lora, merge_lora
@@ -82,7 +82,7 @@ class TrainConfig:
     """What the LLM speaks; it is stored in the model folder."""
     aspect_ratio: Literal["crop", "pad"] = "crop"
     """What becomes of pictures that are not square: the centre is cut out, or LLaVA-1.5's border in the mean colour is added.
-    It is stored in the model folder."""
+    It is stored in the model folder. Pretrain cuts out the centre, as LLaVA-1.5's does."""
     max_length: int = 2048
     """Tokens of a sample, image tokens included."""
     batching: Literal["random", "grouped", "packed"] = "random"
@@ -180,7 +180,9 @@ def learn_words_of_data(config: TrainConfig, text_tokenizer: PreTrainedTokenizer
 
 def build_collator(config: TrainConfig, stage: Stage, processor: LlavaProcessor) -> ConversationCollator:
     """What makes the batches of a stage."""
-    template = load_template("plain") if stage == "pretrain" else processor.chat_template
+    template = processor.chat_template
+    if stage == "pretrain":
+        template, processor = load_template("plain", processor.tokenizer), for_pretraining(processor)
     options: dict[str, Any] = {"max_length": config.max_length, "chat_template": template}
     if stage == "sft" and config.batching == "packed":
         one_row = attention_implementation(config.attn_implementation, half=config.sft.bf16) == "flash_attention_2"

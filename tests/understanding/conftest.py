@@ -1,16 +1,47 @@
 """Tiny random parts: a language model with the word tokenizer, and two text tokenizers trained in place."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.understanding.train_llm import TinyLLMConfig, build_tiny_llm
 
 TEXTS = ["a photo of a red circle left of two blue stars", "what color is the star ?", "USER: ASSISTANT: user assistant"]
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+    "answers to the user's questions. "
+)
+
+
+def train_llama_tokenizer(folder: Path, *, legacy: bool) -> PreTrainedTokenizerBase:
+    """A folder as lmsys publishes it: sentencepiece's tokenizer.model, read by transformers' own Llama class."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TEXTS, "red circle", "and the circle ? two blue stars", VICUNA_SYSTEM] * 20),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+    described = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": legacy}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described | special))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(name="train_llama_tokenizer")
+def train_llama_tokenizer_fixture() -> Callable[..., PreTrainedTokenizerBase]:
+    return train_llama_tokenizer
 
 
 @pytest.fixture(scope="session")

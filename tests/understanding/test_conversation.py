@@ -1,6 +1,7 @@
 """Exact answer masks with three kinds of text tokenizer, refused records, batches."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.scenes import SceneDataset
 from vqrae.data.tolerant import TooManyBrokenSamples
 from vqrae.tokenizer import VQRAEConfig
-from vqrae.understanding.build import build_llava, build_processor, prepare_text_tokenizer
+from vqrae.understanding.build import build_llava, build_processor, for_pretraining, prepare_text_tokenizer
 from vqrae.understanding.conversation import (
     ConversationCollator,
     encode_conversation,
@@ -45,10 +46,6 @@ def _record(*turns, image=True, **extra):
     return {"id": "r1", "conversations": turns, **picture, **extra}
 
 
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-    "answers to the user's questions. "
-)
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TWO_ROUNDS = _record("<image>\nwhat color is the star ?", "red", "and the circle ?", "two blue stars")
 
@@ -100,37 +97,35 @@ def test_vicuna_masks_and_a_single_bos(vicuna_like):
     assert int((sample["input_ids"] == processor.tokenizer.bos_token_id).sum()) == 1
     assert sample["input_ids"][0] == processor.tokenizer.bos_token_id
     text = processor.apply_chat_template(to_messages(TWO_ROUNDS), tokenize=False)
-    assert text.startswith("A chat between a curious user and an artificial intelligence assistant. The assistant gives ")
+    assert text.startswith("<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives ")
     assert text.endswith(
-        "USER: <image>\nwhat color is the star ? ASSISTANT: red</s>USER: and the circle ? ASSISTANT: two blue stars</s>"
+        "USER: <image> \nwhat color is the star ? ASSISTANT: red</s>USER: and the circle ? ASSISTANT: two blue stars</s>"
     )
     asked = processor.apply_chat_template(to_messages(TWO_ROUNDS)[:1], add_generation_prompt=True, tokenize=False)
     assert asked.endswith("ASSISTANT:")
 
 
-def test_vicuna_masks_with_the_llama_class(tmp_path):
-    """A folder as lmsys publishes it: sentencepiece's tokenizer.model, read by transformers' own Llama class."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    text = ["USER: what color is the star ? ASSISTANT: red", "and the circle ? two blue stars", VICUNA_SYSTEM]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text * 20),
-        model_prefix=str(tmp_path / "tokenizer"),
-        model_type="bpe",
-        vocab_size=330,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
-    described = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False, **special}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
-    text_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tokens_and_labels_of_vicuna_are_llavas(legacy, train_llama_tokenizer, tmp_path):
+    """Against LLaVA's own preprocess_plain and preprocess_v1, see golden/llava_tokens.py."""
+    text_tokenizer = train_llama_tokenizer(tmp_path, legacy=legacy)
     assert "Llama" in type(text_tokenizer).__name__
+    golden = json.loads((Path(__file__).parent / "golden" / "llava_tokens.json").read_text())[f"legacy={legacy}"]
     processor = _processor(text_tokenizer, "vicuna_v1")
-    sample = _check_masks(processor, "</s>")
-    assert sample["input_ids"].tolist().count(text_tokenizer.bos_token_id) == 1
+    _check_masks(processor, "</s>")
+    for name, template in (("plain", load_template("plain", text_tokenizer)), ("v1", None)):
+        record = _record(*golden[name]["turns"])
+        sample = encode_conversation(record, processor, chat_template=template)
+        tokens = text_tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist())
+        marked = [f"*{t}" if label != IGNORE_INDEX else t for t, label in zip(tokens, sample["labels"].tolist(), strict=True)]
+        expected = [part for t in golden[name]["tokens"] for part in ([t] * 64 if t == "<image>" else [t])]
+        assert marked == expected
+        assert examine_length(record, processor, max_length=len(tokens), chat_template=template) is None
+        assert examine_length(record, processor, max_length=len(tokens) - 1, chat_template=template) is not None
+    # What a server does, which adds no special tokens to a rendered chat.
+    text = processor.apply_chat_template(to_messages(_record("what ?", "red", image=False))[:1], add_generation_prompt=True)
+    served = text_tokenizer(text, add_special_tokens=False).input_ids
+    assert text_tokenizer.convert_ids_to_tokens(served)[:9] == golden["v1"]["tokens"][:9]
     assert text_tokenizer.pad_token == "<unk>"
 
 
@@ -239,6 +234,18 @@ def test_padding_keeps_the_whole_picture(qwen_like):
     square = _picture()
     expected = _processor(qwen_like)(images=square, text="<image>", return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(processor(images=square, text="<image>", return_tensors="pt")["pixel_values"], expected)
+
+
+def test_pretraining_crops_as_llavas_does(qwen_like):
+    prepare_text_tokenizer(qwen_like)
+    encoder = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8}
+    padding = build_processor(VQRAEConfig(encoder_config=encoder), qwen_like, aspect_ratio="pad")
+    wide = _picture(size=(60, 130))
+    options = {"images": wide, "text": "<image>", "return_tensors": "pt"}
+    cropped = for_pretraining(padding)(**options)["pixel_values"]
+    torch.testing.assert_close(cropped, _processor(qwen_like)(**options)["pixel_values"], atol=1e-6, rtol=0)
+    assert not torch.allclose(cropped, padding(**options)["pixel_values"], atol=0.1)
+    assert padding.image_processor.do_pad
 
 
 def test_unknown_template_is_refused():
