@@ -103,7 +103,7 @@ def require_finite(model: nn.Module, source: str | Path) -> None:
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
             continue
         # The extremes carry a NaN along and need no copy of the tensor, as `isfinite` would.
-        if not all(value.isfinite() for value in tensor.detach().aminmax()):
+        if any(~value.isfinite() for value in tensor.detach().aminmax()):
             raise ValueError(
                 f"{source}: {name} holds values that are not finite, so the training that wrote it had diverged; "
                 "take an earlier checkpoint, or train again with lower learning rates"

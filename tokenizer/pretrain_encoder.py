@@ -131,7 +131,7 @@ def build_siglip(config: EncoderPretrainingConfig, vocabulary_size: int, end_tok
     siglip = SiglipConfig(text_config=text, vision_config=config.vision)
     model = GroundedSiglip._from_config(
         siglip,
-        attn_implementation=attention_implementation(config.attention),
+        attn_implementation=attention_implementation(config.attention, half=config.optimization.bf16),
         grounding_weight=config.grounding_weight,
     )
     nn.init.constant_(model.logit_scale, math.log(10))

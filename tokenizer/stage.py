@@ -147,10 +147,8 @@ class StageTrainer:
         """Run the stage to its end, from the newest checkpoint on, and save the model."""
         config, stage = self.config, self.stage
         start = self.restore(self.checkpoint) if self.checkpoint else 0
-        if start and is_main_process():
-            print(f"stage {self.number}: continuing from step {start}", flush=True)
         self.run.rewind(start)
-        self.announce()
+        self.announce(start)
         batches = self.pictures.micro_batches(start)
         self.set_mode()
         clock, clock_step = time.time(), start
@@ -177,7 +175,6 @@ class StageTrainer:
     def finish(self) -> None:
         """Write the model of the finished stage."""
         require_finite(self.model, f"stage {self.number}")
-        self.engine.wait_for_everyone()
         if is_main_process():
             for name, model in self.models().items():
                 with atomic_path(self.run.path / name) as temporary:
@@ -303,9 +300,11 @@ class StageTrainer:
 
     # ------------------------------------------------------------------------------------------- what is seen and kept
 
-    def announce(self) -> None:
+    def announce(self, start: int) -> None:
         if not is_main_process():
             return
+        if start:
+            print(f"stage {self.number}: continuing from step {start}", flush=True)
         (total, trainable), stage = count_parameters(self.model), self.stage
         print(
             f"stage {self.number}: {total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable, "
@@ -322,8 +321,8 @@ class StageTrainer:
         values |= {"grad_norm": float(self.grad_norm), "learning_rate": self.optimizer.param_groups[-1]["lr"]}
         values |= {"codebook_usage": self.usage.usage, "codebook_perplexity": self.usage.perplexity}
         values |= {"images_per_second": self.stage.global_batch_size / seconds}
-        skipped = {"skipped_steps": self.skipped, "discriminator_skipped_steps": self.d_skipped}
-        values |= {name: count.total.item() for name, count in skipped.items() if count.total}
+        skipped = {"skipped_steps": self.skipped.total, "discriminator_skipped_steps": self.d_skipped.total}
+        values |= {name: total.item() for name, total in skipped.items() if total}
         self.losses.reset()
         self.usage.reset()
         self.run.log(done, values)
@@ -332,11 +331,10 @@ class StageTrainer:
             left = format_duration(seconds * (self.stage.max_steps - done))
             print(f"stage {self.number}  {done}/{self.stage.max_steps}  {numbers}  {left} left", flush=True)
 
-    @torch.no_grad()
     def save_previews(self, done: int) -> None:
         """Write originals above their reconstructions."""
         self.model.eval()
-        with self.autocast():
+        with torch.no_grad(), self.autocast():
             reconstructions = self.model(resize(self.previews, self.image_size)).reconstruction
         rows = [list(resize(self.previews, self.output_size)), list(reconstructions)]
         self.set_mode()

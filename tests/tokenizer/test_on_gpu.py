@@ -135,7 +135,7 @@ def test_a_stage_runs_saves_and_resumes(
         trainer = start(config, number, tmp_path)
         batches = trainer.pictures.micro_batches(0)
         for step in range(3):
-            if trainer.is_revival(step + 1) or (step and step == trainer.stage.bypass_steps):
+            if trainer.stage.is_revival(step + 1) or (step and step == trainer.stage.bypass_steps):
                 trainer.train_step(step, batches)  # looks for codes, which are then moved
             else:
                 with gpu.no_waiting(*waits):

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from vqrae.common.trainer import OptimizationConfig
 from vqrae.data.scenes import SceneDataset, load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import END, build_word_tokenizer
+from vqrae.tokenizer import pretrain_encoder
 from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig, GroundedCollator, GroundedSiglip, build_siglip
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -66,3 +68,19 @@ def test_grounding_is_a_sigmoid_loss_of_every_patch_and_phrase(collator: Grounde
                 total -= math.log(1 / (1 + math.exp(-logit if is_true else logit)))
         expected = siglip.loss + 2 * total / len(batch["patches"])
         torch.testing.assert_close(grounded(**batch).loss, expected)
+
+
+def test_flash_attention_gets_no_fp32_work(flash_attention: str, tmp_path: Path) -> None:
+    sizes = "{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2"
+    arguments = [
+        "tiny_encoder",
+        f"output_dir={tmp_path}",
+        f"vision={sizes}, image_size: 64, patch_size: 16}}",
+        f"text={sizes}, max_position_embeddings: 24, projection_size: 32}}",
+        f"attention={flash_attention}",
+        *(f"optimization.{pair}" for pair in ("max_steps=1", "global_batch_size=2", "micro_batch_size=2")),
+    ]
+    with pytest.raises(ValueError, match="expected fp16 or bf16: set bf16=true"):
+        pretrain_encoder.main([*arguments, "optimization.bf16=false"])
+    pretrain_encoder.main([*arguments, "optimization.bf16=true"])
+    assert (tmp_path / "model" / "config.json").is_file()
