@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 FOLDERS = ("common", "data", "tokenizer", "understanding", "generation", "eval", "benchmarks", "scripts")
+MPLUG = ["modelscope>=1.40", "addict"]  # its model code imports addict, which modelscope itself does not ask for
 
 packages = [f"vqrae.{name}" for folder in FOLDERS for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]]
 
@@ -50,7 +51,7 @@ setup(
         "lora": ["peft>=0.17"],
         "smollm2": ["gguf>=0.17"],
         "eval": ["lmms-eval==0.7.3", "filelock<4"],  # it imports a module that filelock 4 has not
-        "mplug": ["modelscope>=1.40"],
+        "mplug": MPLUG,
         "demo": ["gradio>=6"],
         "flash": ["flash-attn"],
         "dev": [
@@ -62,6 +63,7 @@ setup(
             "webdataset>=1.0",
             "lpips>=0.1.4",
             "scikit-image>=0.25",
+            *MPLUG,
         ],
     },
     entry_points={

@@ -1,6 +1,6 @@
 """What answers DPG-Bench's questions, by name. Scores are called after it: `DPG(mplug)`.
 
-mplug           the official judge, through the package modelscope
+mplug           the official judge, through the model code of the package modelscope
 vqa             a visual question answering model of transformers (BLIP, ViLT)
 chat            an image-text-to-text model of transformers, told to say yes or no
 endpoint        a server with OpenAI's chat interface, told the same
@@ -27,7 +27,6 @@ from vqrae.common.checkpoints import resolve_model
 from vqrae.eval.manifest import model_fingerprint
 
 JudgeName = Literal["mplug", "vqa", "chat", "endpoint", "understanding", "scenes"]
-MPLUG = "damo/mplug_visual-question-answering_coco_large_en"
 YES_OR_NO = "Answer with yes or no."
 
 
@@ -47,24 +46,6 @@ class VQA(Protocol):
         Raises:
             JudgeError: when there is none.
         """
-
-
-class MPlug:
-    """The official judge."""
-
-    name = "mplug"
-
-    def __init__(self, model: str = MPLUG, device: str = "cpu") -> None:
-        try:
-            from modelscope.pipelines import pipeline
-            from modelscope.utils.constant import Tasks
-        except ImportError as error:
-            raise ValueError(f"judge=mplug needs the package modelscope ({error}): pip install modelscope") from None
-        self.identity = model
-        self._pipeline = pipeline(Tasks.visual_question_answering, model=model, device="gpu" if "cuda" in device else "cpu")
-
-    def answer(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:
-        return [self._pipeline({"image": image, "question": question})["text"] for image, question in pairs]
 
 
 class TransformersVQA:
@@ -204,7 +185,9 @@ def build_judge(
 
         return SceneVQA(sprites)
     if name == "mplug":
-        return MPlug(model or MPLUG, device)
+        from vqrae.eval.dpg_bench.mplug import MPLUG, MPlug
+
+        return MPlug(model or MPLUG, device, batch_size)
     if model is None or (name == "endpoint" and url is None):
         needed = "judge_url= and judge_model=" if name == "endpoint" else "judge_model="
         raise ValueError(f"judge={name} needs {needed}")

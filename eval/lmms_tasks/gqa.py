@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Image, load_dataset
 
 FOLDER_VARIABLE = "VQRAE_BENCHMARKS"
 IMAGES = "testdev_balanced_images/*.parquet"
@@ -18,9 +18,11 @@ def join_local_images(questions: Dataset) -> Dataset:
             f"{os.environ[FOLDER_VARIABLE]}/gqa holds no {IMAGES}: GQA keeps its pictures apart from its questions"
         )
     pictures = load_dataset("parquet", data_files=files, split="train")
+    feature = pictures.features["image"]
+    pictures = pictures.cast_column("image", Image(decode=False))  # decoded ones would be encoded again as JPEG
     rows = {identity: row for row, identity in enumerate(pictures["id"])}
 
     def with_image(question: dict[str, Any]) -> dict[str, Any]:
         return {"image": pictures[rows[question["imageId"]]]["image"]}
 
-    return questions.map(with_image)
+    return questions.map(with_image).cast_column("image", feature)

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Sequence, Value
@@ -18,6 +19,7 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.data.scenes import SceneDataset
 from vqrae.eval import understanding
 from vqrae.eval.benchmarks import BENCHMARKS, paper_row
+from vqrae.eval.lmms_tasks.gqa import FOLDER_VARIABLE, join_local_images
 from vqrae.eval.lmms_tasks.scenes import SceneTaskConfig, mean_of_known, process_results, write_task
 from vqrae.eval.scene_questions import validation_questions
 from vqrae.understanding.build import build_llava
@@ -243,6 +245,29 @@ def local_benchmarks(folder: Path) -> Path:
         path.parent.mkdir(parents=True)
         Dataset.from_list(documents, features=Features(kinds)).to_parquet(path)
     return folder
+
+
+def test_gqa_keeps_the_bytes_of_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, format="JPEG", quality=95)
+    picture = {"bytes": stream.getvalue(), "path": None}
+    kinds = Features({"id": Value("string"), "image": ImageFeature()})
+    (tmp_path / "gqa" / "testdev_balanced_images").mkdir(parents=True)
+    images = Dataset.from_list([{"id": "n7", "image": picture}], features=kinds)
+    images.to_parquet(tmp_path / "gqa" / "testdev_balanced_images" / "a.parquet")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    joined = join_local_images(Dataset.from_list([{"imageId": "n7", "question": "what ?"}]))
+    assert np.array_equal(np.asarray(joined[0]["image"]), np.asarray(Image.open(stream)))
+    assert joined.cast_column("image", ImageFeature(decode=False))[0]["image"]["bytes"] == stream.getvalue()
+
+
+def test_mmbench_takes_the_english_questions_alone(tmp_path: Path) -> None:
+    for language in ("cc", "cn", "en"):
+        (tmp_path / "mmbench" / language).mkdir(parents=True)
+        (tmp_path / "mmbench" / language / "dev-00000-of-00001.parquet").touch()
+    [path] = tmp_path.glob(BENCHMARKS["mmbench"].files)
+    assert path.parent.name == "en"
 
 
 @pytest.mark.slow

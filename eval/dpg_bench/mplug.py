@@ -1,0 +1,133 @@
+"""DPG-Bench's official judge, mPLUG (Li et al., arXiv 2205.12005): modelscope's model code without modelscope's pipeline.
+
+The pipeline imports fairseq, which does not install on Python 3.11. The steps around the model are those of modelscope's
+`MPlugPreprocessor` and `MPlugForAllTasks`: squared bicubic resize, CLIP's normalisation, 25 tokens of the lower-cased
+question, beam search.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+from vqrae.common.files import sha256
+
+MPLUG = "damo/mplug_visual-question-answering_coco_large_en"
+QUESTION_TOKENS = 25
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CONFIG, WEIGHTS = "config.yaml", "pytorch_model.bin"
+
+
+class MPlug:
+    """The official judge.
+
+    Args:
+        model: folder, or id at modelscope, which is downloaded.
+    """
+
+    name = "mplug"
+
+    def __init__(self, model: str = MPLUG, device: str = "cpu", batch_size: int = 16) -> None:
+        code, folder = _model_code(), _model_folder(model)
+        # `yaml.Loader`, which modelscope reads the file with, would run what it says.
+        options = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        config = code.MPlugConfig(**{**options, "distill": False})  # no momentum copies: they only matter in training
+        config.model_dir = str(folder)
+        self.model: Any = code.MPlugForVisualQuestionAnswering(config)
+        decoder = self.model.text_decoder
+        decoder.cls.predictions.decoder.weight = (
+            decoder.bert.embeddings.word_embeddings.weight
+        )  # tied, as before transformers 5
+        _load_weights(self.model, folder / WEIGHTS)
+        self.model.eval().requires_grad_(False).to(device)
+        self.identity, self.device, self.batch_size = f"sha256:{sha256(folder / WEIGHTS)}", device, batch_size
+        resize = Resize((config.image_res, config.image_res), interpolation=InterpolationMode.BICUBIC)
+        self._transform = Compose([resize, ToTensor(), Normalize(MEAN, STD)])
+
+    @torch.inference_mode()
+    def answer(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:
+        """One answer to each (image, question)."""
+        answers = []
+        for start in range(0, len(pairs), self.batch_size):
+            ids, _ = self.model(*self._inputs(pairs[start : start + self.batch_size]), train=False)
+            answers += [self._text(best) for [best] in ids]
+        return answers
+
+    def _text(self, ids: Tensor) -> str:
+        # Transformers 5 no longer closes the gaps before punctuation by default.
+        return str(self.model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True))
+
+    def _inputs(self, pairs: Sequence[tuple[Image.Image, str]]) -> tuple[Tensor, Any]:
+        """Images (B, 3, H, W), and questions with input_ids and attention_mask (B, 25)."""
+        images = torch.stack([self._transform(image.convert("RGB")) for image, _ in pairs])
+        questions = self.model.tokenizer(
+            [question.lower() for _, question in pairs],
+            padding="max_length",
+            truncation=True,
+            max_length=QUESTION_TOKENS,
+            return_tensors="pt",
+        )
+        return images.to(self.device), questions.to(self.device)
+
+
+def _model_code() -> ModuleType:
+    """modelscope's module of the model, with what transformers 5 took away from under it.
+
+    Raises:
+        ValueError: naming the package that is missing.
+    """
+    try:
+        from modelscope.models.multi_modal.mplug import modeling_mplug
+    except ImportError as error:
+        raise ValueError(f"judge=mplug needs the package {error.name}: pip install -e .[mplug] ({error})") from None
+    base = modeling_mplug.BertPreTrainedModel
+    base.all_tied_weights_keys = {}  # set by `post_init`, which this code does not call
+    base.get_head_mask = lambda self, head_mask, layers: [None] * layers
+    base.invert_attention_mask = _invert_attention_mask
+    return modeling_mplug
+
+
+def _invert_attention_mask(self: Any, mask: Tensor) -> Tensor:
+    """(B, S) or (B, T, S), 1 where attention is allowed -> 0 there and the least number elsewhere, for all heads."""
+    mask = mask[:, None] if mask.dim() == 3 else mask[:, None, None]
+    return (1 - mask.to(self.dtype)) * torch.finfo(self.dtype).min
+
+
+def _model_folder(model: str) -> Path:
+    """The folder behind a path or an id at modelscope.
+
+    Raises:
+        ValueError: when the folder is no mPLUG checkpoint.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from modelscope.hub.snapshot_download import snapshot_download
+
+        folder = Path(snapshot_download(model))
+    missing = [name for name in (CONFIG, WEIGHTS, "vocab.txt") if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"judge_model={model} has no {', '.join(missing)}, expected modelscope's {MPLUG}")
+    return folder
+
+
+def _load_weights(model: Any, path: Path) -> None:
+    """Load a checkpoint as modelscope's `MPlug.from_pretrained` does, but refuse one that leaves random weights.
+
+    Raises:
+        ValueError: naming tensors that the checkpoint lacks.
+    """
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    stored = stored.get("model", stored)
+    stored = {name.replace("model.", ""): tensor for name, tensor in stored.get("module", stored).items()}
+    model.load_state_dict(stored, strict=False)
+    own = model.state_dict(keep_vars=True)
+    loaded = {id(tensor) for name, tensor in own.items() if name in stored}  # tied tensors have two names
+    missing = [name for name, tensor in own.items() if id(tensor) not in loaded and not name.endswith("position_ids")]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensors of mPLUG, such as {missing[0]}: expected {MPLUG}")
