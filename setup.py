@@ -38,6 +38,7 @@ setup(
         "timm>=1.0.31",
         "jinja2",
         "braceexpand",
+        "fsspec[http]",
         "scipy>=1.14",
         "tensorboard",
         "torchmetrics>=1.5",
@@ -49,6 +50,7 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19", "peft>=0.17"],
         "lora": ["peft>=0.17"],
+        "s3": ["s3fs"],
         "smollm2": ["gguf>=0.17"],
         "eval": ["lmms-eval==0.7.3", "filelock<4"],  # it imports a module that filelock 4 has not
         "mplug": MPLUG,

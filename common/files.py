@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import stat
 import time
@@ -133,6 +134,14 @@ def read_bytes(path: str | Path) -> bytes:
     return with_retries(read, path)
 
 
+def raise_file_limit() -> None:
+    """Let this process open as many files as the system allows it to, up to 65,536."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 # ---- text
 
 
@@ -170,8 +179,11 @@ def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         yield number, decode_text(line, f"{path}, line {number}")
 
 
-def parse_json(data: bytes | str, where: str | Path) -> Any:
+def parse_json(data: bytes | str, where: str | Path, *, allow_half_pairs: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+        allow_half_pairs: leave it to the caller to look for half surrogate pairs, which cannot be encoded again.
 
     Raises:
         ValueError: when it is not JSON, is nested too deeply or holds half of a surrogate pair, naming `where`.
@@ -179,7 +191,7 @@ def parse_json(data: bytes | str, where: str | Path) -> Any:
     text = decode_text(data, where) if isinstance(data, bytes) else data
     try:
         value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:
+        if not allow_half_pairs and ("\\ud" in text or "\\uD" in text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
@@ -225,7 +237,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         ValueError: when the file does not hold JSON, naming the file.
     """
-    return parse_json(Path(path).read_bytes(), path)
+    return parse_json(Path(path).read_bytes(), path, allow_half_pairs=True)
 
 
 # ---- identity

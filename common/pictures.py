@@ -66,6 +66,15 @@ def open_picture(source: str | Path | IO[bytes], *, name: str | None = None, dra
         ImageFile.LOAD_TRUNCATED_IMAGES = others
 
 
+def picture_size(source: IO[bytes], *, name: str) -> tuple[int, int]:
+    """Width and height of an encoded picture as stored; only its head is read. Errors as those of `open_picture`."""
+    try:
+        with Image.open(source) as picture:
+            return picture.size
+    except Exception as error:
+        raise ValueError(f"{name}: not a readable picture ({error})") from error
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     """The picture as its Exif orientation says. Only this tag is read: cameras and editors write many of the others wrongly."""
     try:

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from vqrae.common.files import read_bytes
+from vqrae.common.files import printable, read_bytes
 from vqrae.common.pictures import open_picture
 from vqrae.data.code_shards import read_manifest, verify_shard
-from vqrae.data.conversations import ConversationTable, image_paths, scan_conversations
+from vqrae.data.conversations import IMAGE_TAG, ConversationTable, has_blank_answer, image_paths, scan_conversations
 from vqrae.data.encoded import Encoded
 from vqrae.data.pairs import CaptionedImages, scan_jsonl
 from vqrae.data.sources import fingerprint, holds_conversations, open_images, open_pairs, source_kind
@@ -45,6 +45,18 @@ class Remark(NamedTuple):
 Examine = Callable[[dict[str, Any]], Remark | None]
 
 
+def remarks_on(record: dict[str, Any], examine: Examine | None = None) -> list[Remark]:
+    """What is to be said about a conversation in canonical form."""
+    remarks = []
+    if has_blank_answer(record):
+        remarks.append(Remark("conversations with a blank answer, which teaches to say nothing", unusable=True))
+    if any(turn["from"] == "human" and not turn["value"].replace(IMAGE_TAG, "").strip() for turn in record["conversations"]):
+        remarks.append(Remark("conversations with a question that has no words", unusable=False))
+    if examine and (remark := examine(record)):
+        remarks.append(remark)
+    return remarks
+
+
 class Inspection(NamedTuple):
     """What is known of a sample; `error` is empty when it can be decoded, `mode` when it holds no picture."""
 
@@ -56,7 +68,7 @@ class Inspection(NamedTuple):
     digest: bytes = b""
     words: int | None = None
     """Of the caption; None when it has none."""
-    remark: Remark | None = None
+    remarks: Sequence[Remark] = ()
 
 
 class Shelf(Protocol):
@@ -118,6 +130,8 @@ class DataReport:
     captions: int = 0
     caption_words: int = 0
     uncaptioned: Finding = field(default_factory=Finding)
+    unfit: list[str] = field(default_factory=list)
+    """All pictures that are missing or broken, by name."""
 
     @property
     def num_problems(self) -> int:
@@ -138,8 +152,8 @@ class DataReport:
     def add(self, sample: Inspection) -> None:
         """Count one sample."""
         self.read += 1
-        if sample.remark:
-            self.remark(sample.remark, sample.name)
+        for remark in sample.remarks:
+            self.remark(remark, sample.name)
         if sample.words is not None:
             self.captions += 1
             self.caption_words += sample.words
@@ -147,6 +161,7 @@ class DataReport:
                 self.problem("empty captions", sample.name)
         if sample.error:
             self.problem("broken pictures", sample.error)
+            self.unfit.append(sample.name)
             return
         if sample.words is None:
             self.uncaptioned.add(sample.name)
@@ -176,7 +191,7 @@ class DataReport:
                 if finding.count > shown:
                     lines.append(f"    … and {finding.count - shown} more")
         verdict = "no problem found" if not self.num_problems else f"{self.num_problems} problem{'s' * (self.num_problems > 1)}"
-        return "\n".join([*lines, f"{self.read} of {self.samples} samples read, {verdict}"])
+        return printable("\n".join([*lines, f"{self.read} of {self.samples} samples read, {verdict}"]))
 
 
 def edge_range(pixels: int) -> str:
@@ -233,13 +248,13 @@ class ConversationRows(Dataset):
         try:
             record = self.table.read(Draw(index, 0))
         except ValueError as error:
-            return Inspection(str(error), remark=Remark("unusable rows", unusable=True))
-        remark = self.examine(record) if self.examine else None
+            return Inspection(str(error), remarks=[Remark("unusable rows", unusable=True)])
+        remarks = remarks_on(record, self.examine)
         picture = record.get("image")
         if picture is None:
-            return Inspection(name, remark=remark)
+            return Inspection(name, remarks=remarks)
         first = picture[0] if isinstance(picture, list) else picture
-        return Inspection(name, mode=first.mode, width=first.width, height=first.height, remark=remark)
+        return Inspection(name, mode=first.mode, width=first.width, height=first.height, remarks=remarks)
 
 
 def _existing(paths: Iterable[Path], report: DataReport) -> set[Path]:
@@ -247,6 +262,7 @@ def _existing(paths: Iterable[Path], report: DataReport) -> set[Path]:
     missing = missing_files(paths)
     for path in missing:
         report.problem("missing pictures", str(path))
+        report.unfit.append(str(path))
     return set(paths) - set(missing)
 
 
@@ -260,7 +276,7 @@ def _open(source: str, report: DataReport, image_folder: str | Path | None, exam
         for problem in problems:
             report.problem("unusable records", problem)
         for record in records:
-            if examine and (remark := examine(record)):
+            for remark in remarks_on(record, examine):
                 report.remark(remark, f"record {record['id']}")
         folder = Path(image_folder or Path(source).parent)
         files = {folder / image for record in records for image in image_paths(record)}
@@ -276,12 +292,12 @@ def _open(source: str, report: DataReport, image_folder: str | Path | None, exam
     if holds_conversations(source):
         return ConversationRows(source, examine)
     if kind == "tar":
-        paths, key = parse_tars(source)
+        paths, key, _ = parse_tars(source)
         tars = []
         for path in paths:
             try:
-                tar = f"{path},caption={key}" if key else str(path)
-                tars.append(Inspector(TarDataset(tar, image_size=8, captions=False, split="all")))
+                tar = f"{path},caption={key}" if key else path
+                tars.append(Inspector(TarDataset(tar, image_size=8, captions="optional", split="all")))
             except ValueError as error:
                 report.problem("damaged tars", str(error))
         return ConcatDataset(tars) if tars else []

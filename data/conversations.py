@@ -1,12 +1,15 @@
 """LLaVA's conversations: records {id, [image,] conversations: [{from, value}, …]}; `image` is one path or a list of them.
 
-Everything that can be wrong with a record of a JSON file is found when the file is opened: upstream trains on silently
-(haotian-liu/LLaVA, `llava/train/train.py`, checks none of it), and a missing picture stops a run after hours. Tables with
-the pictures inside (parquet) are too large for that; there a bad row is stepped over, and `vqrae check-data` finds it.
+Everything that can be wrong with a record of a file is found when the file is opened: upstream trains on silently
+(haotian-liu/LLaVA, `llava/train/train.py`, checks none of it), and a missing picture stops a run after hours. A few unusable
+records are left out by name, many end the run before it begins. Tables with the pictures inside (parquet) are too large for
+that; there a bad row is stepped over, and `vqrae check-data` finds it.
 """
 
+import codecs
 import io
-import json
+import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqrae.common.files import read_json
+from vqrae.common.files import parse_json, printable, raw_lines, read_json, with_retries
 from vqrae.common.pictures import open_picture
 from vqrae.data.huggingface import open_table, parse_name, stored_bytes, without_decoding
 from vqrae.data.stream import Draw
-from vqrae.data.tolerant import TolerantDataset, missing_files, summary
+from vqrae.data.tolerant import TolerantDataset, missing_files, step_over, summary
 
 IMAGE_TAG = "<image>"
+_HALF_PAIR = re.compile("[\\ud800-\\udfff]")
+_VIDEO = re.compile(r"^\s*<video>\s*$", re.MULTILINE)  # on a line of its own: a talk about HTML has the tag, too
 
 
 def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
@@ -33,15 +38,17 @@ def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
     """
     if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
         raise ValueError('conversations must be a list of {"from": …, "value": text}')
-    speakers = [turn.get("from") for turn in turns]
-    if set(speakers) - {"human", "gpt"}:
-        raise ValueError(f"speakers must be human or gpt, got {sorted(map(str, set(speakers) - {'human', 'gpt'}))}")
+    speakers = [str(turn.get("from")) for turn in turns]
+    if others := set(speakers) - {"human", "gpt"}:
+        raise ValueError(f"speakers must be human or gpt, got {sorted(others)}")
     if any(a == b for a, b in pairwise(speakers)):
         raise ValueError("human and gpt must take turns")
     turns = turns[1:] if speakers[:1] == ["gpt"] else turns
     turns = turns[: len(turns) // 2 * 2]
     if not turns:
         raise ValueError("no question with an answer")
+    if not num_images and any(_VIDEO.search(turn["value"]) for turn in turns):
+        raise ValueError("is about a video, of which this model sees nothing")
     tags = [turn["value"].count(IMAGE_TAG) for turn in turns]
     if sum(tags) != num_images:
         plural = "s" * (num_images > 1)
@@ -65,59 +72,107 @@ def scan_conversations(path: str | Path) -> tuple[list[dict[str, Any]], list[str
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it does not hold a JSON list.
+        ValueError: when it does not hold records.
+    """
+    records: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for i, stored in enumerate(stored_records(path)):
+        try:
+            records.append(check_record(stored, i))
+        except ValueError as error:
+            name = stored.get("id", "no id") if isinstance(stored, dict) else type(stored).__name__
+            problems.append(f"record {i} ({'line' if isinstance(stored, bytes) else name}): {error}")
+    return records, problems
+
+
+def stored_records(path: str | Path) -> list[Any]:
+    """The records of a LLaVA file as they are stored: those of a JSON list, or lines (bytes) where each holds one record.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it holds none.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    raw = read_json(path)
-    if not isinstance(raw, list) or not raw:
-        raise ValueError(f"{path}: expected a JSON list of records, got {'an empty list' if raw == [] else type(raw).__name__}")
-    records: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for i, record in enumerate(raw):
-        try:
-            records.append(_check_record(record, i))
-        except ValueError as error:
-            name = record.get("id", "no id") if isinstance(record, dict) else type(record).__name__
-            problems.append(f"record {i} ({name}): {error}")
-    return records, problems
+    with path.open("rb") as stream:
+        is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    found = read_json(path) if is_list else [line for _, line in raw_lines(path) if line.strip()]
+    if not found:
+        raise ValueError(f"{path}: expected a JSON list of records, or one record a line, got none")
+    return found
 
 
-def read_conversations(path: str | Path, image_folder: str | Path | None = None) -> list[dict[str, Any]]:
+def has_record_lines(path: str | Path) -> bool:
+    """Whether a file of JSON lines holds conversations, judged by its first line."""
+    if not Path(path).is_file():
+        return False
+    first = next((line for _, line in raw_lines(path) if line.strip()), b"")
+    return b'"conversations"' in first
+
+
+def read_conversations(
+    path: str | Path, image_folder: str | Path | None = None, *, skip_missing: int = 0
+) -> list[dict[str, Any]]:
     """All records of a LLaVA file, checked and in canonical form; `image` stays a path relative to `image_folder`.
 
     Args:
         image_folder: where the pictures lie; the file's own folder when not given.
+        skip_missing: so many records may lack a picture; they are left out, with a message.
 
     Raises:
         FileNotFoundError: when the file or pictures are missing, with their number and the first few.
-        ValueError: listing the first records that cannot be used.
+        ValueError: when too many records cannot be used, see `step_over`.
     """
     path = Path(path)
     records, problems = scan_conversations(path)
-    if problems:
-        total = len(records) + len(problems)
-        raise ValueError(f"{path}: {len(problems)} of {total} records cannot be used; mend or remove them{summary(problems)}")
+    step_over(path, problems, len(records) + len(problems))
     folder = Path(image_folder or path.parent)
     missing = missing_files(folder / image for record in records for image in image_paths(record))
     if missing:
-        with_image = sum("image" in record for record in records)
-        raise FileNotFoundError(
-            f"{path}: {len(missing)} pictures of its {with_image} records with a picture do not exist below {folder}; "
-            f"set image_folder, or fetch them{summary([str(file) for file in missing])}"
-        )
+        gone = set(missing)
+        kept = [record for record in records if not any(folder / image in gone for image in image_paths(record))]
+        lost = len(records) - len(kept)
+        told = f"{path}: {lost} of {len(records)} records show {len(missing)} pictures that do not exist below {folder}"
+        names = summary([str(file) for file in missing])
+        if lost > skip_missing or not kept:
+            raise FileNotFoundError(
+                f"{told}; fetch them, set image_folder, set skip_missing={lost} to leave these records out, or let "
+                f"`vqrae check-data {path} --write-clean NEW` write the others{names}"
+            )
+        print(printable(f"{told}, left out{names}"), file=sys.stderr, flush=True)
+        records = kept
+    if blank := sum(has_blank_answer(record) for record in records):
+        told = f"{path}: {blank} of {len(records)} records have a blank answer, which teaches to say nothing"
+        print(told, file=sys.stderr, flush=True)
     return records
 
 
-def _check_record(record: Any, index: int) -> dict[str, Any]:
+def has_blank_answer(record: dict[str, Any]) -> bool:
+    """Whether there is nothing in an answer of a canonical record."""
+    return any(turn["from"] == "gpt" and not turn["value"] for turn in record["conversations"])
+
+
+def check_record(stored: Any, index: int) -> dict[str, Any]:
+    """A record (a line of JSON, or its value) in canonical form.
+
+    Raises:
+        ValueError: saying why it cannot be used.
+    """
+    record = parse_json(stored, "line") if isinstance(stored, bytes) else stored
     if not isinstance(record, dict) or "conversations" not in record:
         raise ValueError("expected an object with the key conversations")
+    if media := [key for key in ("video", "videos", "audio") if record.get(key)]:
+        raise ValueError(f"has a {media[0]}, of which this model perceives nothing")
     image = record.get("image")
     if not isinstance(image, str | list | None) or not all(isinstance(path, str) for path in image_paths(record)):
         raise ValueError(f"image must be one path or a list of paths, got {image!r}")
     checked = {"id": str(record.get("id", index))} | ({"image": image} if image else {})
-    return {**checked, "conversations": normalize_turns(record["conversations"], num_images=len(image_paths(record)))}
+    turns = normalize_turns(record["conversations"], num_images=len(image_paths(record)))
+    for text in (str(checked["id"]), *image_paths(record), *(turn["value"] for turn in turns)):
+        if _HALF_PAIR.search(text):
+            raise ValueError("holds half of a surrogate pair, which is no text")
+    return {**checked, "conversations": turns}
 
 
 def modality_length(turns: list[dict[str, str]]) -> int:
@@ -129,10 +184,17 @@ def modality_length(turns: list[dict[str, str]]) -> int:
 class Conversations(TolerantDataset):
     """Records of a LLaVA file -> {"id", ["image": RGB picture or a list of them,] "conversations"}."""
 
-    def __init__(self, path: str | Path, *, image_folder: str | Path | None = None, size: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        image_folder: str | Path | None = None,
+        size: int | None = None,
+        skip_missing: int = 0,
+    ) -> None:
         super().__init__(str(path))
         self.folder = Path(image_folder or Path(path).parent)
-        self.records = read_conversations(path, image_folder)[:size]
+        self.records = read_conversations(path, image_folder, skip_missing=skip_missing)[:size]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -184,7 +246,8 @@ class ConversationTable(TolerantDataset):
             return []
 
     def read(self, draw: Draw) -> dict[str, Any]:
-        name, row = f"{self.source}, row {draw:d}", self.table[int(draw)]
+        name = f"{self.source}, row {draw:d}"
+        row = with_retries(lambda: self.table[int(draw)], name)
         stored = (row[self.image_column] if self.image_column else None) or []
         try:
             turns = _turns(row["conversations"])
@@ -209,7 +272,7 @@ def _usable_length(value: Any) -> int:
 
 
 def _turns(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    return parse_json(value, "conversations") if isinstance(value, str) else value
 
 
 def _open(value: Any, name: str) -> Image.Image:

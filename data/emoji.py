@@ -10,12 +10,13 @@ import unicodedata
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vqrae.common.pictures import to_rgb
-from vqrae.data.encoded import Crop, Encoded, EncodedPictures
+from vqrae.data.encoded import Encoded, EncodedPictures
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import FileSplit, name_hash, split_indices
 
@@ -86,10 +87,9 @@ class EmojiDataset(EncodedPictures):
         captions: bool = False,
         size: int | None = None,
         split: FileSplit = "train",
-        crop: Crop = "center",
-        seed: int = 0,
+        **reading: Any,
     ) -> None:
-        super().__init__(source, image_size=image_size, captions=captions, crop=crop, seed=seed)
+        super().__init__(source, image_size=image_size, captions=captions, **reading)
         self.folder = artwork_folder()
         found = sorted(path.name for path in self.folder.glob("*.png"))
         points = [_visible(int(part, 16) for part in name.removesuffix(".png").split("-")) for name in found]

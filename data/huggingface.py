@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from vqrae.common.config import did_you_mean
-from vqrae.common.files import read_bytes
-from vqrae.data.encoded import Crop, Encoded, EncodedPictures
+from vqrae.common.files import read_bytes, with_retries
+from vqrae.data.encoded import Encoded, EncodedPictures
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
 
@@ -134,10 +134,9 @@ class HuggingFaceDataset(EncodedPictures):
         captions: bool,
         size: int | None = None,
         split: FileSplit = "train",
-        crop: Crop = "center",
-        seed: int = 0,
+        **reading: Any,
     ) -> None:
-        super().__init__(source, image_size=image_size, captions=captions, crop=crop, seed=seed)
+        super().__init__(source, image_size=image_size, captions=captions, **reading)
         table = open_table(source)
         self.image_column, self.caption_column = find_columns(source, table.features)
         if captions and self.caption_column is None:
@@ -152,7 +151,8 @@ class HuggingFaceDataset(EncodedPictures):
 
     def encoded(self, draw: Draw) -> Encoded:
         row = int(self.rows[draw])
-        name, record = f"{self.source}, row {row}", self.table[row]
+        name = f"{self.source}, row {row}"
+        record = with_retries(lambda: self.table[row], name)
         data = stored_bytes(record[self.image_column], name)
         caption = record[self.caption_column] if self.caption_column else None
         if isinstance(caption, list):

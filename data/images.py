@@ -1,18 +1,26 @@
 """A folder of pictures as a data set."""
 
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vqrae.common.files import read_bytes
-from vqrae.common.pictures import PICTURE_SUFFIXES
-from vqrae.data.encoded import Crop, Encoded, EncodedPictures
+from vqrae.common.files import printable, read_bytes
+from vqrae.common.pictures import OTHER_PICTURES, PICTURE_SUFFIXES
+from vqrae.data.encoded import Encoded, EncodedPictures
 from vqrae.data.stream import Draw
-from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
+from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices, utf8
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
     """All pictures below `folder`, sorted by path; hidden files are left out.
+
+    Linked folders are followed. One that is reached in several ways is read once, by its own path where it has one below
+    `folder`: so links cannot run in circles, and no picture is in both splits.
 
     Raises:
         FileNotFoundError: when there is no such folder, or no picture in it.
@@ -20,10 +28,37 @@ def list_pictures(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and not p.name.startswith("."))
+    files = [path for path in _walk(folder) if not path.name.startswith(".")]
+    found = sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
+    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() in OTHER_PICTURES)
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        print(f"{folder}: left out what cannot be read here: {counts}", file=sys.stderr, flush=True)
     if not found:
         raise FileNotFoundError(f"{folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
     return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder, those behind links last."""
+
+    def report(error: OSError) -> None:
+        print(printable(f"{error.filename} is left out: {error.strerror}"), file=sys.stderr, flush=True)
+
+    seen: set[tuple[int, int]] = set()
+    starts = [str(folder)]
+    while starts:
+        links = []
+        for start in starts:
+            for place, folders, files in os.walk(start, onerror=report):
+                status = os.stat(place)
+                if (identity := (status.st_dev, status.st_ino)) in seen:
+                    folders.clear()
+                    continue
+                seen.add(identity)
+                yield from (Path(place, name) for name in files)
+                links += [path for path in (os.path.join(place, name) for name in folders) if os.path.islink(path)]
+        starts = sorted(links)
 
 
 class ImageFolder(EncodedPictures):
@@ -32,6 +67,7 @@ class ImageFolder(EncodedPictures):
     Args:
         size: use the first `size` pictures only.
         split: `train` leaves 5 % (by name) to `validation`; `all` is everything.
+        reading: how pictures are read, see `EncodedPictures`.
     """
 
     def __init__(
@@ -41,10 +77,9 @@ class ImageFolder(EncodedPictures):
         image_size: int,
         size: int | None = None,
         split: FileSplit = "train",
-        crop: Crop = "center",
-        seed: int = 0,
+        **reading: Any,
     ) -> None:
-        super().__init__(str(folder), image_size=image_size, crop=crop, seed=seed)
+        super().__init__(str(folder), image_size=image_size, **reading)
         found = list_pictures(folder)
         hashes = np.array([name_hash(path.relative_to(folder).as_posix()) for path in found])
         self.paths = [found[i] for i in split_indices(hashes, split, self.source)][:size]
@@ -61,5 +96,13 @@ def folder_fingerprint(folder: str | Path) -> str:
     """Names and sizes of all pictures below `folder` in one number."""
     folder = Path(folder)
     found = list_pictures(folder)
-    listing = "\n".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in found)
-    return f"{len(found)} pictures, crc32 {checksum(listing.encode())}"
+    listing = "\n".join(f"{path.relative_to(folder).as_posix()} {_size(path)}" for path in found)
+    return f"{len(found)} pictures, crc32 {checksum(utf8(listing))}"
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 for a link that leads nowhere, a broken sample like any other."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

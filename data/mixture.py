@@ -133,6 +133,8 @@ class Mixture(Dataset):
         place = position % WINDOW
         part, seen = int(order[place]), order[:place]
         epoch, place = divmod(int(before[part] + (seen == part).sum()), int(self.sizes[part]))
+        if getattr(self.parts[part], "is_shuffled", False):
+            return part, Draw(place, epoch)
         return part, Draw(shuffled(place, int(self.sizes[part]), self.seed, part, epoch), epoch)
 
     def __getitem__(self, index: int) -> Any:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from vqrae.common.files import parse_json, raw_lines, read_bytes
-from vqrae.data.encoded import Crop, Encoded, EncodedPictures
+from vqrae.data.encoded import Encoded, EncodedPictures
 from vqrae.data.stream import Draw
-from vqrae.data.tolerant import FileSplit, missing_files, name_hash, split_indices, summary
+from vqrae.data.tolerant import FileSplit, missing_files, name_hash, split_indices, step_over, summary
 
 
 def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
@@ -26,19 +26,24 @@ def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
         if not line.strip():
             continue
         try:
-            record = parse_json(line, f"line {number}")
-            if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("image", "caption")):
-                raise ValueError(f"line {number}: {_unusable(record)}")
-            pairs.append((record["image"], record["caption"].strip()))
+            pairs.append(parse_pair(line, f"line {number}"))
         except ValueError as error:
             problems.append(str(error))
     return pairs, problems
 
 
-def _unusable(record: Any) -> str:
+def parse_pair(line: bytes, where: str) -> tuple[str, str]:
+    """(picture, caption) of a line.
+
+    Raises:
+        ValueError: when it cannot be used, naming `where`.
+    """
+    record = parse_json(line, where)
     if isinstance(record, dict) and "conversations" in record:
-        return "holds a conversation: save the records as one JSON list in FILE.json, which LLaVA's training reads"
-    return "image and caption must both be text"
+        raise ValueError(f"{where}: holds a conversation among captions: give conversations a file of their own")
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("image", "caption")):
+        raise ValueError(f"{where}: image and caption must both be text")
+    return record["image"], record["caption"].strip()
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
@@ -46,18 +51,19 @@ def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
 
     Raises:
         FileNotFoundError: when the file, or a picture that it names, does not exist; the first few are listed.
-        ValueError: listing the first lines that cannot be used.
+        ValueError: when there is no usable line, or too many cannot be used (see `step_over`).
     """
     path = Path(path)
     pairs, problems = scan_jsonl(path)
-    if problems or not pairs:
+    if not pairs:
         form = '{"image": "picture.jpg", "caption": "text"}'
-        raise ValueError(f"{path}: {len(problems)} lines cannot be used; each must be {form}{summary(problems)}")
+        raise ValueError(f"{path} holds no usable line; each must be {form}{summary(problems)}")
+    step_over(path, problems, len(pairs) + len(problems))
     missing = [str(file) for file in missing_files(path.parent / image for image, _ in pairs)]
     if missing:
         raise FileNotFoundError(
-            f"{path}: {len(missing)} of {len(pairs)} pictures do not exist (paths are relative to the file's folder)"
-            f"{summary(missing)}"
+            f"{path}: {len(missing)} of {len(pairs)} pictures do not exist (paths are relative to the file's folder): "
+            f"fetch them, or let `vqrae check-data {path} --write-clean NEW` write the lines of the others{summary(missing)}"
         )
     return pairs
 
@@ -77,11 +83,10 @@ class CaptionedImages(EncodedPictures):
         captions: bool = True,
         size: int | None = None,
         split: FileSplit = "train",
-        crop: Crop = "center",
-        seed: int = 0,
         strict: bool = True,
+        **reading: Any,
     ) -> None:
-        super().__init__(str(path), image_size=image_size, captions=captions, crop=crop, seed=seed)
+        super().__init__(str(path), image_size=image_size, captions=captions, **reading)
         found, self.folder = read_jsonl(path) if strict else scan_jsonl(path)[0], Path(path).parent
         hashes = np.array([name_hash(image) for image, _ in found])
         self.pairs = [found[i] for i in split_indices(hashes, split, self.source)][:size]

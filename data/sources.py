@@ -3,8 +3,9 @@
     scenes, scenes:emoji      the embedded scenes, with drawn shapes or with Twemoji artwork
     emoji                     the embedded real pictures, 4,009 named emoji
     FOLDER                    pictures below a folder
-    FILE.jsonl                lines {"image": path, "caption": text}
-    FILE.tar                  WebDataset tars, KEY.jpg beside KEY.txt or KEY.json; also a glob, or a range shard-{000..012}.tar
+    FILE.jsonl                lines {"image": path, "caption": text}, or conversations, one record a line
+    FILE.tar                  WebDataset tars, KEY.jpg beside KEY.txt or KEY.json; also a glob, or a range shard-{000..012}.tar,
+                              also s3://, https:// or hf://datasets/OWNER/NAME/
     hf:NAME                   a Hugging Face data set: hub id, folder or FILE.parquet; options: see `vqrae.data.huggingface`
     FILE.json                 conversations in LLaVA's format
     CODES                     a folder of code shards: captioned pictures that a tokenizer has encoded
@@ -24,7 +25,7 @@ import numpy as np
 
 from vqrae.common.config import did_you_mean
 from vqrae.data.code_shards import CodeDataset, codes_fingerprint, is_code_set
-from vqrae.data.conversations import Conversations, ConversationTable
+from vqrae.data.conversations import Conversations, ConversationTable, has_record_lines
 from vqrae.data.emoji import EmojiDataset, artwork_folder
 from vqrae.data.encoded import Crop, EncodedPictures
 from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, open_table, parse_name, table_fingerprint
@@ -32,6 +33,7 @@ from vqrae.data.images import ImageFolder, folder_fingerprint
 from vqrae.data.mixture import Mixture, parse_mixture
 from vqrae.data.pairs import CaptionedImages
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset
+from vqrae.data.staging import is_remote
 from vqrae.data.stream import Draw
 from vqrae.data.tars import TarDataset, is_tar, tars_fingerprint
 from vqrae.data.tolerant import FileSplit, TolerantDataset, checksum
@@ -50,7 +52,9 @@ def source_kind(source: str) -> Kind:
     """
     if parse_mixture(source):
         return "mixture"
-    if source.startswith(PREFIX):
+    if is_remote(source) and not is_tar(source):
+        raise ValueError(f"of {source}: only tars are read from URLs; for a data set of the hub write hf:OWNER/NAME")
+    if source.startswith(PREFIX) and not is_tar(source):
         parse_name(source)
         return "hf"
     name, _, sprites = source.partition(":")
@@ -63,7 +67,7 @@ def source_kind(source: str) -> Kind:
     if is_tar(source):
         return "tar"
     if source.endswith(".jsonl"):
-        return "jsonl"
+        return "json" if has_record_lines(source) else "jsonl"
     if source.endswith(".json"):
         return "json"
     if Path(source).is_dir():
@@ -84,6 +88,7 @@ def open_images(
     split: FileSplit = "train",
     crop: Crop = "center",
     seed: int = 0,
+    **filters: Any,
 ) -> Samples:
     """Pictures of a source -> map-style data set of {"image": uint8 (3, H, W)}.
 
@@ -91,8 +96,9 @@ def open_images(
         size: use so many samples; scenes default to a million for training and 1000 for validation.
         crop: which square of a picture is used, see `fit_picture`; scenes are square and endless, and take none.
         seed: of random crops, of scenes, of a mixture's order.
+        filters: `draft`, `min_edge`, `max_aspect` of stored pictures, see `EncodedPictures`.
     """
-    options: dict[str, Any] = {"image_size": image_size, "split": split, "crop": crop, "seed": seed}
+    options: dict[str, Any] = {"image_size": image_size, "split": split, "crop": crop, "seed": seed, **filters}
     kind = source_kind(source)
     if kind == "mixture":
         return _mix(source, open_images, size=size, **options)
@@ -197,6 +203,7 @@ def open_conversations(
     size: int | None = None,
     split: FileSplit = "train",
     image_folder: str | Path | None = None,
+    skip_missing: int = 0,
     seed: int = 0,
 ) -> Samples:
     """Conversations of a source -> map-style data set of LLaVA records whose `image` is an RGB picture (or absent).
@@ -204,10 +211,11 @@ def open_conversations(
     Args:
         image_size: of rendered scenes; pictures of a LLaVA file keep their own size.
         image_folder: where a LLaVA file's pictures lie; its own folder when not given.
+        skip_missing: so many records of a LLaVA file may lack their pictures, and are left out.
     """
     kind = source_kind(source)
     if kind == "mixture":
-        options = {"image_size": image_size, "image_folder": image_folder}
+        options = {"image_size": image_size, "image_folder": image_folder, "skip_missing": skip_missing}
         return _mix(source, open_conversations, size=size, split=split, seed=seed, **options)
     if kind == "scenes":
         return _scenes(source, "conversation", image_size=image_size, size=size, split=split, seed=seed)
@@ -217,7 +225,7 @@ def open_conversations(
         raise ValueError(f"{source} is trained on whole, it has no validation split: give another file")
     if kind == "hf":
         return ConversationTable(source, size=size)
-    return Conversations(source, image_folder=image_folder, size=size)
+    return Conversations(source, image_folder=image_folder, size=size, skip_missing=skip_missing)
 
 
 def _mix(

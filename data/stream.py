@@ -28,7 +28,7 @@ class StreamSampler(Sampler[int]):
     """Indices of a map-style data set, epoch after epoch, each epoch a seeded permutation.
 
     Process r of w takes every w-th index, so the union over processes is what one process would see, and loader workers
-    change nothing. A data set that says `is_shuffled` (a mixture) orders itself: it is read from the front.
+    change nothing. A data set that says `is_shuffled` (a mixture, tars with a buffer) orders itself: it is read from the front.
 
     Args:
         data: the data set; only its length counts.

@@ -1,126 +1,176 @@
 """WebDataset tars (`KEY.jpg` beside `KEY.txt` or `KEY.json`) as map-style data sets.
 
 Each tar is scanned once; where its members lie is kept beside it in `.NAME.index.npy` (or in the user's cache folder where the
-tars are read-only) and memory-mapped from then on. Reading any sample is then one or two `pread` calls, so shuffling, sharding
-and exact resume work as for any indexed data set, and nothing is unpacked.
+tars are read-only) and read whole from then on, 20 bytes a sample. Reading any sample is then one or two `pread` calls, so
+shuffling, sharding and exact resume work as for any indexed data set, and nothing is unpacked.
 
 Scanning takes about 100 µs per sample of image and text. With many processes each starts at another tar and takes over what
 the others have finished, so that they share the work. Measured numbers are in docs/data.md.
 """
 
 import functools
-import glob
 import hashlib
 import io
-import json
 import os
 import re
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
 
 from vqrae.common.distributed import world_size
-from vqrae.common.files import atomic_path
-from vqrae.data.encoded import Crop, Encoded, EncodedPictures
+from vqrae.common.files import atomic_path, decode_text, parse_json, raise_file_limit, with_retries
+from vqrae.common.pictures import PICTURE_SUFFIXES
+from vqrae.data.encoded import Encoded, EncodedPictures
+from vqrae.data.mixture import shuffled
+from vqrae.data.staging import Stage, find, is_remote
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+T = TypeVar("T")
+_USUAL = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = (*_USUAL, *sorted({suffix[1:] for suffix in PICTURE_SUFFIXES} - {*_USUAL}))
 CAPTION_KEYS = ("caption", "text", "prompt")  # of a KEY.json: img2dataset (CC12M), others, JourneyDB
 # Columns of an index; text size -1: neither KEY.txt nor KEY.json.
 _IMAGE_OFFSET, _IMAGE_SIZE, _TEXT_OFFSET, _TEXT_SIZE, _IS_JSON, _HASH = range(6)
-_SOURCE = re.compile(r"(.*\.tar)(?:,caption=(\S+))?")
+_VERSION = 2  # of what a scan finds
+_SOURCE = re.compile(r"(.*\.tar)((?:,\w+=[^,\s]+)*)")
+REMOTE_BUFFER = 8  # tars
 
 
-def expand_tars(source: str) -> list[Path]:
+class TarSource(NamedTuple):
+    """What `FILE.tar[,caption=KEY][,buffer=TARS]` stands for."""
+
+    paths: list[str]
+    caption: str | None
+    """Key of the captions in KEY.json."""
+    buffer: int
+    """So many tars are copied to a local disk at a time; 0: samples are read where they are, in any order."""
+
+
+def expand_tars(source: str) -> list[str]:
     """The tars that a name, a glob or a brace range (`shard-{000..012}.tar`) stands for, sorted.
 
     Raises:
         FileNotFoundError: when one of them does not exist, or the glob finds none.
     """
-    paths: list[Path] = []
-    for name in braceexpand(source):
-        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        paths += [Path(path) for path in found]
-    missing = [str(path) for path in paths if not path.is_file()]
+    paths = [path for name in braceexpand(source) for path in sorted(find(name))]
+    missing = [path for path in paths if not is_remote(path) and not Path(path).is_file()]
     if missing or not paths:
         raise FileNotFoundError(f"{source}: no such file: {', '.join(missing[:5]) or source}")
     return sorted(set(paths))
 
 
 def is_tar(source: str) -> bool:
-    """True for `FILE.tar[,caption=KEY]`."""
+    """True for `FILE.tar`, with or without options."""
     return _SOURCE.fullmatch(source) is not None
 
 
-def parse_tars(source: str) -> tuple[list[Path], str | None]:
-    """The tars of `FILE.tar[,caption=KEY]`, and the key of the captions in their KEY.json."""
+def parse_tars(source: str) -> TarSource:
+    """The tars of a source, and how they are read.
+
+    Raises:
+        ValueError: for an unknown option.
+        FileNotFoundError: see `expand_tars`.
+    """
     match = _SOURCE.fullmatch(source)
-    return (expand_tars(match[1]), match[2]) if match else (expand_tars(source), None)
+    options = dict(pair.split("=", 1) for pair in match[2].split(",")[1:]) if match else {}
+    buffer = options.pop("buffer", str(REMOTE_BUFFER * is_remote(source)))
+    caption = options.pop("caption", None)
+    if options or not buffer.isdecimal() or (is_remote(source) and buffer == "0"):
+        raise ValueError(f"{source}: expected FILE.tar, and behind it ,caption=KEY or ,buffer=TARS")
+    return TarSource(expand_tars(match[1] if match else source), caption, int(buffer))
 
 
-def tar_index(path: Path) -> np.ndarray:
+def tar_index(path: str | Path, stage: Stage | None = None) -> np.ndarray:
     """Where the samples of a tar lie: int64 (samples, 6), in the order of the tar; read from a cache when it is valid.
+
+    Args:
+        stage: fetches a remote tar, which is taken to be what it was when it was scanned.
 
     Raises:
         ValueError: when the tar is damaged or holds no picture.
+        OSError: when it cannot be read, for instance because too many files are open.
     """
-    path, status = path.absolute(), path.stat()
-    stamp = [status.st_size, status.st_mtime_ns, 0, 0, 0, 0]
+    return _stored_index(path, stage)[1:]
+
+
+def _stored_index(path: str | Path, stage: Stage | None) -> np.ndarray:
+    """The index behind a row with size and time of the tar and the version of the scan."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqrae" / "tars"
-    place = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    caches = [path.with_name(f".{path.name}.index.npy"), folder / f"{place}.index.npy"]
+    remote = is_remote(str(path))
+    name = str(path) if remote else str(Path(path).absolute())
+    caches = [folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.index.npy"]
+    if not remote:
+        caches.insert(0, Path(name).with_name(f".{Path(name).name}.index.npy"))
+    stamp = None if remote else [*_size_and_time(os.stat(name)), _VERSION, 0, 0, 0]
     for cache in caches:
-        if (stored := _load_index(cache)) is not None and stored[0].tolist() == stamp:
-            return stored[1:]
-    index = _scan_tar(path)
+        stored = _load_index(cache)
+        if stored is not None and (stored[0].tolist() == stamp if stamp else stored[0, 2] == _VERSION):
+            return stored
+    if remote:
+        assert stage is not None, "a remote tar is fetched to be scanned"
+        descriptor = with_retries(lambda: stage.descriptor(name), name)
+        stamp = [*_size_and_time(os.fstat(descriptor)), _VERSION, 0, 0, 0]
+        with open(descriptor, "rb", closefd=False) as stream:
+            stream.seek(0)
+            index = _scan_tar(name, stream)
+    else:
+        index = _scan_tar(name)
+    stored = np.concatenate([np.array([stamp]), index])
     for cache in caches:
         try:
             with atomic_path(cache) as temporary, temporary.open("wb") as stream:
-                np.save(stream, np.concatenate([np.array([stamp]), index]))
-            return index
+                np.save(stream, stored)
+            return stored
         except OSError as error:
             problem = error
     print(f"the index of {path} is not kept, and is made anew at each start: {problem}", file=sys.stderr, flush=True)
-    return index
+    return stored
 
 
-def tar_indices(paths: list[Path]) -> list[np.ndarray]:
-    """The index of each tar. Every process of a launch begins elsewhere, and finds what the others have made."""
+def _size_and_time(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def tar_indices(paths: list[str], pick: Callable[[int, np.ndarray], T], stage: Stage | None = None) -> list[T]:
+    """What `pick` takes of the index of each tar: all of them as they are would be large, and memory maps hold descriptors.
+
+    Every process of a launch begins elsewhere, and finds what the others have made.
+    """
     first = int(os.environ.get("RANK", "0")) * len(paths) // world_size()
-    found = {path: tar_index(path) for path in paths[first:] + paths[:first]}
-    return [found[path] for path in paths]
+    order = [*range(first, len(paths)), *range(first)]
+    found = {i: pick(i, tar_index(paths[i], stage)) for i in order}
+    return [found[i] for i in range(len(paths))]
 
 
 def _load_index(cache: Path) -> np.ndarray | None:
-    """The stored index, or None when it is absent, cut short or of another format."""
+    """The stored index, or None when it is absent, not readable for us, cut short or of another format."""
     try:
-        stored = np.load(cache, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
+        stored = np.load(cache)
+    except (FileNotFoundError, PermissionError, NotADirectoryError, ValueError, EOFError):
         return None
-    return stored if stored.ndim == 2 and stored.shape[1] == 6 else None
+    return stored if stored.ndim == 2 and stored.shape[1] == 6 and len(stored) > 1 else None
 
 
-def _scan_tar(path: Path) -> np.ndarray:
+def _scan_tar(path: str, stream: Any = None) -> np.ndarray:
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", stream) as archive:
             for member in archive:
                 if member.isfile():
                     folder, _, name = member.name.rpartition("/")
                     key, _, suffix = name.partition(".")  # the convention of WebDataset: the key ends at the first dot
                     members.setdefault(f"{folder}/{key}", {})[suffix.lower()] = (member.offset_data, member.size)
     except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the system, not of the tar
+            raise OSError(error.errno, f"{path} cannot be read: {os.strerror(error.errno)}") from error
         raise ValueError(f"{path} is damaged after {len(members)} samples ({error}): fetch it again or leave it out") from error
-    rows = []
-    for key, parts in members.items():
-        image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
-        if image is not None:
-            text = parts.get("txt") or parts.get("json") or (0, -1)
-            rows.append((*image, *text, "txt" not in parts, name_hash(key)))
+    rows = [row for key, parts in members.items() for row in _sample_rows(key, parts)]
     if not rows:
         raise ValueError(
             f"{path} holds no picture: expected members KEY.jpg (or {', '.join(IMAGE_SUFFIXES[1:])}) beside KEY.txt or KEY.json"
@@ -128,13 +178,34 @@ def _scan_tar(path: Path) -> np.ndarray:
     return np.array(rows, dtype=np.int64)
 
 
+def _sample_rows(key: str, parts: dict[str, tuple[int, int]]) -> list[tuple[int, ...]]:
+    """The samples among the members of a key, {suffix: place}.
+
+    `a.jpg` is the picture of `a`, and `a.mask.png` beside it none of its own. Without it, members of dotted names
+    (`a.v1.jpg`, `a.v1.txt`, `a.v2.jpg`) are samples of their own: WebDataset takes them for fields of one sample.
+    """
+    rows: list[tuple[int, ...]] = []
+    for stem in [""] if any(s in parts for s in IMAGE_SUFFIXES) else dict.fromkeys(s.rpartition(".")[0] for s in parts):
+        dotted = f"{stem}." if stem else ""
+        image = next((parts[dotted + s] for s in IMAGE_SUFFIXES if dotted + s in parts), None)
+        if image is not None:
+            named = next((s for s in (f"{dotted}txt", f"{dotted}json", "txt", "json") if s in parts), "")
+            text = parts.get(named, (0, -1))
+            rows.append((*image, *text, named.endswith("json"), name_hash(f"{key}.{stem}" if stem else key)))
+    return rows
+
+
 class TarDataset(EncodedPictures):
     """Samples of WebDataset tars; see `ImageFolder` for size and split.
 
+    With a buffer the order of training is decided here: a seeded permutation of the tars, `buffer` after `buffer` of them
+    shuffled together. It is a function of (seed, epoch, position) like any other, so that a resume is exact.
+
     Args:
-        source: a tar, a glob or a brace range; `,caption=KEY` behind it names the caption in the samples' KEY.json, where it is
-            none of `caption`, `text`, `prompt`.
-        captions: leave out pictures that have neither KEY.txt nor KEY.json, and refuse a tar without any.
+        source: a tar, a glob or a brace range, local or at a URL; `,caption=KEY` behind it names the caption in the samples'
+            KEY.json, where it is none of `caption`, `text`, `prompt`; `,buffer=TARS` see `TarSource`.
+        captions: leave out pictures that have neither KEY.txt nor KEY.json, and refuse a tar without any; False reads none.
+            `optional` reads those there are.
     """
 
     def __init__(
@@ -142,52 +213,99 @@ class TarDataset(EncodedPictures):
         source: str,
         *,
         image_size: int,
-        captions: bool,
+        captions: bool | Literal["optional"],
         size: int | None = None,
         split: FileSplit = "train",
-        crop: Crop = "center",
-        seed: int = 0,
+        **reading: Any,
     ) -> None:
-        super().__init__(source, image_size=image_size, captions=captions, crop=crop, seed=seed)
-        self.paths, key = parse_tars(source)
-        self.caption_keys = (key,) if key else CAPTION_KEYS
-        self.indices = tar_indices(self.paths)
-        rows = [self._usable(path, index) for path, index in zip(self.paths, self.indices, strict=True)]
-        shard = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
-        row = np.concatenate(rows)
-        hashes = np.concatenate([index[r, _HASH] for index, r in zip(self.indices, rows, strict=True)])
-        chosen = split_indices(hashes, split, source)[:size]
-        self.shard, self.row = shard[chosen], row[chosen]
+        super().__init__(source, image_size=image_size, captions=captions is True, **reading)
+        raise_file_limit()
+        self.paths, key, buffer = parse_tars(source)
+        self.caption_keys, self.with_text = (key,) if key else CAPTION_KEYS, bool(captions)
+        self.stage = Stage(source, 2 * buffer) if buffer else None
+        picked = tar_indices(self.paths, self._pick, self.stage)
+        chosen = split_indices(np.concatenate([hashes for _, hashes in picked]), split, source)[:size]
+        self.places = np.concatenate([places for places, _ in picked])[chosen]
+        self.is_shuffled = bool(buffer) and split != "validation"
+        self._epoch_order: tuple[int, np.ndarray, np.ndarray] | None = None
+        self.first = np.searchsorted(self.places[:, 0], np.arange(len(self.paths) + 1))  # row of each tar
 
-    def _usable(self, path: Path, index: np.ndarray) -> np.ndarray:
-        if not self.captions:
-            return np.arange(len(index), dtype=np.int32)
-        rows = np.flatnonzero(index[:, _TEXT_SIZE] >= 0).astype(np.int32)
-        if not len(rows):
-            raise ValueError(
-                f"{path} holds {len(index)} pictures but no caption: expected KEY.txt or KEY.json beside each KEY.jpg"
-            )
-        if len(rows) < len(index):
-            print(f"{path}: {len(index) - len(rows)} of {len(index)} pictures have no caption, left out", file=sys.stderr)
-        return rows
+    def _pick(self, number: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the usable samples: int32 (samples, 5), tar, block and size of the picture, of the text; and their hashes.
+
+        A size of text is negative for none (-1) and for JSON (-2 - size).
+        """
+        if self.captions:
+            usable = index[index[:, _TEXT_SIZE] >= 0]
+            if not len(usable):
+                held = f"{self.paths[number]} holds {len(index)} pictures"
+                raise ValueError(f"{held} but no caption: expected KEY.txt or KEY.json beside each KEY.jpg")
+            if len(usable) < len(index):
+                told = f"{self.paths[number]}: {len(index) - len(usable)} of {len(index)} pictures have no caption, left out"
+                print(told, file=sys.stderr)
+            index = usable
+        places = np.empty((len(index), 5), dtype=np.int32)
+        places[:, 0] = number
+        places[:, 1], places[:, 3] = index[:, _IMAGE_OFFSET] // tarfile.BLOCKSIZE, index[:, _TEXT_OFFSET] // tarfile.BLOCKSIZE
+        text_size = index[:, _TEXT_SIZE]
+        is_json = (index[:, _IS_JSON] > 0) & (text_size >= 0)
+        places[:, 2], places[:, 4] = index[:, _IMAGE_SIZE], np.where(is_json, -2 - text_size, text_size)
+        return places, index[:, _HASH].copy()
 
     def __len__(self) -> int:
-        return len(self.row)
+        return len(self.places)
 
     def encoded(self, draw: Draw) -> Encoded:
-        path, place = self.paths[self.shard[draw]], self.indices[self.shard[draw]][self.row[draw]].tolist()
-        block = _read_at(path, place[_IMAGE_OFFSET] - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + place[_IMAGE_SIZE])
+        row = self._row(draw) if self.is_shuffled else int(draw)
+        tar, image, image_size, text, text_size = self.places[row].tolist()
+        block = self._read(tar, image - 1, tarfile.BLOCKSIZE + image_size)
         member = block[:100].partition(b"\0")[0].decode("utf-8", "replace")  # the header's first field
-        text = _read_at(path, place[_TEXT_OFFSET], place[_TEXT_SIZE]) if place[_TEXT_SIZE] >= 0 else None
-        caption = self._caption(text, is_json=bool(place[_IS_JSON])) if text is not None else None
-        return Encoded(f"{path}, {member}", block[tarfile.BLOCKSIZE :], caption)
+        caption = None
+        if self.with_text and text_size != -1:
+            is_json, text_size = text_size < 0, text_size if text_size >= 0 else -2 - text_size
+            caption = self._caption(self._read(tar, text, text_size), is_json=is_json)
+        return Encoded(f"{self.paths[tar]}, {member}", block[tarfile.BLOCKSIZE :], caption)
+
+    def _row(self, draw: Draw) -> int:
+        """The row at a position of the order of training."""
+        order, ends = self._order(draw.epoch)
+        turn = int(np.searchsorted(ends, draw, side="right"))
+        buffer = self.stage.capacity // 2 if self.stage else 1
+        begin = turn // buffer * buffer
+        start, stop = (int(ends[begin - 1]) if begin else 0), int(ends[min(begin + buffer, len(order)) - 1])
+        place = start + shuffled(draw - start, stop - start, self.seed, draw.epoch, begin)
+        turn = int(np.searchsorted(ends, place, side="right"))
+        tar = int(order[turn])
+        if self.stage and turn + buffer < len(order):
+            self.stage.fetch_soon(self.paths[order[turn + buffer]])
+        return int(self.first[tar]) + place - (int(ends[turn - 1]) if turn else 0)
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tars of an epoch in their order, and how many samples there are up to the end of each."""
+        if self._epoch_order is None or self._epoch_order[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.paths))
+            self._epoch_order = epoch, order, np.cumsum(np.diff(self.first)[order])
+        return self._epoch_order[1:]
+
+    def _read(self, tar: int, block: int, size: int) -> bytes:
+        path = self.paths[tar]
+
+        def read() -> bytes:
+            descriptor = self.stage.descriptor(path) if self.stage else _open_tar(path).fileno()
+            try:  # at a place of its own, so that forked loader workers do not disturb each other
+                return os.pread(descriptor, size, block * tarfile.BLOCKSIZE)
+            except OSError:
+                _open_tar.cache_clear()  # of a file that was replaced on a network drive nothing can be read any more
+                raise
+
+        return with_retries(read, path)
 
     def _caption(self, text: bytes, *, is_json: bool) -> str | None:
         """What a KEY.txt or KEY.json says, None when that cannot be read."""
         try:
             if not is_json:
-                return text.decode("utf-8")
-            record = json.loads(text)
+                return decode_text(text, self.source)
+            record = parse_json(text, self.source)
             found = (record.get(key) for key in self.caption_keys)
             return next((value for value in found if isinstance(value, str)), None)
         except (ValueError, AttributeError):
@@ -195,16 +313,14 @@ class TarDataset(EncodedPictures):
 
 
 @functools.lru_cache(maxsize=128)  # bounds the open files of a set with thousands of tars
-def _open_tar(path: Path) -> io.FileIO:
-    return path.open("rb", buffering=0)
-
-
-def _read_at(path: Path, offset: int, size: int) -> bytes:
-    return os.pread(_open_tar(path).fileno(), size, offset)  # moves no shared position: safe in forked loader workers
+def _open_tar(path: str) -> io.FileIO:
+    return open(path, "rb", buffering=0)
 
 
 def tars_fingerprint(source: str) -> str:
     """Names and sizes of the tars in one number."""
-    paths, _ = parse_tars(source)
-    listing = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+    paths, _, buffer = parse_tars(source)
+    stage = Stage(source, 2 * buffer) if buffer else None
+    sizes = [_stored_index(path, stage)[0, 0] if is_remote(path) else os.stat(path).st_size for path in paths]
+    listing = "\n".join(f"{Path(path).name} {size}" for path, size in zip(paths, sizes, strict=True))
     return f"{len(paths)} tars, crc32 {checksum(listing.encode())}"

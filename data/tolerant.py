@@ -24,6 +24,10 @@ class TooManyBrokenSamples(RuntimeError):
     """More samples could not be read than a sound source has."""
 
 
+class Unwanted(ValueError):
+    """A sound sample that a filter leaves out."""
+
+
 class BrokenSamples:
     """Names the samples of a source that cannot be used, counts them, and stops where they are too many.
 
@@ -55,13 +59,15 @@ class BrokenSamples:
 class TolerantDataset(Dataset, ABC):
     """A map-style data set that answers a broken sample with the next readable one, reports it and counts it.
 
-    Subclasses give `__len__`, and `read(draw)`, which raises ValueError for a sample that cannot be read.
+    Subclasses give `__len__`, and `read(draw)`, which raises ValueError for a sample that cannot be read, `Unwanted` for one
+    that a filter leaves out: it is answered likewise, counted apart and not reported.
     Substitution keeps the length and the order exact, so that resuming and sharding need no bookkeeping.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.broken = BrokenSamples(source)
+        self.unwanted: set[int] = set()
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,14 +91,38 @@ class TolerantDataset(Dataset, ABC):
             self.broken.seen += 1
             try:
                 return self.read(candidate)
+            except Unwanted:
+                self.unwanted.add(int(candidate))
             except ValueError as error:
                 self.broken.note(int(candidate), error)
-        raise TooManyBrokenSamples(f"{self.source}: none of its {len(self)} samples can be read")
+        filtered = f", {len(self.unwanted)} are left out by the filters" if self.unwanted else ""
+        raise TooManyBrokenSamples(f"{self.source}: none of its {len(self)} samples can be read{filtered}")
+
+
+def step_over(source: str | Path, problems: list[str], total: int) -> None:
+    """Say which entries of a list are left out.
+
+    Raises:
+        ValueError: when they are more than a sound list has, listing the first.
+    """
+    if len(problems) > BROKEN_SHARE * total:
+        raise ValueError(
+            f"{source}: {len(problems)} of {total} entries cannot be used; mend or remove them, or let "
+            f"`vqrae check-data {source} --write-clean NEW` write the others{summary(problems)}"
+        )
+    if problems:
+        told = f"{source}: {len(problems)} of {total} entries cannot be used and are left out{summary(problems)}"
+        print(printable(told), file=sys.stderr, flush=True)
 
 
 def name_hash(name: str) -> int:
     """A hash of a sample's name that is the same on every machine and in every process."""
-    return zlib.crc32(name.encode())
+    return zlib.crc32(utf8(name))
+
+
+def utf8(name: str) -> bytes:
+    """A name as bytes, also one that is not Unicode (Latin-1 file names)."""
+    return name.encode("utf-8", "surrogatepass")
 
 
 def checksum(data: bytes) -> str:

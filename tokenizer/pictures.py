@@ -44,8 +44,10 @@ class StagePictures:
         self.config, self.stage, self.seed, self.device = config, stage, seed + number, device
         self.rank, self.world_size = rank, world_size
         train, validation = splits(config)
-        self.dataset: Any = open_images(config.train, image_size=size, crop=config.crop, split=train, seed=seed)
-        self.validation: Any = open_images(config.validation or config.train, image_size=size, split=validation)
+        options: dict[str, Any] = {"image_size": size, "min_edge": config.min_edge, "max_aspect": config.max_aspect}
+        crop: dict[str, Any] = {"crop": config.crop, "draft": config.draft}
+        self.dataset: Any = open_images(config.train, split=train, seed=seed, **crop, **options)
+        self.validation: Any = open_images(config.validation or config.train, split=validation, **options)
 
     def micro_batches(self, start: int) -> Iterator[Tensor]:
         """Images (B, 3, H, W) in [0, 1], mirrored and mixed as configured, from optimizer step `start` on, without end."""

@@ -44,6 +44,12 @@ class DataConfig:
     patch shows and less what usually lies around it."""
     crop: Literal["center", "random", "zoom"] = "center"
     """Of training pictures; the paper's is `random` (Table 7), `zoom` cuts out 80 to 100 %."""
+    draft: bool = False
+    """Decode JPEGs at the smallest eighth of their size that the crop needs: faster where they are large."""
+    min_edge: int = 0
+    """Leave out stored pictures whose shorter edge has fewer pixels."""
+    max_aspect: float = 0.0
+    """Leave out stored pictures more than so many times as long as wide; 0 takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,8 @@ class TrainConfig:
     """Where the pictures of a .json file of `data` lie; null means beside it."""
     pretrain_image_folder: str | None = None
     """The same for `pretrain_data`."""
+    skip_missing: int = 0
+    """So many records of a .json file may lack their pictures (mix-665K: those of OCR-VQA); they are left out."""
     chat_template: Literal["chatml", "vicuna_v1"] = "chatml"
     """What the LLM speaks; it is stored in the model folder."""
     aspect_ratio: Literal["crop", "pad"] = "crop"
@@ -115,7 +117,8 @@ def open_data(config: TrainConfig, stage: Stage, image_size: int) -> Samples:
         return open_pairs(source, image_size=image_size, detailed=True, seed=config.seed)
     own = stage == "pretrain" and config.pretrain_data
     folder = config.pretrain_image_folder if own else config.image_folder
-    return open_conversations(source, image_size=image_size, image_folder=folder, seed=config.seed)
+    options: dict[str, Any] = {"image_folder": folder, "skip_missing": config.skip_missing, "seed": config.seed}
+    return open_conversations(source, image_size=image_size, **options)
 
 
 def data_source(config: TrainConfig, stage: Stage) -> str:

@@ -23,6 +23,7 @@ def register(commands: Any) -> None:
     command.add_argument("--limit", type=int, help="read so many samples, evenly spread (default: all)")
     command.add_argument("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
     command.add_argument("--json", metavar="FILE", help="write the whole report there, too")
+    command.add_argument("--write-clean", metavar="FILE", help="of a FILE.json or FILE.jsonl, write what is usable there")
     add_config(command)
 
     command = add_command(commands, "import-codes", import_codes, "codes that other programs have written, as code shards")
@@ -60,15 +61,19 @@ def import_codes(arguments: argparse.Namespace) -> None:
 def check_data(arguments: argparse.Namespace) -> int:
     """Read a source before training on it: sizes, broken and missing pictures, captions, duplicates. Exit code 1: problems.
 
-    With --config, which names a LLaVA run, also conversations that are too long for it.
+    With --config, which names a LLaVA run, also conversations that are too long for it. With --write-clean, what is usable
+    of a FILE.json or FILE.jsonl is written, and the exit code is 0.
     """
     from vqrae.common.cli import progress_line
     from vqrae.common.files import write_json
     from vqrae.data.checks import check_source
+    from vqrae.data.cleaning import require_target, write_clean
     from vqrae.data.mixture import parse_mixture
 
     if min(arguments.limit or 1, arguments.workers + 1) < 1:
         raise ValueError(f"got --limit {arguments.limit} --workers {arguments.workers}, expected positive numbers")
+    if arguments.write_clean:
+        require_target(arguments.source, arguments.write_clean, arguments.image_folder)
     examine = length_examiner(arguments) if arguments.config else None
     reports = []
     for source in [name for name, _ in parse_mixture(arguments.source)] or [arguments.source]:
@@ -78,6 +83,11 @@ def check_data(arguments: argparse.Namespace) -> int:
         print(reports[-1].text())
     if arguments.json:
         write_json(arguments.json, [asdict(report) for report in reports])
+    if arguments.write_clean:
+        options = {"image_folder": arguments.image_folder, "examine": examine, "unfit": reports[0].unfit}
+        kept = write_clean(arguments.source, arguments.write_clean, **options)
+        print(f"{arguments.write_clean}: {kept.written} of {kept.total} entries")
+        return 0
     return 1 if any(report.problems for report in reports) else 0
 
 

@@ -56,7 +56,7 @@ def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path: Path, line: b
         list(json_lines(path))
     path.write_bytes(line)
     with pytest.raises(ValueError, match=rf"lines\.jsonl: .*{message}"):
-        read_json(path)
+        parse_json(path.read_bytes(), path)
 
 
 def test_the_line_of_another_encoding_is_named(tmp_path: Path) -> None:

@@ -166,20 +166,20 @@ def test_processes_share_the_scanning_and_read_only_tars_are_indexed_elsewhere(
             raise PermissionError("read-only")
         return atomic_path(path)
 
-    monkeypatch.setattr(tars, "_scan_tar", lambda path: (scanned.append(path.name), scan(path))[1])
+    monkeypatch.setattr(tars, "_scan_tar", lambda path: (scanned.append(Path(path).name), scan(path))[1])
     monkeypatch.setattr(tars, "atomic_path", refuse)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refuse_all = False
-    assert [len(index) for index in tars.tar_indices(paths)] == [2, 3, 4, 5]
+    names = [str(path) for path in paths]
+    assert tars.tar_indices(names, lambda number, index: (number, len(index))) == [(0, 2), (1, 3), (2, 4), (3, 5)]
     assert scanned == ["2.tar", "3.tar", "0.tar", "1.tar"], "rank 1 of 2 begins in the middle"
-    tars.tar_indices(paths)
+    tars.tar_indices(names, lambda number, index: None)
     assert len(scanned) == 4
     assert sorted(folder.iterdir()) == paths
     refuse_all = True
-    paths = [make_tar(folder / "4.tar", 3)]
-    assert len(tars.tar_indices(paths)[0]) == 3
+    assert len(tar_index(make_tar(folder / "4.tar", 3))) == 3
     assert "is not kept" in capsys.readouterr().err
 
 
@@ -231,7 +231,7 @@ def test_jsonl_pairs(tmp_path: Path) -> None:
 def test_jsonl_problems_are_found_when_it_is_opened(tmp_path: Path) -> None:
     make_folder(tmp_path / "pictures", 1)
     good = json.dumps({"image": "pictures/000.png", "caption": "x"})
-    with pytest.raises(ValueError, match=r"(?s)3 lines cannot be used.*line 2.*line 3.*line 4"):
+    with pytest.raises(ValueError, match=r"(?s)3 of 4 entries cannot be used.*line 2.*line 3.*line 4"):
         open_pairs(write_jsonl(tmp_path, [good, "{", '{"image": "a.png"}', "[1]"]), image_size=8)
     missing = [json.dumps({"image": f"pictures/no{i}.png", "caption": "x"}) for i in range(8)]
     with pytest.raises(FileNotFoundError, match=r"(?s)8 of 9 pictures do not exist.*no0\.png.*and 3 more"):
@@ -350,12 +350,14 @@ def test_lengths_of_a_mixture_are_those_of_what_it_draws(tmp_path: Path) -> None
 
 def test_llava_problems_are_found_when_it_is_opened(tmp_path: Path) -> None:
     bad = [{"id": f"r{i}", "conversations": TURNS} for i in range(7)]
-    with pytest.raises(ValueError, match=r"(?s)7 of 7 records.*record 0 \(r0\).*has no image.*and 2 more"):
+    with pytest.raises(ValueError, match=r"(?s)7 of 7 entries.*record 0 \(r0\).*has no image.*and 2 more"):
         open_conversations(write_json(tmp_path, bad), image_size=8)
-    with pytest.raises(FileNotFoundError, match=r"(?s)1 pictures of its 1 .*set image_folder.*nowhere\.png"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)1 of 1 records show 1 pictures .*set image_folder.*nowhere\.png"):
         open_conversations(write_json(tmp_path, [{"image": "nowhere.png", "conversations": TURNS}]), image_size=8)
-    with pytest.raises(ValueError, match="expected a JSON list"):
+    with pytest.raises(ValueError, match=r"(?s)1 of 1 entries.*expected an object with the key conversations"):
         open_conversations(write_json(tmp_path, {"a": 1}), image_size=8)
+    with pytest.raises(ValueError, match="expected a JSON list of records, or one record a line, got none"):
+        open_conversations(write_json(tmp_path, []), image_size=8)
     (tmp_path / "chat.json").write_text("[{")
     with pytest.raises(ValueError, match="not valid JSON"):
         open_conversations(str(tmp_path / "chat.json"), image_size=8)

@@ -105,11 +105,11 @@ def test_a_resumed_stream_is_the_uninterrupted_one(kind: str, tmp_path: Path) ->
 def test_every_process_decodes_its_own_samples_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, open_picture = tmp_path / "decoded.log", encoded.open_picture
 
-    def counted(source: Any, *, name: str) -> Image.Image:
+    def counted(source: Any, *, name: str, **options: Any) -> Image.Image:
         descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)  # workers are processes: appending is atomic
         os.write(descriptor, f"{name}\n".encode())
         os.close(descriptor)
-        return open_picture(source, name=name)
+        return open_picture(source, name=name, **options)
 
     monkeypatch.setattr(encoded, "open_picture", counted)
     dataset = open_images(make_source("tar", tmp_path), image_size=8, split="all")
