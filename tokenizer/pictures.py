@@ -4,7 +4,7 @@ Shapes: B micro-batch, H W pixels.
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,8 @@ class StagePictures:
     def micro_batches(self, start: int) -> Iterator[Tensor]:
         """Images (B, 3, H, W) in [0, 1], mirrored and mixed as configured, from optimizer step `start` on, without end."""
         position = start * self.stage.global_batch_size + self.rank
-        places = PlaceSampler(self.dataset, seed=self.seed, start=position, stride=self.world_size)
+        options: dict[str, Any] = {"seed": self.seed, "start": position, "stride": self.world_size}
+        places = PlaceSampler(self.dataset, pairs=self.config.cutmix > 0, **options)
         samples = AugmentedImages(self.dataset, self.config, self.seed)
         loader = DataLoader(
             samples,
@@ -97,24 +98,28 @@ class Place(NamedTuple):
     Attributes:
         position: its number since the stage began, from which all randomness of augmentation follows.
         own: the sample there.
-        next: the sample behind it.
+        next: the sample behind it, None where nobody asks.
     """
 
     position: int
     own: Draw
-    next: Draw
+    next: Draw | None
 
 
 class PlaceSampler(Sampler[Place]):
-    """Every `stride`-th place of the stream of `StreamSampler`, from position `start` on, without end."""
+    """Every `stride`-th place of the stream of `StreamSampler`, from position `start` on, without end.
 
-    def __init__(self, data: Any, *, seed: int, start: int, stride: int) -> None:
+    Args:
+        pairs: name the next of each place; it costs a second permutation of the data.
+    """
+
+    def __init__(self, data: Any, *, seed: int, start: int, stride: int, pairs: bool) -> None:
         self.start, self.stride = start, stride
         own, following = (StreamSampler(data, seed=seed, world_size=stride, start=start + shift) for shift in (0, 1))
-        self.own, self.next = own, following
+        self.own, self.next = own, following if pairs else repeat(None)
 
     def __iter__(self) -> Iterator[Place]:
-        for step, (own, following) in enumerate(zip(self.own, self.next, strict=True)):
+        for step, (own, following) in enumerate(zip(self.own, self.next, strict=False)):
             yield Place(self.start + step * self.stride, own, following)
 
 
@@ -131,7 +136,7 @@ class AugmentedImages(Dataset):
     def __getitem__(self, place: Place) -> Tensor:
         image = self._image(place.own)
         generator = torch.Generator().manual_seed(hash((self.seed, place.position)))
-        if self.config.cutmix and torch.rand((), generator=generator) < self.config.cutmix:
+        if place.next is not None and torch.rand((), generator=generator) < self.config.cutmix:
             image = cutmix(image, self._image(place.next), generator)
         if self.config.random_flip and torch.rand((), generator=generator) < 0.5:
             image = image.flip(-1)

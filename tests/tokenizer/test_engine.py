@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,15 @@ def test_a_dry_run_reports_and_keeps_nothing(tmp_path: Path, capsys: pytest.Capt
         assert f"\n  {tap} " in printed  # how large its features are, and the distillation loss
     for line in ("2 steps of 1 pictures", "peak memory", "seconds per step", "700 steps of 4 = 2,800 pictures", "zero=2"):
         assert line in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_a_tuned_encoder_leaves_no_teacher_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    tuned = ["stage=1", "stage1.freeze_encoder=false", "stage1.encoder_lr=1e-3", "stage1.micro_batch_size=1"]
+    for width in (32, 16):  # the second would have found a teacher of another width
+        encoder = f"model.encoder_config={ENCODER.replace('32', str(width))}"
+        tokenizer_train.main(["tiny", *ARGUMENTS, encoder, *tuned, "dry_run=1", f"output_dir={tmp_path / 'new' / 'run'}"])
     assert list(tmp_path.iterdir()) == []
 
 
