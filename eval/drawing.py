@@ -13,6 +13,7 @@ from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import is_main_process
 from vqrae.common.files import read_json, write_json
 from vqrae.common.pictures import save_picture, tensor_to_picture
+from vqrae.common.run import hold
 from vqrae.eval.manifest import model_fingerprint, tokenizer_fingerprint
 from vqrae.eval.sharding import gather, stride
 from vqrae.generation.model import read_sampling
@@ -91,11 +92,14 @@ def claim_folder(folder: str | Path, settings: dict[str, Any], key: str = "pictu
     """Record in `settings.json` what decides the content of a folder, which the argument `key` names.
 
     Raises:
-        ValueError: when the folder holds something that was made with other settings.
+        ValueError: when the folder holds something that was made with other settings, or another launch works on it.
     """
-    stored = Path(folder) / "settings.json"
+    stored, lock = Path(folder) / "settings.json", Path(folder) / ".lock"
+    if is_main_process():
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        hold(lock, str(folder))
     before = read_json(stored) if stored.exists() else settings
-    if before != settings and any(path != stored for path in stored.parent.iterdir()):
+    if before != settings and any(path not in (stored, lock) for path in stored.parent.iterdir()):
         names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
         changes = ", ".join(f"{name} {before.get(name)!s:.60} -> {settings.get(name)!s:.60}" for name in names)
         raise ValueError(f"{folder} was made with other settings ({changes}): set {key}= to a new folder, or delete this one")

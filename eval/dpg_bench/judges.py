@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol
 import torch
 from PIL import Image
 
-from vqrae.common.checkpoints import resolve_model
+from vqrae.common.checkpoints import load_model, resolve_model
 from vqrae.eval.manifest import model_fingerprint
 
 JudgeName = Literal["mplug", "vqa", "chat", "endpoint", "understanding", "scenes"]
@@ -57,7 +57,7 @@ class TransformersVQA:
         folder = resolve_model(model)
         self.name, self.identity, self.batch_size = f"vqa:{Path(model).name}", model_fingerprint(model), batch_size
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = AutoModelForVisualQuestionAnswering.from_pretrained(folder).eval().to(device)
+        self.model = load_model(AutoModelForVisualQuestionAnswering, folder).eval().to(device)
 
     @torch.inference_mode()
     def answer(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:
@@ -93,7 +93,7 @@ class ChatVQA:
         folder = resolve_model(model)
         self.name, self.identity = f"{kind}:{Path(model).name}", model_fingerprint(model)
         self.instruction, self.batch_size = instruction, batch_size
-        network = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").to(device)
+        network = load_model(AutoModelForImageTextToText, folder, dtype="auto").to(device)
         self.chat = Chat(network, AutoProcessor.from_pretrained(folder), max_new_tokens=8)
 
     def answer(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:

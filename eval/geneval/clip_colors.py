@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
-from vqrae.common.checkpoints import resolve_model
+from vqrae.common.checkpoints import load_model, resolve_model
 from vqrae.common.files import weights_fingerprint
 from vqrae.eval.geneval.rules import COLORS, Detection
 
@@ -52,7 +52,7 @@ class ClipColorClassifier:
             ValueError: when its activation is not the quick GELU that OpenAI's weights were trained with.
         """
         folder = resolve_model(name)
-        model = CLIPModel.from_pretrained(folder)
+        model = load_model(CLIPModel, folder)
         activation = model.config.vision_config.hidden_act
         if activation != "quick_gelu":
             raise ValueError(f"{name} runs with {activation}, expected quick_gelu: these are not OpenAI's weights as trained")

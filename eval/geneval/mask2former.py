@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from vqrae.common.checkpoints import resolve_model
+from vqrae.common.checkpoints import load_model, resolve_model
 from vqrae.common.files import weights_fingerprint
 from vqrae.eval.geneval.mmdet_keys import from_mmdet
 from vqrae.eval.geneval.prompts import OBJECT_NAMES
@@ -96,7 +96,7 @@ class Mask2FormerDetector:
             ValueError: when its classes are not COCO's 80 things in COCO's order.
         """
         folder = resolve_model(name)
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(folder)
+        model = load_model(Mask2FormerForUniversalSegmentation, folder)
         labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
         # Names differ in places ("mouse", "couch"/"sofa"); these are far apart and spelt the same everywhere.
         anchors = {0: "person", 15: "cat", 22: "zebra", 46: "banana", 74: "clock", 79: "toothbrush"}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from vqrae.common.files import read_json
 from vqrae.common.pictures import tile
@@ -321,6 +322,10 @@ def test_models_of_transformers(kind: str, tmp_path: Path) -> None:
     if kind == "vilt":
         assert set(answers) <= {"no", "yes"}
     assert len(judge.identity) == 64
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: weights[name] for name in sorted(weights)[1:]}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights of"):
+        build_judge("vqa", model=str(tmp_path))
 
 
 # ---- the command

@@ -1,6 +1,8 @@
 """The generation benchmark: true scenes reach the ceiling, drawing resumes, held-out prompts are scored apart."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from vqrae.common.pictures import picture_to_tensor
 from vqrae.data.scenes import COLORS, FAMILIES, SceneSampler, benchmark_prompts, load_sprites
 from vqrae.eval import generation
+from vqrae.eval.drawing import claim_folder
 from vqrae.eval.generation import (
     SceneBenchmark,
     holds_held_out,
@@ -163,6 +166,19 @@ class TestDrawing:
         scores, rows = benchmark.score_folder(tmp_path)
         assert scores["overall"] == 1
         assert len(rows) == 24
+
+    def test_a_folder_that_another_process_draws_into_is_refused(self, tmp_path: Path) -> None:
+        held = "hold(pathlib.Path(sys.argv[1]), '')"
+        code = f"import pathlib, sys; from vqrae.common.run import hold; {held}; print(flush=True); input()"
+        process = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+        with subprocess.Popen(process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "\n"
+            with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {other.pid} on"):
+                claim_folder(tmp_path, {"generator": "a"})
+            other.kill()
+        claim_folder(tmp_path, {"generator": "a"})
+        claim_folder(tmp_path, {"generator": "b"})  # nothing was drawn
 
     def test_other_settings_are_refused(self, tmp_path: Path, tokenizer_folder: Path) -> None:
         benchmark = self.benchmark()
