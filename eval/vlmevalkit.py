@@ -3,12 +3,11 @@
     git clone https://github.com/open-compass/VLMEvalKit && pip install -e VLMEvalKit
     python -m vqrae.eval.vlmevalkit root=VLMEvalKit model=runs/internvl3_vqrae data=[MMBench_DEV_EN,MME,AI2D_TEST] output=OUT
 
-VLMEvalKit has no plug-ins. The model is entered into its table of models, then its own `run.py` does everything else. Prompts
-and the number of tiles are those of VLMEvalKit's InternVL class, beside whose scores ours stand. Written against VLMEvalKit of
-2026-08, and tested on stand-ins of the parts that it uses.
+VLMEvalKit has no plug-ins. The model is entered into its table of models, then its own `run.py` does everything else.
+Prompts and the number of tiles are those of its InternVL class, so that scores can be compared with InternVL's. Written
+against VLMEvalKit at e8e78f05 (2026-08), whose `run.py` was run with it.
 """
 
-import os
 import runpy
 import sys
 from dataclasses import dataclass, field
@@ -16,15 +15,17 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from PIL import Image
 
 from vqrae.common.checkpoints import local_model
 from vqrae.common.cli import parse_arguments
+from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
-from vqrae.common.files import weights_fingerprint, write_json
+from vqrae.common.files import read_json, weights_fingerprint, write_json
 from vqrae.common.pictures import open_picture
-from vqrae.common.run import run_manifest
+from vqrae.common.run import hold, run_manifest
 from vqrae.understanding.chat import Chat
 
 NAME = "vqrae"
@@ -60,18 +61,26 @@ def model_class() -> type:
         """Prompts of `InternVLChat`, answers of `Chat`."""
 
         def __init__(self, model_path: str, max_new_tokens: int) -> None:
-            self.use_mpo_prompt, self.use_cot, self.cot_prompt, self.system_prompt = False, False, None, None
-            self.chat = Chat.from_pretrained(model_path, max_new_tokens=max_new_tokens)
+            # Its own constructor, without the weights that it would load: prompts depend on a dozen attributes.
+            with mock.patch.multiple(base.__module__, AutoModel=mock.DEFAULT, AutoTokenizer=mock.DEFAULT):
+                super().__init__(model_path=model_path, version="V2.0", max_new_tokens=max_new_tokens)
+            self.model = self.tokenizer = None
+            self.chat_model = Chat.from_pretrained(model_path, max_new_tokens=max_new_tokens)
+
+        def chat(self, messages: Any, dataset: str | None = None) -> str:
+            raise NotImplementedError(f"{dataset} has several turns, which are not offered")
 
         def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
             """The answer to pictures (paths) and text."""
             paths = [part["value"] for part in message if part["type"] == "image"]
             self.set_max_num(dataset)
-            if hasattr(self.chat.processor.image_processor, "max_patches"):
+            if hasattr(self.chat_model.processor.image_processor, "max_patches"):
                 tiles = max(1, min(self.max_num, self.total_max_num // max(len(paths), 1)))
-                self.chat.processor.image_processor.max_patches = tiles
+                self.chat_model.processor.image_processor.max_patches = tiles
+            prompt = reorganize_prompt(message, len(paths), dataset=dataset)
+            prompt = "<image>\n" * (len(paths) - prompt.count("<image>")) + prompt  # as InternVL does where none is named
             content: list[dict[str, Any]] = []
-            for i, text in enumerate(reorganize_prompt(message, len(paths), dataset=dataset).split("<image>")):
+            for i, text in enumerate(prompt.split("<image>", len(paths))):
                 if i:
                     picture = open_picture(paths[i - 1])
                     if i == 1 and "MMMU" in (dataset or ""):  # as InternVLChat does: larger pictures get more tiles
@@ -80,9 +89,17 @@ def model_class() -> type:
                     text = text.removeprefix("\n")  # the chat template has one behind each picture
                 if text:
                     content.append({"type": "text", "text": text})
-            return self.chat.generate([[{"role": "user", "content": content}]])[0]
+            return self.chat_model.generate([[{"role": "user", "content": content}]])[0]
 
     return VQRAEInternVL
+
+
+def failed_benchmarks(output: Path, name: str) -> dict[str, str]:
+    """Benchmarks that failed in the newest run in VLMEvalKit's work folder, with the reason."""
+    runs = sorted((output / name).glob("*/status.json"), key=lambda path: path.stat().st_mtime)
+    benchmarks: dict[str, Any] = read_json(runs[-1]).get("datasets", {}) if runs else {}
+    unknown = {key: "unknown" for key, found in benchmarks.items() if found.get("skip_reason") == "invalid_dataset"}
+    return unknown | {key: found["error_message"] for key, found in benchmarks.items() if found.get("error_message")}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,12 +114,16 @@ def main(argv: list[str] | None = None) -> None:
     folder = local_model(config.model)
     supported_models[config.name] = partial(model_class(), model_path=str(folder), max_new_tokens=config.max_new_tokens)
     output = Path(config.output).resolve()
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
+        output.mkdir(parents=True, exist_ok=True)
+        hold(output / ".lock", str(output))
         write_json(output / "manifest.json", run_manifest(fingerprints={"model": weights_fingerprint(folder)}))
     options = ["--model", config.name, "--data", *config.data, "--work-dir", str(output), *config.options]
     sys.argv = [str(run), *options]
     sys.path.insert(0, str(run.parent))
     runpy.run_path(str(run), run_name="__main__")
+    if is_main_process() and (failed := failed_benchmarks(output, config.name)):  # run.py goes on after every error
+        raise SystemExit("\n".join(f"{benchmark} failed: {reason}" for benchmark, reason in failed.items()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The launcher enters the model into VLMEvalKit's table, keeps its prompts and runs its `run.py`; on stand-ins of its parts."""
+"""The launcher's model answers what VLMEvalKit asks: a stand-in of the parts that it uses, which calls as `infer_data` does.
+
+VLMEvalKit is no package and drags in sixty others. At e8e78f05 its own `run.py` was run with the launcher; what it asked of the
+model, in which order, is what `RUN` below asks.
+"""
 
 import json
 import sys
@@ -10,88 +14,176 @@ import pytest
 from PIL import Image
 
 from vqrae.eval import vlmevalkit
+from vqrae.understanding.chat import Chat
+
+RUN = """
+import json, sys
+from pathlib import Path
+import vlmeval.config as config
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert list(options) == ["--model", "--data", "--work-dir", "--judge"], sys.argv
+name, data, folder = options["--model"], options["--data"], Path(options["--work-dir"])
+line = config.line
+status = {"prediction_file": "x.xlsx"}
+try:
+    model = config.supported_VLM[name]()
+    assert not getattr(model, "is_api", False)
+    model.set_dump_image(config.dump_image)
+    assert hasattr(model, "use_custom_prompt") and model.use_custom_prompt(data)
+    struct = model.build_prompt(line, dataset=data)
+    config.answers.append(model.generate(message=struct, dataset=data))
+except Exception as error:
+    status["error_message"] = str(error)
+run = folder / name / "T20260818"
+run.mkdir(parents=True)
+(run / "status.json").write_text(json.dumps({"datasets": {data: status}}))
+"""
 
 
-class InternVLChat:
-    """What the launcher inherits: prompts and the number of tiles."""
+class AutoModel:
+    """What the kit loads weights with."""
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        raise AssertionError("the kit loads weights of its own")
+
+
+AutoTokenizer = AutoModel
+
+
+class BaseModel:
+    """A model of the kit: content is checked, then answered."""
+
+    allowed_types = ("text", "image", "video")
+    dump_image_func: Any
+
+    def set_dump_image(self, function: Any) -> None:
+        self.dump_image_func = function
+
+    def dump_image(self, line: dict[str, Any], dataset: str) -> list[str]:
+        return self.dump_image_func(line)
+
+    def generate(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+        assert all(part["type"] in self.allowed_types for part in message)
+        return self.generate_inner(message, dataset)  # type: ignore[attr-defined]
+
+
+class InternVLChat(BaseModel):
+    """What the launcher inherits: prompts, and the number of tiles."""
+
+    def __init__(self, model_path: str, use_custom_prompt: bool = True, version: str = "V1.0", **options: Any) -> None:
+        module = sys.modules[InternVLChat.__module__]
+        self._use_custom_prompt, self.use_mpo_prompt, self.screen_parse = use_custom_prompt, False, True
+        self.tokenizer = module.AutoTokenizer.from_pretrained(model_path, trust_remote_code=True)
+        self.model = module.AutoModel.from_pretrained(model_path, device_map="auto").eval()
+        self.version, self.kwargs = version, {"do_sample": False, "max_new_tokens": 4096} | options
+
+    def use_custom_prompt(self, dataset: str) -> bool:
+        return self._use_custom_prompt
+
+    def build_prompt(self, line: dict[str, Any], dataset: str) -> list[dict[str, str]]:
+        assert self.screen_parse
+        assert self.kwargs["max_new_tokens"]
+        paths = self.dump_image(line, dataset)
+        text = line["question"] + "\nAnswer with the option's letter from the given choices directly."
+        return [{"type": "text", "value": text}, *({"type": "image", "value": path} for path in paths)]
 
     def set_max_num(self, dataset: str | None) -> None:
-        self.max_num, self.total_max_num = 12, 64
+        self.max_num, self.total_max_num = 12 if dataset == "MMMU_DEV_VAL" else 6, 64
 
 
 def reorganize_prompt(message: list[dict[str, str]], image_num: int, dataset: str | None = None) -> str:
-    texts = [part["value"] for part in message if part["type"] == "text"]
-    return "<image>\n" + "\n".join(texts) if image_num == 1 else "Image-1: <image>\nImage-2: <image>\n" + texts[0]
+    text = "\n".join(part["value"] for part in message if part["type"] == "text")
+    if dataset == "BMMR":
+        return text
+    return f"<image>\n{text}" if image_num == 1 else "".join(f"Image-{i + 1}: <image>\n" for i in range(image_num)) + text
 
 
 @pytest.fixture
-def chats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """A stand-in of VLMEvalKit; what the model was asked."""
+def kit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.ModuleType:
+    """The kit's modules; `config` also holds the one question that its run.py asks, and the answers."""
+    for name, size in (("a.png", (10, 8)), ("b.png", (6, 6))):
+        Image.new("RGB", size).save(tmp_path / name)
+    values = {"supported_VLM": {}, "line": {"question": "what color is it ?"}, "answers": []}
     parts: dict[str, dict[str, Any]] = {
         "vlmeval": {},
-        "vlmeval.config": {"supported_VLM": {}},
+        "vlmeval.config": values | {"dump_image": lambda line: [str(tmp_path / "a.png")]},
         "vlmeval.vlm": {},
         "vlmeval.vlm.internvl": {"InternVLChat": InternVLChat},
         "vlmeval.vlm.internvl.utils": {"reorganize_prompt": reorganize_prompt},
     }
-    for name, values in parts.items():
+    for name, content in parts.items():
         module = types.ModuleType(name)
-        vars(module).update(values)
+        vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    asked: list[Any] = []
-    image_processor = types.SimpleNamespace(max_patches=1)
-
-    class FakeChat:
-        processor = types.SimpleNamespace(image_processor=image_processor)
-
-        @classmethod
-        def from_pretrained(cls, path: str, **options: Any) -> "FakeChat":
-            asked.append((path, options))
-            return cls()
-
-        def generate(self, chats: list[Any]) -> list[str]:
-            asked.append((image_processor.max_patches, chats))
-            return ["yes"]
-
-    monkeypatch.setattr(vlmevalkit, "Chat", FakeChat)
+    sys.modules["vlmeval"].config = sys.modules["vlmeval.config"]  # type: ignore[attr-defined]
+    module = types.ModuleType("internvl_chat")
+    vars(module).update(AutoModel=AutoModel, AutoTokenizer=AutoTokenizer)
+    monkeypatch.setitem(sys.modules, "internvl_chat", module)
+    monkeypatch.setattr(InternVLChat, "__module__", "internvl_chat")
     monkeypatch.setattr(sys, "argv", ["x"])
-    for name, size in (("a.png", (10, 8)), ("b.png", (6, 6))):
-        Image.new("RGB", size).save(tmp_path / name)
-    return asked
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "run.py").write_text(RUN)
+    return sys.modules["vlmeval.config"]
 
 
-def test_run_py_finds_the_model_and_gets_answers(chats: list[Any], tmp_path: Path) -> None:
-    root, model = tmp_path / "kit", tmp_path / "model"
-    root.mkdir()
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"")
-    picture = str(tmp_path / "a.png")
-    (root / "run.py").write_text(
-        "import sys\nfrom vlmeval.config import supported_VLM\n"
-        "assert sys.argv[1:7] == ['--model', 'vqrae', '--data', 'MME', '--work-dir', sys.argv[6]], sys.argv\n"
-        "model = supported_VLM['vqrae']()\n"
-        f"message = [dict(type='image', value={picture!r}), dict(type='text', value='is it red?')]\n"
-        "assert model.generate_inner(message, dataset='MME') == 'yes'\n"
-        "assert sys.argv[7:] == ['--reuse']\n"
-    )
-    options = ["data=[MME]", f"output={tmp_path / 'out'}", "options=[--reuse]", "max_new_tokens=9"]
-    vlmevalkit.main([f"root={root}", f"model={model}", *options])
-    loaded, (tiles, [[turn]]) = chats
-    assert loaded == (str(model), {"max_new_tokens": 9})
-    assert tiles == 12
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `Chat` was asked."""
+    found: list[Any] = []
+    generate = Chat.generate
+
+    def record(self: Chat, chats: list[Any], **options: Any) -> list[str]:
+        found.extend(chats)
+        return generate(self, chats, **options)
+
+    monkeypatch.setattr(Chat, "generate", record)
+    return found
+
+
+def launch(tmp_path: Path, llava: Path) -> None:
+    options = ["data=[tiny_mcq]", f"output={tmp_path / 'out'}", "options=[--judge, exact_matching]", "max_new_tokens=4"]
+    vlmevalkit.main([f"root={tmp_path}", f"model={llava}", *options])
+
+
+def test_run_py_gets_an_answer_to_its_prompt(kit: Any, asked: list[Any], llava: Path, tmp_path: Path) -> None:
+    launch(tmp_path, llava)
+    [answer] = kit.answers
+    assert isinstance(answer, str)
+    [[turn]] = asked
     assert [part["type"] for part in turn["content"]] == ["image", "text"]
-    assert turn["content"][1]["text"] == "is it red?"
+    assert turn["content"][0]["image"].size == (10, 8)
+    question = "what color is it ?\nAnswer with the option's letter from the given choices directly."
+    assert turn["content"][1]["text"] == question
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["fingerprints"]["model"]
 
 
-def test_several_pictures_keep_their_labels_and_share_the_tiles(chats: list[Any], tmp_path: Path) -> None:
-    model = vlmevalkit.model_class()("folder", max_new_tokens=8)
+def test_an_error_that_run_py_passes_over_ends_the_launch(kit: Any, llava: Path, tmp_path: Path) -> None:
+    kit.dump_image = lambda line: [str(tmp_path / "missing.png")]
+    with pytest.raises(SystemExit, match=r"^tiny_mcq failed: .*missing\.png: no such file"):
+        launch(tmp_path, llava)
+    invalid = {"datasets": {"MMEE": {"skip_reason": "invalid_dataset"}, "MME": {"skip_reason": "mode_infer"}}}
+    (tmp_path / "out" / "vqrae" / "U").mkdir()
+    (tmp_path / "out" / "vqrae" / "U" / "status.json").write_text(json.dumps(invalid))
+    assert vlmevalkit.failed_benchmarks(tmp_path / "out", "vqrae") == {"MMEE": "unknown"}
+
+
+def test_several_images_keep_their_labels_and_share_the_tiles(kit: Any, asked: list[Any], llava: Path, tmp_path: Path) -> None:
+    model = vlmevalkit.model_class()(str(llava), max_new_tokens=2)
+    processor = model.chat_model.processor.image_processor
+    processor.max_patches = 1  # as InternVL's
     message = [{"type": "image", "value": str(tmp_path / name)} for name in ("a.png", "b.png")]
-    model.generate_inner([*message, {"type": "text", "value": "which?"}], dataset="MMMU_DEV_VAL")
-    [[turn]] = chats[-1][1]
+    text = {"type": "text", "value": "which <image> ?"}
+    model.generate(message=[*message, text], dataset="MMMU_DEV_VAL")
+    assert processor.max_patches == 12
+    [[turn]] = asked
     kinds = [part.get("text") or part["image"].size for part in turn["content"]]
-    assert kinds == ["Image-1: ", (20, 16), "Image-2: ", (6, 6), "which?"]
+    assert kinds == ["Image-1: ", (20, 16), "Image-2: ", (6, 6), "which <image> ?"]
+    model.generate(message=[message[1], text | {"value": "which?"}], dataset="BMMR")
+    assert processor.max_patches == 6
+    assert asked[1][0]["content"][0]["image"].size == (6, 6)
+    with pytest.raises(NotImplementedError, match="several turns"):
+        model.chat([{"role": "user", "content": "?"}], dataset="MMDU")
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
