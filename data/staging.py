@@ -5,6 +5,7 @@ is asked for; training then asks for the samples of a few tars before it goes on
 shared by all processes of a machine. They are kept in $TMPDIR, the newest of each source only.
 """
 
+import contextlib
 import errno
 import fcntl
 import glob
@@ -14,7 +15,6 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Stage:
     """
 
     def __init__(self, source: str, capacity: int) -> None:
-        self.capacity, self.files = capacity, OrderedDict[str, Any]()
+        self.capacity, self.files, self.coming = capacity, OrderedDict[str, Any](), set[str]()
         self.folder = _own_folder() / hashlib.sha256(source.encode()).hexdigest()[:16]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,14 +94,14 @@ class Stage:
 
     def fetch_soon(self, url: str) -> None:
         """Begin to fetch a tar that will be asked for."""
-        if not self._place(url).exists():
+        if url not in self.coming and not self._place(url).exists():
+            self.coming.add(url)
             threading.Thread(target=self._fetch_ahead, args=(url,), daemon=True).start()
 
     def _fetch_ahead(self, url: str) -> None:
-        try:
+        with contextlib.suppress(ValueError, OSError):  # whoever needs it says so
             self._fetch(url)
-        except (ValueError, OSError):
-            return  # whoever needs it says so
+        self.coming.discard(url)
 
     def _place(self, url: str) -> Path:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar"
@@ -121,13 +121,21 @@ class Stage:
                 os.utime(place)
                 return
             system, path = _system(url)
-            copies = sorted(self.folder.glob("*.tar"), key=lambda copy: copy.stat().st_mtime)
-            for copy in copies[: max(0, len(copies) + 1 - self.capacity)]:
-                copy.unlink(missing_ok=True)
             with atomic_path(place) as temporary:
                 with_retries(lambda: _quietly(system.get_file, path, str(temporary)), url)
+                os.utime(temporary)  # some file systems keep the time of the original
+        self._make_room()
 
-    @contextmanager
+    def _make_room(self) -> None:
+        """Remove the copies that were used longest ago; processes that have one open keep what they need."""
+        found = {}
+        for copy in self.folder.glob("*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+                found[copy] = copy.stat().st_mtime_ns
+        for copy in sorted(found, key=lambda copy: found[copy])[: -self.capacity]:
+            copy.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
     def _locked(self, url: str) -> Iterator[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f".lock-{int(self._place(url).stem, 16) % _LOCKS}").open("w") as lock:

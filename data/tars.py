@@ -101,12 +101,9 @@ def tar_index(path: str | Path, stage: Stage | None = None) -> np.ndarray:
 
 def _stored_index(path: str | Path, stage: Stage | None) -> np.ndarray:
     """The index behind a row with size and time of the tar and the version of the scan."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqrae" / "tars"
     remote = is_remote(str(path))
     name = str(path) if remote else str(Path(path).absolute())
-    caches = [folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.index.npy"]
-    if not remote:
-        caches.insert(0, Path(name).with_name(f".{Path(name).name}.index.npy"))
+    caches = _index_places(name)
     stamp = None if remote else [*_size_and_time(os.stat(name)), _VERSION, 0, 0, 0]
     for cache in caches:
         stored = _load_index(cache)
@@ -131,6 +128,13 @@ def _stored_index(path: str | Path, stage: Stage | None) -> np.ndarray:
             problem = error
     print(f"the index of {path} is not kept, and is made anew at each start: {problem}", file=sys.stderr, flush=True)
     return stored
+
+
+def _index_places(name: str) -> list[Path]:
+    """Where the index of a tar may be: beside it, or in the user's cache folder."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqrae" / "tars"
+    own = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.index.npy"
+    return [own] if is_remote(name) else [Path(name).with_name(f".{Path(name).name}.index.npy"), own]
 
 
 def _size_and_time(status: os.stat_result) -> tuple[int, int]:
@@ -298,7 +302,11 @@ class TarDataset(EncodedPictures):
                 _open_tar.cache_clear()  # of a file that was replaced on a network drive nothing can be read any more
                 raise
 
-        return with_retries(read, path)
+        data = with_retries(read, path)
+        if len(data) < size:
+            remedy = f"remove {_index_places(path)[0]} and start" if is_remote(path) else "start"
+            raise ValueError(f"{path} has changed since it was scanned: {remedy} again")
+        return data
 
     def _caption(self, text: bytes, *, is_json: bool) -> str | None:
         """What a KEY.txt or KEY.json says, None when that cannot be read."""
