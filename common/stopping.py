@@ -5,10 +5,12 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from vqrae.common.distributed import end_process_group, is_main_process
 
 
 class StopRequest:
@@ -56,6 +58,13 @@ class StopRequest:
             copied.synchronize()
         self.signal = self.signal or int(found)
         return int(found) != 0
+
+    def end_process(self, step: int) -> NoReturn:
+        """Say that the training ends behind `step`, and leave with the exit code of the signal."""
+        if is_main_process():
+            print(f"stopped at step {step}: the same command continues", flush=True)
+        end_process_group()
+        raise SystemExit(128 + self.signal)
 
     def _ask(self) -> tuple[Tensor, torch.cuda.Event | None]:
         found = torch.full((), self.signal, device=self.device)

@@ -19,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vqrae.common.config import check_range
 from vqrae.common.distributed import (
-    end_process_group,
     fit_batch,
     is_main_process,
     prepare_cpu_deepspeed,
@@ -275,10 +274,7 @@ def run_trainer(trainer: Trainer) -> None:
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     if callback.stopped:
-        if is_main_process():
-            print(f"stopped at step {trainer.state.global_step}: the same command continues", flush=True)
-        end_process_group()
-        raise SystemExit(128 + request.signal)
+        request.end_process(trainer.state.global_step)
 
 
 def save_model(trainer: WholeTrainer, folder: Path, text_tokenizer: PreTrainedTokenizerBase | None = None) -> None:

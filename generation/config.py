@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vqrae.common.cli import read_run
+from vqrae.common.config import check_range
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.data.encoded import Crop
 from vqrae.generation.sampling import SamplingConfig
@@ -36,6 +37,8 @@ class ExtractionConfig:
     """Of scenes and random crops."""
 
     def __post_init__(self) -> None:
+        check_range(self, "size", "captions_per_image", "shard_size", "batch_size", low=1)
+        check_range(self, "num_workers", low=0)
         if self.crops_per_image < 1 or (self.crops_per_image > 1 and self.crop == "center"):
             raise ValueError(
                 f"got crops_per_image {self.crops_per_image} with crop {self.crop}, expected 1 with center: "

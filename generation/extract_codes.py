@@ -20,6 +20,7 @@ from vqrae.common.checkpoints import local_model
 from vqrae.common.distributed import world_size
 from vqrae.common.errors import run_main
 from vqrae.common.files import weights_fingerprint
+from vqrae.common.loading import stalls_explained, worker_options
 from vqrae.common.run import format_duration
 from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.data.scenes import SceneDataset, render, wording
@@ -93,7 +94,8 @@ def write_shards(
     """Encode and write some shards of a code set, and yield the number of pictures of each batch when it is encoded."""
     batches = ShardBatches(writer.manifest, shards, batch_size)
     on_gpu = model.device.type == "cuda"
-    loader = DataLoader(pictures, batch_sampler=batches, num_workers=num_workers, collate_fn=_collate, pin_memory=on_gpu)
+    workers = worker_options(num_workers)
+    loader = DataLoader(pictures, batch_sampler=batches, collate_fn=_collate, pin_memory=on_gpu, **workers)
     loaded = iter(loader)
     for shard in shards:
         rows = len(writer.manifest.pictures_of(shard))
@@ -148,7 +150,8 @@ def extract(config: ExtractionConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    extract(read_config(argv, "extraction"))
+    with stalls_explained():
+        extract(read_config(argv, "extraction"))
 
 
 if __name__ == "__main__":

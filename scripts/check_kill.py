@@ -277,12 +277,17 @@ def launch(job: Job, output: Path, log: Path) -> str:
 
 
 def result_of(output: Path) -> dict[str, str]:
-    """Everything that a job made, by name: digests of the files, the losses of the metrics, names of the checkpoints."""
+    """Everything that a job made, by name: digests of the files, the losses of the metrics, names of the checkpoints.
+
+    Previews are left out: a tokenizer writes that of a step behind its checkpoint, and a kill between the two costs it.
+    """
     found: dict[str, str] = {}
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output)
+        if "samples" in name.parts:
+            continue
         kept = next((part for part in name.parts if part.startswith(("checkpoint-", "step-"))), None)
-        if kept is not None and "samples" not in name.parts:
+        if kept is not None:
             found[str(Path(*name.parts[: name.parts.index(kept) + 1]))] = "checkpoint"
         elif path.name == "metrics.jsonl":
             rows = {row["step"]: row["loss"] for row in read_metrics(path.parent) if "loss" in row}

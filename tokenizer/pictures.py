@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vqrae.common.loading import worker_options
 from vqrae.data.mixture import parse_mixture
 from vqrae.data.sources import open_images, source_kind
 from vqrae.data.stream import Draw, StreamSampler
@@ -59,7 +60,7 @@ class StagePictures:
             samples,
             self.stage.micro_batch_size,
             sampler=places,
-            num_workers=self.config.num_workers,
+            **worker_options(self.config.num_workers),
             pin_memory=self.device.type == "cuda",  # only from there can a copy run beside the computation
         )
         for batch in loader:
@@ -75,7 +76,7 @@ class StagePictures:
 
     def _load(self, dataset: Any, count: int, seed: int) -> Tensor:
         draws = list(islice(StreamSampler(dataset, seed=seed), min(count, len(dataset))))
-        loader = DataLoader(dataset, batch_size=64, sampler=draws, num_workers=self.config.num_workers)
+        loader = DataLoader(dataset, batch_size=64, sampler=draws, **worker_options(self.config.num_workers))
         return torch.cat([batch["image"] for batch in loader]).to(self.device).float() / 255
 
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from vqrae.common.checkpoints import require_finite
 from vqrae.common.distributed import fit_batch, is_main_process, world_size
 from vqrae.common.files import atomic_path
+from vqrae.common.loading import stalls_explained
 from vqrae.common.memory import count_parameters
 from vqrae.common.pictures import picture_grid, save_picture
 from vqrae.common.run import RunDirectory, format_duration, mark_trained
 from vqrae.common.schedule import warmup_cosine
+from vqrae.common.stopping import StopRequest
 from vqrae.tokenizer.discriminator import frozen
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.encoders import encoder_features
@@ -144,7 +146,19 @@ class StageTrainer:
     # ------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        """Run the stage to its end, from the newest checkpoint on, and save the model."""
+        """Run the stage to its end, from the newest checkpoint on, and save the model.
+
+        Raises:
+            SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
+        """
+        with StopRequest(self.device) as request, stalls_explained():
+            self.loop(request)
+        self.engine.wait_for_everyone()
+        self.engine.free_memory()
+        self.d_engine.free_memory()
+
+    def loop(self, request: StopRequest) -> None:
+        """All steps from the newest checkpoint on."""
         config, stage = self.config, self.stage
         start = self.restore(self.checkpoint) if self.checkpoint else 0
         self.run.rewind(start)
@@ -153,6 +167,8 @@ class StageTrainer:
         self.set_mode()
         clock, clock_step = time.time(), start
         for step in range(start, stage.max_steps):
+            if request.agreed():
+                self.stop(step, request)
             done, last = step + 1, step + 1 == stage.max_steps
             self.train_step(step, batches)
             if done % config.log_steps == 0 or last:
@@ -168,9 +184,14 @@ class StageTrainer:
                 self.save(done)
             if is_main_process() and (done % config.sample_steps == 0 or last):
                 self.save_previews(done)
+
+    def stop(self, step: int, request: StopRequest) -> None:
+        """Keep a checkpoint of `step` steps, unless the last ones were worth nothing, and end the process."""
+        is_kept = (self.run.path / f"step-{step}").is_dir()
         self.engine.wait_for_everyone()
-        self.engine.free_memory()
-        self.d_engine.free_memory()
+        if step and not is_kept and self.skipped_in_a_row() == 0:
+            self.save(step)
+        request.end_process(step)
 
     def finish(self) -> None:
         """Write the model of the finished stage."""

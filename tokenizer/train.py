@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers.trainer_utils import set_seed
 
 from vqrae.common.cli import read_run
-from vqrae.common.distributed import attention_implementation, is_main_process
+from vqrae.common.distributed import attention_implementation, fit_batch, is_main_process, world_size
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, weights_fingerprint
 from vqrae.common.run import RunDirectory, trained_steps
@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     not_begun = {f"stage{number}" for number in (1, 2) if not (output / f"stage{number}").is_dir()}
     run_of_both = RunDirectory(output, config, seed=config.seed, ignore=not_begun)
     require_same_length(config, output)
+    for number in stages:
+        stage = config.stage_config(number)
+        fit_batch(stage.global_batch_size, stage.micro_batch_size, world_size())
     if not all((output / f"stage{number}" / "model").is_dir() for number in stages):
         run_of_both.begin()
     for number in stages:

@@ -1,7 +1,10 @@
 """The typed configuration of a tokenizer training: one YAML file with both stages (VQRAE Table 7)."""
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
+
+from vqrae.common.config import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,10 @@ class DataConfig:
     """Leave out stored pictures whose shorter edge has fewer pixels."""
     max_aspect: float = 0.0
     """Leave out stored pictures more than so many times as long as wide; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_workers", low=0)
+        check_range(self, "cutmix", low=0, high=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +119,10 @@ class StageConfig:
     """Share of the stage after which nothing is revived any more."""
 
     def __post_init__(self) -> None:
+        numbers = {field.name for field in fields(self) if isinstance(getattr(self, field.name), int | float)}
+        check_range(self, "max_steps", "global_batch_size", "micro_batch_size", low=1)
+        check_range(self, *sorted(numbers - {"max_grad_norm"}), low=0)
+        check_range(self, "max_grad_norm", low=0, high=math.inf)
         if self.adversarial_weight and not self.discriminator_lr:
             raise ValueError("adversarial_weight is set but discriminator_lr is 0: the discriminator would never learn")
         if not self.freeze_encoder and not self.encoder_lr:
@@ -184,6 +195,8 @@ class TokenizerTrainConfig:
     """Write a picture grid of validation reconstructions every so many steps."""
 
     def __post_init__(self) -> None:
+        check_range(self, "log_steps", "save_steps", "sample_steps", "keep_checkpoints", "max_nonfinite_steps", low=1)
+        check_range(self, "micro_batch_size", low=1)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}, expected 0 for none or a number below 1")
 

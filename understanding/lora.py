@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+from vqrae.common.config import check_range
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -22,6 +24,11 @@ class LoraSettings:
     learning_rate: float = 2e-4
     """Of the adapters, instead of sft.learning_rate."""
     projector_learning_rate: float = 2e-5
+
+    def __post_init__(self) -> None:
+        check_range(self, "rank", "alpha", low=1)
+        check_range(self, "dropout", low=0, high=1)
+        check_range(self, "learning_rate", "projector_learning_rate", low=0)
 
 
 def add_lora(model: LlavaForConditionalGeneration, settings: LoraSettings) -> "PeftModel":

@@ -5,6 +5,7 @@ import math
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,32 @@ def test_resume_equals_uninterrupted(finished: tuple[Path, dict], stage: int, tm
         assert without_speed(before) == without_speed(after)  # losses, norms, rates, usage
 
 
+def test_a_stopped_run_keeps_its_last_step(
+    finished: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = finished
+    original = StageTrainer.train_step
+
+    def train_step(self: StageTrainer, step: int, batches: Any) -> None:
+        original(self, step, batches)
+        if self.number == 2 and step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "train_step", train_step)
+        with pytest.raises(SystemExit) as stopped:
+            train(tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "stage2" / "step-3").is_dir()  # save_steps is 2
+    assert all(torch.equal(weight, expected[name]) for name, weight in train(tmp_path).items())
+
+
+@pytest.mark.parametrize("option", ["stage1.decoder_lr=-1e-3", "stage2.global_batch_size=0", "save_steps=0", "data.cutmix=2"])
+def test_numbers_that_cannot_be_meant_are_refused(option: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{option.rpartition('.')[2].partition('=')[0]}: got"):
+        train(tmp_path, option)
+
+
 def test_a_finished_run_is_left_alone(finished: tuple[Path, dict], capsys: pytest.CaptureFixture[str]) -> None:
     output, _ = finished
     before = (output / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
@@ -187,7 +214,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         train(tmp_path, "stage1.max_step=3")
     with pytest.raises(FileNotFoundError, match="run stage=1 first"):
         train(tmp_path / "none", "stage=2")
-    with pytest.raises(ValueError, match="choose a micro_batch_size"):
+    with pytest.raises(ValueError, match="set micro_batch_size to"):
         train(tmp_path / "batch", "stage1.micro_batch_size=3")
 
 
