@@ -1,5 +1,8 @@
 """Protocols: each rule against its definition."""
 
+import json
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vqrae.eval.metrics import ReconstructionMetrics
+from vqrae.eval.metrics import FrechetMetric, ReconstructionMetrics
 from vqrae.eval.protocols import (
     PROTOCOLS,
     RESIZES,
@@ -20,6 +23,8 @@ from vqrae.eval.protocols import (
     round_levels,
     ssim,
 )
+
+GOLDEN = Path(__file__).parent / "golden" / "evaluators.json"
 
 
 @pytest.mark.parametrize(
@@ -66,24 +71,33 @@ def test_psnr_is_that_of_scikit_image() -> None:
     assert metrics.compute()["psnr"] == pytest.approx(np.mean(theirs), rel=1e-6)
 
 
-# What the public evaluators' code does; the commits stand next to the protocols.
-@pytest.mark.parametrize(
-    ("name", "levels", "network_levels", "window", "side"),
-    [
-        ("standard", "round", "round", "gaussian_11", None),
-        ("titok", "round", "round", "uniform_7", None),
-        ("vgt", "none", "truncate", "uniform_7", 256),
-        ("maskbit", "none", "truncate", "gaussian_11_padded", None),
-        ("llamagen", "round", "round", "uniform_7", None),
-        ("rae", "truncate", "truncate", "gaussian_11_padded", None),
-    ],
-)
-def test_protocols_follow_the_code_that_they_cite(
-    name: str, levels: str, network_levels: str, window: str, side: int | None
-) -> None:
-    protocol = get_protocol(name)
-    assert (protocol.rounding, protocol.network_rounding) == (levels, network_levels)
-    assert (protocol.ssim_window, protocol.score_size) == (window, side)
+class Shown(torch.nn.Module):
+    """A network that remembers what it was shown."""
+
+    name, width = "shown", 2
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.images = images
+        return torch.zeros(len(images), 2), None
+
+
+@pytest.mark.parametrize("name", ["vgt", "titok", "maskbit", "rae"])
+def test_protocols_give_the_numbers_of_the_code_that_they_cite(name: str) -> None:
+    expected, network = json.loads(GOLDEN.read_text())[name], Shown()
+    images, copies = runpy.run_path(str(GOLDEN.with_suffix(".py")))["images_and_copies"]()
+    metrics = ReconstructionMetrics(8, protocol=get_protocol(name), frechet=(FrechetMetric(network, None, "cpu"),))
+    metrics.update(images, copies, torch.zeros(2, 4, dtype=torch.int64))
+    levels = (network.images.double() * 255).round().sum((1, 2, 3)).tolist()
+    assert levels == pytest.approx(expected.pop("levels"), abs=5)  # VGT's way to [-1, 1] and back costs one
+    values = metrics.compute()
+    assert {key: values[key] for key in expected} == pytest.approx(expected, rel=1e-4)  # of float32
+
+
+def test_llamagen_rounds() -> None:
+    """`127.5 x + 128`, clamped and cut to whole levels, of x in [-1, 1], as its evaluator saves reconstructions."""
+    decoded = 2.2 * torch.rand(1000, generator=torch.Generator().manual_seed(0)) - 1.1
+    levels = torch.clamp(127.5 * decoded + 128.0, 0, 255).to(torch.uint8)
+    assert torch.equal((round_levels((decoded + 1) / 2, get_protocol("llamagen").rounding) * 255).round(), levels.float())
 
 
 def test_a_wider_data_range_inflates_and_never_takes_the_name() -> None:
