@@ -29,7 +29,7 @@ from transformers import (
 from vqrae.common.cli import read_run
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.errors import run_main
-from vqrae.common.files import atomic_path
+from vqrae.common.files import atomic_path, printable
 from vqrae.common.run import RunDirectory, changed_settings, mark_trained, refuse_changes, trained_steps
 from vqrae.common.trainer import (
     InstrumentCallback,
@@ -167,7 +167,7 @@ def with_words_of_data(
         add_word_rows(model, first, first + len(words))
         if is_main_process():
             shown = ", ".join(words[:8])
-            print(f"text: {len(words):,} words of the data are new to the language model: {shown}", flush=True)
+            print(printable(f"text: {len(words):,} words of the data are new to the language model: {shown}"), flush=True)
     return model, processor
 
 
@@ -251,7 +251,7 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         epochs = optimization.max_steps * optimization.global_batch_size / len(dataset)
         print(f"data: {len(dataset):,} samples, {epochs:.2f} epochs in {optimization.max_steps:,} steps", flush=True)
         if unknown := describe_unknown(processor.tokenizer, texts_of(dataset)):
-            print(f"text: {unknown}", flush=True)
+            print(printable(f"text: {unknown}"), flush=True)
     trainer = LlavaTrainer(
         model=trained,
         args=training_arguments(optimization, run_dir, seed=config.seed),

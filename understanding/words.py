@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqrae.common.distributed import gathered
-from vqrae.data.conversations import IMAGE_TAG, Conversations, ConversationTable
+from vqrae.data.conversations import IMAGE_TAG, Conversations, ConversationTable, scan_conversations
 from vqrae.data.mixture import Mixture
 from vqrae.data.scenes import SceneDataset
 from vqrae.data.scenes.language import vocabulary_texts
-from vqrae.data.sources import Samples, some_captions
+from vqrae.data.sources import Samples, holds_conversations, some_captions, source_kind
 from vqrae.data.word_tokenizer import grow_word_tokenizer, is_word_tokenizer, unknown_words
 from vqrae.understanding.build import add_rows
 
@@ -34,6 +34,13 @@ def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
         return some_captions(samples, limit)
     chosen = np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)).tolist()
     return [text.replace(IMAGE_TAG, "") for index in chosen for text in samples.texts(index)]
+
+
+def texts_in(source: str) -> list[str]:
+    """What is said in the conversations of a source (not a mixture), also where images are missing; nothing in any other."""
+    if source_kind(source) == "json":
+        return [turn["value"].replace(IMAGE_TAG, "") for r in scan_conversations(source)[0] for turn in r["conversations"]]
+    return texts_of(ConversationTable(source)) if holds_conversations(source) else []
 
 
 def learn_words(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:

@@ -61,8 +61,8 @@ def import_codes(arguments: argparse.Namespace) -> None:
 def check_data(arguments: argparse.Namespace) -> int:
     """Read a source before training on it: sizes, broken and missing pictures, captions, duplicates. Exit code 1: problems.
 
-    With --config, which names a LLaVA run, also conversations that are too long for it. With --write-clean, what is usable
-    of a FILE.json or FILE.jsonl is written, and the exit code is 0.
+    With --config, which names a LLaVA run, also conversations that are too long for it, and words that it has no ids for. With
+    --write-clean, what is usable of a FILE.json or FILE.jsonl is written, and the exit code is 0.
     """
     from vqrae.common.cli import progress_line
     from vqrae.common.files import write_json
@@ -81,6 +81,8 @@ def check_data(arguments: argparse.Namespace) -> int:
         options = {"image_folder": arguments.image_folder, "limit": arguments.limit, "workers": arguments.workers}
         reports.append(check_source(source, progress=progress, examine=examine, **options))
         print(reports[-1].text())
+        if arguments.config and (words := words_in_question(arguments, source)):
+            print(f"note: {words}")
     if arguments.json:
         write_json(arguments.json, [asdict(report) for report in reports])
     if arguments.write_clean:
@@ -89,6 +91,19 @@ def check_data(arguments: argparse.Namespace) -> int:
         print(f"{arguments.write_clean}: {kept.written} of {kept.total} entries")
         return 0
     return 1 if any(report.problems for report in reports) else 0
+
+
+def words_in_question(arguments: argparse.Namespace, source: str) -> str | None:
+    """The words of conversations that the run's language model has no ids for, in one line."""
+    from vqrae.common.files import printable
+    from vqrae.data.word_tokenizer import is_word_tokenizer
+    from vqrae.understanding.words import describe_unknown, texts_in
+
+    text_tokenizer = processor_of(read_run(arguments)).tokenizer
+    words = describe_unknown(text_tokenizer, texts_in(source))
+    if words is None:
+        return None
+    return printable(f"{words}; training gives them ids" if is_word_tokenizer(text_tokenizer) else words)
 
 
 def length_examiner(arguments: argparse.Namespace) -> "Examine":

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vqrae.data.conversations import Conversations
 from vqrae.data.word_tokenizer import build_word_tokenizer, grow_word_tokenizer, unknown_words
+from vqrae.scripts.cli import main
 from vqrae.understanding import train
 from vqrae.understanding.build import add_rows
 from vqrae.understanding.chat import Chat
@@ -73,6 +74,16 @@ def test_own_words_are_learned_in_both_stages_and_answered(options, own_data, to
     ids = chat.text_tokenizer("teal").input_ids
     assert chat.model.get_input_embeddings().num_embeddings > ids[0]
     assert chat.text_tokenizer.decode(ids) == "teal"
+
+
+def test_check_data_names_them_and_a_batch_holds_them(own_data, tokenizer_folder, llm_folder, capsys):
+    run = ["--config", "tiny", f"tokenizer={tokenizer_folder}", f"llm={llm_folder}"]
+    assert main(["check-data", str(own_data), *run]) == 0
+    printed = capsys.readouterr().out
+    assert "note: 24 of 28 tokens (85.7%) are words that the text tokenizer reads as <|unk|>, 7 different ones" in printed
+    assert "'teal' (2), 'crimson' (2); training gives them ids" in printed
+    assert main(["inspect-batch", *run, f"data={own_data}", "--no-color"]) == 0
+    assert "teal - ish crimson" in capsys.readouterr().out
 
 
 def test_words_that_stay_unknown_are_named_with_their_share(qwen_like, vicuna_like):
