@@ -125,7 +125,10 @@ def read_bytes(path: str | Path) -> bytes:
     """The content of a regular file; see `with_retries` for the errors. A pipe is refused at once, not waited for."""
 
     def read() -> bytes:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except ValueError as error:  # a zero byte, half of a surrogate pair
+            raise ValueError(f"{str(path)!r} cannot be the name of a file: {error}") from error
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError("not a regular file")

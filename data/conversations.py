@@ -62,9 +62,16 @@ def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
 
 
 def image_paths(record: dict[str, Any]) -> list[str]:
-    """The pictures of a record of a LLaVA file."""
+    """The pictures of a record of a LLaVA file, as it is stored.
+
+    Raises:
+        ValueError: when `image` is neither a path nor a list of paths.
+    """
     image = record.get("image") or []
-    return [image] if isinstance(image, str) else image
+    paths = [image] if isinstance(image, str) else image
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"image must be one path or a list of paths, got {image!r}")
+    return paths
 
 
 def scan_conversations(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -164,15 +171,11 @@ def check_record(stored: Any, index: int) -> dict[str, Any]:
         raise ValueError("expected an object with the key conversations")
     if media := [key for key in ("video", "videos", "audio") if record.get(key)]:
         raise ValueError(f"has a {media[0]}, of which this model perceives nothing")
-    image = record.get("image")
-    if not isinstance(image, str | list | None) or not all(isinstance(path, str) for path in image_paths(record)):
-        raise ValueError(f"image must be one path or a list of paths, got {image!r}")
-    checked = {"id": str(record.get("id", index))} | ({"image": image} if image else {})
-    turns = normalize_turns(record["conversations"], num_images=len(image_paths(record)))
-    for text in (str(checked["id"]), *image_paths(record), *(turn["value"] for turn in turns)):
-        if _HALF_PAIR.search(text):
-            raise ValueError("holds half of a surrogate pair, which is no text")
-    return {**checked, "conversations": turns}
+    name, paths = str(record.get("id", index)), image_paths(record)
+    turns = normalize_turns(record["conversations"], num_images=len(paths))
+    if any(_HALF_PAIR.search(text) for text in (name, *paths, *(turn["value"] for turn in turns))):
+        raise ValueError("holds half of a surrogate pair, which is no text")
+    return {"id": name, **({"image": record["image"]} if paths else {}), "conversations": turns}
 
 
 def modality_length(turns: list[dict[str, str]]) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from vqrae.common.files import json_lines, parse_json, read_json, write_json
 from vqrae.common.run import hold, run_manifest
+from vqrae.data.conversations import image_paths
 from vqrae.understanding.chat import Chat, Messages, user_message
 
 ANSWER_KEYS = ("answer", "prediction", "vqrae_answer")
@@ -96,10 +97,8 @@ def _answer(chat: Chat, records: Sequence[dict[str, Any]], folder: Path) -> list
     """The answer to each record in one batch, or why there is none."""
     asked: list[Messages | ValueError] = []
     for record in records:
-        names = record.get("image") or []
-        pictures = [folder / name for name in ([names] if isinstance(names, str) else names)]
         try:
-            asked.append([user_message(_question(record), pictures)])
+            asked.append([user_message(_question(record), [folder / path for path in image_paths(record)])])
         except ValueError as error:
             asked.append(error)
     answers = iter(_generate(chat, [messages for messages in asked if not isinstance(messages, ValueError)]))

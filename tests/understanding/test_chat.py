@@ -1,6 +1,7 @@
 """Answers do not depend on the batch, pictures come in any form, sessions remember, files of questions resume."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -152,6 +153,15 @@ def test_answers_resume_where_they_end(chat, questions, tmp_path):
     questions.write_text('{"question": "another ?"}\n')
     with pytest.raises(ValueError, match=r"line 1 answers .* but the question is"):
         answer_file(chat, questions, out, fingerprint="f")
+
+
+def test_an_image_that_is_none_costs_its_own_answer(chat, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    images = [5, ["a.png", 5], {"a": 1}, "pipe.png", "\0.png", "none.png"]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": "what ?", "image": image}) + "\n" for image in images))
+    done = answer_file(chat, tmp_path / "q.jsonl", tmp_path / "a.jsonl", fingerprint="f")
+    assert (done.total, done.failed) == (6, 6)
+    assert all(row["error"] for row in _rows(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"image": "a.png"}'])
