@@ -36,6 +36,27 @@ def attention_implementation(choice: str = "auto", *, half: bool = True, device:
     return "flash_attention_2"
 
 
+def choose_device(name: str | torch.device | None = None) -> str:
+    """The device of that name; for None and `auto` CUDA when there is one, else the CPU.
+
+    Raises:
+        ValueError: when torch cannot use it here.
+    """
+    if name is None or name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    # Counted and not tried, for a tensor would open this process's share of a GPU that another rank works on.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name} cannot be used here: torch {torch.__version__} sees {count} GPUs")
+    return str(name)
+
+
 def world_size() -> int:
     """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))

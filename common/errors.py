@@ -13,16 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from vqrae.common.files import printable
+
 DIVERGED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
 DEBUG_VARIABLE = "VQRAE_DEBUG"
-
-# Control characters, line breaks, overrides of the writing direction, and lone surrogates, which no encoding holds.
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: object) -> str:
-    r"""A name from outside, fit for a terminal and for one line: `\x1b` in place of the character, and so on."""
-    return _UNSAFE.sub(lambda match: match.group().encode("unicode_escape").decode(), str(text))
 
 
 def require_package(module: str, purpose: str) -> None:
@@ -103,7 +97,8 @@ def _report(program: str, message: str) -> None:
 def _message(error: Exception) -> str | None:
     """What to tell the user; None for an error of the program, whose traceback is wanted."""
     torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+    no_memory = "DefaultCPUAllocator: can't allocate" in str(error)  # a plain RuntimeError
+    if no_memory or isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return f"out of memory, choose a smaller batch: {_one_line(error)}"
     if isinstance(error, ImportError):
         return _missing_package(error)
@@ -112,8 +107,7 @@ def _message(error: Exception) -> str | None:
         return None
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return printable(f"{Path(os.fsdecode(error.filename)).absolute()}: {error.strerror}")
-    # The problems of a configuration have a line each.
-    text = "\n".join(map(printable, str(error).split("\n"))) if of_ours else _one_line(error)
+    text = printable(str(error)) if of_ours else _one_line(error)  # the problems of a configuration have a line each
     folder = printable(os.getcwd())
     if type(error) is FileNotFoundError and folder not in text:
         text += f" (relative paths start at {folder})"

@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@([0-9a-f]{8})\.tmp")
 _STALE_SECONDS = 24 * 3600  # a temporary of another host that did not change for so long has no writer
-_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# Control characters, overrides of the writing direction, and halves of surrogate pairs, which no encoding holds.
+_CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @contextmanager
@@ -222,7 +223,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def printable(text: str) -> str:
-    """Text of unknown origin for a terminal: control characters and half surrogate pairs are escaped, newlines stay."""
+    """Text of unknown origin for a terminal: what could steer it is escaped, newlines stay."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.distributed import is_main_process
+from vqrae.common.distributed import choose_device, is_main_process
 from vqrae.common.files import read_json, write_json
 from vqrae.common.pictures import save_picture, tensor_to_picture
 from vqrae.common.run import hold
@@ -65,7 +65,7 @@ class PicturesConfig:
 
     def chosen_device(self) -> str:
         """`device`, with auto resolved."""
-        return self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        return choose_device(self.device)
 
     def load_generator(self, device: str) -> "Generator":
         """The generator that `model` names."""

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments
+from vqrae.common.config import check_range
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json, write_text
@@ -70,6 +71,7 @@ class FeaturesConfig:
     """cpu, cuda, …; auto takes CUDA when there is one."""
 
     def __post_init__(self) -> None:
+        check_range(self, "num_workers", low=0)
         if min(self.num_train, self.num_test, self.neighbors, self.batch_size) < 1:
             raise ValueError("num_train, num_test, neighbors and batch_size must be positive")
 

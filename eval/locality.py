@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments
+from vqrae.common.config import check_range
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
@@ -46,6 +47,10 @@ class LocalityConfig:
     """Training scenes that one-coloured patches are taken from."""
     batch_size: int = 64
     """Pictures of one pass."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_images", "batch_size", low=1)
+
     device: str = "auto"
     """cpu, cuda, …; auto takes CUDA when there is one."""
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments
+from vqrae.common.config import check_range
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json, write_text
@@ -161,6 +162,7 @@ class ReconstructionConfig:
     """cpu, cuda, …; auto takes CUDA when there is one."""
 
     def __post_init__(self) -> None:
+        check_range(self, "num_workers", low=0)
         if self.batch_size < 1 or (self.num_images is not None and self.num_images < 1):
             raise ValueError(f"got num_images={self.num_images}, batch_size={self.batch_size}, expected both positive")
         get_protocol(self.protocol)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vqrae.common.cli import progress_line
-from vqrae.common.distributed import is_main_process, world_size
+from vqrae.common.distributed import choose_device, is_main_process, world_size
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # a resumed run may find all that is left in one process's share
@@ -27,8 +27,7 @@ def processes(device: str) -> Iterator[str]:
     Args:
         device: cpu, cuda, …; auto takes CUDA when there is one.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     if world_size() == 1:
         yield device
         return

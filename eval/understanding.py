@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from vqrae.common.checkpoints import local_model
 from vqrae.common.cli import parse_arguments
-from vqrae.common.config import did_you_mean
+from vqrae.common.config import check_range, did_you_mean
 from vqrae.common.distributed import is_main_process
-from vqrae.common.errors import run_main
+from vqrae.common.errors import require_package, run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import quiet_libraries, run_manifest
 from vqrae.eval.benchmarks import BENCHMARKS, paper_row, task_name, write_task_file
@@ -66,8 +66,7 @@ class UnderstandingConfig:
 
     def __post_init__(self) -> None:
         self.names()
-        if min(self.batch_size, self.num_images, self.limit or 1) < 1:
-            raise ValueError("batch_size, num_images and limit must be positive")
+        check_range(self, "batch_size", "num_images", "limit", low=1)
 
     def names(self) -> list[str]:
         """The benchmarks, in order."""
@@ -191,8 +190,7 @@ def markdown(found: Mapping[str, Mapping[str, Any]], model_config: Mapping[str, 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(UnderstandingConfig, argv)
-    if importlib.util.find_spec("lmms_eval") is None:
-        raise SystemExit("lmms-eval is not installed: pip install lmms-eval==0.7.3, or pip install -e .[eval]")
+    require_package("lmms_eval", "benchmark=")
     quiet_libraries()
     found = evaluate(config)
     if not is_main_process():

@@ -70,6 +70,8 @@ class GeneratorModelConfig:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
+        check_range(self, "max_caption_tokens", "max_length", low=1)
+        check_range(self, "offset", low=0)
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout: got {self.caption_dropout}, expected 0 <= p < 1")
 
@@ -90,6 +92,9 @@ class TrainingConfig:
     dry_run: int = 0
     """Take so many steps of the longest sequences with random codes, keep nothing, and report parameters, memory and time."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "dry_run", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)

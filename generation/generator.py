@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from vqrae.common.checkpoints import load_model, local_model, resolve_model
+from vqrae.common.distributed import choose_device
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
 from vqrae.generation.model import find_tokenizer, read_prompt_encoder, read_sampling, read_vocabulary, require_generator
 from vqrae.generation.prepacking import prepacked_linears
@@ -66,7 +67,7 @@ class Generator:
             ValueError: when the model is no generator, when weights are missing or not finite, and when the tokenizer is not
                 the one that the generator was trained with.
         """
-        folder = resolve_model(name)
+        folder, device = resolve_model(name), choose_device(device)
         require_generator(folder)
         model = load_model(Qwen3ForCausalLM, folder, dtype=dtype, attn_implementation="sdpa")
         recorded = model.config.vqrae_tokenizer
@@ -81,7 +82,7 @@ class Generator:
         require_same_tokenizer(weights_fingerprint(visual), model.config.vqrae_tokenizer_fingerprint, artefact)
         text_tokenizer = AutoTokenizer.from_pretrained(folder)
         generator = cls(model, text_tokenizer, VQRAEModel.from_pretrained(visual, dtype=torch.float32), compile=compile)
-        return generator.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return generator.to(device)
 
     def to(self, device: str | torch.device) -> "Generator":
         """Move both models to a device."""

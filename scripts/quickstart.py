@@ -14,9 +14,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ LARGEST_SCALE = dict.fromkeys(TRAINING_STEPS, 3.0) | {"llm": 1.0, "understanding
 GENERATION_BATCH = 32  # of the configuration `tiny`
 GENERATION_EPOCHS = 2  # times that a picture's codes are seen; another epoch draws another of its captions
 BYPASS_SHARE = 0.2  # of stage 2: the continuous warm-up grows with the stage
+
+
+_running: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
@@ -267,18 +271,17 @@ def run(step: Step, clock: Clock, num_threads: int | None = None) -> None:
     command = [*ends_with_us(), sys.executable, "-m", f"vqrae.{step.module}", *step.arguments]
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(num_threads)} if num_threads else {})}
     process = subprocess.Popen(command, env=environment, close_fds=False)
-    try:
-        while True:
-            try:
-                code = process.wait(timeout=2)
-                break
-            except subprocess.TimeoutExpired:
-                clock.record(step.name, before + time.time() - start, done=False)
-    except BaseException:
-        process.terminate()
-        raise
+    _running.add(process)
+    while True:
+        try:
+            code = process.wait(timeout=2)
+            break
+        except subprocess.TimeoutExpired:
+            clock.record(step.name, before + time.time() - start, done=False)
+    _running.remove(process)
     clock.record(step.name, before + time.time() - start, done=code == 0)
     if code:
+        code = code if code > 0 else 128 - code  # as shells count signals
         print(f"\n{step.name} failed with exit code {code}: {' '.join(command)}\nRun the same command again to continue.")
         raise SystemExit(code)
 
@@ -287,12 +290,15 @@ def run_phase(branches: Sequence[Sequence[Step]], clock: Clock) -> None:
     """Run the branches of a phase side by side, what is done in them left out.
 
     Raises:
-        SystemExit: when a step failed; the other branch first comes to its end.
+        SystemExit: when a step failed; the other branch first comes to its end. Ctrl-C and SIGTERM end all of them.
     """
+    stopped = threading.Event()
     num_threads = max(1, (os.cpu_count() or 1) // len(branches)) if len(branches) > 1 else None
 
     def run_branch(steps: Sequence[Step]) -> None:
         for step in steps:
+            if stopped.is_set():
+                return
             if clock.is_done(step.name) and step.name != "report":
                 print(f"{step.name}: done in {format_duration(clock.spent(step.name))}", flush=True)
                 continue
@@ -301,8 +307,16 @@ def run_phase(branches: Sequence[Sequence[Step]], clock: Clock) -> None:
             print(f"{step.name}: took {format_duration(clock.spent(step.name))}", flush=True)
 
     with ThreadPoolExecutor(len(branches)) as pool:
-        for branch in [pool.submit(run_branch, steps) for steps in branches]:
-            branch.result()
+        started = [pool.submit(run_branch, steps) for steps in branches]
+        try:
+            wait(started)
+        except BaseException:
+            stopped.set()
+            for process in set(_running):
+                process.terminate()
+            raise
+    for branch in started:
+        branch.result()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -312,8 +326,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sprites", choices=("shapes", "emoji"), default="shapes", help="what the scenes are made of")
     parser.add_argument("--system", choices=("vqrae",), default="vqrae", help="the tokenizer that is trained")
     options = parser.parse_args(argv)
-    if options.minutes <= 0:
-        parser.error("--minutes must be positive")
+    if not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes: got {options.minutes}, expected a positive number")
 
     output: Path = options.output
     chosen = {"minutes": options.minutes, "sprites": options.sprites, "steps": plan(options.minutes)}

@@ -20,6 +20,7 @@ from transformers import SiglipConfig, SiglipModel, SiglipVisionModel
 from transformers.trainer_utils import set_seed
 
 from vqrae.common.cli import read_run
+from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path
@@ -55,6 +56,9 @@ class EncoderPretrainingConfig:
     sprites: str = "shapes"
     attention: str = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "grounding_weight", low=0)
 
 
 class GroundedSiglip(SiglipModel):

@@ -31,6 +31,9 @@ class ModelConfig:
     """Pixels of a side of a decoded patch; None is the encoder's own. 16 makes 512 px of InternViT's 448."""
     output_basis: str = "pixels"
 
+    def __post_init__(self) -> None:
+        check_range(self, "codebook_size", "codebook_dim", "output_patch_size", low=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -120,9 +123,12 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         numbers = {field.name for field in fields(self) if isinstance(getattr(self, field.name), int | float)}
-        check_range(self, "max_steps", "global_batch_size", "micro_batch_size", low=1)
-        check_range(self, *sorted(numbers - {"max_grad_norm"}), low=0)
+        check_range(self, "global_batch_size", "micro_batch_size", low=1)
+        check_range(self, *sorted(numbers - {"max_grad_norm"}), low=0)  # no steps: a start that was not trained
         check_range(self, "max_grad_norm", low=0, high=math.inf)
+        check_range(self, "revival_until", low=0, high=1)
+        if not self.decoder_lr:
+            raise ValueError("decoder_lr: got 0, expected a positive rate, which the others keep their ratio to")
         if self.adversarial_weight and not self.discriminator_lr:
             raise ValueError("adversarial_weight is set but discriminator_lr is 0: the discriminator would never learn")
         if not self.freeze_encoder and not self.encoder_lr:
@@ -195,8 +201,9 @@ class TokenizerTrainConfig:
     """Write a picture grid of validation reconstructions every so many steps."""
 
     def __post_init__(self) -> None:
-        check_range(self, "log_steps", "save_steps", "sample_steps", "keep_checkpoints", "max_nonfinite_steps", low=1)
-        check_range(self, "micro_batch_size", low=1)
+        check_range(self, "micro_batch_size", "max_nonfinite_steps", low=1)
+        check_range(self, "log_steps", "save_steps", "sample_steps", "keep_checkpoints", low=1)
+        check_range(self, "dry_run", low=0)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}, expected 0 for none or a number below 1")
 

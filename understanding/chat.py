@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vqrae.common.checkpoints import load_model, require_kind, resolve_model
-from vqrae.common.distributed import attention_implementation
+from vqrae.common.distributed import attention_implementation, choose_device
 from vqrae.common.pictures import open_picture, to_rgb
 from vqrae.understanding.conversation import IMAGE_TOKEN
 from vqrae.understanding.quantized import is_quantized, read_quantized_features
@@ -67,7 +67,7 @@ class Chat:
         """
         folder = resolve_model(name)
         config = require_kind(folder, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "an understanding model such as 'llava'")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(device)
         attention = attention_implementation(attn_implementation, half=dtype not in ("float32", torch.float32), device=device)
         stored = config.get("dtype", config.get("torch_dtype"))
         if dtype == "auto" and attention.startswith("flash_attention") and stored not in ("float16", "bfloat16"):

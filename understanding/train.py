@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from vqrae.common.cli import read_run
+from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation, is_main_process
-from vqrae.common.errors import run_main
+from vqrae.common.errors import require_package, run_main
 from vqrae.common.files import atomic_path, printable
 from vqrae.common.run import RunDirectory, changed_settings, mark_trained, refuse_changes, trained_steps
 from vqrae.common.trainer import (
@@ -98,6 +99,9 @@ class TrainConfig:
     features: Literal["continuous", "quantized"] = "continuous"
     """What the projector reads; `quantized` is for comparison only (see `vqrae.understanding.quantized`)."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "max_length", low=1)
 
 
 def freeze(model: LlavaForConditionalGeneration, stage: Stage) -> None:
@@ -298,6 +302,8 @@ def print_parameters(model: nn.Module) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Command line: CONFIG [key.path=value …]."""
     config: TrainConfig = read_run(TrainConfig, "vqrae.understanding", argv)
+    if config.lora is not None:
+        require_package("peft", "lora")
     stages: tuple[Stage, ...] = STAGES if config.stage == "both" else (config.stage,)
     for stage in stages:
         optimization: OptimizationConfig = getattr(config, stage)

@@ -35,9 +35,9 @@ def quiet() -> None:
 
 
 def chosen_device(arguments: argparse.Namespace) -> str:
-    import torch
+    from vqrae.common.distributed import choose_device
 
-    return arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return choose_device(arguments.device)
 
 
 class PictureReader:

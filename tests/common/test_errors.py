@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vqrae.common.config import ConfigError
-from vqrae.common.errors import exit_code, printable, require_package
+from vqrae.common.errors import exit_code, require_package
+from vqrae.common.files import printable
 from vqrae.data.tolerant import TooManyBrokenSamples
 
 ROOT = Path(__file__).parents[2]
@@ -27,9 +28,8 @@ def fails_with(error: BaseException) -> Callable[[], None]:
 
 
 def test_names_from_outside_cannot_steer_a_terminal() -> None:
-    assert printable("a\x1b[2Jb\nc\x9b\u202e\udcff.png") == r"a\x1b[2Jb\nc\x9b\u202e\udcff.png"
-    assert printable("grün 图 🇩🇪 \u200d") == "grün 图 🇩🇪 \u200d"
-    assert printable(Path("a/b")) == "a/b"
+    assert printable("a\x1b[2Jb\x9b\u202e\udcff.png") == r"a\x1b[2Jb\x9b\u202e\udcff.png"
+    assert printable("grün 图 🇩🇪 \u200d\n") == "grün 图 🇩🇪 \u200d\n"
 
 
 @pytest.mark.parametrize(
@@ -40,13 +40,14 @@ def test_names_from_outside_cannot_steer_a_terminal() -> None:
         (TooManyBrokenSamples("tars: 5 of 6 are broken"), 2, "tars: 5 of 6 are broken"),
         (FloatingPointError("the loss is nan"), 1, "the loss is nan (VQRAE_DEBUG=1 shows where)"),
         (torch.OutOfMemoryError("CUDA out of\nmemory"), 2, "out of memory, choose a smaller batch: CUDA out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of memory, choose a smaller batch"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_told(error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(fails_with(error), "vqrae") == code
-    assert capsys.readouterr().err == f"vqrae: {message}\n"
+    assert capsys.readouterr().err.startswith(f"vqrae: {message}")
 
 
 def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

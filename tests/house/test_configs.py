@@ -43,6 +43,34 @@ def test_every_shipped_config_is_read(path: Path) -> None:
         assert any(word in line for line in header), f"{path}: the header has no {word}"
 
 
+@pytest.mark.parametrize(
+    ("package", "override"),
+    [
+        ("tokenizer", "stage1.micro_batch_size=0"),
+        ("tokenizer", "stage2.decoder_lr=-1e-4"),
+        ("tokenizer", "stage1.decoder_lr=.nan"),
+        ("tokenizer", "stage1.decoder_lr=0.0"),
+        ("tokenizer", "stage2.encoder_lr=.inf"),
+        ("tokenizer", "stage1.max_grad_norm=-1.0"),
+        ("tokenizer", "stage1.max_steps=-1"),
+        ("tokenizer", "save_steps=0"),
+        ("tokenizer", "keep_checkpoints=0"),
+        ("tokenizer", "model.codebook_size=0"),
+        ("tokenizer", "data.cutmix=1.5"),
+        ("understanding", "max_length=0"),
+        ("understanding", "lora.rank=0"),
+        ("understanding", "lora.dropout=.nan"),
+        ("generation", "extraction.batch_size=0"),
+        ("generation", "extraction.size=0"),
+        ("generation", "training.model.max_length=0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(package: str, override: str) -> None:
+    path = ROOT / package / "configs" / "tiny.yaml"
+    with pytest.raises(ConfigError, match=rf"{override.partition('=')[0].rpartition('.')[2]}: got"):
+        load_config(READERS[package][0], path, [override])
+
+
 def test_every_package_ships_its_tiny_config() -> None:
     assert {path.parent.parent.name for path in CONFIGS if path.stem == "tiny"} == set(READERS) - {"eval"}
 

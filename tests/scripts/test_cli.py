@@ -133,6 +133,20 @@ def test_decode_refuses_other_codes(
 
 
 @pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:7", "sees 0 GPUs"), ("gpu", "device gpu cannot be used here: "), ("xpu", "device xpu cannot be used here: ")],
+)
+def test_a_device_that_is_not_there_is_named(
+    device: str, message: str, pictures: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["encode", "--model", str(tokenizer_folder), "--images", str(pictures), "--out", str(tmp_path / "codes.npz")]
+    assert main([*call, "--device", device]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("vqrae: device ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["reconstruct", "--images", "nowhere"], "nowhere does not exist"),

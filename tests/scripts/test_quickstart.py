@@ -115,6 +115,37 @@ def test_a_step_that_outlives_its_quickstart_is_waited_for(tmp_path: Path, capsy
     assert "waiting for the processes of another run" in capsys.readouterr().out
 
 
+def test_what_ends_the_quickstart_ends_its_steps(tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    step.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/$3\nexec sleep 60\n")
+    step.chmod(0o755)
+    program = (
+        "import pathlib, sys\nfrom vqrae.common.errors import exit_code\nfrom vqrae.scripts import quickstart as q\n"
+        "sys.executable, folder = sys.argv[1:]\n"
+        "branches = [[q.Step(name, 'x', [name], 1), q.Step(name, 'x', ['again'], 1)] for name in 'ab']\n"
+        "sys.exit(exit_code(lambda: q.run_phase(branches, q.Clock(pathlib.Path(folder))), 'quickstart'))"
+    )
+    command = [sys.executable, "-c", program, str(step), str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    begun = [tmp_path / "a", tmp_path / "b"]
+    while not all(path.exists() and path.read_text().endswith("\n") for path in begun):
+        time.sleep(0.05)
+    process.terminate()
+    assert "quickstart: terminated" in process.communicate(timeout=30)[1]
+    assert process.returncode == 143
+    assert not any((Path("/proc") / path.read_text().strip()).exists() for path in begun)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1", "0", "many"])
+def test_minutes_are_a_positive_number(minutes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        quickstart.main(["--output", str(tmp_path / "out"), "--minutes", minutes])
+    assert stopped.value.code == 2
+    assert "--minutes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_step_is_named_and_its_time_kept(tmp_path: Path) -> None:
     step = quickstart.Step("encoder", "tokenizer.pretrain_encoder", ["tiny_encoder", "no_such_key=1"], 1)
