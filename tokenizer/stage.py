@@ -184,6 +184,8 @@ class StageTrainer:
                 self.save(done)
             if is_main_process() and (done % config.sample_steps == 0 or last):
                 self.save_previews(done)
+        if start >= stage.max_steps:  # nothing is to be trained: a row of an ablation starts from an untrained stage 1
+            self.finish()
 
     def stop(self, step: int, request: StopRequest) -> None:
         """Keep a checkpoint of `step` steps, unless the last ones were worth nothing, and end the process."""
