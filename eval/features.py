@@ -167,6 +167,9 @@ def _evaluate(config: FeaturesConfig, device: str) -> dict[str, Any]:
         progress(done, len(found))
         model = VQRAEModel.from_pretrained(folder).to(device).eval()
         tasks = labelled_tasks(config, model)
+        known: int = len(tasks["pictures"][0])  # type: ignore[arg-type]
+        if known < config.neighbors:  # before anything is computed
+            raise ValueError(f"got {known} images to learn from, expected at least neighbors={config.neighbors}")
         cosines = teacher_cosines(model, original, tasks["pictures"][1], config) if original is not None else {}
         if None in cosines.values():
             not_measured["teacher_cosine_other_picture"] = "there is one test image: set num_test=2 or more"

@@ -35,7 +35,8 @@ def processes(device: str) -> Iterator[str]:
     if on_cuda:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=PATIENCE)
+    own = torch.device(device) if on_cuda else None  # else NCCL guesses it
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=PATIENCE, device_id=own)
     try:
         yield device
         dist.barrier()  # who leaves early takes the connections of the others along

@@ -117,6 +117,12 @@ def test_quantized_features_are_the_vectors_of_the_codes(tokenizer_folder: Path)
     torch.testing.assert_close(found["continuous"].features[2:], model.encode_features(image).mean(1))
 
 
+def test_too_few_images_for_the_neighbours_are_named_first(tokenizer_folder: Path) -> None:
+    config = FeaturesConfig(model=str(tokenizer_folder), output="o", num_train=4, num_test=4)
+    with pytest.raises(ValueError, match="got 4 images to learn from, expected at least neighbors=20"):
+        evaluate_features(config)
+
+
 def test_one_image_has_no_other(tokenizer_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "features.json"
     arguments = [f"model={tokenizer_folder}", f"original_encoder={tokenizer_folder}", f"output={output}"]
