@@ -115,7 +115,7 @@ def require_same_partition(folder: Path, state: dict[str, Any], *, zero: int) ->
     if zero and processes != world_size():
         raise ValueError(
             f"{folder} holds optimizer states in {processes} parts, one for each process of zero={zero}, got {world_size()} "
-            f"processes: continue with {processes} (zero=0 continues on any number)"
+            f"processes: continue with {processes}; only a run with zero=0 can change their number"
         )
 
 

@@ -23,6 +23,7 @@ from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.decoder import DCTBasis, ViTDecoder
 from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.quantizers import CodebookQuantizer, Quantizer, build_quantizer
+from vqrae.tokenizer.quantizers.search import exact_products
 
 
 @dataclass
@@ -265,7 +266,7 @@ class VQRAEModel(PreTrainedModel):
             centred = projected.detach() - projected.detach().mean((0, 1))
             with full_precision:
                 scatter = scatter + torch.einsum("bne,bnf->ef", centred, centred)
-        with torch.no_grad(), full_precision:
+        with torch.no_grad(), full_precision, exact_products():  # both sides of the code space must cancel
             self._change_basis(metric, scatter)
 
     def _change_basis(self, metric: Tensor, scatter: Tensor) -> None:

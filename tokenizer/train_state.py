@@ -55,7 +55,8 @@ class TrainState:
         for name, engine in self.engines.items():
             engine.load_state(str(folder / name))
             engine.step = 0  # micro-batches into a step: the saved count is a multiple of another accumulation
-        device = engine.device  # else every process would unpack them on the main one's GPU
+        # Else every process would unpack them on the main one's GPU; on CPU, accelerate numbers devices that are none.
+        device = engine.device if engine.device.type != "cpu" else torch.device("cpu")
         parts = torch.load(folder / "counters.pt", weights_only=True, map_location=device)
         for name, part in (self.shared | self.windows).items():
             part.load_state_dict(parts[name])
