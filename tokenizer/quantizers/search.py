@@ -40,7 +40,8 @@ Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 @contextmanager
 def exact_products() -> Iterator[None]:
     """A block in which fp32 matrix products are fp32, where TF32 or bf16 may be allowed outside (`torch.backends`)."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    # torch sets mkldnn's attributes when it is imported, where type checkers do not see them.
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
