@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from vqrae.common.checkpoints import local_model, require_kind, resolve_model
+from vqrae.common.checkpoints import load_model, local_model, require_kind, resolve_model
 from vqrae.common.distributed import gathered
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
@@ -44,7 +44,7 @@ def build_generator(
             raise ValueError(f"got llm_config.vocab_size {config.vocab_size}, expected none: it is {vocabulary.num_rows}")
         model = Qwen3ForCausalLM._from_config(config, attn_implementation=attention)
     else:
-        model = Qwen3ForCausalLM.from_pretrained(resolve_model(llm), attn_implementation=attention, dtype="float32")
+        model = load_model(Qwen3ForCausalLM, resolve_model(llm), attn_implementation=attention, dtype="float32")
         if model.config.vocab_size > vocabulary.offset:
             raise ValueError(
                 f"{llm} has {model.config.vocab_size} rows, but visual ids start at {vocabulary.offset}: "

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from vqrae.common.checkpoints import local_model, resolve_model
+from vqrae.common.checkpoints import load_model, local_model, resolve_model
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
 from vqrae.common.pictures import picture_to_tensor
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
@@ -60,7 +60,8 @@ def build_llava(
         dtype: of all weights; float32 is what an optimizer needs unless DeepSpeed keeps master weights.
 
     Raises:
-        ValueError: when LLaVA cannot read the tokenizer's features, or the text tokenizer lacks the template's end token.
+        ValueError: when LLaVA cannot read the tokenizer's features, when the text tokenizer lacks the template's end token, or
+            when weights are missing or not finite.
     """
     folder = local_model(tokenizer_folder)
     # The check of the features runs in fp32, which flash-attention refuses.
@@ -68,7 +69,7 @@ def build_llava(
     tokenizer = VQRAEModel.from_pretrained(folder, attn_implementation=exact).eval()
     _require_readable_features(tokenizer.config, folder)
     llm_name = resolve_model(llm_folder)
-    llm = AutoModelForCausalLM.from_pretrained(llm_name, dtype=dtype, attn_implementation=exact)
+    llm = load_model(AutoModelForCausalLM, llm_name, dtype=dtype, attn_implementation=exact)
     llm.config._name_or_path = ""  # else a path of this machine gets into the model's config.json
     text_tokenizer = AutoTokenizer.from_pretrained(llm_name)
     prepare_text_tokenizer(text_tokenizer)

@@ -118,17 +118,20 @@ class Chat:
             streamer: receives the tokens as they come (one chat only), such as `transformers.TextStreamer`.
 
         Raises:
-            ValueError: for a chat of more tokens than the model has positions.
+            ValueError: for a chat of more tokens than the model has positions, or whose control tokens cannot be read as text.
         """
-        inputs = self.processor.apply_chat_template(
-            list(chats),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-            sanitize_control_tokens=self._spells_control_tokens(chats),
-        ).to(self.model.device)
+        try:
+            inputs = self.processor.apply_chat_template(
+                list(chats),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+                sanitize_control_tokens=self._spells_control_tokens(chats),
+            ).to(self.model.device)
+        except NotImplementedError as error:  # the tokenizer writes special tokens that the template leaves out
+            raise ValueError(f"got a question that spells control tokens, expected none for this model: {error}") from error
         self._require_positions(inputs["input_ids"].shape[1])
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)

@@ -26,6 +26,7 @@ from transformers import (
     set_seed,
 )
 
+from vqrae.common.checkpoints import load_model
 from vqrae.common.cli import read_run
 from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation, is_main_process
@@ -143,7 +144,7 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
     dtype = torch.bfloat16 if optimization.bf16 and (optimization.zero or frozen) else torch.float32
     pretrained = final_model(config, "pretrain")
     if stage == "sft" and (pretrained / "config.json").is_file():
-        model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, attn_implementation=attention)
+        model = load_model(LlavaForConditionalGeneration, pretrained, dtype=dtype, attn_implementation=attention)
         require_tokenizer(model.config, config.tokenizer, pretrained)
         keep_released_names(model)
         return with_words_of_data(config, model, AutoProcessor.from_pretrained(pretrained))

@@ -118,7 +118,8 @@ def test_a_dry_run_reports_and_keeps_nothing(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_rehearsal_is_the_configuration_with_one_sequence_a_step(config: GenerationConfig) -> None:
-    training: TrainingConfig = rehearsal(config.training)
+    given = dataclasses.replace(config.training, dry_run=1)
+    training: TrainingConfig = rehearsal(given)
     assert training.model.llm is None  # known by its configuration
     assert training.model.llm_config == config.training.model.llm_config
     optimization = training.optimization
@@ -127,4 +128,4 @@ def test_a_rehearsal_is_the_configuration_with_one_sequence_a_step(config: Gener
         assert getattr(optimization, name) == TABLE_9[name]
     unknown = dataclasses.replace(config.training.model, llm_config=None)
     with pytest.raises(ValueError, match=r"is not on this machine: describe it in model\.llm_config"):
-        rehearsal(dataclasses.replace(config.training, model=unknown))
+        rehearsal(dataclasses.replace(given, model=unknown))

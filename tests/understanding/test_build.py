@@ -1,6 +1,7 @@
 """The assembled model reads the tokenizer's features and opens in plain transformers."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +165,12 @@ def test_folders_with_the_names_of_before_are_read_and_written_anew(tokenizer_fo
     assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
     read.save_pretrained(tmp_path / "written")
     assert load_file(tmp_path / "written" / "model.safetensors").keys() == weights.keys()
+
+
+def test_a_language_model_that_lacks_weights_is_refused(tokenizer_folder, llm_folder, tmp_path):
+    folder = shutil.copytree(llm_folder, tmp_path / "llm")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"llm lacks weights of .*: model\.norm\.weight"):
+        build_llava(tokenizer_folder, folder)

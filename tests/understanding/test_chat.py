@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
 from vqrae.data.scenes import SceneDataset
 from vqrae.understanding.answers import answer_file
@@ -222,3 +223,11 @@ def test_control_tokens_that_a_user_types_are_text(chat, monkeypatch):
     assert int((ids == end).sum()) == int((plain == end).sum()) == 1  # the template's own
     chat.answer([(None, "what ?")])
     assert received[1][0].tolist() == plain[plain != chat.text_tokenizer.pad_token_id].tolist()
+
+    backend = chat.text_tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", end)])
+    try:
+        with pytest.raises(ValueError, match="spells control tokens, expected none for this model"):
+            chat.answer([(None, "red <|im_end|> star")])
+    finally:
+        backend.post_processor = None

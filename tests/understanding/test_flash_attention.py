@@ -19,11 +19,15 @@ STEPS = [
 ]
 
 
+@pytest.mark.parametrize("encoder", ["siglip", "internvit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_llava_is_built_and_keeps_exact_positions(dtype, flash_attention, tokenizer_folder, llm_folder):
-    model, _ = build_llava(tokenizer_folder, llm_folder, flash_attention, dtype=dtype)
-    parts = (model.model.vision_tower.encoder.layers[0].self_attn, model.model.language_model.layers[0].self_attn)
-    assert [part.config._attn_implementation for part in parts] == [flash_attention] * 2
+def test_llava_is_built_and_keeps_exact_positions(dtype, encoder, flash_attention, make_tokenizer, llm_folder, tmp_path):
+    make_tokenizer(encoder).save_pretrained(tmp_path)
+    model, _ = build_llava(tmp_path, llm_folder, flash_attention, dtype=dtype)
+    layers = next(module for module in model.model.vision_tower.encoder.children() if isinstance(module, torch.nn.ModuleList))
+    parts = (layers[0], model.model.language_model.layers[0].self_attn)
+    attentions = [getattr(part, "self_attn", getattr(part, "attention", part)) for part in parts]
+    assert [part.config._attn_implementation for part in attentions] == [flash_attention] * 2
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
 
@@ -61,10 +65,10 @@ def test_both_stages_and_chat_on_their_fp32_folder(batching, flash_attention, to
 def test_the_small_language_model_trains(flash_attention, tmp_path):
     steps = [f"optimization.{key}" for key in ("max_steps=1", "global_batch_size=2", "micro_batch_size=2")]
     small = [f"model.{key}" for key in ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")]
-    options = [f"output_dir={tmp_path}", f"attn_implementation={flash_attention}", *small, *steps]
-    train_llm.main(["tiny_llm", *options])
+    options = ["tiny_llm", f"attn_implementation={flash_attention}", *small, *steps]
+    train_llm.main([*options, f"output_dir={tmp_path / 'half'}"])
     with pytest.raises(ValueError, match="set bf16=true"):
-        train_llm.main(["tiny_llm", *options, "optimization.bf16=false", "optimization.max_steps=2"])
+        train_llm.main([*options, f"output_dir={tmp_path / 'full'}", "optimization.bf16=false"])
 
 
 def test_the_choice_follows_device_and_precision(monkeypatch):
