@@ -296,6 +296,7 @@ launch() {
       [ -z "$node_rank" ] || meeting=(--nnodes "$nnodes" --node_rank "$node_rank" --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
     fi
     [ "$nproc" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # for the checkpoint after SIGTERM
     command+=(-m torch.distributed.run "${meeting[@]}" --nproc_per_node "$nproc")
   fi
   command+=(-m "$module" ${config:+"$config"} ${arguments[@]+"${arguments[@]}"})

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
+from vqrae.common.run import read_metrics
 from vqrae.eval.ablations import AblationConfig
 from vqrae.eval.dpg_bench.evaluate import DPGConfig
 from vqrae.eval.features import FeaturesConfig
@@ -29,6 +31,7 @@ from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.understanding.train import TrainConfig
 from vqrae.understanding.train_llm import TinyLLMConfig
+from vqrae.understanding.train_llm import main as train_llm
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if path.name != "lib.sh")
@@ -241,11 +244,48 @@ def test_processes_nodes_and_zero_choose_the_launch(repository: Repository) -> N
         assert repository.calls()[0][2:10] == static
 
 
+def test_the_batch_file_starts_every_node(repository: Repository) -> None:
+    batch = ROOT / "docs" / "train.sbatch"
+    shutil.copy(batch, repository.folder / "scripts")
+    assert batch.read_text().splitlines()[2].startswith("#SBATCH ")  # sbatch reads them before the first command
+    repository.make_tool(repository.tools / "scontrol", "echo first; echo second\n")
+    repository.make_tool(repository.tools / "srun", 'shift; SLURM_NODEID=1 exec "$@"\n')
+    job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_SUBMIT_DIR": str(repository.folder)}
+    result = repository.run("train.sbatch", "sft.max_steps=3", **job, GPUS="8")
+    assert result.returncode == 0, result.stderr
+    nodes = ["--nnodes", "2", "--node_rank", "1", "--master_addr", "first", "--master_port", "20007", "--nproc_per_node", "8"]
+    [call] = repository.calls("-m torch.distributed.run")
+    assert call[2:12] == nodes
+    assert call[-2:] == ["vicuna_7b", "sft.max_steps=3"]
+
+
 def test_nodes_do_not_all_make_what_is_missing(repository: Repository) -> None:
     result = repository.run("train_llava.sh", "nnodes=2", MASTER_ADDR="first")
     assert result.returncode == 2
     assert "first, on one node, run scripts/train_tokenizer.sh" in result.stderr
     assert repository.calls() == []
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_one_trains(tmp_path: Path) -> None:
+    small = ["model.hidden_size=32", "model.num_hidden_layers=1", "optimization.max_steps=2", "optimization.logging_steps=1"]
+    small += ["optimization.global_batch_size=4", "optimization.micro_batch_size=2", "optimization.bf16=false"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+    environment = {**clean, **meeting, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(ROOT / "scripts" / "train_llm.sh"), "nnodes=2", f"output={tmp_path / 'two'}", *small]
+    pipes: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    nodes = [subprocess.Popen([*command, f"node_rank={rank}"], env=environment, text=True, **pipes) for rank in range(2)]
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "llm 2/2" in outputs[0][0]
+    assert "llm 2/2" not in outputs[1][0]  # the first node speaks for all
+    train_llm(["tiny_llm", f"output_dir={tmp_path / 'one'}", *small])
+    two, one = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("two", "one"))
+    assert two == pytest.approx(one, rel=1e-4)
+    assert len(two) == 2
 
 
 # ---- GPUs
