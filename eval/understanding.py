@@ -26,7 +26,7 @@ from vqrae.common.config import check_range, did_you_mean
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import require_package, run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
-from vqrae.common.run import quiet_libraries, run_manifest
+from vqrae.common.run import hold, quiet_libraries, run_manifest
 from vqrae.eval.benchmarks import BENCHMARKS, paper_row, task_name, write_task_file
 from vqrae.eval.lmms_tasks.gqa import FOLDER_VARIABLE
 from vqrae.eval.lmms_tasks.scenes import TASK, SceneTaskConfig, write_task
@@ -192,6 +192,9 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(UnderstandingConfig, argv)
     require_package("lmms_eval", "benchmark=")
     quiet_libraries()
+    if is_main_process():
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+        hold(Path(config.output) / ".lock", config.output)
     found = evaluate(config)
     if not is_main_process():
         return

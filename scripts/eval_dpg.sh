@@ -4,7 +4,8 @@
 #   bash scripts/eval_dpg.sh [key=value ...]
 #
 #   model=runs/generation            draw with this generator; made first when there is none
-#   images=FOLDER                    score pictures that anybody drew instead: ITEM.png, a 2 x 2 grid each
+#   images=FOLDER                    score images that anybody drew instead: ITEM.png for each prompt
+#   pictures_per_prompt=1            of images=: 1 for single images, 4 for 2 x 2 grids
 #   questions=scenes                 scenes, or DPG-Bench's dpg_bench.csv (not shipped; the error says where it is)
 #   judge=scenes                     mplug (the official one), vqa, chat, endpoint, understanding, scenes
 #   judge_model=MODEL judge_url=URL  of the judge
@@ -16,7 +17,7 @@
 . "$(dirname "$0")/lib.sh"
 config="" nproc=1
 read_arguments "$@"
-install
+if [ "$(given judge || true)" = mplug ]; then install mplug; else install; fi
 given images >/dev/null || artefact model generation train_ar_gen.sh
 defaults out=runs/evaluation/dpg
 launch vqrae.eval.dpg_bench.evaluate

@@ -272,6 +272,29 @@ def test_every_benchmark_runs_over_local_files(llava: Path, tmp_path: Path, caps
 
 
 @pytest.mark.slow
+def test_answers_are_those_of_the_wrapper_in_lmms_eval(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours in batches, lmms-eval's own `llava_hf` one by one, on the same folder."""
+    pytest.importorskip("lmms_eval")
+    from lmms_eval import evaluator
+    from lmms_eval.tasks import TaskManager
+
+    from vqrae.eval.lmms_eval_model import LMMSEvalModel
+
+    monkeypatch.setitem(sys.modules, "decord", types.SimpleNamespace(VideoReader=None, cpu=None))  # it reads videos only
+    tasks = TaskManager("WARNING", str(write_task(SceneTaskConfig(output=str(tmp_path), num_images=2))), include_defaults=False)
+    places = types.SimpleNamespace(output_path=str(tmp_path), process_with_media=False)
+    options = {"tasks": ["vqrae_scenes"], "task_manager": tasks, "device": "cpu", "cli_args": places}
+    stock = f"pretrained={llava},device_map=cpu,dtype=float32,attn_implementation=eager"
+    results = [
+        evaluator.simple_evaluate(model=LMMSEvalModel(str(llava), batch_size=5, device="cpu"), **options),
+        evaluator.simple_evaluate(model="llava_hf", model_args=stock, batch_size=1, **options),
+    ]
+    ours, theirs = ({sample["doc_id"]: sample["resps"] for sample in result["samples"]["vqrae_scenes"]} for result in results)
+    assert ours == theirs
+    assert len({str(answer) for answer in ours.values()}) == len(ours) > 5
+
+
+@pytest.mark.slow
 def test_what_fails_in_lmms_eval_fails_here(llava: Path, tmp_path: Path) -> None:
     pytest.importorskip("lmms_eval")
     command = [f"model={llava}", f"output={tmp_path / 'out'}", "device=cpu", f"data={tmp_path}"]
