@@ -66,8 +66,6 @@ class Mixture(Dataset):
         ValueError: when a weight is not positive, or the weights have too many decimals for a schedule.
     """
 
-    is_shuffled = True  # index 0, 1, 2, … is the order to train in; see `StreamSampler`
-
     def __init__(
         self,
         parts: Sequence[Any],
@@ -110,6 +108,10 @@ class Mixture(Dataset):
     def __len__(self) -> int:
         return self.size
 
+    def training_index(self, place: int, epoch: int) -> int:
+        """Index 0, 1, 2, … is the order to train in already; see `StreamSampler`."""
+        return place
+
     def set_epoch(self, epoch: int) -> None:
         """The epoch of plain indices; a `Draw` carries its own."""
         self.epoch = epoch
@@ -133,8 +135,8 @@ class Mixture(Dataset):
         place = position % WINDOW
         part, seen = int(order[place]), order[:place]
         epoch, place = divmod(int(before[part] + (seen == part).sum()), int(self.sizes[part]))
-        if getattr(self.parts[part], "is_shuffled", False):
-            return part, Draw(place, epoch)
+        if own_order := getattr(self.parts[part], "training_index", None):
+            return part, Draw(own_order(place, epoch), epoch)
         return part, Draw(shuffled(place, int(self.sizes[part]), self.seed, part, epoch), epoch)
 
     def __getitem__(self, index: int) -> Any:

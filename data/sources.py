@@ -165,11 +165,14 @@ def is_encoded(samples: Samples) -> bool:
 
 
 def some_captions(samples: Samples, limit: int = 20_000) -> list[str]:
-    """Captions of up to `limit` samples, evenly spread over each part, without decoding a picture."""
+    """Captions of up to `limit` samples of each part, evenly spread or the first to train on, without decoding a picture."""
     if isinstance(samples, Mixture):
         return [text for part in samples.parts for text in some_captions(part, limit)]
     captions: list[str | None] = []
-    for index in np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)).tolist():
+    chosen = np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)).tolist()
+    if own_order := getattr(samples, "training_index", None):  # of far tars, only those that come first
+        chosen = [own_order(place, 0) for place in range(len(chosen))]
+    for index in chosen:
         if isinstance(samples, CodeDataset):
             captions += samples.captions(index)
         elif isinstance(samples, SceneDataset):

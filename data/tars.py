@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from braceexpand import braceexpand
 
 from vqrae.common.distributed import world_size
@@ -224,13 +225,14 @@ class TarDataset(EncodedPictures):
     ) -> None:
         super().__init__(source, image_size=image_size, captions=captions is True, **reading)
         raise_file_limit()
-        self.paths, key, buffer = parse_tars(source)
+        self.paths, key, self.buffer = parse_tars(source)
         self.caption_keys, self.with_text = (key,) if key else CAPTION_KEYS, bool(captions)
-        self.stage = Stage(source, 2 * buffer) if buffer else None
+        self.stage = Stage(source, 2 * self.buffer) if self.buffer else None
         picked = tar_indices(self.paths, self._pick, self.stage)
         chosen = split_indices(np.concatenate([hashes for _, hashes in picked]), split, source)[:size]
         self.places = np.concatenate([places for places, _ in picked])[chosen]
-        self.is_shuffled = bool(buffer) and split != "validation"
+        self.training_index = self._buffered_index if self.buffer else None
+        self._in_training_order = torch.zeros(1, dtype=torch.uint8).share_memory_()  # the sampler is asked, workers read
         self._epoch_order: tuple[int, np.ndarray, np.ndarray] | None = None
         self.first = np.searchsorted(self.places[:, 0], np.arange(len(self.paths) + 1))  # row of each tar
 
@@ -260,8 +262,11 @@ class TarDataset(EncodedPictures):
         return len(self.places)
 
     def encoded(self, draw: Draw) -> Encoded:
-        row = self._row(draw) if self.is_shuffled else int(draw)
-        tar, image, image_size, text, text_size = self.places[row].tolist()
+        tar, image, image_size, text, text_size = self.places[draw].tolist()
+        if self.stage and self._in_training_order[0]:
+            order, _ = self._order(draw.epoch)
+            for later in order[np.flatnonzero(order == tar)[0] + self.buffer :][:1]:
+                self.stage.fetch_soon(self.paths[later])
         block = self._read(tar, image - 1, tarfile.BLOCKSIZE + image_size)
         member = block[:100].partition(b"\0")[0].decode("utf-8", "replace")  # the header's first field
         caption = None
@@ -270,19 +275,16 @@ class TarDataset(EncodedPictures):
             caption = self._caption(self._read(tar, text, text_size), is_json=is_json)
         return Encoded(f"{self.paths[tar]}, {member}", block[tarfile.BLOCKSIZE :], caption)
 
-    def _row(self, draw: Draw) -> int:
-        """The row at a position of the order of training."""
-        order, ends = self._order(draw.epoch)
-        turn = int(np.searchsorted(ends, draw, side="right"))
-        buffer = self.stage.capacity // 2 if self.stage else 1
-        begin = turn // buffer * buffer
-        start, stop = (int(ends[begin - 1]) if begin else 0), int(ends[min(begin + buffer, len(order)) - 1])
-        place = start + shuffled(draw - start, stop - start, self.seed, draw.epoch, begin)
+    def _buffered_index(self, place: int, epoch: int) -> int:
+        """The sample at a place of the order of training."""
+        self._in_training_order[0] = 1
+        order, ends = self._order(epoch)
         turn = int(np.searchsorted(ends, place, side="right"))
-        tar = int(order[turn])
-        if self.stage and turn + buffer < len(order):
-            self.stage.fetch_soon(self.paths[order[turn + buffer]])
-        return int(self.first[tar]) + place - (int(ends[turn - 1]) if turn else 0)
+        begin = turn // self.buffer * self.buffer
+        start, stop = (int(ends[begin - 1]) if begin else 0), int(ends[min(begin + self.buffer, len(order)) - 1])
+        place = start + shuffled(place - start, stop - start, self.seed, epoch, begin)
+        turn = int(np.searchsorted(ends, place, side="right"))
+        return int(self.first[order[turn]]) + place - (int(ends[turn - 1]) if turn else 0)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The tars of an epoch in their order, and how many samples there are up to the end of each."""

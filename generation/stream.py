@@ -38,8 +38,9 @@ class TrainingStream(Dataset):
         """{"codes": int64 (N,)} or {"image": uint8 (3, H, W)}, and "caption": str"""
         size = len(self.samples)
         epoch, place = divmod(position, size)
-        in_order = getattr(self.samples, "is_shuffled", False)  # a mixture
-        sample = self.samples[Draw(place if in_order else shuffled(place, size, self.seed, epoch), epoch)]
+        own_order = getattr(self.samples, "training_index", None)  # of a mixture, of tars with a buffer
+        index = own_order(place, epoch) if own_order else shuffled(place, size, self.seed, epoch)
+        sample = self.samples[Draw(index, epoch)]
         dropped = np.random.default_rng([self.seed, position, _DROPOUT_STREAM]).random() < self.caption_dropout
         return {**sample, "caption": ""} if dropped else sample
 

@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vqrae.common.trainer import WholeTrainer
 from vqrae.data.grouping import GroupedSampler, modality_lengths
+from vqrae.data.stream import OwnOrderSampler
 from vqrae.understanding.projector import PROJECTOR_FILE, load_projector, save_projector
 
 PROJECTOR = "multi_modal_projector."  # in the names of weights
@@ -39,10 +40,12 @@ class LlavaTrainer(WholeTrainer):
         self.projector_learning_rate = projector_learning_rate
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset: Any = train_dataset or self.train_dataset
         if not self.grouped:
-            return super()._get_train_sampler(train_dataset)
+            orders_itself = getattr(dataset, "training_index", None)
+            return OwnOrderSampler(dataset) if orders_itself else super()._get_train_sampler(train_dataset)
         return GroupedSampler(
-            modality_lengths(train_dataset or self.train_dataset),
+            modality_lengths(dataset),
             micro_batch_size=self.args.train_batch_size,
             micro_batches=self.args.gradient_accumulation_steps * self.args.world_size,
             seed=self.args.seed,

@@ -23,7 +23,7 @@ from vqrae.common import files
 from vqrae.data import staging, tars
 from vqrae.data.mixture import Mixture
 from vqrae.data.sources import fingerprint, open_images, open_pairs, source_kind
-from vqrae.data.stream import StreamSampler
+from vqrae.data.stream import Draw, OwnOrderSampler, StreamSampler
 from vqrae.data.tars import TarDataset
 
 
@@ -304,3 +304,31 @@ def test_shuffling_depends_on_seed_and_epoch(tmp_path: Path) -> None:
     assert len({tuple(values) for values in orders.values()}) == 4
     assert all(sorted(values) == list(range(48)) for values in orders.values())
     assert np.mean([values == sorted(values) for values in orders.values()]) == 0
+
+
+def test_reading_in_stored_order_keeps_images_across_epochs(tmp_path: Path) -> None:
+    """Code extraction asks for other crops of an image by epoch."""
+    write_tars(tmp_path, 4, 4)
+    dataset = open_images(f"{tmp_path}/*.tar,buffer=1", image_size=8, split="all", crop="zoom")
+    assert shown([dataset[Draw(i, epoch)] for epoch in (0, 1) for i in range(16)]) == [*range(16)] * 2
+
+
+def test_the_next_tars_are_fetched_ahead_in_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tars(tmp_path, 6, 4)
+    asked: list[str] = []
+    monkeypatch.setattr(staging.Stage, "fetch_soon", lambda self, url: asked.append(url))
+    dataset = open_images(f"{tmp_path}/*.tar,buffer=2", image_size=8, split="all")
+    assert shown([dataset[i] for i in range(24)]) == [*range(24)]
+    assert asked == []
+    values = order(dataset, 24)
+    tars_in_order = list(dict.fromkeys(value // 4 for value in values))
+    assert {int(Path(url).stem) for url in asked} == {*tars_in_order[2:]}
+
+
+def test_trainers_read_an_epoch_in_the_order_of_the_data(tmp_path: Path) -> None:
+    write_tars(tmp_path, 4, 4)
+    dataset = open_images(f"{tmp_path}/*.tar,buffer=2", image_size=8, split="all")
+    sampler = OwnOrderSampler(dataset)
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        assert shown([dataset[draw] for draw in sampler]) == order(dataset, 16, start=16 * epoch)
