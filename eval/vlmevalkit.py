@@ -2,12 +2,14 @@
 
     git clone https://github.com/open-compass/VLMEvalKit && pip install -e VLMEvalKit
     python -m vqrae.eval.vlmevalkit root=VLMEvalKit model=runs/internvl3_vqrae data=[MMBench_DEV_EN,MME,AI2D_TEST] output=OUT
+    torchrun --nproc_per_node 8 -m vqrae.eval.vlmevalkit root=VLMEvalKit …
 
 VLMEvalKit has no plug-ins. The model is entered into its table of models, then its own `run.py` does everything else.
 Prompts and the number of tiles are those of its InternVL class, so that scores can be compared with InternVL's. Written
 against VLMEvalKit at e8e78f05 (2026-08), whose `run.py` was run with it.
 """
 
+import os
 import runpy
 import sys
 from dataclasses import dataclass, field
@@ -17,11 +19,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from PIL import Image
 
 from vqrae.common.checkpoints import local_model
 from vqrae.common.cli import parse_arguments
-from vqrae.common.distributed import is_main_process
+from vqrae.common.distributed import is_main_process, world_size
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json
 from vqrae.common.pictures import open_picture
@@ -121,6 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     options = ["--model", config.name, "--data", *config.data, "--work-dir", str(output), *config.options]
     sys.argv = [str(run), *options]
     sys.path.insert(0, str(run.parent))
+    if world_size() > 1 and torch.cuda.is_available():
+        # run.py sets CUDA_VISIBLE_DEVICES for each process, which comes too late where an import has asked for CUDA.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     runpy.run_path(str(run), run_name="__main__")
     if is_main_process() and (failed := failed_benchmarks(output, config.name)):  # run.py goes on after every error
         raise SystemExit("\n".join(f"{benchmark} failed: {reason}" for benchmark, reason in failed.items()))

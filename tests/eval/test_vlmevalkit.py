@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from vqrae.eval import vlmevalkit
@@ -184,6 +185,17 @@ def test_several_images_keep_their_labels_and_share_the_tiles(kit: Any, asked: l
     assert asked[1][0]["content"][0]["image"].size == (6, 6)
     with pytest.raises(NotImplementedError, match="several turns"):
         model.chat([{"role": "user", "content": "?"}], dataset="MMDU")
+
+
+def test_each_process_takes_its_own_gpu(kit: Any, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    (tmp_path / "run.py").write_text("")
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 8), ("set_device", chosen.append)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    launch(tmp_path, llava)
+    assert chosen == [3]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
