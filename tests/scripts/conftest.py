@@ -1,0 +1,65 @@
+"""A copy of the repository's scripts, with a Python that only writes down how it was called."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Variables of whoever runs the tests that would choose an environment or a launch.
+FOREIGN = ("VIRTUAL_ENV", "CONDA_", "PYTHON", "UV_", "PIP_", "SLURM_", "MASTER_", "CUDA_")
+
+
+class Repository:
+    """A copy of the scripts, and an active environment whose `python` records its calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder / "repo", folder / "calls"
+        shutil.copytree(ROOT / "scripts", self.folder / "scripts", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+        for name in ("setup.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.folder)
+        self.make_python(folder / "env")
+        self.make_python(self.folder / ".venv")
+        self.tools = folder / "tools"
+        self.tools.mkdir()
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+        tools = {"CALLS": str(self.log), "PATH": f"{self.tools}:{os.environ['PATH']}"}
+        self.environment = {**clean, "VIRTUAL_ENV": str(folder / "env"), **tools}
+
+    def make_python(self, environment: Path) -> Path:
+        """A Python that lacks $MISSING, sees $GPUS, takes $SECONDS to install, and really reads configurations."""
+        return self.make_tool(
+            environment / "bin" / "python",
+            'case "$*" in\n'
+            f'"- vqrae."*) exec {sys.executable} "$@" ;;\n'
+            '"- "*) cat >/dev/null; [ -z "${MISSING:-}" ] || echo "$MISSING" ;;\n'
+            '"-c import torch"*) echo "${GPUS:-0}" ;;\n'
+            '*" install "*) sleep ${INSTALL_SECONDS:-0}; exit ${INSTALL_FAILS:-0} ;;\n'
+            "esac\n",
+        )
+
+    @staticmethod
+    def make_tool(path: Path, answers: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('#!/bin/sh\necho "$*" >>"$CALLS"\n' + answers)
+        path.chmod(0o755)
+        return path
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        self.log.write_text("")
+        command = ["bash", str(self.folder / "scripts" / script), *arguments]
+        return subprocess.run(
+            command, cwd=self.folder.parent, env={**self.environment, **environment}, capture_output=True, text=True
+        )
+
+    def calls(self, word: str = "-m vqrae.") -> list[list[str]]:
+        """The recorded calls that contain `word`."""
+        return [line.split() for line in self.log.read_text().splitlines() if word in line]
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path)
