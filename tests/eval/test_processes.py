@@ -15,6 +15,7 @@ from vqrae.data.scenes import load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.eval import features, generation, locality, scene_questions
+from vqrae.eval.sharding import run_module
 from vqrae.generation.model import build_generator
 from vqrae.generation.vocabulary import VisualVocabulary
 from vqrae.understanding.build import build_llava
@@ -85,3 +86,9 @@ def test_two_processes_give_the_numbers_of_one(
     assert len(pictures[0]) == len(pictures[1]) == 12
     for a, b in zip(*pictures, strict=True):
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_one_of_several_processes_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="got a launch of 2 processes, expected one that starts others"):
+        run_module(features, [], 1)
