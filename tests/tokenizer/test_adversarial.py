@@ -21,6 +21,7 @@ from vqrae.tokenizer.discriminator import DinoDiscriminator, PatchDiscriminator,
 from vqrae.tokenizer.guard import SkippedSteps
 from vqrae.tokenizer.losses import LeCam, generator_hinge_loss
 from vqrae.tokenizer.stage import StageTrainer
+from vqrae.tokenizer.train_config import StageConfig
 
 # Two micro-batches in a step; the discriminator runs in the last two of four steps.
 ADVERSARIAL = [
@@ -65,7 +66,10 @@ def test_not_run_before_its_start(tiny_run: list[str], tmp_path: Path, monkeypat
 
 
 def test_weight_ramps_in_and_learning_rate_counts_its_own_steps() -> None:
-    stage = SimpleNamespace(
+    stage = StageConfig(
+        global_batch_size=1,
+        micro_batch_size=1,
+        freeze_encoder=True,
         adversarial_weight=0.1,
         discriminator_start=50,
         discriminator_ramp=4,
@@ -77,8 +81,7 @@ def test_weight_ramps_in_and_learning_rate_counts_its_own_steps() -> None:
     )
     tokenizer, discriminator = (SimpleNamespace(param_groups=[{"lr": 0.0}]) for _ in range(2))
     trainer = SimpleNamespace(stage=stage, base_rates=[1e-4], optimizer=tokenizer, d_optimizer=discriminator)
-    trainer.is_adversarial = lambda step: StageTrainer.is_adversarial(trainer, step)
-    assert [StageTrainer.adversarial_ramp(trainer, step) for step in range(50, 56)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [stage.adversarial_ramp(step) for step in range(50, 56)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
     def rate(step: int) -> float:
         StageTrainer.set_learning_rates(trainer, step)
