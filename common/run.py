@@ -204,6 +204,7 @@ class RunDirectory:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         hold(self.path / ".lock", str(self.path))
+        remove_temporaries(self.path)
         if config is not None and self.has_results():
             refuse_changes(self.path, changed_settings(self.path, config, ignore))
 
@@ -231,7 +232,6 @@ class RunDirectory:
             refuse_changes(self.path, [f"{name} {known[name]!r} -> {new!r}" for name, new in others.items()])
             resumed = {key: launch[key] for key in ("command", "git_commit", "packages", "started")}
             manifest.setdefault("resumed", []).append(resumed)
-        remove_temporaries(self.path)
         if self.config is not None:
             text = to_yaml(self.config)
             print(f"----- {self.path} -----\n{text}-----", flush=True)

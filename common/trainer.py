@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -277,10 +278,13 @@ def run_trainer(trainer: Trainer) -> None:
         request.end_process(trainer.state.global_step)
 
 
-def save_model(trainer: WholeTrainer, folder: Path, text_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write the trained model, with the trainer's processor or `text_tokenizer`, to `folder`, whole or not at all.
+def save_model(trainer: WholeTrainer, folder: Path, complete: Callable[[Path], object] | None = None) -> None:
+    """Write the trained model and the trainer's processor to `folder`, whole or not at all.
 
     Every process calls this: under ZeRO-3 the weights are gathered from all.
+
+    Args:
+        complete: writes what else belongs to a finished run, given the folder before it gets its name.
     """
     trainer.require_finite_weights()
     trainer.model.config.use_cache = True  # Trainer turned it off
@@ -290,8 +294,8 @@ def save_model(trainer: WholeTrainer, folder: Path, text_tokenizer: PreTrainedTo
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(staging))
     if trainer.is_world_process_zero():
-        if text_tokenizer is not None:
-            text_tokenizer.save_pretrained(staging)
+        if complete is not None:
+            complete(staging)
         (staging / "training_args.bin").unlink()  # a pickle has no place in a model folder
         mark_trained(staging, trainer.state.global_step)
         with atomic_path(folder) as whole:

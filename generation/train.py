@@ -89,7 +89,7 @@ def train(config: TrainingConfig) -> Path:
         encode=encode,
     )
     run_trainer(trainer)
-    save_model(trainer, output / "model", text_tokenizer)
+    save_model(trainer, output / "model", text_tokenizer.save_pretrained)
     return output / "model"
 
 

@@ -35,7 +35,7 @@ ENCODER = (
     "{model_type: siglip_vision_model, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,"
     " image_size: 32, patch_size: 8, vision_use_head: false}"
 )
-PROVENANCE = {".lock", "config.yaml", "manifest.json", "metrics.jsonl", "training_args.bin"}  # paths, dates and speeds
+PROVENANCE = (".lock", "config.yaml", "manifest.json", "training_args.bin")  # ends of names: paths, dates, processes
 
 
 @dataclass(frozen=True)
@@ -292,8 +292,8 @@ def result_of(output: Path) -> dict[str, str]:
         elif path.name == "metrics.jsonl":
             rows = {row["step"]: row["loss"] for row in read_metrics(path.parent) if "loss" in row}
             found[str(name)] = str(sorted(rows.items()))
-        elif path.is_file() and path.name not in PROVENANCE and "events" not in name.parts and not is_temporary(path):
-            is_provenance = path.name.endswith("manifest.json")
+        elif path.is_file() and "events" not in name.parts and not is_temporary(path):
+            is_provenance = path.name.endswith(PROVENANCE)
             found[str(name)] = "" if is_provenance else hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 

@@ -12,9 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from vqrae.common.trainer import WholeTrainer
 from vqrae.data.grouping import GroupedSampler, modality_lengths
 from vqrae.data.stream import OwnOrderSampler
-from vqrae.understanding.projector import PROJECTOR_FILE, load_projector, save_projector
-
-PROJECTOR = "multi_modal_projector."  # in the names of weights
+from vqrae.understanding.projector import PROJECTOR, PROJECTOR_FILE, load_projector, save_projector
 
 
 class LlavaTrainer(WholeTrainer):

@@ -7,10 +7,12 @@ calls the same two layers `linear_1` and `linear_2`.
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from vqrae.common.files import atomic_path
 
+PROJECTOR = "multi_modal_projector."  # in the names of weights
 PROJECTOR_FILE = "mm_projector.bin"
 NAMES = {
     f"{theirs}.{kind}": f"{ours}.{kind}"
@@ -25,6 +27,16 @@ def save_projector(weights: dict[str, Tensor], path: str | Path) -> None:
     state = {f"model.mm_projector.{theirs}": weights[ours].detach().cpu().clone() for theirs, ours in NAMES.items()}
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         torch.save(state, stream)  # given a path, it writes that into the file
+
+
+def extract_projector(model: Path, path: Path) -> None:
+    """Write the projector of a saved LLaVA folder as LLaVA's file."""
+    weights: dict[str, Tensor] = {}
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            ours = [name for name in stored.keys() if PROJECTOR in name]  # noqa: SIM118
+            weights |= {name.partition(PROJECTOR)[2]: stored.get_tensor(name) for name in ours}
+    save_projector(weights, path)
 
 
 def load_projector(projector: nn.Module, path: str | Path) -> None:

@@ -10,6 +10,7 @@ Pretrain leaves LLaVA's `mm_projector.bin` too. The same command resumes, and do
 """
 
 import dataclasses
+import functools
 import gc
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.errors import require_package, run_main
 from vqrae.common.files import atomic_path, printable
-from vqrae.common.run import RunDirectory, changed_settings, mark_trained, refuse_changes, trained_steps
+from vqrae.common.run import RunDirectory, changed_settings, mark_trained, refuse_changes, remove_temporaries, trained_steps
 from vqrae.common.trainer import (
     InstrumentCallback,
     OptimizationConfig,
@@ -50,7 +51,7 @@ from vqrae.understanding.conversation import ConversationCollator, load_template
 from vqrae.understanding.llava_trainer import LlavaTrainer
 from vqrae.understanding.lora import LoraSettings, add_lora, merge_lora
 from vqrae.understanding.packing import PackingCollator
-from vqrae.understanding.projector import PROJECTOR_FILE, load_projector, save_projector
+from vqrae.understanding.projector import PROJECTOR_FILE, extract_projector, load_projector
 from vqrae.understanding.quantized import QUANTIZED, read_quantized_features
 from vqrae.understanding.words import add_word_rows, describe_unknown, learn_words, texts_of
 
@@ -212,6 +213,8 @@ def open_run(config: TrainConfig, stage: Stage) -> RunDirectory:
         return RunDirectory(folder / stage, config, seed=config.seed, ignore={"sft", "lora", "batching"} | own_data)
     if final_model(config, "pretrain").is_dir() and is_main_process():
         refuse_changes(folder / "pretrain", changed_settings(folder / "pretrain", config, names - BUILT_BY_PRETRAIN))
+    if is_main_process():
+        remove_temporaries(folder)
     ignore = {"pretrain", "pretrain_data", "pretrain_image_folder"}
     return RunDirectory(folder / stage, config, seed=config.seed, ignore=ignore)
 
@@ -270,14 +273,11 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         projector_learning_rate=lora.projector_learning_rate if lora else None,
     )
     run_trainer(trainer)
-    save_model(trainer, run_dir / "adapter" if lora else final)
+    keep_projector = functools.partial(extract_projector, path=run_dir / PROJECTOR_FILE) if stage == "pretrain" else None
+    save_model(trainer, run_dir / "adapter" if lora else final, keep_projector)
     free_engine(trainer)
-    if is_main_process():
-        if lora:
-            save_merged(config, run_dir / "adapter", final, steps=trainer.state.global_step)
-        if stage == "pretrain":
-            projector = LlavaForConditionalGeneration.from_pretrained(final).model.multi_modal_projector
-            save_projector(projector.state_dict(), run_dir / PROJECTOR_FILE)
+    if lora and is_main_process():
+        save_merged(config, run_dir / "adapter", final, steps=trainer.state.global_step)
     trainer.accelerator.wait_for_everyone()
 
 
