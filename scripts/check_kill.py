@@ -19,12 +19,13 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vqrae.common.cli import parse_arguments
+from vqrae.common.config import did_you_mean
 from vqrae.common.errors import exit_code, run_main
 from vqrae.common.files import write_json
 from vqrae.common.run import read_metrics
@@ -45,11 +46,13 @@ class Job:
     Attributes:
         module: whose `main` takes `arguments` and OUTPUT (a word in them).
         processes: that work on it together.
+        needs: the tiny models that it starts from, by the names of the jobs that make them, in order.
     """
 
     module: str
     arguments: list[str]
     processes: int = 1
+    needs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -107,23 +110,23 @@ def all_jobs(parts: Path) -> dict[str, Job]:
     codes = ["tiny", "output_dir=OUTPUT", tokenizer, "size=40", "shard_size=8", "batch_size=4"]
     ask = ["chat", "--model", str(parts / "llava"), "--questions", str(parts / "questions.jsonl"), "--batch-size", "2"]
     draw = ["generate", "--model", str(parts / "generator"), "--prompts-file", str(parts / "prompts.txt"), "--batch-size", "2"]
-    training, generation = "vqrae.understanding.train", "vqrae.generation.train"
-    zero = [f"{stage}.zero={number}" for stage, number in (("pretrain", 2), ("sft", 3))]
-    return {
+    training, generation, cli = "vqrae.understanding.train", "vqrae.generation.train", "vqrae.scripts.cli"
+    jobs = {
         "encoder": Job("vqrae.tokenizer.pretrain_encoder", encoder),
         "tokenizer": Job("vqrae.tokenizer.train", tokenizer_arguments()),
         "llm": Job("vqrae.understanding.train_llm", language_model),
-        "llava": Job(training, llava),
-        "codes": Job("vqrae.generation.extract_codes", codes),
-        "generator": Job(generation, generator),
-        "answers": Job("vqrae.scripts.cli", [*ask, "--max-new-tokens", "4", "--out", "OUTPUT/answers.jsonl"]),
-        "generate": Job("vqrae.scripts.cli", [*draw, "--num-images", "2", "--out", "OUTPUT"]),
-        "tokenizer, 2 processes": Job("vqrae.tokenizer.train", tokenizer_arguments(), processes=2),
-        "codes, 2 processes": Job("vqrae.generation.extract_codes", codes, processes=2),
-        "llava, 2 processes": Job(training, llava, processes=2),
-        "llava, 2 processes, ZeRO-2 and 3": Job(training, [*llava, *zero], processes=2),
-        "generator, 2 processes, ZeRO-1": Job(generation, [*generator, "optimization.zero=1"], processes=2),
+        "llava": Job(training, llava, needs=("tokenizer", "llm")),
+        "codes": Job("vqrae.generation.extract_codes", codes, needs=("tokenizer",)),
+        "generator": Job(generation, generator, needs=("tokenizer", "codes")),
+        "answers": Job(
+            cli, [*ask, "--max-new-tokens", "4", "--out", "OUTPUT/answers.jsonl"], needs=("tokenizer", "llm", "llava")
+        ),
+        "generate": Job(cli, [*draw, "--num-images", "2", "--out", "OUTPUT"], needs=("tokenizer", "codes", "generator")),
     }
+    two = {f"{name}_x2": replace(jobs[name], processes=2) for name in ("codes", "tokenizer", "llava")}
+    for name, zero in (("llava", ["pretrain.zero=2", "sft.zero=3"]), ("generator", ["optimization.zero=1"])):
+        two[f"{name}_x2_zero"] = replace(jobs[name], arguments=[*jobs[name].arguments, *zero], processes=2)
+    return jobs | two
 
 
 def tokenizer_arguments() -> list[str]:
@@ -135,18 +138,14 @@ def tokenizer_arguments() -> list[str]:
     return ["tiny", "output_dir=OUTPUT", *model, *stages, *counts]
 
 
-def make_parts(parts: Path) -> None:
-    """Make the tiny models that jobs start from: `tokenizer`, `llm`, `codes`, `llava`, `generator`, questions and prompts."""
+def make_parts(parts: Path, wanted: Collection[str]) -> None:
+    """Make those of the tiny models that are wanted, each by the job of its name, and questions and prompts."""
+    parts.mkdir(parents=True, exist_ok=True)
     jobs = all_jobs(parts)
-    for name, job in {
-        "tokenizer": "tokenizer",
-        "llm": "llm",
-        "codes": "codes",
-        "llava": "llava",
-        "generator": "generator",
-    }.items():
-        if launch(jobs[job], parts / name, parts / f"{name}.log") != "0":
-            raise RuntimeError(f"{name} cannot be made: {(parts / f'{name}.log').read_text()[-2000:]}")
+    for name in ("tokenizer", "llm", "codes", "llava", "generator"):
+        log = parts / f"{name}.log"
+        if name in wanted and launch(jobs[name], parts / name, log) != "0":
+            raise RuntimeError(f"{name} cannot be made: {log.read_text()[-2000:]}")
     lines = [f'{{"id": {i}, "question": "how many things are there ?"}}\n' for i in range(8)]
     (parts / "questions.jsonl").write_text("".join(lines))
     (parts / "prompts.txt").write_text("a photo of a red circle\na photo of two stars\n")
@@ -392,13 +391,13 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_arguments(CheckKillConfig, argv)
     output = Path(config.output).absolute()
     parts, jobs = output / "parts", all_jobs(output / "parts")
+    prepare_process(jobs)
     if config.jobs != "all":
+        unknown = sorted(set(config.jobs.split(",")) - jobs.keys())
+        if unknown:
+            raise ValueError(f"got jobs={config.jobs}: there is no {unknown[0]!r}. {did_you_mean(unknown[0], jobs)}")
         jobs = {name: jobs[name] for name in config.jobs.split(",")}
-    prepare_process(all_jobs(parts))
-    if not (parts / "prompts.txt").is_file():
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        make_parts(parts)
+    make_parts(parts, {part for job in jobs.values() for part in job.needs})
     outcomes: dict[str, Outcome] = {}
     for name, job in jobs.items():
         begun = time.monotonic()
