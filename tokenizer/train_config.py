@@ -58,7 +58,7 @@ class DataConfig:
     """Leave out stored pictures more than so many times as long as wide; 0 takes all."""
 
     def __post_init__(self) -> None:
-        check_range(self, "num_workers", low=0)
+        check_range(self, "num_workers", "min_edge", "max_aspect", low=0)
         check_range(self, "cutmix", low=0, high=1)
 
 
