@@ -23,9 +23,11 @@ def parse_name(source: str) -> tuple[str, dict[str, str]]:
     """Name and options of `hf:NAME,key=value,…`.
 
     Raises:
-        ValueError: for an unknown option.
+        ValueError: for an unknown option, or no name.
     """
     name, *pairs = source.removeprefix(PREFIX).split(",")
+    if not name:
+        raise ValueError(f"{source}: got no name, expected {PREFIX}NAME of a data set, a folder or a .parquet file")
     options = {}
     for pair in pairs:
         key, _, value = pair.partition("=")

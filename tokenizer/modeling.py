@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor
 from transformers import initialization as init
@@ -80,12 +81,19 @@ class VQRAEModel(PreTrainedModel):
         """Load a tokenizer folder or hub id; the arguments are those of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: where weights are missing, left over or not finite: codes would be noise without a word.
+            ValueError: where weights are damaged, missing, left over, of another shape or not finite: codes would be noise
+                without a word.
         """
         with_report = kwargs.pop("output_loading_info", False)
-        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has unknown")):
-            if keys := sorted(report[kind]):
+        kwargs = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}  # reported below
+        try:
+            model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of {pretrained_model_name_or_path} are damaged: {error}") from error
+        found = {**report, "mismatched_keys": {key for key, *_ in report["mismatched_keys"]}}
+        wrong = {"missing_keys": "lacks", "unexpected_keys": "has unknown", "mismatched_keys": "has other shapes of"}
+        for kind, verb in wrong.items():
+            if keys := sorted(found[kind]):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} {verb} weights of a tokenizer: {len(keys)}, the first is {keys[0]}; "
                     "take a folder that was written whole, whose config.json belongs to its weights"

@@ -70,7 +70,7 @@ def check_data(arguments: argparse.Namespace) -> int:
     from vqrae.data.cleaning import require_target, write_clean
     from vqrae.data.mixture import parse_mixture
 
-    if min(arguments.limit or 1, arguments.workers + 1) < 1:
+    if min(1 if arguments.limit is None else arguments.limit, arguments.workers + 1) < 1:
         raise ValueError(f"got --limit {arguments.limit} --workers {arguments.workers}, expected positive numbers")
     if arguments.write_clean:
         require_target(arguments.source, arguments.write_clean, arguments.image_folder)

@@ -1,6 +1,7 @@
 """What a training would need, before there is a machine for it."""
 
 import argparse
+import math
 from typing import Any
 
 from vqrae.scripts.commands.shared import add_command
@@ -23,7 +24,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from vqrae.eval.memory_plan import plan as plan_memory
 
     gpus = arguments.gpus or GPU_COUNTS
-    if min(*gpus, arguments.gpu_memory, 1) < 1:
+    if not (min(gpus) >= 1 and 1 <= arguments.gpu_memory < math.inf):
         raise ValueError(f"got --gpus {arguments.gpus} --gpu-memory {arguments.gpu_memory:g}, expected positive numbers")
     jobs = plan_memory(arguments.config, arguments.overrides)
     print("\n\n".join(render(job, gpus=gpus, gpu_memory=arguments.gpu_memory) for job in jobs))

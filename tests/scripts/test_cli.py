@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -130,6 +131,35 @@ def test_decode_refuses_other_codes(
     (tmp_path / "damaged.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:200])
     assert main(["decode", "--codes", str(tmp_path / "damaged.npz"), *model]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check-data", "scenes", "--limit", "0"], "got --limit 0"),
+        (["check-data", "hf:"], "hf:: got no name"),
+        (["plan", "siglip2_256", "--gpu-memory", "nan"], "--gpu-memory nan"),
+        (["plan", "siglip2_256", "stage1.end_lr=[1"], "is not valid YAML"),
+    ],
+)
+def test_mistakes_without_a_model_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_tokenizer_whose_weights_are_cut_short_or_of_another_size_is_named(
+    pictures: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["encode", "--images", str(pictures), "--out", str(tmp_path / "codes.npz"), "--model"]
+    cut, other = (shutil.copytree(tokenizer_folder, tmp_path / name) for name in ("cut", "other"))
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    assert main([*call, str(cut)]) == 2
+    assert f"the weights of {cut} are damaged" in capsys.readouterr().err
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "codebook_size": 32}))
+    assert main([*call, str(other)]) == 2
+    assert f"{other} has other shapes of weights of a tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
