@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import GotOcr2ImageProcessor
 
 from vqrae.eval import vlmevalkit
 from vqrae.understanding.chat import Chat
@@ -185,6 +186,21 @@ def test_several_images_keep_their_labels_and_share_the_tiles(kit: Any, asked: l
     assert asked[1][0]["content"][0]["image"].size == (6, 6)
     with pytest.raises(NotImplementedError, match="several turns"):
         model.chat([{"role": "user", "content": "?"}], dataset="MMDU")
+
+
+# Width, height, most tiles, and how many the kit's `dynamic_preprocess` makes at e8e78f05, thumbnail included.
+TILES = [
+    (1222, 155, 1, 1), (378, 296, 24, 21), (1307, 885, 1, 1), (168, 518, 12, 4), (943, 734, 6, 7), (264, 1046, 18, 5),
+    (78, 197, 12, 11), (605, 1335, 12, 9), (647, 663, 18, 5), (892, 284, 18, 4), (1142, 1435, 18, 13), (447, 500, 18, 1),
+]  # fmt: skip
+
+
+def test_the_processor_of_transformers_makes_as_many_tiles() -> None:
+    processor = GotOcr2ImageProcessor(size={"height": 448, "width": 448}, crop_to_patches=True)
+    for width, height, most, expected in TILES:
+        processor.max_patches = most  # as `generate_inner` sets it
+        pixel_values = processor(Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"]
+        assert len(pixel_values) == expected, (width, height, most)
 
 
 def test_each_process_takes_its_own_gpu(kit: Any, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
