@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
+from vqrae.common.checkpoints import require_finite
 from vqrae.common.files import sha256
 
 MPLUG = "damo/mplug_visual-question-answering_coco_large_en"
@@ -45,6 +46,7 @@ class MPlug:
             decoder.bert.embeddings.word_embeddings.weight
         )  # tied, as before transformers 5
         _load_weights(self.model, folder / WEIGHTS)
+        require_finite(self.model, folder / WEIGHTS)
         self.model.eval().requires_grad_(False).to(device)
         self.identity, self.device, self.batch_size = f"sha256:{sha256(folder / WEIGHTS)}", device, batch_size
         resize = Resize((config.image_res, config.image_res), interpolation=InterpolationMode.BICUBIC)

@@ -47,6 +47,10 @@ def test_random_weights_and_other_folders_are_refused(checkpoint: Path, tmp_path
     with pytest.raises(ValueError, match=r"has no pytorch_model\.bin, expected modelscope's damo/mplug"):
         MPlug(str(tmp_path))
     [(key, stored)] = torch.load(checkpoint / "pytorch_model.bin").items()
+    stored["model.visn_fc.bias"][0] = torch.nan
+    torch.save({key: stored}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"visn_fc\.bias holds values that are not finite"):
+        MPlug(str(tmp_path))
     del stored["model.fusion_encoder.encoder.layer.0.attention.self.query.weight"]
     torch.save({key: stored}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"lacks 1 tensors of mPLUG, such as fusion_encoder\.encoder\.layer\.0"):
