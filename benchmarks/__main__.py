@@ -12,7 +12,9 @@ from vqrae.benchmarks.harness import write_table
 from vqrae.common.config import did_you_mean
 from vqrae.common.errors import run_main
 
-NAMES = sorted({module.name for module in pkgutil.iter_modules(vqrae.benchmarks.__path__)} - {"harness", "__main__"})
+NAMES = sorted(
+    {module.name for module in pkgutil.iter_modules(vqrae.benchmarks.__path__)} - {"harness", "check_gpu", "__main__"}
+)
 
 
 def main(argv: list[str] | None = None) -> None:

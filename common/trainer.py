@@ -98,6 +98,7 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
         report_to=[],
         save_strategy="steps",
         ddp_find_unused_parameters=False,
+        accelerator_config={"non_blocking": True},  # batches lie in pinned memory and are copied while the device computes
         **named,
         **config.extra,
     )
@@ -263,6 +264,8 @@ def run_trainer(trainer: Trainer) -> None:
         FloatingPointError: when the training has diverged.
     """
     trainer.remove_callback(PrinterCallback)  # the instrument callback prints the line
+    # Checks of transformers for which the host would wait in every forward pass; our collators count image tokens.
+    os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
     output_dir = Path(str(trainer.args.output_dir))
     found = checkpoints(output_dir)
     trainer.accelerator.wait_for_everyone()
