@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
@@ -99,12 +100,20 @@ def require_finite(model: nn.Module, source: str | Path) -> None:
     Raises:
         ValueError: naming the model and the first such tensor.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-            continue
-        # The extremes carry a NaN along and need no copy of the tensor, as `isfinite` would.
-        if any(~value.isfinite() for value in tensor.detach().aminmax()):
-            raise ValueError(
-                f"{source}: {name} holds values that are not finite, so the training that wrote it had diverged; "
-                "take an earlier checkpoint, or train again with lower learning rates"
-            )
+    tensors = {
+        name: tensor.detach()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.is_floating_point() and not tensor.is_meta and tensor.numel()
+    }
+    if not tensors:
+        return
+    # The extremes carry a NaN along and need no copy of the tensor, as `isfinite` would. A GPU is
+    # waited for once for all of them.
+    extremes = [torch.stack(tensor.aminmax()).float() for tensor in tensors.values()]
+    finite = torch.stack([pair.to(extremes[0].device) for pair in extremes]).isfinite().all(-1).tolist()
+    if not all(finite):
+        name = list(tensors)[finite.index(False)]
+        raise ValueError(
+            f"{source}: {name} holds values that are not finite, so the training that wrote it had diverged; "
+            "take an earlier checkpoint, or train again with lower learning rates"
+        )

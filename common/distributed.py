@@ -114,8 +114,8 @@ def require_same_partition(folder: Path, state: dict[str, Any], *, zero: int) ->
         raise ValueError(f"{folder} was written with zero={found}, got zero={zero}: set zero={found} to continue")
     if zero and processes != world_size():
         raise ValueError(
-            f"{folder} holds optimizer states in {processes} parts, one for each process of zero={zero}, got {world_size()} "
-            f"processes: continue with {processes}; only a run with zero=0 can change their number"
+            f"{folder} holds optimizer states in {processes} parts, one for each process of DeepSpeed, "
+            f"got {world_size()} processes: launch {processes} (nproc=), or set another output_dir"
         )
 
 

@@ -19,7 +19,6 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", "
 }
 OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr", ".dng", *_OPTIONAL} - PICTURE_SUFFIXES
 """Suffixes of images that cannot be read here."""
-LABEL_LENGTH = 120  # characters beside a row of a grid: its canvas grows by 8 pixels with each
 _ORIENTATION = 0x0112
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

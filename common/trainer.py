@@ -23,6 +23,7 @@ from vqrae.common.distributed import (
     fit_batch,
     is_main_process,
     prepare_cpu_deepspeed,
+    require_same_partition,
     sum_over_processes,
     world_size,
 )
@@ -224,13 +225,9 @@ def check_launch(config: OptimizationConfig, output_dir: Path) -> None:
             of another number of processes.
     """
     fit_batch(config.global_batch_size, config.micro_batch_size, world_size())
-    newest = checkpoints(output_dir)[-1:]
-    parts = [file for folder in newest for file in folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt")]
-    if parts and len(parts) != world_size():
-        raise ValueError(
-            f"{newest[0]} was written under DeepSpeed by {len(parts)} processes, and now there are {world_size()}: a "
-            f"checkpoint of ZeRO resumes on the same number, so launch {len(parts)} (nproc=), or set another output_dir"
-        )
+    for newest in checkpoints(output_dir)[-1:]:
+        if parts := list(newest.glob("global_step*/*zero_pp_rank_*_optim_states.pt")):
+            require_same_partition(newest, {"processes": len(parts)}, zero=config.zero)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -92,7 +92,7 @@ def test_zero_goes_on_with_the_processes_that_it_was_saved_from(
     with pytest.raises(ValueError, match=r"step-2/train_state was written with zero=2, got zero=0: set zero=2 to continue"):
         train(tmp_path / "run", *SHORT)
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(ValueError, match=r"in 4 parts.*got 8 processes: continue with 4; only a run with zero=0"):
+    with pytest.raises(ValueError, match=r"in 4 parts.*got 8 processes: launch 4"):
         require_same_partition(tmp_path, {"zero": 2, "processes": 4}, zero=2)
     require_same_partition(tmp_path, {"zero": 0, "processes": 4}, zero=0)
     require_same_partition(tmp_path, {}, zero=2)  # of an older version, which did not say

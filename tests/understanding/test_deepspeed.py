@@ -33,7 +33,7 @@ def test_zero_2_then_zero_3_on_two_processes_and_on(tokenizer_folder, llm_folder
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     more = [f"output_dir={tmp_path / 'two'}", *parts, "pretrain.zero=2", "sft.zero=3", "sft.max_steps=3"]
-    with pytest.raises(ValueError, match="was written under DeepSpeed by 2 processes, and now there are 1"):
+    with pytest.raises(ValueError, match=r"optimizer states in 2 parts, .* got 1 processes"):
         train.main(["tiny", *more])
     train.main(["tiny", f"output_dir={tmp_path / 'one'}", *parts])
     for stage in ("pretrain", "sft"):
