@@ -110,9 +110,10 @@ def require_finite(model: nn.Module, source: str | Path) -> None:
     # The extremes carry a NaN along and need no copy of the tensor, as `isfinite` would. A GPU is
     # waited for once for all of them.
     extremes = [torch.stack(tensor.aminmax()).float() for tensor in tensors.values()]
-    finite = torch.stack([pair.to(extremes[0].device) for pair in extremes]).isfinite().all(-1).tolist()
-    if not all(finite):
-        name = list(tensors)[finite.index(False)]
+    together = torch.stack([pair.to(extremes[0].device) for pair in extremes])
+    diverged = (~together.isfinite()).any(-1).tolist()
+    if any(diverged):
+        name = list(tensors)[diverged.index(True)]
         raise ValueError(
             f"{source}: {name} holds values that are not finite, so the training that wrote it had diverged; "
             "take an earlier checkpoint, or train again with lower learning rates"

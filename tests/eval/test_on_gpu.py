@@ -1,0 +1,52 @@
+"""Evaluations of a tokenizer on a GPU, of which tests/fake_gpu.py says what it is: no two devices meet."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_gpu import fake_gpu
+
+from vqrae.data.scenes import SceneDataset
+from vqrae.eval.features import FeaturesConfig, extract, teacher_cosines
+from vqrae.eval.metrics import FrechetMetric
+from vqrae.eval.networks import OriginalEncoder
+from vqrae.eval.protocols import PROTOCOLS
+from vqrae.eval.reconstruction import evaluate_reconstruction
+from vqrae.tokenizer import VQRAEModel
+
+
+class Labelled(SceneDataset):
+    """Scenes with a class of their own."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "label": index % 2}
+
+
+@pytest.mark.parametrize("protocol", ["standard", "maskbit", "vgt"])
+def test_reconstructions_are_scored(protocol: str, tokenizer_folder: Path) -> None:
+    model = VQRAEModel.from_pretrained(tokenizer_folder).eval()
+    with fake_gpu():
+        model.to("cuda")
+        network = OriginalEncoder(VQRAEModel.from_pretrained(tokenizer_folder))
+        found = evaluate_reconstruction(
+            model,
+            SceneDataset("validation", 6),
+            batch_size=4,
+            protocol=PROTOCOLS[protocol],
+            frechet=(FrechetMetric(network, None, "cuda"),),
+        )
+    assert found.metrics["num_images"] == 1  # what the fake GPU answers
+    assert {"psnr", "ssim", "frechet_encoder"} <= found.metrics.keys()
+    assert found.originals.shape == found.copies.shape == (6, 3, 64, 64)
+
+
+def test_features_are_compared(tokenizer_folder: Path) -> None:
+    model = VQRAEModel.from_pretrained(tokenizer_folder).eval()
+    config = FeaturesConfig(model="", output="", batch_size=4)
+    with fake_gpu():
+        model.to("cuda")
+        scenes = Labelled("validation", 6)
+        cosines = teacher_cosines(model, model, scenes, config)
+        samples = extract(model, scenes, config)
+    assert cosines == {"teacher_cosine": 1, "teacher_cosine_other_picture": 1}
+    assert all(kind.features.device.type == "cuda" for kind in samples.values())
