@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import transformers.utils.import_utils
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 ROOT, TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
 GIB = 2**30
@@ -381,6 +382,15 @@ class NoWaiting(TrainerCallback):
 
     def __init__(self, gpu: FakeGPU, *allowed: str) -> None:
         self.gpu, self.allowed, self.steps = gpu, allowed, 0
+
+    def follow(self, kind: type[Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Become a callback of every trainer of this kind."""
+        start = kind.__init__
+
+        def begin(trainer: Trainer, *args: Any, callbacks: list[TrainerCallback], **rest: Any) -> None:
+            start(trainer, *args, callbacks=[*callbacks, self], **rest)
+
+        monkeypatch.setattr(kind, "__init__", begin)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begun = False

@@ -25,12 +25,7 @@ def test_the_host_waits_for_no_step(
     options += [] if data == "codes" else ["data=scenes"]
     with fake_gpu() as gpu:
         watch = NoWaiting(gpu, *waits)
-        start = GeneratorTrainer.__init__
-        monkeypatch.setattr(
-            GeneratorTrainer,
-            "__init__",
-            lambda self, *args, callbacks, **rest: start(self, *args, callbacks=[*callbacks, watch], **rest),
-        )
+        watch.follow(GeneratorTrainer, monkeypatch)
         train.main([*given, *options])
     assert watch.steps == 4
 

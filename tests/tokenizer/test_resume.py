@@ -37,11 +37,7 @@ def test_awkward_intervals_and_a_resume_on_other_processes_and_micro_batches(tmp
     rows = [metrics(tmp_path / name, 1) for name in ("one", "two")]
     assert [row["step"] for row in rows[1]] == [7]
     assert rows[1][0]["revived_codes"] > 0  # which happened before the resume
-    one, two = (without_speed(row[0]) for row in rows)
-    norms = [row.pop("grad_norm") for row in (one, two)]
-    assert two == pytest.approx(one, rel=1e-3)
-    # Sums come in another order: an image whose two best codes tie may change its gradient.
-    assert norms[1] == pytest.approx(norms[0], rel=2e-2)
+    assert without_speed(rows[1][0]) == pytest.approx(without_speed(rows[0][0]), rel=1e-3)
     found = VQRAEModel.from_pretrained(tmp_path / "two" / "model").state_dict()
     distance = sum((found[key] - value).square().sum() for key, value in expected.items()).sqrt()
     assert distance < 1e-4 * sum(value.square().sum() for value in expected.values()).sqrt()

@@ -36,11 +36,6 @@ def test_the_host_waits_for_no_step(
     places = [f"tokenizer={tokenizer_folder}", f"llm={llm_folder}", f"output_dir={tmp_path}"]
     with fake_gpu() as gpu:
         watch = NoWaiting(gpu, *WAITS)
-        start = LlavaTrainer.__init__
-        monkeypatch.setattr(
-            LlavaTrainer,
-            "__init__",
-            lambda self, *args, callbacks, **rest: start(self, *args, callbacks=[*callbacks, watch], **rest),
-        )
+        watch.follow(LlavaTrainer, monkeypatch)
         train.main(["tiny", *places, *steps, f"stage={stage}", *options])
         assert watch.steps == (6 if stage == "both" else 3)
