@@ -117,7 +117,7 @@ class Stage:
     def _fetch(self, url: str) -> None:
         place = self._place(url)
         with self._locked(url):
-            if place.exists():
+            with contextlib.suppress(FileNotFoundError):  # none yet, or another process makes room
                 os.utime(place)
                 return
             system, path = _system(url)

@@ -306,6 +306,23 @@ def test_shuffling_depends_on_seed_and_epoch(tmp_path: Path) -> None:
     assert np.mean([values == sorted(values) for values in orders.values()]) == 0
 
 
+def test_a_copy_that_another_process_removes_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [tar] = write_tars(tmp_path, 1, 4)
+    stage = staging.Stage("source", capacity=2)
+    expected = os.pread(stage.descriptor(str(tar)), 10_000, 0)
+    stage.files.clear()
+    touch = os.utime
+
+    def remove_first(path: Path, *arguments: object) -> None:
+        if path.suffix == ".tar":
+            monkeypatch.setattr(staging.os, "utime", touch)
+            path.unlink()
+        touch(path)
+
+    monkeypatch.setattr(staging.os, "utime", remove_first)
+    assert os.pread(stage.descriptor(str(tar)), 10_000, 0) == expected
+
+
 def test_reading_in_stored_order_keeps_images_across_epochs(tmp_path: Path) -> None:
     """Code extraction asks for other crops of an image by epoch."""
     write_tars(tmp_path, 4, 4)
