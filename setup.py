@@ -4,10 +4,28 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("common", "data", "tokenizer", "understanding", "generation", "eval", "benchmarks", "scripts")
-MPLUG = ["modelscope>=1.40", "addict"]  # its model code imports addict, which modelscope itself does not ask for
+FOLDERS = (
+    "common",
+    "data",
+    "tokenizer",
+    "understanding",
+    "generation",
+    "eval",
+    "planning",
+    "quickstart",
+    "benchmarks",
+    "scripts",
+)
+MPLUG = [
+    "modelscope>=1.40",
+    "addict",
+]  # its model code imports addict, which modelscope itself does not ask for
 
-packages = [f"vqrae.{name}" for folder in FOLDERS for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]]
+packages = [
+    f"vqrae.{name}"
+    for folder in FOLDERS
+    for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]
+]
 
 setup(
     name="vqrae",
@@ -21,7 +39,10 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={f"vqrae.{folder}": folder for folder in FOLDERS},
-    package_data={package: ["*.yaml", "configs/*.yaml", "deepspeed/*.json", "*.jinja", "py.typed"] for package in packages},
+    package_data={
+        package: ["*.yaml", "configs/*.yaml", "deepspeed/*.json", "*.jinja", "py.typed"]
+        for package in packages
+    },
     install_requires=[
         "torch>=2.9",
         "torchvision",
@@ -70,6 +91,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["vqrae = vqrae.scripts.cli:main"],
-        "lmms_eval.models": ["vqrae = vqrae.eval.lmms_eval_plugin:manifest"],
+        "lmms_eval.models": ["vqrae = vqrae.eval.understanding.lmms_eval_plugin:manifest"],
     },
 )

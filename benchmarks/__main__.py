@@ -13,7 +13,8 @@ from vqrae.common.config import did_you_mean
 from vqrae.common.errors import run_main
 
 NAMES = sorted(
-    {module.name for module in pkgutil.iter_modules(vqrae.benchmarks.__path__)} - {"harness", "check_gpu", "__main__"}
+    {module.name for module in pkgutil.iter_modules(vqrae.benchmarks.__path__)}
+    - {"harness", "check_gpu", "__main__"}
 )
 
 

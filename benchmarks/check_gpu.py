@@ -37,24 +37,24 @@ from vqrae.common.files import read_json, write_json
 from vqrae.common.memory import GIB
 from vqrae.common.run import RunDirectory
 from vqrae.data.scenes import SceneDataset
-from vqrae.eval.empty_models import llm_config, tokenizer_config
 from vqrae.eval.tables import markdown_table
 from vqrae.generation.config import GenerationConfig
+from vqrae.generation.data import GenerationCollator
 from vqrae.generation.dry_run import LongestSamples
-from vqrae.generation.model import VisualHead
+from vqrae.generation.modeling import VisualHead
 from vqrae.generation.sampling import sample_codes
-from vqrae.generation.stream import GenerationCollator
 from vqrae.generation.trainer import build_model, build_text_tokenizer, fit_prompts, visual_loss
 from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.planning.empty_models import llm_config, tokenizer_config
+from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.quantizers.search import nearest_codes
 from vqrae.tokenizer.stage import StageTrainer
-from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.understanding.build import build_processor, llava_config, prepare_text_tokenizer
 from vqrae.understanding.packing import PackingCollator
 from vqrae.understanding.train import freeze
-from vqrae.understanding.train_llm import TinyLLMConfig, build_tiny_llm
 
 LAYERS = 2  # of the models whose numbers are compared
 TOLERANCE = 2e-3  # of losses in float32 on two devices, whose sums come in another order
@@ -107,11 +107,16 @@ def tokenizer_stage(name: str, number: int, *overrides: str, born_on: str = "cpu
     Args:
         born_on: the device that draws the random weights.
     """
-    config = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), ["dry_run=2", *overrides])
+    config = load_config(
+        TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), ["dry_run=2", *overrides]
+    )
     config = rehearsal(config, number)
     torch.manual_seed(0)
     with torch.device(born_on):
-        model = build_tokenizer(dataclasses.replace(config.model, encoder=None), attention_implementation(config.attention))
+        model = build_tokenizer(
+            dataclasses.replace(config.model, encoder=None),
+            attention_implementation(config.attention),
+        )
     with tempfile.TemporaryDirectory() as folder:
         trainer = StageTrainer(config, number, model, RunDirectory(folder, config))
     trainer.set_mode()
@@ -120,22 +125,31 @@ def tokenizer_stage(name: str, number: int, *overrides: str, born_on: str = "cpu
 
 def tokenizer_numbers(name: str, number: int, device: torch.device) -> Numbers:
     """Losses of one image in one step."""
-    exact = ["bf16=false", "tf32=false", "attention=sdpa", f"model.encoder_config.num_hidden_layers={LAYERS}"]
+    exact = [
+        "bf16=false",
+        "tf32=false",
+        "attention=sdpa",
+        f"model.encoder_config.num_hidden_layers={LAYERS}",
+    ]
     trainer = tokenizer_stage(name, number, "micro_batch_size=1", *exact)
-    trainer.train_step(0, trainer.pictures.micro_batches(0))
+    trainer.train_step(0, trainer.images.micro_batches(0))
     return [*trainer.losses.means().values(), float(trainer.grad_norm)]
 
 
 def tokenizer_speed(name: str, number: int, device: torch.device) -> Callable[[], Any]:
     trainer = tokenizer_stage(name, number, born_on=device.type)
-    batch = next(trainer.pictures.micro_batches(0))  # reading images is not what is timed
+    batch = next(trainer.images.micro_batches(0))  # reading images is not what is timed
     return lambda: trainer.train_step(0, iter([batch]))
 
 
-def search(rows: int, precision: Any, settle: bool, tf32: bool, device: torch.device) -> Callable[[], Tensor]:
+def search(
+    rows: int, precision: Any, settle: bool, tf32: bool, device: torch.device
+) -> Callable[[], Tensor]:
     """The search of 16,384 codes x 1,536, with TF32 allowed around it or not."""
     generator = torch.Generator().manual_seed(0)
-    table, features = (torch.randn(count, 1536, generator=generator).to(device) for count in (16_384, rows))
+    table, features = (
+        torch.randn(count, 1536, generator=generator).to(device) for count in (16_384, rows)
+    )
 
     def run() -> Tensor:
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -151,12 +165,18 @@ def search_numbers(precision: Any, settle: bool, tf32: bool, device: torch.devic
     return search(1024, precision, settle, tf32, device)().tolist()
 
 
-def llava_step(llm: str, device: torch.device, *, layers: int | None = None) -> Callable[[], Tensor]:
+def llava_step(
+    llm: str, device: torch.device, *, layers: int | None = None
+) -> Callable[[], Tensor]:
     """Forward and backward pass of sft over a packed micro-batch of scenes; `layers` of both networks in float32, or all in
     bf16."""
-    dtype, attention = (torch.bfloat16, attention_implementation()) if layers is None else (torch.float32, "sdpa")
+    dtype, attention = (
+        (torch.bfloat16, attention_implementation()) if layers is None else (torch.float32, "sdpa")
+    )
     eyes, text_config = tokenizer_config("runs/siglip2_256"), llm_config(llm)
-    _, words = build_tiny_llm(load_config(TinyLLMConfig, shipped_config("vqrae.understanding", "tiny_llm")))
+    _, words = build_tiny_llm(
+        load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"))
+    )
     prepare_text_tokenizer(words)
     processor = build_processor(eyes, words)
     config = llava_config(eyes, text_config, processor.image_token_id)
@@ -164,13 +184,17 @@ def llava_step(llm: str, device: torch.device, *, layers: int | None = None) -> 
         config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = layers
     torch.manual_seed(0)
     with torch.device("cpu" if layers else device):
-        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=dtype)
+        model = LlavaForConditionalGeneration._from_config(
+            config, attn_implementation=attention, dtype=dtype
+        )
     model.to(device).train()
     freeze(model, "sft")
     collator = PackingCollator(processor, one_row=attention == "flash_attention_2")
     scenes = SceneDataset(item="conversation", image_size=eyes.image_size)
     batch = collator([scenes[i] for i in range(LLAVA_RECORDS if layers is None else 2)])
-    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    batch = {
+        name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()
+    }
     batch["pixel_values"] = batch["pixel_values"].to(dtype)
 
     def run() -> Tensor:
@@ -186,10 +210,16 @@ def llava_numbers(llm: str, device: torch.device) -> Numbers:
     return [llava_step(llm, device, layers=LAYERS)().item()]
 
 
-def generator_step(device: torch.device, *overrides: str, codes: int = 1024, born_on: str = "") -> Callable[[], Tensor]:
+def generator_step(
+    device: torch.device, *overrides: str, codes: int = 1024, born_on: str = ""
+) -> Callable[[], Tensor]:
     """Forward and backward pass over a micro-batch of the longest sequences of the published generator."""
     path = shipped_config("vqrae.generation", "qwen3_0_6b")
-    given = ["training.dry_run=1", "training.model.llm=", *(f"training.{text}" for text in overrides)]
+    given = [
+        "training.dry_run=1",
+        "training.model.llm=",
+        *(f"training.{text}" for text in overrides),
+    ]
     config = load_config(GenerationConfig, path, given).training
     vocabulary = VisualVocabulary(offset=config.model.offset, codebook_size=16_384, num_codes=codes)
     encode_prompt = fit_prompts(config.model, build_text_tokenizer(config.model, list), vocabulary)
@@ -200,7 +230,9 @@ def generator_step(device: torch.device, *overrides: str, codes: int = 1024, bor
     model.to(device).train()
     model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
     samples = LongestSamples(encode_prompt, vocabulary)
-    batch = GenerationCollator(encode_prompt, vocabulary)([samples[i] for i in range(config.optimization.micro_batch_size)])
+    batch = GenerationCollator(encode_prompt, vocabulary)(
+        [samples[i] for i in range(config.optimization.micro_batch_size)]
+    )
     batch = {name: value.to(device) for name, value in batch.items()}
 
     def run() -> Tensor:
@@ -214,12 +246,26 @@ def generator_step(device: torch.device, *overrides: str, codes: int = 1024, bor
 
 
 def generator_numbers(device: torch.device) -> Numbers:
-    exact = ["optimization.bf16=false", "model.attention=sdpa", f"model.llm_config.num_hidden_layers={LAYERS}"]
-    return [generator_step(device, "optimization.micro_batch_size=1", *exact, codes=64, born_on="cpu")().item()]
+    exact = [
+        "optimization.bf16=false",
+        "model.attention=sdpa",
+        f"model.llm_config.num_hidden_layers={LAYERS}",
+    ]
+    return [
+        generator_step(
+            device, "optimization.micro_batch_size=1", *exact, codes=64, born_on="cpu"
+        )().item()
+    ]
 
 
 def sampler(
-    codes: int, batch: int, compiled: bool, device: torch.device, *, layers: int = 28, dtype: torch.dtype = torch.bfloat16
+    codes: int,
+    batch: int,
+    compiled: bool,
+    device: torch.device,
+    *,
+    layers: int = 28,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Callable[[], Tensor]:
     """Greedy codes with guidance of a random Qwen3-0.6B."""
     vocabulary = VisualVocabulary(offset=151_936, codebook_size=16_384, num_codes=codes)
@@ -228,7 +274,9 @@ def sampler(
     model.to(device)
     prompts = [[*range(1, 17), vocabulary.begin_of_image]] * batch
     unconditional = [1, vocabulary.begin_of_image]
-    return lambda: sample_codes(model, prompts, unconditional, vocabulary, GREEDY, range(batch), compile=compiled)
+    return lambda: sample_codes(
+        model, prompts, unconditional, vocabulary, GREEDY, range(batch), compile=compiled
+    )
 
 
 def sampler_numbers(compiled: bool, device: torch.device) -> Numbers:
@@ -251,18 +299,33 @@ def cases() -> list[Case]:
         ("fp32, settled", "fp32", True, False),
         ("bf16, settled", "bf16", True, False),
     ):
-        both = partial(search_numbers, precision, settle, tf32), partial(search, 8192, precision, settle, tf32)
+        both = (
+            partial(search_numbers, precision, settle, tf32),
+            partial(search, 8192, precision, settle, tf32),
+        )
         found.append(Case(f"search {title}", *both, (8192, "features")))
     for title, llm in (("0.6B", "Qwen/Qwen3-0.6B"), ("7B", "lmsys/vicuna-7b-v1.5")):
         found.append(
-            Case(f"LLaVA {title}, packed", partial(llava_numbers, llm), partial(llava_step, llm), (LLAVA_RECORDS, "records"))
+            Case(
+                f"LLaVA {title}, packed",
+                partial(llava_numbers, llm),
+                partial(llava_step, llm),
+                (LLAVA_RECORDS, "records"),
+            )
         )
     found.append(Case("generator 0.6B, 1,024 codes", generator_numbers, generator_step))
-    for codes, compiled in ((64, False), (64, True), (1024, True), (1024, False)):  # the last take long
+    for codes, compiled in (
+        (64, False),
+        (64, True),
+        (1024, True),
+        (1024, False),
+    ):  # the last take long
         for batch in (8, 1, 64):
             title = f"sampler {'compiled' if compiled else 'eager'}, {codes} codes, batch {batch}"
             numbers = partial(sampler_numbers, compiled) if (codes, batch) == (64, 8) else None
-            found.append(Case(title, numbers, partial(sampler, codes, batch, compiled), (batch, "images")))
+            found.append(
+                Case(title, numbers, partial(sampler, codes, batch, compiled), (batch, "images"))
+            )
     return found
 
 
@@ -296,7 +359,9 @@ def time_of(run: Callable[[], Any], *, seconds: float = 3.0) -> float:
 
     measure(1)
     first = measure(1)
-    return first if first > seconds / 2 else measure(max(1, min(20, int(seconds / max(first, 1e-3)))))
+    return (
+        first if first > seconds / 2 else measure(max(1, min(20, int(seconds / max(first, 1e-3)))))
+    )
 
 
 def deviation(found: Numbers, expected: Numbers) -> float:
@@ -306,13 +371,17 @@ def deviation(found: Numbers, expected: Numbers) -> float:
     return max(abs(a - b) / max(largest, 1e-12) for a, b in pairs)
 
 
-def compare_numbers(case: Case, row: Row, expected: dict[str, Numbers], device: torch.device) -> None:
+def compare_numbers(
+    case: Case, row: Row, expected: dict[str, Numbers], device: torch.device
+) -> None:
     """Fill in the deviation from the CPU's numbers."""
     if case.numbers is None:
         return
     with noted(row):
         numbers = case.numbers(device)
-        tolerance = 0 if all(isinstance(number, int) for number in numbers) else TOLERANCE  # codes are equal or not
+        tolerance = (
+            0 if all(isinstance(number, int) for number in numbers) else TOLERANCE
+        )  # codes are equal or not
         found = deviation(numbers, expected[case.name])
         row.deviation = found if math.isfinite(found) else None
         if not found <= tolerance:
@@ -342,7 +411,9 @@ def bf16_rate(device: torch.device) -> float:
     return 2 * RATE_SIZE**3 / time_of(lambda: left @ left, seconds=1.0)
 
 
-def check(chosen: Sequence[Case], expected: dict[str, Numbers], *, minutes: float, device: torch.device) -> dict[str, Any]:
+def check(
+    chosen: Sequence[Case], expected: dict[str, Numbers], *, minutes: float, device: torch.device
+) -> dict[str, Any]:
     """The report on all cases; rows that the time does not reach say so."""
     end, rate = time.monotonic() + 60 * minutes, bf16_rate(device)
     rows = []
@@ -355,18 +426,37 @@ def check(chosen: Sequence[Case], expected: dict[str, Numbers], *, minutes: floa
         compare_numbers(case, row, expected, device)
         measure_speed(case, row, rate, device)
         print(f"{row.name}: {row.problem or 'done'}", file=sys.stderr, flush=True)
-    return {"gpu": torch.cuda.get_device_name(), "bf16_tflops": rate / 1e12, "rows": [dataclasses.asdict(row) for row in rows]}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "bf16_tflops": rate / 1e12,
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
 
 
 def text(report: dict[str, Any]) -> str:
     """The report for people."""
-    forms = {"deviation": ".1e", "seconds": ".4g", "rate": ",.4g", "peak_gib": ".1f", "tflop": ".2f", "share": ".0%"}
+    forms = {
+        "deviation": ".1e",
+        "seconds": ".4g",
+        "rate": ",.4g",
+        "peak_gib": ".1f",
+        "tflop": ".2f",
+        "share": ".0%",
+    }
     rows = []
     for row in report["rows"]:
-        cells = ["" if row[name] is None else format(row[name], form) for name, form in forms.items()]
+        cells = [
+            "" if row[name] is None else format(row[name], form) for name, form in forms.items()
+        ]
         rows.append([row["name"], *cells, row["unit"], row["problem"]])
     header = ["path", "deviation", "s", "rate", "GiB", "TFLOP", "of bf16", "unit of rate", ""]
-    return "\n".join([f"{report['gpu']}: {report['bf16_tflops']:.0f} TFLOP/s in bf16", "", *markdown_table(header, rows)])
+    return "\n".join(
+        [
+            f"{report['gpu']}: {report['bf16_tflops']:.0f} TFLOP/s in bf16",
+            "",
+            *markdown_table(header, rows),
+        ]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,14 +477,26 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(Options, argv)
     chosen = [case for case in cases() if options.only in case.name]
     if options.reference:
-        numbers = {case.name: case.numbers(torch.device("cpu")) for case in chosen if case.numbers is not None}
+        numbers = {
+            case.name: case.numbers(torch.device("cpu"))
+            for case in chosen
+            if case.numbers is not None
+        }
         write_json(Path(options.reference), numbers)
         return 0
     if not torch.cuda.is_available():
-        raise ValueError("got no GPU, expected one that PyTorch sees: look at nvidia-smi and CUDA_VISIBLE_DEVICES")
+        raise ValueError(
+            "got no GPU, expected one that PyTorch sees: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "numbers.json"
-        command = [sys.executable, "-m", "vqrae.benchmarks.check_gpu", f"only={options.only}", f"reference={file}"]
+        command = [
+            sys.executable,
+            "-m",
+            "vqrae.benchmarks.check_gpu",
+            f"only={options.only}",
+            f"reference={file}",
+        ]
         subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
         expected = read_json(file)
     report = check(chosen, expected, minutes=options.minutes, device=torch.device("cuda"))

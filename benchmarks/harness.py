@@ -34,11 +34,15 @@ class Row:
     @property
     def ratio(self) -> float:
         """Above 1: ours is better."""
-        better, worse = (self.ours, self.reference) if self.higher_is_better else (self.reference, self.ours)
+        better, worse = (
+            (self.ours, self.reference) if self.higher_is_better else (self.reference, self.ours)
+        )
         return better / worse if worse else float("inf")
 
 
-def compare(ours: Callable[[], Any], reference: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
+def compare(
+    ours: Callable[[], Any], reference: Callable[[], Any], repeats: int = 5
+) -> tuple[float, float]:
     """Median seconds of both, run in alternation so that a busy machine disturbs them alike; one run of each warms up."""
     functions = (ours, reference)
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -97,7 +101,9 @@ def write_table(name: str, rows: Sequence[Row], folder: str | Path = "runs/bench
     width = max(len(row.case) for row in rows)
     print(f"\n{name:<{width}}  {'ours':>12}  {'reference':>12}  {'unit':<8}  {'ratio':>7}")
     for row in rows:
-        print(f"{row.case:<{width}}  {row.ours:>12.4g}  {row.reference:>12.4g}  {row.unit:<8}  {row.ratio:>6.2f}x")
+        print(
+            f"{row.case:<{width}}  {row.ours:>12.4g}  {row.reference:>12.4g}  {row.unit:<8}  {row.ratio:>6.2f}x"
+        )
     keys = ("case", "ours", "reference", "unit", "ratio")
     path = Path(folder) / f"{name}.json"
     write_json(path, {"rows": [{key: getattr(row, key) for key in keys} for row in rows]})

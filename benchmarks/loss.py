@@ -5,6 +5,7 @@ logits of all 168,448 rows at every position.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from transformers import Qwen3ForCausalLM
 from vqrae.benchmarks.harness import Row, compare, peak_memory
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.trainer import IGNORE_INDEX
-from vqrae.generation.model import VisualHead, build_generator
+from vqrae.generation.modeling import VisualHead, build_generator
 from vqrae.generation.trainer import visual_loss
 from vqrae.generation.vocabulary import VisualVocabulary
 
@@ -39,12 +40,19 @@ class Case:
     Computed under bf16 autocast, as in training.
     """
 
-    def __init__(self, vocabulary: VisualVocabulary, shape: dict[str, int], length: int, layers: int) -> None:
+    def __init__(
+        self, vocabulary: VisualVocabulary, shape: dict[str, int], length: int, layers: int
+    ) -> None:
         torch.manual_seed(0)
         config = {**shape, "num_hidden_layers": layers}
         self.vocabulary = vocabulary
-        self.model: Qwen3ForCausalLM = build_generator(vocabulary, llm_config=config, attention=attention_implementation())
-        self.heads = {"reference": self.model.lm_head, "ours": VisualHead(self.model.lm_head, vocabulary.code_rows)}
+        self.model: Qwen3ForCausalLM = build_generator(
+            vocabulary, llm_config=config, attention=attention_implementation()
+        )
+        self.heads = {
+            "reference": self.model.lm_head,
+            "ours": VisualHead(self.model.lm_head, vocabulary.code_rows),
+        }
         ids = torch.randint(vocabulary.offset, (1, length))
         codes = torch.randint(vocabulary.codebook_size, (1, vocabulary.num_codes))
         ids[:, -vocabulary.num_codes :] = vocabulary.to_ids(codes)
@@ -76,9 +84,13 @@ class Case:
         self.model.lm_head = self.heads["reference"]
         inputs = {name: value for name, value in self.batch.items() if name != "labels"}
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model(**inputs, logits_to_keep=self.vocabulary.num_codes + 1, use_cache=False).logits[0, :-1]
+            logits = self.model(
+                **inputs, logits_to_keep=self.vocabulary.num_codes + 1, use_cache=False
+            ).logits[0, :-1]
         codes = self.vocabulary.to_codes(self.batch["labels"][0, -self.vocabulary.num_codes :])
-        torch.testing.assert_close(ours, F.cross_entropy(logits[:, self.vocabulary.code_rows].float(), codes))
+        torch.testing.assert_close(
+            ours, F.cross_entropy(logits[:, self.vocabulary.code_rows].float(), codes)
+        )
 
 
 def prepare(way: Way, part: str, *case: object) -> Callable[[], object]:
@@ -100,12 +112,22 @@ def run(
         AssertionError: when the two ways do not give the same.
     """
     rows = []
-    for part, name in (("loss", "logits and loss, forward"), ("step", "head and loss, forward and backward")):
-        memory = [peak_memory(prepare, way, part, vocabulary, shape, length, 0) for way in ("ours", "reference")]
+    for part, name in (
+        ("loss", "logits and loss, forward"),
+        ("step", "head and loss, forward and backward"),
+    ):
+        memory = [
+            peak_memory(prepare, way, part, vocabulary, shape, length, 0)
+            for way in ("ours", "reference")
+        ]
         rows.append(Row(f"{name}: peak memory", memory[0], memory[1], unit="MiB"))
-    for depth, name in ((0, "head and loss, forward and backward"), (layers, f"{layers} layers, head and loss")):
+    for depth, name in (
+        (0, "head and loss, forward and backward"),
+        (layers, f"{layers} layers, head and loss"),
+    ):
         case = Case(vocabulary, shape, length, depth)
         case.check()
-        seconds = compare(lambda case=case: case.step("ours"), lambda case=case: case.step("reference"), repeats)  # type: ignore[misc]
+        ours, reference = partial(case.step, "ours"), partial(case.step, "reference")
+        seconds = compare(ours, reference, repeats)
         rows.append(Row(name, *seconds, unit="s"))
     return rows

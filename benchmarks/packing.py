@@ -1,8 +1,8 @@
 """Packed sft beside the padded, modality-grouped way of LLaVA-1.5: real tokens per second on a mixture with text-only records.
 
-The mixture has the shape of LLaVA's mix-665k at a size for one CPU core: dialogues of one to eight questions about pictures,
+The mixture has the shape of LLaVA's mix-665k at a size for one CPU core: dialogues of one to eight questions about images,
 and text-only dialogues whose lengths spread as ShareGPT's do, up to the longest that is trained on. Both ways see every
-record once and pay for encoding, batching, tower, forward and backward. Only real tokens count: no padding, no blank picture.
+record once and pay for encoding, batching, tower, forward and backward. Only real tokens count: no padding, no blank image.
 """
 
 import tempfile
@@ -21,12 +21,12 @@ from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.conversations import modality_length
 from vqrae.data.grouping import GroupedSampler
 from vqrae.data.scenes import SceneDataset
+from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
 from vqrae.understanding.build import build_llava
 from vqrae.understanding.conversation import ConversationCollator
 from vqrae.understanding.packing import PackingCollator
 from vqrae.understanding.train import freeze
-from vqrae.understanding.train_llm import TinyLLMConfig, build_tiny_llm
 
 ENCODER = {
     "model_type": "siglip_vision_model",
@@ -51,7 +51,11 @@ def mixture(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
         scene = SceneDataset(item="conversation", num_questions=int(rng.integers(1, 9)))[index]
         if rng.random() < TEXT_SHARE:
             length = int(np.clip(rng.lognormal(np.log(MEDIAN_WORDS), SPREAD), 8, MAX_WORDS))
-            words = " ".join(turn["value"] for turn in scene["conversations"]).replace("<image>", "").split()
+            words = (
+                " ".join(turn["value"] for turn in scene["conversations"])
+                .replace("<image>", "")
+                .split()
+            )
             text = (words * (length // len(words) + 1))[:length]
             question, answer = " ".join(text[: length // 4]), " ".join(text[length // 4 :])
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
@@ -63,12 +67,18 @@ def mixture(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
 def small_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """LLaVA of the embedded default's size, with random weights."""
     torch.manual_seed(0)
-    llm, text_tokenizer = build_tiny_llm(load_config(TinyLLMConfig, shipped_config("vqrae.understanding", "tiny_llm")))
+    llm, text_tokenizer = build_tiny_llm(
+        load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"))
+    )
     with tempfile.TemporaryDirectory() as folder:
-        VQRAEModel(VQRAEConfig(encoder_config=ENCODER, codebook_size=64, codebook_dim=32)).save_pretrained(Path(folder, "t"))
+        VQRAEModel(
+            VQRAEConfig(encoder_config=ENCODER, codebook_size=64, codebook_dim=32)
+        ).save_pretrained(Path(folder, "t"))
         for part in (llm, text_tokenizer):
             part.save_pretrained(Path(folder, "l"))
-        model, processor = build_llava(Path(folder, "t"), Path(folder, "l"), attention_implementation())
+        model, processor = build_llava(
+            Path(folder, "t"), Path(folder, "l"), attention_implementation()
+        )
     freeze(model, "sft")
     return model.train(), processor
 
@@ -97,7 +107,10 @@ def run(count: int = RECORDS, repeats: int = 3) -> list[Row]:
             model.zero_grad()
             for start in range(0, len(order), MICRO_BATCH_SIZE):
                 batch = collator([records[i] for i in order[start : start + MICRO_BATCH_SIZE]])
-                batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+                batch = {
+                    name: value.to(device) if torch.is_tensor(value) else value
+                    for name, value in batch.items()
+                }
                 with torch.autocast(device, torch.bfloat16):
                     loss = model(**batch).loss
                 loss.backward()

@@ -16,7 +16,10 @@ NUM_FEATURES, CODEBOOK_SIZE, CODEBOOK_DIM = 4096, 16384, 1536
 
 
 def run(
-    num_features: int = NUM_FEATURES, codebook_size: int = CODEBOOK_SIZE, codebook_dim: int = CODEBOOK_DIM, repeats: int = 5
+    num_features: int = NUM_FEATURES,
+    codebook_size: int = CODEBOOK_SIZE,
+    codebook_dim: int = CODEBOOK_DIM,
+    repeats: int = 5,
 ) -> list[Row]:
     """Time and peak memory of the search in both precisions, and the time of SimVQ's gradient.
 
@@ -61,7 +64,9 @@ def search(precision: Precision, *sizes: int) -> Callable[[], Tensor]:
 
 def usual_search(*sizes: int) -> Callable[[], Tensor]:
     features, table = inputs(*sizes)
-    return lambda: (features.square().sum(1, keepdim=True) + table.square().sum(1) - 2 * features @ table.T).argmin(1)
+    return lambda: (
+        features.square().sum(1, keepdim=True) + table.square().sum(1) - 2 * features @ table.T
+    ).argmin(1)
 
 
 def simvq(*sizes: int) -> tuple[SimVQ, Tensor, Tensor]:
@@ -69,7 +74,11 @@ def simvq(*sizes: int) -> tuple[SimVQ, Tensor, Tensor]:
     num_features, codebook_size, codebook_dim = sizes
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(codebook_size, (num_features,), generator=generator)
-    return SimVQ(codebook_size, codebook_dim).train(), codes, torch.randn(num_features, codebook_dim, generator=generator)
+    return (
+        SimVQ(codebook_size, codebook_dim).train(),
+        codes,
+        torch.randn(num_features, codebook_dim, generator=generator),
+    )
 
 
 def simvq_gradient(*sizes: int) -> Callable[[], Tensor]:

@@ -1,6 +1,6 @@
-"""Drawing pictures with guidance: our sampler beside `transformers.generate`, on a Qwen3 with random weights.
+"""Drawing images with guidance: our sampler beside `transformers.generate`, on a Qwen3 with random weights.
 
-Eight pictures of eight prompts of different lengths, greedy, so that both have to find the same tokens. The tokens are compared
+Eight images of eight prompts of different lengths, greedy, so that both have to find the same tokens. The tokens are compared
 in float32 and the time in bfloat16, where transformers takes the unconditional logarithms in bfloat16 too and so turns near
 ties around.
 """
@@ -62,10 +62,14 @@ def transformers_codes(
     return vocabulary.to_codes(ids[:, -vocabulary.num_codes :])
 
 
-def random_generator(vocabulary: VisualVocabulary, shape: dict[str, Any], dtype: torch.dtype) -> Qwen3ForCausalLM:
+def random_generator(
+    vocabulary: VisualVocabulary, shape: dict[str, Any], dtype: torch.dtype
+) -> Qwen3ForCausalLM:
     """A generator with random weights whose logits differ enough to be told apart."""
     torch.manual_seed(0)
-    config = Qwen3Config(**shape, vocab_size=vocabulary.num_rows, tie_word_embeddings=True, pad_token_id=None)
+    config = Qwen3Config(
+        **shape, vocab_size=vocabulary.num_rows, tie_word_embeddings=True, pad_token_id=None
+    )
     config.bos_token_id = config.eos_token_id = None
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # not in float32 first, which takes twice the memory
@@ -83,17 +87,22 @@ def samplers(
     generator = torch.Generator().manual_seed(0)
     boi = vocabulary.begin_of_image
     prompts = [
-        [*torch.randint(1, vocabulary.offset, (16 + 2 * i,), generator=generator).tolist(), boi] for i in range(batch_size)
+        [*torch.randint(1, vocabulary.offset, (16 + 2 * i,), generator=generator).tolist(), boi]
+        for i in range(batch_size)
     ]
     unconditional = [1, 2, 3, boi]
 
     def ours() -> Tensor:
         with prepacked_linears(model.model):  # as `Generator` does
-            return sample_codes(model, prompts, unconditional, vocabulary, GREEDY, range(batch_size))
+            return sample_codes(
+                model, prompts, unconditional, vocabulary, GREEDY, range(batch_size)
+            )
 
     return (
         ours,
-        lambda: transformers_codes(model, prompts, unconditional, vocabulary, GREEDY.guidance_scale),
+        lambda: transformers_codes(
+            model, prompts, unconditional, vocabulary, GREEDY.guidance_scale
+        ),
     )
 
 
@@ -108,21 +117,30 @@ def run(
     batch_size: int = 8,
     repeats: int = 2,
 ) -> list[Row]:
-    """Pictures per second in bfloat16, and the memory beyond the weights.
+    """Images per second in bfloat16, and the memory beyond the weights.
 
     Raises:
         AssertionError: when the two find different tokens in float32.
     """
     ours, reference = samplers(vocabulary, shape, torch.float32, batch_size)
-    assert torch.equal(ours(), reference()), "our sampler and transformers.generate find different tokens"
-    case = f"{batch_size} pictures of {vocabulary.num_codes} codes"
+    assert torch.equal(ours(), reference()), (
+        "our sampler and transformers.generate find different tokens"
+    )
+    case = f"{batch_size} images of {vocabulary.num_codes} codes"
     ours, reference = samplers(vocabulary, shape, torch.bfloat16, batch_size)
     seconds, other_seconds = compare(ours, reference, repeats)
     del ours, reference  # and the model, before two processes make it again
     mebibytes, other_mebibytes = (
-        peak_memory(prepare, which, vocabulary, shape, torch.bfloat16, batch_size) for which in range(2)
+        peak_memory(prepare, which, vocabulary, shape, torch.bfloat16, batch_size)
+        for which in range(2)
     )
     return [
-        Row(case, batch_size / seconds, batch_size / other_seconds, unit="images/s", higher_is_better=True),
+        Row(
+            case,
+            batch_size / seconds,
+            batch_size / other_seconds,
+            unit="images/s",
+            higher_is_better=True,
+        ),
         Row(f"{case}, beyond the weights", mebibytes, other_mebibytes, unit="MiB"),
     ]

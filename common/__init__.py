@@ -1,1 +1,1 @@
-"""Leaves that every package may import: configuration, run directories, distributed helpers, pictures."""
+"""Leaves that every package may import: configuration, run directories, distributed helpers, images."""

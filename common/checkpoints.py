@@ -24,15 +24,22 @@ def resolve_model(name: str | Path) -> str:
     """
     folder = Path(name)
     if folder.is_dir():
-        steps = sorted(folder.glob("step-*"), key=lambda p: int(p.name.split("-")[1]) if p.name[5:].isdigit() else -1)
+        steps = sorted(
+            folder.glob("step-*"),
+            key=lambda p: int(p.name.split("-")[1]) if p.name[5:].isdigit() else -1,
+        )
         for candidate in (folder, folder / "model", *(step / "model" for step in reversed(steps))):
             if (candidate / "config.json").is_file():
                 return str(candidate)
-        raise FileNotFoundError(f"{folder} holds no model: neither config.json nor model/config.json nor step-N/model is there")
+        raise FileNotFoundError(
+            f"{folder} holds no model: neither config.json nor model/config.json nor step-N/model is there"
+        )
     may_be_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and folder.parts[0] != OUTPUTS
     if may_be_on_hub and not folder.parent.is_dir():
         return str(name)
-    raise FileNotFoundError(f"{name} does not exist: give a run directory, a checkpoint folder or a hub id such as org/name")
+    raise FileNotFoundError(
+        f"{name} does not exist: give a run directory, a checkpoint folder or a hub id such as org/name"
+    )
 
 
 def local_model(name: str | Path) -> Path:
@@ -86,7 +93,9 @@ def load_model(kind: Any, name: str | Path, **options: Any) -> Any:
     other = sorted(key for key, *_ in report["mismatched_keys"])
     for names, what in ((absent, "lacks weights of"), (other, "has weights of other shapes than")):
         if names:
-            raise ValueError(f"{name} {what} a {kind.__name__}, {len(names)} of them: {', '.join(names[:3])}")
+            raise ValueError(
+                f"{name} {what} a {kind.__name__}, {len(names)} of them: {', '.join(names[:3])}"
+            )
     require_finite(model, name)
     return model
 

@@ -46,7 +46,9 @@ def parse_arguments(cls: type[T], argv: Sequence[str] | None = None) -> T:
         raise SystemExit(2) from None
 
 
-def read_run(cls: type[T], package: str, argv: Sequence[str] | None = None, *, section: str = "") -> Any:
+def read_run(
+    cls: type[T], package: str, argv: Sequence[str] | None = None, *, section: str = ""
+) -> Any:
     """Build dataclass `cls` from `CONFIG [key.path=value …]`, as the training modules take it.
 
     Args:
@@ -61,15 +63,24 @@ def read_run(cls: type[T], package: str, argv: Sequence[str] | None = None, *, s
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "-h" in arguments or "--help" in arguments:
         part = typing.get_type_hints(cls)[section] if section else cls
-        print(usage(part, f"CONFIG: {', '.join(_configurations(cls, package))}, or a FILE.yaml; key=value changes it."))
+        print(
+            usage(
+                part,
+                f"CONFIG: {', '.join(_configurations(cls, package))}, or a FILE.yaml; key=value changes it.",
+            )
+        )
         raise SystemExit(0)
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
         given = f"got {arguments[0]!r}" if arguments else "got no argument"
         names = ", ".join(_configurations(cls, package))
-        raise ConfigError(f"{given}, expected CONFIG [key=value ...] where CONFIG is {names} or a FILE.yaml; see --help")
+        raise ConfigError(
+            f"{given}, expected CONFIG [key=value ...] where CONFIG is {names} or a FILE.yaml; see --help"
+        )
     name, *overrides = arguments
     prefix = f"{section}." if section else ""
-    config = load_config(cls, shipped_config(package, name), [prefix + override for override in overrides])
+    config = load_config(
+        cls, shipped_config(package, name), [prefix + override for override in overrides]
+    )
     return getattr(config, section) if section else config
 
 
@@ -77,7 +88,11 @@ def _configurations(cls: type, package: str) -> list[str]:
     """Names of the shipped configurations that have the fields of `cls`."""
     fields = {field.name for field in dataclasses.fields(cls)}
     files = {name: shipped_config(package, name) for name in shipped_names(package)}
-    return [name for name, file in files.items() if fields.issuperset(parse_yaml(file.read_text(encoding="utf-8")))]
+    return [
+        name
+        for name, file in files.items()
+        if fields.issuperset(parse_yaml(file.read_text(encoding="utf-8")))
+    ]
 
 
 def usage(cls: type, config: str = "") -> str:
@@ -100,7 +115,11 @@ def _field_rows(cls: type, prefix: str, shown: dict[Any, str]) -> Iterator[tuple
     documents, hints = field_docstrings(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         key, annotation = prefix + field.name, hints[field.name]
-        sections = [kind for kind in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(kind)]
+        sections = [
+            kind
+            for kind in (annotation, *typing.get_args(annotation))
+            if dataclasses.is_dataclass(kind)
+        ]
         known = "".join(f" Keys as those of {shown[kind]}." for kind in sections if kind in shown)
         text = " ".join(documents.get(field.name, "").split()) + known
         yield key, f"{text} ({_default(field, annotation)})".strip()
@@ -145,7 +164,11 @@ def _kind(annotation: Any) -> str:
         return "section"
     if annotation is type(None):
         return "null"
-    return getattr(annotation, "__name__", str(annotation)) if not arguments else str(annotation).replace("typing.", "")
+    return (
+        getattr(annotation, "__name__", str(annotation))
+        if not arguments
+        else str(annotation).replace("typing.", "")
+    )
 
 
 def progress_line(label: str) -> Callable[[int, int], None]:

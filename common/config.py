@@ -33,10 +33,14 @@ _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF")
+)
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
+    re.compile(
+        r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -45,8 +49,13 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
     keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise ConfigError(f"{node.start_mark.name}, line {node.start_mark.line + 1}: key {key!r} is given twice")
-    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
+            raise ConfigError(
+                f"{node.start_mark.name}, line {node.start_mark.line + 1}: key {key!r} is given twice"
+            )
+    return {
+        key: loader.construct_object(value, deep=True)
+        for key, (_, value) in zip(keys, node.value, strict=True)
+    }
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
@@ -107,16 +116,22 @@ def _convert(value: Any, annotation: Any, where: str, problems: list[str]) -> An
         return value
     if origin is Literal:
         if value not in arguments:
-            problems.append(f"{where}: got {value!r}, expected one of {', '.join(map(repr, arguments))}")
+            problems.append(
+                f"{where}: got {value!r}, expected one of {', '.join(map(repr, arguments))}"
+            )
         return value
     if dataclasses.is_dataclass(annotation):
         return _build(typing.cast(type, annotation), value, where, problems)
     if origin in (list, tuple):
         fixed = len(arguments) if origin is tuple and Ellipsis not in arguments else None
         if not isinstance(value, list | tuple) or (fixed and len(value) != fixed):
-            problems.append(f"{where}: got {value!r}, expected a list{f' of {fixed}' if fixed else ''}")
+            problems.append(
+                f"{where}: got {value!r}, expected a list{f' of {fixed}' if fixed else ''}"
+            )
             return value
-        return origin(_convert(item, arguments[0], f"{where}[{i}]", problems) for i, item in enumerate(value))
+        return origin(
+            _convert(item, arguments[0], f"{where}[{i}]", problems) for i, item in enumerate(value)
+        )
     if origin is dict or annotation is dict:
         if not isinstance(value, dict):
             problems.append(f"{where}: got {value!r}, expected a mapping")
@@ -127,7 +142,9 @@ def _convert(value: Any, annotation: Any, where: str, problems: list[str]) -> An
         return float(value)
     if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
         return value
-    problems.append(f"{where}: got {value!r} ({type(value).__name__}), expected {annotation.__name__}")
+    problems.append(
+        f"{where}: got {value!r} ({type(value).__name__}), expected {annotation.__name__}"
+    )
     return value
 
 
@@ -144,7 +161,11 @@ def _build(cls: type, values: Any, where: str, problems: list[str]) -> Any:
     for name, field in fields.items():
         if name not in values and (field.default, field.default_factory) == required:
             problems.append(f"{prefix}{name}: required, but not given")
-    known = {key: _convert(value, hints[key], f"{prefix}{key}", problems) for key, value in values.items() if key in fields}
+    known = {
+        key: _convert(value, hints[key], f"{prefix}{key}", problems)
+        for key, value in values.items()
+        if key in fields
+    }
     if problems:
         return None
     try:
@@ -163,7 +184,11 @@ def build_config(cls: type[T], values: dict, *, source: str = "config") -> T:
     problems: list[str] = []
     config = _build(cls, values, "", problems)
     if problems:
-        text = f" {problems[0]}" if len(problems) == 1 else "".join(f"\n  {problem}" for problem in problems)
+        text = (
+            f" {problems[0]}"
+            if len(problems) == 1
+            else "".join(f"\n  {problem}" for problem in problems)
+        )
         raise ConfigError(f"{source} cannot be used:{text}")
     return config
 
@@ -196,7 +221,9 @@ def load_config(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error}): save it in that encoding") from None
     if not isinstance(values, dict | None):
-        raise ConfigError(f"{path} holds {type(values).__name__}, expected a mapping of keys to values")
+        raise ConfigError(
+            f"{path} holds {type(values).__name__}, expected a mapping of keys to values"
+        )
     return build_config(cls, apply_overrides(values or {}, overrides), source=str(path))
 
 
@@ -216,7 +243,9 @@ def shipped_names(package: str) -> list[str]:
 
 
 def _configs_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package)  # unlike `importlib.resources` it does not import the package, which takes seconds
+    spec = importlib.util.find_spec(
+        package
+    )  # unlike `importlib.resources` it does not import the package, which takes seconds
     assert spec is not None
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "configs"

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 
-def attention_implementation(choice: str = "auto", *, half: bool = True, device: str | torch.device | None = None) -> str:
+def attention_implementation(
+    choice: str = "auto", *, half: bool = True, device: str | torch.device | None = None
+) -> str:
     """Resolve `auto`: flash-attention 2 when installed on CUDA, `sdpa` on CUDA, plain matmul-softmax on CPU.
 
     On CPU `eager` trains small models faster: a ViT of width 192 twice, a Qwen3 of width 192 1.4 times as fast as `sdpa`.
@@ -21,7 +23,9 @@ def attention_implementation(choice: str = "auto", *, half: bool = True, device:
         ValueError: when flash-attention is chosen for a model that computes in fp32.
     """
     if choice.startswith("flash_attention") and not half:
-        raise ValueError(f"got attention {choice} in fp32, expected fp16 or bf16: set bf16=true, or attention sdpa")
+        raise ValueError(
+            f"got attention {choice} in fp32, expected fp16 or bf16: set bf16=true, or attention sdpa"
+        )
     if choice != "auto":
         return choice
     on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
@@ -49,11 +53,15 @@ def choose_device(name: str | torch.device | None = None) -> str:
         if device.type != "cuda":
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {name} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
     # Counted and not tried, for a tensor would open this process's share of a GPU that another rank works on.
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device {name} cannot be used here: torch {torch.__version__} sees {count} GPUs")
+        raise ValueError(
+            f"device {name} cannot be used here: torch {torch.__version__} sees {count} GPUs"
+        )
     return str(name)
 
 
@@ -111,7 +119,9 @@ def require_same_partition(folder: Path, state: dict[str, Any], *, zero: int) ->
     """
     found, processes = state.get("zero", zero), state.get("processes", world_size())
     if found != zero:
-        raise ValueError(f"{folder} was written with zero={found}, got zero={zero}: set zero={found} to continue")
+        raise ValueError(
+            f"{folder} was written with zero={found}, got zero={zero}: set zero={found} to continue"
+        )
     if zero and processes != world_size():
         raise ValueError(
             f"{folder} holds optimizer states in {processes} parts, one for each process of DeepSpeed, "
@@ -141,7 +151,11 @@ def fit_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> 
     """
     share, rest = divmod(global_batch_size, processes)
     if rest or not share:
-        counts = [count for count in range(1, min(global_batch_size, 2 * processes) + 1) if global_batch_size % count == 0]
+        counts = [
+            count
+            for count in range(1, min(global_batch_size, 2 * processes) + 1)
+            if global_batch_size % count == 0
+        ]
         raise ValueError(
             f"global_batch_size {global_batch_size} cannot be shared evenly by {processes} processes: launch "
             f"{', '.join(map(str, counts))} processes (nproc=), or set global_batch_size to a multiple of {processes}, "

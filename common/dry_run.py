@@ -26,7 +26,7 @@ class DryRunReport:
     name: str
     """Of the run or its stage."""
     samples: str
-    """What the batches hold: pictures, sequences …"""
+    """What the batches hold: images, sequences …"""
     parts: dict[str, tuple[int, int]]
     """Parameters by name: all, trained."""
     seconds: list[float]
@@ -58,7 +58,10 @@ class DryRunReport:
         lines = [
             f"----- dry run of {self.name}: {len(self.seconds)} steps of {batch} {self.samples} -----",
             f"{'parameters':24}{'all':>14}{'trained':>14}",
-            *(f"  {name:22}{whole:14,}{trained:14,}" for name, (whole, trained) in self.parts.items()),
+            *(
+                f"  {name:22}{whole:14,}{trained:14,}"
+                for name, (whole, trained) in self.parts.items()
+            ),
             f"measured on {world_size()} x {device}, micro-batch {self.micro_batch_size}, "
             f"activation checkpointing {'on' if self.activation_checkpointing else 'off'}",
             f"  {'peak memory':22}{self.peak_bytes / GIB:8.2f} GiB per process ({self.before_bytes / GIB:.2f} before)",
@@ -67,7 +70,10 @@ class DryRunReport:
             f"  {'time at this speed':22}{format_duration(per_step * total / batch):>8}",
             f"memory of each of {GPUS} GPUs: weights, gradients and moments by arithmetic, "
             f"and {self.working_bytes / GIB:.1f} GiB that the micro-batch took here",
-            *(f"  {f'zero={zero}':22}{(state + self.working_bytes) / GIB:8.1f} GiB" for zero, state in self.gpu_bytes.items()),
+            *(
+                f"  {f'zero={zero}':22}{(state + self.working_bytes) / GIB:8.1f} GiB"
+                for zero, state in self.gpu_bytes.items()
+            ),
         ]
         return "\n".join(lines)
 
@@ -89,4 +95,6 @@ def peak_bytes() -> int:
     """The most that this process has held so far."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

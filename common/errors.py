@@ -26,7 +26,9 @@ def require_package(module: str, purpose: str) -> None:
         ValueError: naming the package and the command that installs it.
     """
     if importlib.util.find_spec(module) is None:
-        raise ValueError(f"{purpose} needs the package {module}, which is not installed: {_install_command(module)}")
+        raise ValueError(
+            f"{purpose} needs the package {module}, which is not installed: {_install_command(module)}"
+        )
 
 
 def exit_code(run: Callable[[], int | None], program: str) -> int:
@@ -79,7 +81,9 @@ def _ended_by_terminate(program: str) -> Iterator[None]:
             _report(program, "terminated")
         raise SystemExit(TERMINATED)
 
-    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # only that one may handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, end)
@@ -90,7 +94,9 @@ def _ended_by_terminate(program: str) -> Iterator[None]:
 
 
 def _report(program: str, message: str) -> None:
-    process = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    process = (
+        f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    )
     print(f"{program}{process}: {message}", file=sys.stderr, flush=True)
 
 
@@ -98,7 +104,11 @@ def _message(error: Exception) -> str | None:
     """What to tell the user; None for an error of the program, whose traceback is wanted."""
     torch = sys.modules.get("torch")
     no_memory = "DefaultCPUAllocator: can't allocate" in str(error)  # a plain RuntimeError
-    if no_memory or isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+    if (
+        no_memory
+        or isinstance(error, MemoryError)
+        or (torch and isinstance(error, torch.OutOfMemoryError))
+    ):
         return f"out of memory, choose a smaller batch: {_one_line(error)}"
     if isinstance(error, ImportError):
         return _missing_package(error)
@@ -107,7 +117,9 @@ def _message(error: Exception) -> str | None:
         return None
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return printable(f"{Path(os.fsdecode(error.filename)).absolute()}: {error.strerror}")
-    text = printable(str(error)) if of_ours else _one_line(error)  # the problems of a configuration have a line each
+    text = (
+        printable(str(error)) if of_ours else _one_line(error)
+    )  # the problems of a configuration have a line each
     folder = printable(os.getcwd())
     if type(error) is FileNotFoundError and folder not in text:
         text += f" (relative paths start at {folder})"
@@ -116,7 +128,9 @@ def _message(error: Exception) -> str | None:
 
 def _one_line(error: Exception) -> str:
     text = str(error).strip()
-    if text.startswith("Caught ") and "Original Traceback" in text:  # the loader wraps what its workers raise
+    if (
+        text.startswith("Caught ") and "Original Traceback" in text
+    ):  # the loader wraps what its workers raise
         text = text.splitlines()[-1].partition(": ")[2]
     return printable(" ".join(text.split())) or type(error).__name__
 
@@ -126,7 +140,9 @@ def _is_raised_here(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and (trace.tb_frame.f_globals.get("__package__") or "").startswith("vqrae.")
+    return trace is not None and (trace.tb_frame.f_globals.get("__package__") or "").startswith(
+        "vqrae."
+    )
 
 
 def _missing_package(error: ImportError) -> str | None:
@@ -134,7 +150,11 @@ def _missing_package(error: ImportError) -> str | None:
         # transformers and accelerate say so, without a name, where a package of their own extras is missing.
         return None if error.name else _one_line(error)
     top = (error.name or "").partition(".")[0]
-    return f"the package {top} is not installed: {_install_command(top)}" if top in _optional_packages() else None
+    return (
+        f"the package {top} is not installed: {_install_command(top)}"
+        if top in _optional_packages()
+        else None
+    )
 
 
 def _install_command(module: str) -> str:

@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@([0-9a-f]{8})\.tmp")
-_STALE_SECONDS = 24 * 3600  # a temporary of another host that did not change for so long has no writer
+_STALE_SECONDS = (
+    24 * 3600
+)  # a temporary of another host that did not change for so long has no writer
 # Control characters, overrides of the writing direction, and halves of surrogate pairs, which no encoding holds.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -36,7 +38,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent.absolute())
     suffix = f"{os.getpid()}@{_host()}.tmp"
-    temporary, replaced = path.with_name(f".{path.name}.{suffix}"), path.with_name(f".{path.name}.old.{suffix}")
+    temporary, replaced = (
+        path.with_name(f".{path.name}.{suffix}"),
+        path.with_name(f".{path.name}.old.{suffix}"),
+    )
     _remove(temporary)
     try:
         yield temporary
@@ -68,7 +73,9 @@ def _host() -> str:
     return f"{zlib.crc32(f'{platform.node()} {number}'.encode()):08x}"
 
 
-@functools.lru_cache(maxsize=4096)  # once per folder: listing a large one at each write would take quadratic time
+@functools.lru_cache(
+    maxsize=4096
+)  # once per folder: listing a large one at each write would take quadratic time
 def _remove_leftovers(folder: Path) -> None:
     """Remove temporaries whose writers are dead, or on another host and idle for a day."""
     for entry in os.scandir(folder):
@@ -96,8 +103,20 @@ def _last_change(path: Path) -> float:
 
 # ---- reading
 
-_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.EREMOTEIO, errno.ENETUNREACH}
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # of this process or machine, whatever is read
+_TRANSIENT = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.ECONNRESET,
+    errno.EREMOTEIO,
+    errno.ENETUNREACH,
+}
+_EXHAUSTED = {
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+}  # of this process or machine, whatever is read
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before another try
 
 
@@ -163,7 +182,9 @@ def decode_text(data: bytes, where: str | Path) -> str:
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
         line = f", line {number}" if b"\n" in data else ""
-        raise ValueError(f"{where}{line}: not UTF-8 text (byte 0x{data[error.start]:02x}): save it as UTF-8") from error
+        raise ValueError(
+            f"{where}{line}: not UTF-8 text (byte 0x{data[error.start]:02x}): save it as UTF-8"
+        ) from error
 
 
 def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
@@ -258,7 +279,9 @@ def weights_fingerprint(folder: str | Path) -> str:
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file, so it is not a checkpoint folder")
+        raise FileNotFoundError(
+            f"{folder} holds no *.safetensors file, so it is not a checkpoint folder"
+        )
     return sha256(*files)
 
 

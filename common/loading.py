@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-STALL_SECONDS = 600  # no sample takes that long; a worker that cannot hand over its batch never will
+STALL_SECONDS = (
+    600  # no sample takes that long; a worker that cannot hand over its batch never will
+)
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:

@@ -28,7 +28,9 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
-def state_bytes(weights: float, trained: int, *, zero: int, gpus: int, gradient_bytes: int = 4) -> float:
+def state_bytes(
+    weights: float, trained: int, *, zero: int, gpus: int, gradient_bytes: int = 4
+) -> float:
     """What weights, gradients and AdamW's moments occupy on each GPU.
 
     ZeRO partitions its fp32 copy of the weights and the moments, at stage 2 the gradients too, at stage 3 everything.
@@ -70,7 +72,9 @@ def measure_activations(forward: Callable[[], Tensor], modules: nn.Module) -> Ac
 
 
 def _measure(forward: Callable[[], Tensor], modules: nn.Module) -> Activations:
-    seen = {tensor.untyped_storage()._cdata for tensor in (*modules.parameters(), *modules.buffers())}
+    seen = {
+        tensor.untyped_storage()._cdata for tensor in (*modules.parameters(), *modules.buffers())
+    }
     kept: list[Tensor] = []  # alive, so that no storage takes the place of another
     total = 0
     blocks: list[tuple[int, int]] = []  # (bytes of its input, bytes that it keeps)
@@ -96,7 +100,10 @@ def _measure(forward: Callable[[], Tensor], modules: nn.Module) -> Activations:
     handles = []
     for module in modules.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+            handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave),
+            ]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             forward()
@@ -106,7 +113,9 @@ def _measure(forward: Callable[[], Tensor], modules: nn.Module) -> Activations:
     trained = [(size, inner) for size, inner in blocks if inner]  # a frozen tower keeps nothing
     inside = sum(inner for _, inner in trained)
     largest = max((inner for _, inner in trained), default=0)
-    return Activations(total, min(total, total - inside + sum(size for size, _ in trained) + largest))
+    return Activations(
+        total, min(total, total - inside + sum(size for size, _ in trained) + largest)
+    )
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -115,7 +124,9 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(
+            query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+        )
         return output
 
     @staticmethod

@@ -55,7 +55,15 @@ _RESULTS = ("model", "checkpoint-*", "step-*", "*/model", "*/checkpoint-*", "*/s
 _STEPS_FILE = "training.json"
 _locks: dict[Path, IO[str]] = {}  # open as long as the process lives
 
-TRACKED_PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "deepspeed", "numpy", "lmms-eval")
+TRACKED_PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "numpy",
+    "lmms-eval",
+)
 
 
 def package_versions() -> dict[str, str]:
@@ -77,7 +85,9 @@ def git_commit() -> str:
     return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
-def run_manifest(*, seed: int | None = None, fingerprints: dict[str, str] | None = None) -> dict[str, Any]:
+def run_manifest(
+    *, seed: int | None = None, fingerprints: dict[str, str] | None = None
+) -> dict[str, Any]:
     """How a result came about: command, commit, package versions, seed, identities of data and models."""
     return {
         "command": " ".join(sys.argv),
@@ -93,7 +103,13 @@ def format_duration(seconds: float) -> str:
     """`75` -> `1m15s`."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    return (
+        f"{hours}h{minutes:02d}m"
+        if hours
+        else f"{minutes}m{seconds:02d}s"
+        if minutes
+        else f"{seconds}s"
+    )
 
 
 def quiet_libraries() -> None:
@@ -133,7 +149,9 @@ def hold(lock_file: Path, what: str) -> None:
             stream.seek(0)
             holder = stream.read().strip() or "another process"
             stream.close()
-            raise ValueError(f"{what} is in use by {holder}: wait until it ends, or set another output") from None
+            raise ValueError(
+                f"{what} is in use by {holder}: wait until it ends, or set another output"
+            ) from None
         # Some file systems of clusters have no locks; there two launches go unnoticed.
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -157,8 +175,14 @@ def changed_settings(folder: Path, config: Any, ignore: Collection[str] = ()) ->
     return list(_differences({**recorded, **left_out}, {**given, **left_out}, config))
 
 
-def _differences(recorded: dict[str, Any], given: dict[str, Any], config: Any, where: str = "") -> Iterator[str]:
-    known = recorded.keys() & given.keys() if dataclasses.is_dataclass(config) else recorded.keys() | given.keys()
+def _differences(
+    recorded: dict[str, Any], given: dict[str, Any], config: Any, where: str = ""
+) -> Iterator[str]:
+    known = (
+        recorded.keys() & given.keys()
+        if dataclasses.is_dataclass(config)
+        else recorded.keys() | given.keys()
+    )
     for name in sorted(known - FREE_SETTINGS):
         old: Any = recorded.get(name)
         new: Any = given.get(name)
@@ -196,7 +220,9 @@ class RunDirectory:
         ValueError: when another process works in the folder, or when it holds results of other settings.
     """
 
-    def __init__(self, path: str | Path, config: Any = None, *, seed: int = 0, ignore: Collection[str] = ()) -> None:
+    def __init__(
+        self, path: str | Path, config: Any = None, *, seed: int = 0, ignore: Collection[str] = ()
+    ) -> None:
         quiet_libraries()
         self.path, self.config, self.seed = Path(path), config, seed
         self._events: Any = None
@@ -223,13 +249,18 @@ class RunDirectory:
         """
         if not is_main_process():
             return
-        file, launch = self.path / "manifest.json", run_manifest(seed=self.seed, fingerprints=fingerprints)
+        file, launch = (
+            self.path / "manifest.json",
+            run_manifest(seed=self.seed, fingerprints=fingerprints),
+        )
         manifest = launch
         if file.is_file() and self.has_results():
             manifest = read_json(file)
             known, found = manifest["fingerprints"], launch["fingerprints"]
             others = {name: new for name, new in found.items() if known.get(name, new) != new}
-            refuse_changes(self.path, [f"{name} {known[name]!r} -> {new!r}" for name, new in others.items()])
+            refuse_changes(
+                self.path, [f"{name} {known[name]!r} -> {new!r}" for name, new in others.items()]
+            )
             resumed = {key: launch[key] for key in ("command", "git_commit", "packages", "started")}
             manifest.setdefault("resumed", []).append(resumed)
         if self.config is not None:

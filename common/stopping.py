@@ -30,8 +30,13 @@ class StopRequest:
         self._answer: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # only that one may handle signals
-            self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # only that one may handle signals
+            self._handlers = {
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,12 +44,18 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
         if os.getpid() != self._process:  # a worker of a loader, which its training will end
             return
         self.signal = number
         name = signal.Signals(number).name
-        print(f"{name}: the training stops after this step and keeps a checkpoint", file=sys.stderr, flush=True)
+        print(
+            f"{name}: the training stops after this step and keeps a checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def agreed(self) -> bool:
         """Whether to stop here. Every process asks behind every step, and all get the same answer."""

@@ -29,8 +29,14 @@ from vqrae.common.distributed import (
 )
 from vqrae.common.files import atomic_path, read_json
 from vqrae.common.loading import STALL_SECONDS, stalls_explained
-from vqrae.common.optimizers import Muon, muon_groups
-from vqrae.common.run import RunDirectory, discard, format_duration, mark_trained, remove_temporaries
+from vqrae.common.optim import Muon, muon_groups
+from vqrae.common.run import (
+    RunDirectory,
+    discard,
+    format_duration,
+    mark_trained,
+    remove_temporaries,
+)
 from vqrae.common.stopping import StopRequest
 
 IGNORE_INDEX = -100  # labels that carry no loss
@@ -69,14 +75,31 @@ class OptimizationConfig:
     """Further `TrainingArguments`, under their Hugging Face names."""
 
     def __post_init__(self) -> None:
-        check_range(self, "max_steps", "global_batch_size", "micro_batch_size", "save_steps", "logging_steps", low=1)
-        check_range(self, "save_total_limit", "dataloader_num_workers", "learning_rate", "warmup_steps", low=0)
+        check_range(
+            self,
+            "max_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "save_steps",
+            "logging_steps",
+            low=1,
+        )
+        check_range(
+            self,
+            "save_total_limit",
+            "dataloader_num_workers",
+            "learning_rate",
+            "warmup_steps",
+            low=0,
+        )
         check_range(self, "weight_decay", "adam_epsilon", low=0)
         check_range(self, "adam_beta1", "adam_beta2", low=0, high=1)
         check_range(self, "max_grad_norm", low=0, high=math.inf)
 
 
-def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, seed: int) -> TrainingArguments:
+def training_arguments(
+    config: OptimizationConfig, output_dir: str | Path, *, seed: int
+) -> TrainingArguments:
     """`TrainingArguments` for this configuration on this machine."""
     deepspeed = None
     if config.zero:
@@ -85,7 +108,9 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
     named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for ours in ("global_batch_size", "micro_batch_size", "optimizer", "zero", "extra"):
         named.pop(ours)
-    micro_batch_size, accumulation = fit_batch(config.global_batch_size, config.micro_batch_size, world_size())
+    micro_batch_size, accumulation = fit_batch(
+        config.global_batch_size, config.micro_batch_size, world_size()
+    )
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=micro_batch_size,
@@ -99,7 +124,9 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
         report_to=[],
         save_strategy="steps",
         ddp_find_unused_parameters=False,
-        accelerator_config={"non_blocking": True},  # batches lie in pinned memory and are copied while the device computes
+        accelerator_config={
+            "non_blocking": True
+        },  # batches lie in pinned memory and are copied while the device computes
         **named,
         **config.extra,
     )
@@ -108,22 +135,31 @@ def training_arguments(config: OptimizationConfig, output_dir: str | Path, *, se
     return arguments
 
 
-def build_optimizers(config: OptimizationConfig, model: nn.Module) -> tuple[torch.optim.Optimizer | None, None]:
+def build_optimizers(
+    config: OptimizationConfig, model: nn.Module
+) -> tuple[torch.optim.Optimizer | None, None]:
     """`Trainer(optimizers=…)`: Muon for the trainable matrices of a model, or (None, None), which is Trainer's AdamW."""
     if config.optimizer == "adamw":
         return None, None
     if config.zero:
         if is_main_process():
-            print(f"optimizer: adamw instead of muon, for zero={config.zero} cuts matrices into pieces", flush=True)
+            print(
+                f"optimizer: adamw instead of muon, for zero={config.zero} cuts matrices into pieces",
+                flush=True,
+            )
         return None, None
     betas = (config.adam_beta1, config.adam_beta2)
-    muon = Muon(muon_groups(model, config.weight_decay), lr=config.learning_rate, nesterov=True, betas=betas)
+    muon = Muon(
+        muon_groups(model, config.weight_decay), lr=config.learning_rate, nesterov=True, betas=betas
+    )
     return muon, None
 
 
 def diverged(problem: str) -> FloatingPointError:
     """The error of a training that cannot go on. A checkpoint brings its learning rate along, hence the advice."""
-    return FloatingPointError(f"{problem}. Start again with a lower learning_rate and another output_dir")
+    return FloatingPointError(
+        f"{problem}. Start again with a lower learning_rate and another output_dir"
+    )
 
 
 class InstrumentCallback(TrainerCallback):
@@ -136,17 +172,33 @@ class InstrumentCallback(TrainerCallback):
         self.run.rewind(state.global_step)
         self._clock, self._first_step = time.time(), state.global_step
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not logs or "loss" not in logs:
             return
         if not math.isfinite(logs["loss"]):
             first = state.global_step - args.logging_steps
-            raise diverged(f"{self.name}: the loss is {logs['loss']} between steps {first} and {state.global_step}")
+            raise diverged(
+                f"{self.name}: the loss is {logs['loss']} between steps {first} and {state.global_step}"
+            )
         done = state.global_step - self._first_step
         seconds = (time.time() - self._clock) / max(done, 1)
-        samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size / max(seconds, 1e-9)
+        samples = (
+            args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size
+            / max(seconds, 1e-9)
+        )
         left = format_duration(seconds * (state.max_steps - state.global_step))
-        values: dict[str, float] = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+        values: dict[str, float] = {
+            key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs
+        }
         self.run.log(state.global_step, {**values, "samples_per_second": samples})
         if is_main_process():
             numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
@@ -232,7 +284,10 @@ def check_launch(config: OptimizationConfig, output_dir: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a `Trainer` in a folder, oldest first."""
-    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    found = sorted(
+        folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
+        key=lambda path: int(path.name.rpartition("-")[2]),
+    )
     return [path for path in found if _is_whole(path)]
 
 
@@ -278,7 +333,9 @@ def run_trainer(trainer: Trainer) -> None:
         request.end_process(trainer.state.global_step)
 
 
-def save_model(trainer: WholeTrainer, folder: Path, complete: Callable[[Path], object] | None = None) -> None:
+def save_model(
+    trainer: WholeTrainer, folder: Path, complete: Callable[[Path], object] | None = None
+) -> None:
     """Write the trained model and the trainer's processor to `folder`, whole or not at all.
 
     Every process calls this: under ZeRO-3 the weights are gathered from all.

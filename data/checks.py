@@ -1,6 +1,6 @@
 """What is wrong with a data set, found before a GPU is spent on it: every sample is read and decoded as training would.
 
-Problems (broken pictures, missing files, unusable lines or records, empty captions) make a source unfit; notes (duplicates,
+Problems (broken images, missing files, unusable lines or records, empty captions) make a source unfit; notes (duplicates,
 extreme shapes, colour modes that are converted) are for a person to judge.
 """
 
@@ -17,19 +17,35 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from vqrae.common.files import printable, read_bytes
-from vqrae.common.pictures import open_picture
+from vqrae.common.images import open_image
 from vqrae.data.code_shards import read_manifest, verify_shard
-from vqrae.data.conversations import IMAGE_TAG, ConversationTable, has_blank_answer, image_paths, scan_conversations
+from vqrae.data.conversations import (
+    IMAGE_TAG,
+    ConversationTable,
+    has_blank_answer,
+    image_paths,
+    scan_conversations,
+)
 from vqrae.data.encoded import Encoded
 from vqrae.data.pairs import CaptionedImages, scan_jsonl
-from vqrae.data.sources import fingerprint, holds_conversations, open_images, open_pairs, source_kind
+from vqrae.data.sources import (
+    fingerprint,
+    holds_conversations,
+    open_images,
+    open_pairs,
+    source_kind,
+)
 from vqrae.data.stream import Draw
 from vqrae.data.tars import TarDataset, parse_tars
 from vqrae.data.tolerant import missing_files
 
 EDGES = (64, 128, 256, 512, 1024)  # of the histogram of shorter edges
-EDGE_RANGES = [f"< {EDGES[0]}", *(f"{a}-{b - 1}" for a, b in itertools.pairwise(EDGES)), f">= {EDGES[-1]}"]
-EXTREME_ASPECT = 3.0  # a square crop loses two thirds of such a picture
+EDGE_RANGES = [
+    f"< {EDGES[0]}",
+    *(f"{a}-{b - 1}" for a, b in itertools.pairwise(EDGES)),
+    f">= {EDGES[-1]}",
+]
+EXTREME_ASPECT = 3.0  # a square crop loses two thirds of such an image
 SCENES = 100  # have no end: so many are drawn
 EXAMPLES = 1000  # names that a finding keeps
 
@@ -49,8 +65,13 @@ def remarks_on(record: dict[str, Any], examine: Examine | None = None) -> list[R
     """What is to be said about a conversation in canonical form."""
     remarks = []
     if has_blank_answer(record):
-        remarks.append(Remark("conversations with a blank answer, which teaches to say nothing", unusable=True))
-    if any(turn["from"] == "human" and not turn["value"].replace(IMAGE_TAG, "").strip() for turn in record["conversations"]):
+        remarks.append(
+            Remark("conversations with a blank answer, which teaches to say nothing", unusable=True)
+        )
+    if any(
+        turn["from"] == "human" and not turn["value"].replace(IMAGE_TAG, "").strip()
+        for turn in record["conversations"]
+    ):
         remarks.append(Remark("conversations with a question that has no words", unusable=False))
     if examine and (remark := examine(record)):
         remarks.append(remark)
@@ -58,7 +79,7 @@ def remarks_on(record: dict[str, Any], examine: Examine | None = None) -> list[R
 
 
 class Inspection(NamedTuple):
-    """What is known of a sample; `error` is empty when it can be decoded, `mode` when it holds no picture."""
+    """What is known of a sample; `error` is empty when it can be decoded, `mode` when it holds no image."""
 
     name: str
     error: str = ""
@@ -95,7 +116,7 @@ class Inspector(Dataset):
         words = None if caption is None else len(caption.split())
         digest = hashlib.blake2b(data, digest_size=8).digest()
         try:
-            open_picture(io.BytesIO(data), name=name)
+            open_image(io.BytesIO(data), name=name)
         except ValueError as error:
             return Inspection(name, error=str(error), digest=digest, words=words)
         with Image.open(io.BytesIO(data)) as stored:
@@ -131,7 +152,7 @@ class DataReport:
     caption_words: int = 0
     uncaptioned: Finding = field(default_factory=Finding)
     unfit: list[str] = field(default_factory=list)
-    """All pictures that are missing or broken, by name."""
+    """All images that are missing or broken, by name."""
 
     @property
     def num_problems(self) -> int:
@@ -160,7 +181,7 @@ class DataReport:
             if not sample.words:
                 self.problem("empty captions", sample.name)
         if sample.error:
-            self.problem("broken pictures", sample.error)
+            self.problem("broken images", sample.error)
             self.unfit.append(sample.name)
             return
         if sample.words is None:
@@ -190,8 +211,14 @@ class DataReport:
                 lines += [f"    {example}" for example in finding.examples[:shown]]
                 if finding.count > shown:
                     lines.append(f"    … and {finding.count - shown} more")
-        verdict = "no problem found" if not self.num_problems else f"{self.num_problems} problem{'s' * (self.num_problems > 1)}"
-        return printable("\n".join([*lines, f"{self.read} of {self.samples} samples read, {verdict}"]))
+        verdict = (
+            "no problem found"
+            if not self.num_problems
+            else f"{self.num_problems} problem{'s' * (self.num_problems > 1)}"
+        )
+        return printable(
+            "\n".join([*lines, f"{self.read} of {self.samples} samples read, {verdict}"])
+        )
 
 
 def edge_range(pixels: int) -> str:
@@ -202,11 +229,14 @@ def edge_range(pixels: int) -> str:
 def _histogram(title: str, counts: dict[str, int]) -> list[str]:
     counts = {name: count for name, count in counts.items() if count}
     most = max(counts.values(), default=1)
-    bars = [f"  {name:>12} {count:>10}  {'#' * -(-30 * count // most)}" for name, count in counts.items()]
-    return [f"  {title:>12} {'pictures':>10}", *bars] if bars else []
+    bars = [
+        f"  {name:>12} {count:>10}  {'#' * -(-30 * count // most)}"
+        for name, count in counts.items()
+    ]
+    return [f"  {title:>12} {'images':>10}", *bars] if bars else []
 
 
-class PictureFiles:
+class ImageFiles:
     """A shelf of files."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -250,23 +280,27 @@ class ConversationRows(Dataset):
         except ValueError as error:
             return Inspection(str(error), remarks=[Remark("unusable rows", unusable=True)])
         remarks = remarks_on(record, self.examine)
-        picture = record.get("image")
-        if picture is None:
+        image = record.get("image")
+        if image is None:
             return Inspection(name, remarks=remarks)
-        first = picture[0] if isinstance(picture, list) else picture
-        return Inspection(name, mode=first.mode, width=first.width, height=first.height, remarks=remarks)
+        first = image[0] if isinstance(image, list) else image
+        return Inspection(
+            name, mode=first.mode, width=first.width, height=first.height, remarks=remarks
+        )
 
 
 def _existing(paths: Iterable[Path], report: DataReport) -> set[Path]:
     """Those of `paths` that exist; the others go into the report."""
     missing = missing_files(paths)
     for path in missing:
-        report.problem("missing pictures", str(path))
+        report.problem("missing images", str(path))
         report.unfit.append(str(path))
     return set(paths) - set(missing)
 
 
-def _open(source: str, report: DataReport, image_folder: str | Path | None, examine: Examine | None) -> Any:
+def _open(
+    source: str, report: DataReport, image_folder: str | Path | None, examine: Examine | None
+) -> Any:
     """The samples of a source as a data set of inspections; what is wrong before any is read goes into the report."""
     kind = source_kind(source)
     if kind == "scenes":
@@ -280,15 +314,15 @@ def _open(source: str, report: DataReport, image_folder: str | Path | None, exam
                 report.remark(remark, f"record {record['id']}")
         folder = Path(image_folder or Path(source).parent)
         files = {folder / image for record in records for image in image_paths(record)}
-        return Inspector(PictureFiles(sorted(_existing(files, report))))
+        return Inspector(ImageFiles(sorted(_existing(files, report))))
     if kind == "jsonl":
         pairs, problems = scan_jsonl(source)
         for problem in problems:
             report.problem("unusable lines", problem)
-        pictures = [Path(source).parent / image for image, _ in pairs]
-        existing = _existing(pictures, report)
+        images = [Path(source).parent / image for image, _ in pairs]
+        existing = _existing(images, report)
         dataset = CaptionedImages(source, image_size=8, split="all", strict=False)
-        return Subset(Inspector(dataset), [i for i, path in enumerate(pictures) if path in existing])
+        return Subset(Inspector(dataset), [i for i, path in enumerate(images) if path in existing])
     if holds_conversations(source):
         return ConversationRows(source, examine)
     if kind == "tar":
@@ -297,17 +331,21 @@ def _open(source: str, report: DataReport, image_folder: str | Path | None, exam
         for path in paths:
             try:
                 tar = f"{path},caption={key}" if key else path
-                tars.append(Inspector(TarDataset(tar, image_size=8, captions="optional", split="all")))
+                tars.append(
+                    Inspector(TarDataset(tar, image_size=8, captions="optional", split="all"))
+                )
             except ValueError as error:
                 report.problem("damaged tars", str(error))
         return ConcatDataset(tars) if tars else []
     return Inspector(open_images(source, image_size=8, split="all"))  # type: ignore[arg-type]
 
 
-def _check_codes(report: DataReport, limit: int | None, progress: Callable[[int, int], None]) -> None:
-    """Read a code set, or shards of about `limit` pictures, evenly spread, and compare it with its checksums."""
+def _check_codes(
+    report: DataReport, limit: int | None, progress: Callable[[int, int], None]
+) -> None:
+    """Read a code set, or shards of about `limit` images, evenly spread, and compare it with its checksums."""
     folder, manifest = Path(report.source), read_manifest(report.source)
-    report.samples = manifest.num_pictures
+    report.samples = manifest.num_images
     used = np.zeros(manifest.codebook_size, dtype=np.int64)
     shards = _spread(manifest.num_shards, -(-(limit or report.samples) // manifest.shard_size))
     for done, number in enumerate(shards, 1):
@@ -315,7 +353,9 @@ def _check_codes(report: DataReport, limit: int | None, progress: Callable[[int,
             shard = verify_shard(folder, number, manifest)
             counts = np.bincount(shard.codes.ravel(), minlength=manifest.codebook_size)
             if len(counts) > manifest.codebook_size:
-                raise ValueError(f"{folder}, shard {number} holds code {len(counts) - 1} of {manifest.codebook_size}")
+                raise ValueError(
+                    f"{folder}, shard {number} holds code {len(counts) - 1} of {manifest.codebook_size}"
+                )
         except (ValueError, FileNotFoundError) as error:
             report.problem("shards that cannot be used", str(error))
             continue
@@ -325,11 +365,11 @@ def _check_codes(report: DataReport, limit: int | None, progress: Callable[[int,
             report.captions += len(texts)
             report.caption_words += sum(len(text.split()) for text in texts)
             if not all(text.strip() for text in texts):
-                report.note("empty captions", f"picture {number * manifest.shard_size + row}")
+                report.note("empty captions", f"image {number * manifest.shard_size + row}")
         report.read += len(shard.codes)
         progress(done, len(shards))
     if report.read and not used.all():
-        report.notes["codes of the codebook that no picture uses"] = Finding(int((used == 0).sum()))
+        report.notes["codes of the codebook that no image uses"] = Finding(int((used == 0).sum()))
 
 
 def _spread(size: int, count: int) -> list[int]:
@@ -349,7 +389,7 @@ def check_source(
     """Read and decode the samples of a source (of a mixture: give its parts).
 
     Args:
-        image_folder: where the pictures of a LLaVA file lie; each picture is read once, however many records show it.
+        image_folder: where the images of a LLaVA file lie; each image is read once, however many records show it.
         limit: read so many samples, evenly spread over the source; duplicates are found among these only.
         workers: loader processes that share the decoding.
         examine: asked about every conversation, for what only the text tokenizer knows.
@@ -375,5 +415,5 @@ def check_source(
                 report.note("duplicates", f"{sample.name} = {dataset[original].name}")
         progress(report.read, len(chosen))
     if report.captions and report.uncaptioned.count:
-        report.notes["pictures without a readable caption, left out of pairs"] = report.uncaptioned
+        report.notes["images without a readable caption, left out of pairs"] = report.uncaptioned
     return report

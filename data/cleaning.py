@@ -1,4 +1,4 @@
-"""What is fit for training of a list (LLaVA's records, captioned pictures), as another list."""
+"""What is fit for training of a list (LLaVA's records, captioned images), as another list."""
 
 import json
 from collections.abc import Collection
@@ -26,10 +26,16 @@ def require_target(source: str, out: str | Path, image_folder: str | Path | None
         ValueError: when the source is no list, or paths in `out` would lead elsewhere.
     """
     path, out, kind = Path(source), Path(out), source_kind(source)
-    if kind not in ("json", "jsonl") or out.suffix not in ((".jsonl",) if kind == "jsonl" else (".json", ".jsonl")):
-        raise ValueError(f"got {source} and {out}, expected a FILE.json or FILE.jsonl and another of its kind")
+    if kind not in ("json", "jsonl") or out.suffix not in (
+        (".jsonl",) if kind == "jsonl" else (".json", ".jsonl")
+    ):
+        raise ValueError(
+            f"got {source} and {out}, expected a FILE.json or FILE.jsonl and another of its kind"
+        )
     if image_folder is None and out.resolve().parent != path.resolve().parent:
-        raise ValueError(f"{out} must be in the folder of {path}, for images are named relative to that")
+        raise ValueError(
+            f"{out} must be in the folder of {path}, for images are named relative to that"
+        )
     if out.resolve() == path.resolve():
         raise ValueError(f"{out} is the source itself: give another file")
 
@@ -45,8 +51,8 @@ def write_clean(
     """Write the usable entries of FILE.json or FILE.jsonl, unchanged; a list to *.json, lines to *.jsonl.
 
     Args:
-        unfit: pictures that are missing or broken, `DataReport.unfit`; entries that show one are left out.
-        image_folder: where the pictures of LLaVA's records lie; the file's own folder when not given.
+        unfit: images that are missing or broken, `DataReport.unfit`; entries that show one are left out.
+        image_folder: where the images of LLaVA's records lie; the file's own folder when not given.
         examine: as for `check_source`.
 
     Raises:
@@ -63,11 +69,19 @@ def write_clean(
             return False
         return all(str(folder / name) not in unfit and (folder / name).is_file() for name in names)
 
-    stored = [line for _, line in raw_lines(path) if line.strip()] if is_pairs else stored_records(path)
+    stored = (
+        [line for _, line in raw_lines(path) if line.strip()] if is_pairs else stored_records(path)
+    )
     usable = [entry for index, entry in enumerate(stored) if is_usable(index, entry)]
-    texts = [decode_text(entry, path) if isinstance(entry, bytes) else json.dumps(entry) for entry in usable]
+    texts = [
+        decode_text(entry, path) if isinstance(entry, bytes) else json.dumps(entry)
+        for entry in usable
+    ]
     as_lines = Path(out).suffix == ".jsonl"
-    write_text(out, "".join(f"{text}\n" for text in texts) if as_lines else "[\n" + ",\n".join(texts) + "\n]\n")
+    write_text(
+        out,
+        "".join(f"{text}\n" for text in texts) if as_lines else "[\n" + ",\n".join(texts) + "\n]\n",
+    )
     return Kept(len(usable), len(stored))
 
 

@@ -2,10 +2,10 @@
 
     FILE.jsonl   lines {"tokens": [17, 4, …], "caption": "a dog"}; the codes also as `codes` or `vq_code`, the caption as `text`
                  or `prompt` (1D-tokenizer, Liquid), codes also as the path of a .npy (SimpleAR)
-    FOLDER       KEY.npy with the codes of a picture or of several crops, (N,) or (…, N), and KEY.txt with the caption
+    FOLDER       KEY.npy with the codes of an image or of several crops, (N,) or (…, N), and KEY.txt with the caption
                  (LlamaGen, with classes: the number of the class in LABELS/KEY.npy)
 
-Pictures of a class data set carry a number instead of a caption (`class_id`); a file of class names, one a line, words it.
+Images of a class data set carry a number instead of a caption (`class_id`); a file of class names, one a line, words it.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ CLASS_KEY = "class_id"
 
 
 class Entry(NamedTuple):
-    """What is stored of one picture."""
+    """What is stored of one image."""
 
     name: str
     """What messages call it."""
@@ -32,14 +32,14 @@ class Entry(NamedTuple):
 
 
 class ForeignCodes(Protocol):
-    """Pictures by index, as another program has written them."""
+    """Images by index, as another program has written them."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Entry: ...
 
 
 class JsonLines:
-    """The pictures of a JSON-lines file; only where the lines begin is kept in memory."""
+    """The images of a JSON-lines file; only where the lines begin is kept in memory."""
 
     def __init__(self, path: Path, class_names: Sequence[str]) -> None:
         self.path, self.class_names, self.starts = path, class_names, list[tuple[int, int]]()
@@ -63,12 +63,20 @@ class JsonLines:
             record = parse_json(line, name)
             codes = next(record[key] for key in CODE_KEYS if key in record)
         except (StopIteration, TypeError):
-            raise ValueError(f"{name}: expected a JSON object with {', '.join(CODE_KEYS)}") from None
+            raise ValueError(
+                f"{name}: expected a JSON object with {', '.join(CODE_KEYS)}"
+            ) from None
         if isinstance(codes, str):
             codes = _load(self.path.parent / codes)
-        caption = next((record[key] for key in CAPTION_KEYS if isinstance(record.get(key), str)), None)
+        caption = next(
+            (record[key] for key in CAPTION_KEYS if isinstance(record.get(key), str)), None
+        )
         return Entry(
-            name, codes, caption if caption is not None else _class_name(record.get(CLASS_KEY), self.class_names, name)
+            name,
+            codes,
+            caption
+            if caption is not None
+            else _class_name(record.get(CLASS_KEY), self.class_names, name),
         )
 
 
@@ -76,7 +84,9 @@ class NumpyFiles:
     """A folder of KEY.npy, with KEY.txt or with class numbers in another folder."""
 
     def __init__(self, folder: Path, labels: Path | None, class_names: Sequence[str]) -> None:
-        self.paths = sorted(folder.rglob("*.npy"), key=lambda path: (len(path.name), str(path)))  # 2.npy before 10.npy
+        self.paths = sorted(
+            folder.rglob("*.npy"), key=lambda path: (len(path.name), str(path))
+        )  # 2.npy before 10.npy
         self.folder, self.labels, self.class_names = folder, labels, class_names
 
     def __len__(self) -> int:
@@ -86,10 +96,14 @@ class NumpyFiles:
         path = self.paths[index]
         if self.labels is not None:
             number = _load(self.labels / path.relative_to(self.folder)).reshape(-1)[0]
-            return Entry(str(path), _load(path), _class_name(int(number), self.class_names, str(path)))
+            return Entry(
+                str(path), _load(path), _class_name(int(number), self.class_names, str(path))
+            )
         text = path.with_suffix(".txt")
         if not text.is_file():
-            raise ValueError(f"{path}: no caption: {text.name} is not beside it, and no folder of labels was given")
+            raise ValueError(
+                f"{path}: no caption: {text.name} is not beside it, and no folder of labels was given"
+            )
         return Entry(str(path), _load(path), decode_text(text.read_bytes(), text).strip())
 
 
@@ -102,13 +116,19 @@ def _load(path: Path) -> np.ndarray:
 
 def _class_name(number: Any, names: Sequence[str], where: str) -> str:
     if not isinstance(number, int):
-        raise ValueError(f"{where}: no caption: expected one of {', '.join(CAPTION_KEYS)}, or {CLASS_KEY}")
+        raise ValueError(
+            f"{where}: no caption: expected one of {', '.join(CAPTION_KEYS)}, or {CLASS_KEY}"
+        )
     if not 0 <= number < len(names):
-        raise ValueError(f"{where}: class {number}, but {len(names)} class names were given: name them with a file, one a line")
+        raise ValueError(
+            f"{where}: class {number}, but {len(names)} class names were given: name them with a file, one a line"
+        )
     return names[number]
 
 
-def open_foreign(source: str | Path, *, labels: str | Path | None = None, class_names: Sequence[str] = ()) -> ForeignCodes:
+def open_foreign(
+    source: str | Path, *, labels: str | Path | None = None, class_names: Sequence[str] = ()
+) -> ForeignCodes:
     """Codes of another program; see the head of this module for the forms.
 
     Raises:
@@ -125,7 +145,9 @@ def open_foreign(source: str | Path, *, labels: str | Path | None = None, class_
     else:
         found = NumpyFiles(path, Path(labels) if labels is not None else None, class_names)
     if not len(found):
-        raise ValueError(f"{path} holds no codes: expected lines with {', '.join(CODE_KEYS)}, or .npy files")
+        raise ValueError(
+            f"{path} holds no codes: expected lines with {', '.join(CODE_KEYS)}, or .npy files"
+        )
     return found
 
 
@@ -146,7 +168,7 @@ def import_codes(
         tokenizer_fingerprint: of the tokenizer that made them, which nothing in the files can prove.
 
     Raises:
-        ValueError: naming the first picture whose codes do not fit the tokenizer.
+        ValueError: naming the first image whose codes do not fit the tokenizer.
     """
     crops = len(_rows(foreign[0], codebook_size, grid_size))
     manifest = CodeManifest(
@@ -154,8 +176,8 @@ def import_codes(
         codebook_size=codebook_size,
         grid_size=grid_size,
         source=source,
-        num_pictures=len(foreign) * crops,
-        shard_size=-(-shard_size // crops) * crops,  # the crops of a picture lie in one shard
+        num_images=len(foreign) * crops,
+        shard_size=-(-shard_size // crops) * crops,  # the crops of an image lie in one shard
         crop="as imported",
         crops_per_image=crops,
     )
@@ -163,21 +185,32 @@ def import_codes(
     for shard in range(manifest.num_shards):
         if writer.is_complete(shard):
             continue
-        pictures = manifest.pictures_of(shard)
-        entries = [foreign[i] for i in range(pictures.start // crops, pictures.stop // crops)]
+        images = manifest.images_of(shard)
+        entries = [foreign[i] for i in range(images.start // crops, images.stop // crops)]
         rows = [_rows(entry, codebook_size, grid_size) for entry in entries]
-        odd = next((entry.name for entry, codes in zip(entries, rows, strict=True) if len(codes) != crops), None)
+        odd = next(
+            (entry.name for entry, codes in zip(entries, rows, strict=True) if len(codes) != crops),
+            None,
+        )
         if odd is not None:
-            raise ValueError(f"{odd}: holds another number of crops than the first picture, {crops}")
-        writer.write(shard, np.concatenate(rows), [[entry.caption] for entry in entries for _ in range(crops)])
+            raise ValueError(f"{odd}: holds another number of crops than the first image, {crops}")
+        writer.write(
+            shard,
+            np.concatenate(rows),
+            [[entry.caption] for entry in entries for _ in range(crops)],
+        )
     return writer
 
 
 def _rows(entry: Entry, codebook_size: int, grid_size: int) -> np.ndarray:
-    """The codes of a picture, (crops, N)."""
+    """The codes of an image, (crops, N)."""
     codes = np.asarray(entry.codes)
     if codes.dtype.kind not in "iu" or not codes.ndim or codes.shape[-1] != grid_size**2:
-        raise ValueError(f"{entry.name}: holds {codes.dtype} {codes.shape}, expected integers (…, {grid_size**2})")
+        raise ValueError(
+            f"{entry.name}: holds {codes.dtype} {codes.shape}, expected integers (…, {grid_size**2})"
+        )
     if codes.min() < 0 or codes.max() >= codebook_size:
-        raise ValueError(f"{entry.name}: holds codes from {codes.min()} to {codes.max()}, expected 0 to {codebook_size - 1}")
+        raise ValueError(
+            f"{entry.name}: holds codes from {codes.min()} to {codes.max()}, expected 0 to {codebook_size - 1}"
+        )
     return codes.reshape(-1, grid_size**2)

@@ -1,13 +1,13 @@
-"""Pictures as codes: a folder of memory-mapped uint16 shards with captions, made once by a tokenizer, read by the generator.
+"""Images as codes: a folder of memory-mapped uint16 shards with captions, made once by a tokenizer, read by the generator.
 
-    manifest.json          what the set is: tokenizer fingerprint, codebook, grid, crop, source, number of pictures
-    shard-00000.npy        codes of the pictures 0 … shard_size - 1, uint16 (n, N)
-    shard-00000.jsonl      line i: JSON list of the captions of picture i
+    manifest.json          what the set is: tokenizer fingerprint, codebook, grid, crop, source, number of images
+    shard-00000.npy        codes of the images 0 … shard_size - 1, uint16 (n, N)
+    shard-00000.jsonl      line i: JSON list of the captions of image i
     index-00000.npy        int64 (2 + n,): CRC-32 of the codes and of the captions, then where each line ends
 
 A shard counts when its index is there, which is written last; each file is renamed from a temporary one. So a relaunched
 extraction skips what is complete. Opening a set looks at the sizes of its files only; `verify_shard` reads all of them.
-1024 codes take 2 KiB: 36 million pictures fit into 74 GB.
+1024 codes take 2 KiB: 36 million images fit into 74 GB.
 """
 
 import dataclasses
@@ -40,41 +40,45 @@ class CodeManifest:
     """`weights_fingerprint` of the tokenizer that made the codes."""
     codebook_size: int
     grid_size: int
-    """Codes of one side; a picture has `grid_size ** 2` codes in raster order."""
+    """Codes of one side; an image has `grid_size ** 2` codes in raster order."""
     source: str
-    """Where the pictures come from, for people."""
-    num_pictures: int
-    """Each crop of a picture counts."""
+    """Where the images come from, for people."""
+    num_images: int
+    """Each crop of an image counts."""
     shard_size: int
-    """Pictures of one shard; the last shard may hold fewer."""
+    """Images of one shard; the last shard may hold fewer."""
     captions_per_image: int = 1
     crop: str = "center"
-    """Which square of a picture was encoded; see `vqrae.data.encoded.fit_picture`."""
+    """Which square of an image was encoded; see `vqrae.data.encoded.fit_image`."""
     crops_per_image: int = 1
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
-            raise ValueError(f"got format_version {self.format_version}, expected {FORMAT_VERSION}: extract the codes again")
+            raise ValueError(
+                f"got format_version {self.format_version}, expected {FORMAT_VERSION}: extract the codes again"
+            )
         if not 0 < self.codebook_size <= MAX_CODEBOOK_SIZE:
             raise ValueError(
                 f"got codebook_size {self.codebook_size}, expected at most {MAX_CODEBOOK_SIZE}: codes are stored as uint16"
             )
-        if self.num_pictures < 1 or self.shard_size < 1:
-            raise ValueError(f"got {self.num_pictures} pictures in shards of {self.shard_size}, expected at least one of each")
+        if self.num_images < 1 or self.shard_size < 1:
+            raise ValueError(
+                f"got {self.num_images} images in shards of {self.shard_size}, expected at least one of each"
+            )
 
     @property
     def num_codes(self) -> int:
-        """Codes of one picture, N."""
+        """Codes of one image, N."""
         return self.grid_size**2
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_pictures // self.shard_size)
+        return -(-self.num_images // self.shard_size)
 
-    def pictures_of(self, shard: int) -> range:
-        """Indices of the pictures in a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_pictures))
+    def images_of(self, shard: int) -> range:
+        """Indices of the images in a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
 
 def read_manifest(folder: str | Path) -> CodeManifest:
@@ -109,7 +113,11 @@ class ShardFiles:
 
 def shard_files(folder: Path, shard: int) -> ShardFiles:
     """The files of a shard."""
-    return ShardFiles(folder / f"shard-{shard:05d}.npy", folder / f"shard-{shard:05d}.jsonl", folder / f"index-{shard:05d}.npy")
+    return ShardFiles(
+        folder / f"shard-{shard:05d}.npy",
+        folder / f"shard-{shard:05d}.jsonl",
+        folder / f"index-{shard:05d}.npy",
+    )
 
 
 class Shard(NamedTuple):
@@ -125,7 +133,7 @@ class Shard(NamedTuple):
     """int64 (2,), CRC-32 of codes and text"""
 
     def captions(self, row: int) -> list[str]:
-        """All captions of a picture."""
+        """All captions of an image."""
         start = self.line_ends[row - 1] + 1 if row else 0
         return json.loads(self.text[start : self.line_ends[row]].tobytes())
 
@@ -137,9 +145,11 @@ def open_shard(folder: Path, shard: int, manifest: CodeManifest) -> Shard:
         FileNotFoundError: when a file is missing.
         ValueError: when a file is cut short, or is not of this set.
     """
-    files, rows = shard_files(folder, shard), len(manifest.pictures_of(shard))
+    files, rows = shard_files(folder, shard), len(manifest.images_of(shard))
     if not all(path.exists() for path in (files.codes, files.captions, files.index)):
-        raise FileNotFoundError(f"{folder} lacks shard {shard} of {manifest.num_shards}: launch the same extraction again")
+        raise FileNotFoundError(
+            f"{folder} lacks shard {shard} of {manifest.num_shards}: launch the same extraction again"
+        )
     codes = _map(files.codes, np.uint16, (rows, manifest.num_codes))
     index = _map(files.index, np.int64, (2 + rows,))
     size = files.captions.stat().st_size
@@ -168,12 +178,16 @@ def _map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     except (ValueError, EOFError) as error:
         raise _damaged(path, str(error)) from error
     if array.dtype != dtype or array.shape != shape:
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+        raise ValueError(
+            f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
+        )
     return array
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is damaged ({reason}): delete it and extract the codes again, the other shards are kept")
+    return ValueError(
+        f"{path} is damaged ({reason}): delete it and extract the codes again, the other shards are kept"
+    )
 
 
 class CodeWriter:
@@ -187,11 +201,21 @@ class CodeWriter:
         self.folder, self.manifest = Path(folder), manifest
         if (self.folder / "manifest.json").exists():
             existing = read_manifest(self.folder)
-            require_same_tokenizer(manifest.tokenizer_fingerprint, existing.tokenizer_fingerprint, f"code set {self.folder}")
+            require_same_tokenizer(
+                manifest.tokenizer_fingerprint,
+                existing.tokenizer_fingerprint,
+                f"code set {self.folder}",
+            )
             if existing != manifest:
                 ours, theirs = dataclasses.asdict(manifest), dataclasses.asdict(existing)
-                changes = ", ".join(f"{key} {theirs[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != theirs[key])
-                raise ValueError(f"{self.folder} holds another code set ({changes}): set another output_dir, or delete it")
+                changes = ", ".join(
+                    f"{key} {theirs[key]!r} -> {ours[key]!r}"
+                    for key in ours
+                    if ours[key] != theirs[key]
+                )
+                raise ValueError(
+                    f"{self.folder} holds another code set ({changes}): set another output_dir, or delete it"
+                )
         else:
             write_json(self.folder / "manifest.json", dataclasses.asdict(manifest))
 
@@ -204,19 +228,23 @@ class CodeWriter:
         return True
 
     def write(self, shard: int, codes: np.ndarray, captions: Sequence[Sequence[str]]) -> None:
-        """Write one shard: codes (n, N) of any integer type, and the captions of each picture.
+        """Write one shard: codes (n, N) of any integer type, and the captions of each image.
 
         Raises:
             ValueError: when shapes or codes do not fit the manifest.
         """
-        expected = (len(self.manifest.pictures_of(shard)), self.manifest.num_codes)
+        expected = (len(self.manifest.images_of(shard)), self.manifest.num_codes)
         if codes.shape != expected or len(captions) != expected[0]:
-            raise ValueError(f"shard {shard}: got codes {codes.shape} and {len(captions)} captions, expected {expected}")
+            raise ValueError(
+                f"shard {shard}: got codes {codes.shape} and {len(captions)} captions, expected {expected}"
+            )
         if codes.min() < 0 or codes.max() >= self.manifest.codebook_size:
-            raise ValueError(f"shard {shard}: got codes up to {codes.max()}, expected 0 … {self.manifest.codebook_size - 1}")
+            raise ValueError(
+                f"shard {shard}: got codes up to {codes.max()}, expected 0 … {self.manifest.codebook_size - 1}"
+            )
         empty = next((i for i, texts in enumerate(captions) if not texts), None)
         if empty is not None:
-            raise ValueError(f"shard {shard}: picture {empty} has no caption")
+            raise ValueError(f"shard {shard}: image {empty} has no caption")
         files = shard_files(self.folder, shard)
         files.index.unlink(missing_ok=True)  # of a damaged shard, until the new one is whole
         lines = [json.dumps(list(texts)).encode() + b"\n" for texts in captions]
@@ -225,7 +253,10 @@ class CodeWriter:
             temporary.write_bytes(text)
         _save(files.codes, stored)
         ends = np.cumsum([len(line) for line in lines]) - 1
-        _save(files.index, np.concatenate([[zlib.crc32(stored.data), zlib.crc32(text)], ends]).astype(np.int64))
+        _save(
+            files.index,
+            np.concatenate([[zlib.crc32(stored.data), zlib.crc32(text)], ends]).astype(np.int64),
+        )
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -239,7 +270,7 @@ def _open_shard(folder: Path, shard: int, manifest: CodeManifest, modified_ns: i
 
 
 class CodeDataset(Dataset):
-    """Pictures of a code set, by index: {"codes": int64 (N,), "caption": str}.
+    """Images of a code set, by index: {"codes": int64 (N,), "caption": str}.
 
     Args:
         folder: the code set.
@@ -254,41 +285,50 @@ class CodeDataset(Dataset):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
         if tokenizer_fingerprint is not None:
-            require_same_tokenizer(tokenizer_fingerprint, self.manifest.tokenizer_fingerprint, f"code set {folder}")
+            require_same_tokenizer(
+                tokenizer_fingerprint, self.manifest.tokenizer_fingerprint, f"code set {folder}"
+            )
         for shard in range(self.manifest.num_shards):
             open_shard(self.folder, shard, self.manifest)
 
     def __len__(self) -> int:
-        return self.manifest.num_pictures
+        return self.manifest.num_images
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside of this code set of {len(self)} pictures")
+            raise IndexError(f"index {index} is outside of this code set of {len(self)} images")
         shard, row = divmod(int(index), self.manifest.shard_size)
         modified_ns = shard_files(self.folder, shard).index.stat().st_mtime_ns
         return _open_shard(self.folder, shard, self.manifest, modified_ns), row
 
     def captions(self, index: int) -> list[str]:
-        """All captions of a picture."""
+        """All captions of an image."""
         shard, row = self._locate(index)
         return shard.captions(row)
 
     def sample(self, index: int, draw: int = 0) -> dict[str, Any]:
-        """A picture with one of its captions.
+        """An image with one of its captions.
 
-        The caption is a pure function of (index, draw): a picture starts at a caption of its own and every further draw
+        The caption is a pure function of (index, draw): an image starts at a caption of its own and every further draw
         (in training: every epoch) takes the next, so all captions are seen equally often.
 
         Raises:
-            ValueError: when the picture holds a code that the codebook has not.
+            ValueError: when the image holds a code that the codebook has not.
         """
         shard, row = self._locate(index)
         codes, captions = shard.codes[row].astype(np.int64), shard.captions(row)
         if codes.max() >= self.manifest.codebook_size:
-            problem = f"picture {index} holds code {codes.max()}, expected less than {self.manifest.codebook_size}"
-            raise ValueError(f"{self.folder}: {problem}. Find the damaged shards with: vqrae check-data {self.folder}")
-        first = int.from_bytes(hashlib.blake2b(int(index).to_bytes(8, "little"), digest_size=8).digest(), "little")
-        return {"codes": torch.from_numpy(codes), "caption": captions[(first + draw) % len(captions)]}
+            problem = f"image {index} holds code {codes.max()}, expected less than {self.manifest.codebook_size}"
+            raise ValueError(
+                f"{self.folder}: {problem}. Find the damaged shards with: vqrae check-data {self.folder}"
+            )
+        first = int.from_bytes(
+            hashlib.blake2b(int(index).to_bytes(8, "little"), digest_size=8).digest(), "little"
+        )
+        return {
+            "codes": torch.from_numpy(codes),
+            "caption": captions[(first + draw) % len(captions)],
+        }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.sample(index, draw=index.epoch if isinstance(index, Draw) else 0)

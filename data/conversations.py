@@ -1,8 +1,8 @@
 """LLaVA's conversations: records {id, [image,] conversations: [{from, value}, …]}; `image` is one path or a list of them.
 
 Everything that can be wrong with a record of a file is found when the file is opened: upstream trains on silently
-(haotian-liu/LLaVA, `llava/train/train.py`, checks none of it), and a missing picture stops a run after hours. A few unusable
-records are left out by name, many end the run before it begins. Tables with the pictures inside (parquet) are too large for
+(haotian-liu/LLaVA, `llava/train/train.py`, checks none of it), and a missing image stops a run after hours. A few unusable
+records are left out by name, many end the run before it begins. Tables with the images inside (parquet) are too large for
 that; there a bad row is stepped over, and `vqrae check-data` finds it.
 """
 
@@ -18,14 +18,16 @@ import numpy as np
 from PIL import Image
 
 from vqrae.common.files import parse_json, printable, raw_lines, read_json, with_retries
-from vqrae.common.pictures import open_picture
+from vqrae.common.images import open_image
 from vqrae.data.huggingface import open_table, parse_name, stored_bytes, without_decoding
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import TolerantDataset, missing_files, step_over, summary
 
 IMAGE_TAG = "<image>"
 _HALF_PAIR = re.compile("[\\ud800-\\udfff]")
-_VIDEO = re.compile(r"^\s*<video>\s*$", re.MULTILINE)  # on a line of its own: a talk about HTML has the tag, too
+_VIDEO = re.compile(
+    r"^\s*<video>\s*$", re.MULTILINE
+)  # on a line of its own: a talk about HTML has the tag, too
 
 
 def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
@@ -36,7 +38,9 @@ def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
     Raises:
         ValueError: saying what is wrong with the turns.
     """
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns):
+    if not isinstance(turns, list) or not all(
+        isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns
+    ):
         raise ValueError('conversations must be a list of {"from": …, "value": text}')
     speakers = [str(turn.get("from")) for turn in turns]
     if others := set(speakers) - {"human", "gpt"}:
@@ -52,17 +56,24 @@ def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
     tags = [turn["value"].count(IMAGE_TAG) for turn in turns]
     if sum(tags) != num_images:
         plural = "s" * (num_images > 1)
-        raise ValueError(f"has {num_images or 'no'} image{plural}, but {sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)}")
+        raise ValueError(
+            f"has {num_images or 'no'} image{plural}, but {sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)}"
+        )
     if any(tags[1::2]):
-        raise ValueError(f"{IMAGE_TAG} stands in an answer (turn {tags.index(max(tags[1::2])) + 1}), expected it in a question")
+        raise ValueError(
+            f"{IMAGE_TAG} stands in an answer (turn {tags.index(max(tags[1::2])) + 1}), expected it in a question"
+        )
     return [
-        {"from": turn["from"], "value": f"{IMAGE_TAG}\n" * count + turn["value"].replace(IMAGE_TAG, "").strip()}
+        {
+            "from": turn["from"],
+            "value": f"{IMAGE_TAG}\n" * count + turn["value"].replace(IMAGE_TAG, "").strip(),
+        }
         for turn, count in zip(turns, tags, strict=True)
     ]
 
 
 def image_paths(record: dict[str, Any]) -> list[str]:
-    """The pictures of a record of a LLaVA file, as it is stored.
+    """The images of a record of a LLaVA file, as it is stored.
 
     Raises:
         ValueError: when `image` is neither a path nor a list of paths.
@@ -88,7 +99,9 @@ def scan_conversations(path: str | Path) -> tuple[list[dict[str, Any]], list[str
             records.append(check_record(stored, i))
         except ValueError as error:
             name = stored.get("id", "no id") if isinstance(stored, dict) else type(stored).__name__
-            problems.append(f"record {i} ({'line' if isinstance(stored, bytes) else name}): {error}")
+            problems.append(
+                f"record {i} ({'line' if isinstance(stored, bytes) else name}): {error}"
+            )
     return records, problems
 
 
@@ -124,11 +137,11 @@ def read_conversations(
     """All records of a LLaVA file, checked and in canonical form; `image` stays a path relative to `image_folder`.
 
     Args:
-        image_folder: where the pictures lie; the file's own folder when not given.
-        skip_missing: so many records may lack a picture; they are left out, with a message.
+        image_folder: where the images lie; the file's own folder when not given.
+        skip_missing: so many records may lack an image; they are left out, with a message.
 
     Raises:
-        FileNotFoundError: when the file or pictures are missing, with their number and the first few.
+        FileNotFoundError: when the file or images are missing, with their number and the first few.
         ValueError: when too many records cannot be used, see `step_over`.
     """
     path = Path(path)
@@ -138,9 +151,13 @@ def read_conversations(
     missing = missing_files(folder / image for record in records for image in image_paths(record))
     if missing:
         gone = set(missing)
-        kept = [record for record in records if not any(folder / image in gone for image in image_paths(record))]
+        kept = [
+            record
+            for record in records
+            if not any(folder / image in gone for image in image_paths(record))
+        ]
         lost = len(records) - len(kept)
-        told = f"{path}: {lost} of {len(records)} records show {len(missing)} pictures that do not exist below {folder}"
+        told = f"{path}: {lost} of {len(records)} records show {len(missing)} images that do not exist below {folder}"
         names = summary([str(file) for file in missing])
         if lost > skip_missing or not kept:
             raise FileNotFoundError(
@@ -179,13 +196,13 @@ def check_record(stored: Any, index: int) -> dict[str, Any]:
 
 
 def modality_length(turns: list[dict[str, str]]) -> int:
-    """Words of all turns, negative when they show no picture: what LLaVA's grouped sampling sorts by."""
+    """Words of all turns, negative when they show no image: what LLaVA's grouped sampling sorts by."""
     words = max(1, sum(len(turn["value"].split()) for turn in turns))
     return words if any(IMAGE_TAG in turn["value"] for turn in turns) else -words
 
 
 class Conversations(TolerantDataset):
-    """Records of a LLaVA file -> {"id", ["image": RGB picture or a list of them,] "conversations"}."""
+    """Records of a LLaVA file -> {"id", ["image": RGB image or a list of them,] "conversations"}."""
 
     def __init__(
         self,
@@ -203,14 +220,14 @@ class Conversations(TolerantDataset):
         return len(self.records)
 
     def texts(self, index: int) -> list[str]:
-        """What is said in a record, without its pictures."""
+        """What is said in a record, without its images."""
         return [turn["value"] for turn in self.records[index]["conversations"]]
 
     def read(self, draw: Draw) -> dict[str, Any]:
         record = dict(self.records[draw])
         if "image" in record:
-            pictures = [open_picture(self.folder / path) for path in image_paths(record)]
-            record["image"] = pictures[0] if len(pictures) == 1 else pictures
+            images = [open_image(self.folder / path) for path in image_paths(record)]
+            record["image"] = images[0] if len(images) == 1 else images
         return record
 
     def modality_lengths(self) -> np.ndarray:
@@ -222,18 +239,22 @@ class ConversationTable(TolerantDataset):
     """Rows of a Hugging Face data set or of parquet files, with LLaVA's columns -> the samples of `Conversations`.
 
     `conversations` holds LLaVA's turns as a list or as JSON text; `image` (or `images`, or the column that
-    `,image=COLUMN` names) one picture, a list of pictures, or nothing.
+    `,image=COLUMN` names) one image, a list of images, or nothing.
     """
 
     def __init__(self, source: str, *, size: int | None = None) -> None:
         super().__init__(source)
         table = open_table(source)
         if "conversations" not in table.features:
-            raise ValueError(f"{source} has no column conversations, only {', '.join(table.features)}")
+            raise ValueError(
+                f"{source} has no column conversations, only {', '.join(table.features)}"
+            )
         named = parse_name(source)[1].get("image")
         if named and named not in table.features:
             raise ValueError(f"{source} has no column {named!r}, only {', '.join(table.features)}")
-        self.image_column = named or next((name for name in ("image", "images") if name in table.features), None)
+        self.image_column = named or next(
+            (name for name in ("image", "images") if name in table.features), None
+        )
         if self.image_column:
             table = without_decoding(table, self.image_column)
         self.table, self.size = table, min(size or len(table), len(table))
@@ -242,9 +263,14 @@ class ConversationTable(TolerantDataset):
         return self.size
 
     def texts(self, index: int) -> list[str]:
-        """What is said in a row, without its pictures; nothing when `read` will refuse it."""
+        """What is said in a row, without its images; nothing when `read` will refuse it."""
         try:
-            return [turn["value"] for turn in _turns(self.table.select_columns(["conversations"])[index]["conversations"])]
+            return [
+                turn["value"]
+                for turn in _turns(
+                    self.table.select_columns(["conversations"])[index]["conversations"]
+                )
+            ]
         except (ValueError, TypeError, KeyError):
             return []
 
@@ -254,16 +280,20 @@ class ConversationTable(TolerantDataset):
         stored = (row[self.image_column] if self.image_column else None) or []
         try:
             turns = _turns(row["conversations"])
-            pictures = [_open(value, name) for value in (stored if isinstance(stored, list) else [stored])]
-            turns = normalize_turns(turns, num_images=len(pictures))
+            images = [
+                _open(value, name) for value in (stored if isinstance(stored, list) else [stored])
+            ]
+            turns = normalize_turns(turns, num_images=len(images))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        image = {"image": pictures[0] if len(pictures) == 1 else pictures} if pictures else {}
+        image = {"image": images[0] if len(images) == 1 else images} if images else {}
         return {"id": str(row.get("id") or int(draw)), **image, "conversations": turns}
 
     def modality_lengths(self) -> np.ndarray:
-        """`modality_length` of every row, int64 (rows,); no picture is read."""
-        return np.array([_usable_length(value) for value in self.table["conversations"][: self.size]])
+        """`modality_length` of every row, int64 (rows,); no image is read."""
+        return np.array(
+            [_usable_length(value) for value in self.table["conversations"][: self.size]]
+        )
 
 
 def _usable_length(value: Any) -> int:
@@ -279,4 +309,4 @@ def _turns(value: Any) -> Any:
 
 
 def _open(value: Any, name: str) -> Image.Image:
-    return open_picture(io.BytesIO(stored_bytes(value, name)), name=name)
+    return open_image(io.BytesIO(stored_bytes(value, name)), name=name)

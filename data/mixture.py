@@ -90,7 +90,9 @@ class Mixture(Dataset):
         self.parts, self.seed, self.epoch = list(parts), seed, 0
         self.sizes = np.array([len(part) for part in parts])
         self._schedule = _schedule(counts)
-        self._before = np.zeros((len(self._schedule) + 1, len(parts)), dtype=np.int64)  # samples of each part before a place
+        self._before = np.zeros(
+            (len(self._schedule) + 1, len(parts)), dtype=np.int64
+        )  # samples of each part before a place
         np.cumsum(self._schedule[:, None] == np.arange(len(parts)), axis=0, out=self._before[1:])
         self.size = size or self._epoch_size(repeat)
 

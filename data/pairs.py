@@ -1,4 +1,4 @@
-"""Pictures with captions, listed in a JSON-lines file."""
+"""Images with captions, listed in a JSON-lines file."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,20 @@ from typing import Any
 import numpy as np
 
 from vqrae.common.files import parse_json, raw_lines, read_bytes
-from vqrae.data.encoded import Encoded, EncodedPictures
+from vqrae.data.encoded import Encoded, EncodedImages
 from vqrae.data.stream import Draw
-from vqrae.data.tolerant import FileSplit, missing_files, name_hash, split_indices, step_over, summary
+from vqrae.data.tolerant import (
+    FileSplit,
+    missing_files,
+    name_hash,
+    split_indices,
+    step_over,
+    summary,
+)
 
 
 def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """(picture, caption) of each usable line {"image": path, "caption": text}, and what is wrong with each other line.
+    """(image, caption) of each usable line {"image": path, "caption": text}, and what is wrong with each other line.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -33,46 +40,50 @@ def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def parse_pair(line: bytes, where: str) -> tuple[str, str]:
-    """(picture, caption) of a line.
+    """(image, caption) of a line.
 
     Raises:
         ValueError: when it cannot be used, naming `where`.
     """
     record = parse_json(line, where)
     if isinstance(record, dict) and "conversations" in record:
-        raise ValueError(f"{where}: holds a conversation among captions: give conversations a file of their own")
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("image", "caption")):
+        raise ValueError(
+            f"{where}: holds a conversation among captions: give conversations a file of their own"
+        )
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(key), str) for key in ("image", "caption")
+    ):
         raise ValueError(f"{where}: image and caption must both be text")
     return record["image"], record["caption"].strip()
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
-    """(picture, caption) of every line; pictures lie relative to the file's folder.
+    """(image, caption) of every line; images lie relative to the file's folder.
 
     Raises:
-        FileNotFoundError: when the file, or a picture that it names, does not exist; the first few are listed.
+        FileNotFoundError: when the file, or an image that it names, does not exist; the first few are listed.
         ValueError: when there is no usable line, or too many cannot be used (see `step_over`).
     """
     path = Path(path)
     pairs, problems = scan_jsonl(path)
     if not pairs:
-        form = '{"image": "picture.jpg", "caption": "text"}'
+        form = '{"image": "image.jpg", "caption": "text"}'
         raise ValueError(f"{path} holds no usable line; each must be {form}{summary(problems)}")
     step_over(path, problems, len(pairs) + len(problems))
     missing = [str(file) for file in missing_files(path.parent / image for image, _ in pairs)]
     if missing:
         raise FileNotFoundError(
-            f"{path}: {len(missing)} of {len(pairs)} pictures do not exist (paths are relative to the file's folder): "
+            f"{path}: {len(missing)} of {len(pairs)} images do not exist (paths are relative to the file's folder): "
             f"fetch them, or let `vqrae check-data {path} --write-clean NEW` write the lines of the others{summary(missing)}"
         )
     return pairs
 
 
-class CaptionedImages(EncodedPictures):
-    """Pictures and captions of a JSON-lines file; see `scan_jsonl` for the format, `ImageFolder` for the split.
+class CaptionedImages(EncodedImages):
+    """Images and captions of a JSON-lines file; see `scan_jsonl` for the format, `ImageFolder` for the split.
 
     Args:
-        strict: False leaves out lines that cannot be used, and looks for pictures only when they are read.
+        strict: False leaves out lines that cannot be used, and looks for images only when they are read.
     """
 
     def __init__(

@@ -1,14 +1,14 @@
 """One word names a source of samples, everywhere: in a YAML file, on the command line, in a manifest.
 
     scenes, scenes:emoji      the embedded scenes, with drawn shapes or with Twemoji artwork
-    emoji                     the embedded real pictures, 4,009 named emoji
-    FOLDER                    pictures below a folder
+    emoji                     the embedded real images, 4,009 named emoji
+    FOLDER                    images below a folder
     FILE.jsonl                lines {"image": path, "caption": text}, or conversations, one record a line
     FILE.tar                  WebDataset tars, KEY.jpg beside KEY.txt or KEY.json; also a glob, or a range shard-{000..012}.tar,
                               also s3://, https:// or hf://datasets/OWNER/NAME/
     hf:NAME                   a Hugging Face data set: hub id, folder or FILE.parquet; options: see `vqrae.data.huggingface`
     FILE.json                 conversations in LLaVA's format
-    CODES                     a folder of code shards: captioned pictures that a tokenizer has encoded
+    CODES                     a folder of code shards: captioned images that a tokenizer has encoded
     A*0.7+B*0.3               a mixture of these
 
 All but scenes, conversations and codes hold 5 % (by name) back as their `validation` split; conversations and codes are used
@@ -27,9 +27,15 @@ from vqrae.common.config import did_you_mean
 from vqrae.data.code_shards import CodeDataset, codes_fingerprint, is_code_set
 from vqrae.data.conversations import Conversations, ConversationTable, has_record_lines
 from vqrae.data.emoji import EmojiDataset, artwork_folder
-from vqrae.data.encoded import Crop, EncodedPictures
-from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, open_table, parse_name, table_fingerprint
-from vqrae.data.images import ImageFolder, folder_fingerprint
+from vqrae.data.encoded import Crop, EncodedImages
+from vqrae.data.huggingface import (
+    PREFIX,
+    HuggingFaceDataset,
+    open_table,
+    parse_name,
+    table_fingerprint,
+)
+from vqrae.data.image_folder import ImageFolder, folder_fingerprint
 from vqrae.data.mixture import Mixture, parse_mixture
 from vqrae.data.pairs import CaptionedImages
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset
@@ -53,7 +59,9 @@ def source_kind(source: str) -> Kind:
     if parse_mixture(source):
         return "mixture"
     if is_remote(source) and not is_tar(source):
-        raise ValueError(f"of {source}: only tars are read from URLs; for a data set of the hub write hf:OWNER/NAME")
+        raise ValueError(
+            f"of {source}: only tars are read from URLs; for a data set of the hub write hf:OWNER/NAME"
+        )
     if source.startswith(PREFIX) and not is_tar(source):
         parse_name(source)
         return "hf"
@@ -73,8 +81,12 @@ def source_kind(source: str) -> Kind:
     if Path(source).is_dir():
         return "codes" if is_code_set(source) else "folder"
     if Path(source).is_file():
-        raise ValueError(f"data source {source} is a file of unknown kind: expected .jsonl, .tar or .json")
-    hint = "; each part of a mixture needs its weight, as in scenes*1+emoji*1" if "+" in source else ""
+        raise ValueError(
+            f"data source {source} is a file of unknown kind: expected .jsonl, .tar or .json"
+        )
+    hint = (
+        "; each part of a mixture needs its weight, as in scenes*1+emoji*1" if "+" in source else ""
+    )
     raise FileNotFoundError(
         f"data source {source} does not exist: give scenes, emoji, a folder, a .jsonl, .tar or .json file, or hf:NAME{hint}"
     )
@@ -90,15 +102,21 @@ def open_images(
     seed: int = 0,
     **filters: Any,
 ) -> Samples:
-    """Pictures of a source -> map-style data set of {"image": uint8 (3, H, W)}.
+    """Images of a source -> map-style data set of {"image": uint8 (3, H, W)}.
 
     Args:
         size: use so many samples; scenes default to a million for training and 1000 for validation.
-        crop: which square of a picture is used, see `fit_picture`; scenes are square and endless, and take none.
+        crop: which square of an image is used, see `fit_image`; scenes are square and endless, and take none.
         seed: of random crops, of scenes, of a mixture's order.
-        filters: `draft`, `min_edge`, `max_aspect` of stored pictures, see `EncodedPictures`.
+        filters: `draft`, `min_edge`, `max_aspect` of stored images, see `EncodedImages`.
     """
-    options: dict[str, Any] = {"image_size": image_size, "split": split, "crop": crop, "seed": seed, **filters}
+    options: dict[str, Any] = {
+        "image_size": image_size,
+        "split": split,
+        "crop": crop,
+        "seed": seed,
+        **filters,
+    }
     kind = source_kind(source)
     if kind == "mixture":
         return _mix(source, open_images, size=size, **options)
@@ -108,7 +126,9 @@ def open_images(
         return ImageFolder(source, size=size, **options)
     if kind in ("json", "codes"):
         held = "conversations" if kind == "json" else "codes"
-        raise ValueError(f"{source} holds {held}; for pictures give scenes, emoji, a folder, a .jsonl, a .tar or hf:NAME")
+        raise ValueError(
+            f"{source} holds {held}; for images give scenes, emoji, a folder, a .jsonl, a .tar or hf:NAME"
+        )
     return CAPTIONED[kind](source, captions=False, size=size, **options)
 
 
@@ -122,7 +142,7 @@ def open_pairs(
     crop: Crop = "center",
     seed: int = 0,
 ) -> Samples:
-    """Captioned pictures of a source -> map-style data set of {"image": uint8 (3, H, W), "caption": str}.
+    """Captioned images of a source -> map-style data set of {"image": uint8 (3, H, W), "caption": str}.
 
     Args:
         detailed: captions of scenes name every colour and relation (for contrastive training).
@@ -136,14 +156,21 @@ def open_pairs(
         return _scenes(source, "detailed_pair" if detailed else "pair", **options)
     if kind in ("folder", "json", "codes"):
         forms = "scenes, emoji, a .jsonl of image and caption, a .tar of KEY.jpg and KEY.txt, or hf:NAME"
-        raise ValueError(f"{source} has no {'pictures' if kind == 'codes' else 'captions'}: give {forms}")
+        raise ValueError(
+            f"{source} has no {'images' if kind == 'codes' else 'captions'}: give {forms}"
+        )
     return CAPTIONED[kind](source, captions=True, crop=crop, **options)
 
 
 def open_pairs_or_codes(
-    source: str, *, image_size: int, tokenizer_fingerprint: str, split: FileSplit = "train", seed: int = 0
+    source: str,
+    *,
+    image_size: int,
+    tokenizer_fingerprint: str,
+    split: FileSplit = "train",
+    seed: int = 0,
 ) -> Samples:
-    """What a generator learns from: captioned pictures, or code shards, {"codes": int64 (N,), "caption": str}, or a mixture.
+    """What a generator learns from: captioned images, or code shards, {"codes": int64 (N,), "caption": str}, or a mixture.
 
     Args:
         tokenizer_fingerprint: code shards of another tokenizer are refused.
@@ -165,19 +192,23 @@ def is_encoded(samples: Samples) -> bool:
 
 
 def some_captions(samples: Samples, limit: int = 20_000) -> list[str]:
-    """Captions of up to `limit` samples of each part, evenly spread or the first to train on, without decoding a picture."""
+    """Captions of up to `limit` samples of each part, evenly spread or the first to train on, without decoding an image."""
     if isinstance(samples, Mixture):
         return [text for part in samples.parts for text in some_captions(part, limit)]
     captions: list[str | None] = []
-    chosen = np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)).tolist()
-    if own_order := getattr(samples, "training_index", None):  # of far tars, only those that come first
+    chosen = np.unique(
+        np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
+    ).tolist()
+    if own_order := getattr(
+        samples, "training_index", None
+    ):  # of far tars, only those that come first
         chosen = [own_order(place, 0) for place in range(len(chosen))]
     for index in chosen:
         if isinstance(samples, CodeDataset):
             captions += samples.captions(index)
         elif isinstance(samples, SceneDataset):
             captions.append(samples.caption(index))
-        elif isinstance(samples, EncodedPictures):
+        elif isinstance(samples, EncodedImages):
             with contextlib.suppress(ValueError):  # a broken sample, which training steps over
                 captions.append(samples.encoded(Draw(index, 0)).caption)
     return [text for text in captions if text]
@@ -209,41 +240,66 @@ def open_conversations(
     skip_missing: int = 0,
     seed: int = 0,
 ) -> Samples:
-    """Conversations of a source -> map-style data set of LLaVA records whose `image` is an RGB picture (or absent).
+    """Conversations of a source -> map-style data set of LLaVA records whose `image` is an RGB image (or absent).
 
     Args:
-        image_size: of rendered scenes; pictures of a LLaVA file keep their own size.
-        image_folder: where a LLaVA file's pictures lie; its own folder when not given.
-        skip_missing: so many records of a LLaVA file may lack their pictures, and are left out.
+        image_size: of rendered scenes; images of a LLaVA file keep their own size.
+        image_folder: where a LLaVA file's images lie; its own folder when not given.
+        skip_missing: so many records of a LLaVA file may lack their images, and are left out.
     """
     kind = source_kind(source)
     if kind == "mixture":
-        options = {"image_size": image_size, "image_folder": image_folder, "skip_missing": skip_missing}
+        options = {
+            "image_size": image_size,
+            "image_folder": image_folder,
+            "skip_missing": skip_missing,
+        }
         return _mix(source, open_conversations, size=size, split=split, seed=seed, **options)
     if kind == "scenes":
-        return _scenes(source, "conversation", image_size=image_size, size=size, split=split, seed=seed)
+        return _scenes(
+            source, "conversation", image_size=image_size, size=size, split=split, seed=seed
+        )
     if kind not in ("json", "hf"):
-        raise ValueError(f"{source} holds no conversations: give scenes, a .json file in LLaVA's format, or hf:NAME")
+        raise ValueError(
+            f"{source} holds no conversations: give scenes, a .json file in LLaVA's format, or hf:NAME"
+        )
     if split == "validation":
-        raise ValueError(f"{source} is trained on whole, it has no validation split: give another file")
+        raise ValueError(
+            f"{source} is trained on whole, it has no validation split: give another file"
+        )
     if kind == "hf":
         return ConversationTable(source, size=size)
     return Conversations(source, image_folder=image_folder, size=size, skip_missing=skip_missing)
 
 
 def _mix(
-    source: str, open_part: Callable[..., Samples], *, size: int | None, split: FileSplit, seed: int, **options: Any
+    source: str,
+    open_part: Callable[..., Samples],
+    *,
+    size: int | None,
+    split: FileSplit,
+    seed: int,
+    **options: Any,
 ) -> Mixture:
     names, weights = zip(*parse_mixture(source), strict=True)
     parts = [open_part(name, split=split, seed=seed, **options) for name in names]
     return Mixture(parts, weights, seed=seed, size=size, repeat=split != "validation")
 
 
-def _scenes(source: str, item: Any, *, image_size: int, size: int | None, split: FileSplit, seed: int) -> SceneDataset:
+def _scenes(
+    source: str, item: Any, *, image_size: int, size: int | None, split: FileSplit, seed: int
+) -> SceneDataset:
     if split == "all":
         raise ValueError("scenes have no end: split must be train or validation")
     sprites = source.partition(":")[2] or "shapes"
-    return SceneDataset(split, size or DEFAULT_SCENES[split], item=item, image_size=image_size, sprites=sprites, seed=seed)
+    return SceneDataset(
+        split,
+        size or DEFAULT_SCENES[split],
+        item=item,
+        image_size=image_size,
+        sprites=sprites,
+        seed=seed,
+    )
 
 
 def fingerprint(source: str) -> str:
@@ -254,10 +310,14 @@ def fingerprint(source: str) -> str:
     """
     kind = source_kind(source)
     if kind == "mixture":
-        return "; ".join(f"{float(weight):g} of {fingerprint(name)}" for name, weight in parse_mixture(source))
+        return "; ".join(
+            f"{float(weight):g} of {fingerprint(name)}" for name, weight in parse_mixture(source)
+        )
     if kind == "scenes":
         dataset = _scenes(source, "pair", image_size=64, size=4, split="train", seed=0)
-        drawn = b"".join(dataset.pixels(i).tobytes() + dataset.caption(i).encode() for i in range(len(dataset)))
+        drawn = b"".join(
+            dataset.pixels(i).tobytes() + dataset.caption(i).encode() for i in range(len(dataset))
+        )
         return f"{source}: crc32 {checksum(drawn)}"
     if kind == "emoji":
         return f"{source}: {folder_fingerprint(artwork_folder())}"

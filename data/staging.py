@@ -39,7 +39,10 @@ def find(pattern: str) -> list[str]:
     if not is_remote(pattern):
         return glob.glob(pattern)
     system, path = _system(pattern)
-    return [system.unstrip_protocol(name) for name in with_retries(lambda: _quietly(system.glob, path), pattern)]
+    return [
+        system.unstrip_protocol(name)
+        for name in with_retries(lambda: _quietly(system.glob, path), pattern)
+    ]
 
 
 def _system(url: str) -> tuple[Any, str]:

@@ -37,7 +37,9 @@ class StreamSampler(Sampler[int]):
         start: global samples that were already consumed.
     """
 
-    def __init__(self, data: Sized, *, seed: int = 0, rank: int = 0, world_size: int = 1, start: int = 0) -> None:
+    def __init__(
+        self, data: Sized, *, seed: int = 0, rank: int = 0, world_size: int = 1, start: int = 0
+    ) -> None:
         self.size, self.own_order = len(data), getattr(data, "training_index", None)
         if self.size < 1:
             raise ValueError("the data set is empty")
@@ -49,7 +51,10 @@ class StreamSampler(Sampler[int]):
         while True:
             if not self.own_order and position // self.size != epoch:
                 epoch = position // self.size
-                order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+                order = torch.randperm(
+                    self.size,
+                    generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch),
+                )
             turn, place = divmod(position, self.size)
             yield Draw(self.own_order(place, turn) if self.own_order else int(order[place]), turn)
             position += self.world_size

@@ -25,8 +25,8 @@ from braceexpand import braceexpand
 
 from vqrae.common.distributed import world_size
 from vqrae.common.files import atomic_path, decode_text, parse_json, raise_file_limit, with_retries
-from vqrae.common.pictures import PICTURE_SUFFIXES
-from vqrae.data.encoded import Encoded, EncodedPictures
+from vqrae.common.images import IMAGE_SUFFIXES
+from vqrae.data.encoded import Encoded, EncodedImages
 from vqrae.data.mixture import shuffled
 from vqrae.data.staging import Stage, find, is_remote
 from vqrae.data.stream import Draw
@@ -34,8 +34,12 @@ from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
 
 T = TypeVar("T")
 _USUAL = ("jpg", "jpeg", "png", "webp")
-IMAGE_SUFFIXES = (*_USUAL, *sorted({suffix[1:] for suffix in PICTURE_SUFFIXES} - {*_USUAL}))
-CAPTION_KEYS = ("caption", "text", "prompt")  # of a KEY.json: img2dataset (CC12M), others, JourneyDB
+IMAGE_FIELDS = (*_USUAL, *sorted({suffix[1:] for suffix in IMAGE_SUFFIXES} - {*_USUAL}))
+CAPTION_KEYS = (
+    "caption",
+    "text",
+    "prompt",
+)  # of a KEY.json: img2dataset (CC12M), others, JourneyDB
 # Columns of an index; text size -1: neither KEY.txt nor KEY.json.
 _IMAGE_OFFSET, _IMAGE_SIZE, _TEXT_OFFSET, _TEXT_SIZE, _IS_JSON, _HASH = range(6)
 _VERSION = 2  # of what a scan finds
@@ -94,7 +98,7 @@ def tar_index(path: str | Path, stage: Stage | None = None) -> np.ndarray:
         stage: fetches a remote tar, which is taken to be what it was when it was scanned.
 
     Raises:
-        ValueError: when the tar is damaged or holds no picture.
+        ValueError: when the tar is damaged or holds no image.
         OSError: when it cannot be read, for instance because too many files are open.
     """
     return _stored_index(path, stage)[1:]
@@ -108,7 +112,9 @@ def _stored_index(path: str | Path, stage: Stage | None) -> np.ndarray:
     stamp = None if remote else [*_size_and_time(os.stat(name)), _VERSION, 0, 0, 0]
     for cache in caches:
         stored = _load_index(cache)
-        if stored is not None and (stored[0].tolist() == stamp if stamp else stored[0, 2] == _VERSION):
+        if stored is not None and (
+            stored[0].tolist() == stamp if stamp else stored[0, 2] == _VERSION
+        ):
             return stored
     if remote:
         assert stage is not None, "a remote tar is fetched to be scanned"
@@ -127,7 +133,11 @@ def _stored_index(path: str | Path, stage: Stage | None) -> np.ndarray:
             return stored
         except OSError as error:
             problem = error
-    print(f"the index of {path} is not kept, and is made anew at each start: {problem}", file=sys.stderr, flush=True)
+    print(
+        f"the index of {path} is not kept, and is made anew at each start: {problem}",
+        file=sys.stderr,
+        flush=True,
+    )
     return stored
 
 
@@ -135,14 +145,18 @@ def _index_places(name: str) -> list[Path]:
     """Where the index of a tar may be: beside it, or in the user's cache folder."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqrae" / "tars"
     own = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.index.npy"
-    return [own] if is_remote(name) else [Path(name).with_name(f".{Path(name).name}.index.npy"), own]
+    return (
+        [own] if is_remote(name) else [Path(name).with_name(f".{Path(name).name}.index.npy"), own]
+    )
 
 
 def _size_and_time(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def tar_indices(paths: list[str], pick: Callable[[int, np.ndarray], T], stage: Stage | None = None) -> list[T]:
+def tar_indices(
+    paths: list[str], pick: Callable[[int, np.ndarray], T], stage: Stage | None = None
+) -> list[T]:
     """What `pick` takes of the index of each tar: all of them as they are would be large, and memory maps hold descriptors.
 
     Every process of a launch begins elsewhere, and finds what the others have made.
@@ -169,16 +183,25 @@ def _scan_tar(path: str, stream: Any = None) -> np.ndarray:
             for member in archive:
                 if member.isfile():
                     folder, _, name = member.name.rpartition("/")
-                    key, _, suffix = name.partition(".")  # the convention of WebDataset: the key ends at the first dot
-                    members.setdefault(f"{folder}/{key}", {})[suffix.lower()] = (member.offset_data, member.size)
+                    key, _, suffix = name.partition(
+                        "."
+                    )  # the convention of WebDataset: the key ends at the first dot
+                    members.setdefault(f"{folder}/{key}", {})[suffix.lower()] = (
+                        member.offset_data,
+                        member.size,
+                    )
     except (tarfile.TarError, EOFError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the system, not of the tar
-            raise OSError(error.errno, f"{path} cannot be read: {os.strerror(error.errno)}") from error
-        raise ValueError(f"{path} is damaged after {len(members)} samples ({error}): fetch it again or leave it out") from error
+            raise OSError(
+                error.errno, f"{path} cannot be read: {os.strerror(error.errno)}"
+            ) from error
+        raise ValueError(
+            f"{path} is damaged after {len(members)} samples ({error}): fetch it again or leave it out"
+        ) from error
     rows = [row for key, parts in members.items() for row in _sample_rows(key, parts)]
     if not rows:
         raise ValueError(
-            f"{path} holds no picture: expected members KEY.jpg (or {', '.join(IMAGE_SUFFIXES[1:])}) beside KEY.txt or KEY.json"
+            f"{path} holds no image: expected members KEY.jpg (or {', '.join(IMAGE_FIELDS[1:])}) beside KEY.txt or KEY.json"
         )
     return np.array(rows, dtype=np.int64)
 
@@ -186,21 +209,29 @@ def _scan_tar(path: str, stream: Any = None) -> np.ndarray:
 def _sample_rows(key: str, parts: dict[str, tuple[int, int]]) -> list[tuple[int, ...]]:
     """The samples among the members of a key, {suffix: place}.
 
-    `a.jpg` is the picture of `a`, and `a.mask.png` beside it none of its own. Without it, members of dotted names
+    `a.jpg` is the image of `a`, and `a.mask.png` beside it none of its own. Without it, members of dotted names
     (`a.v1.jpg`, `a.v1.txt`, `a.v2.jpg`) are samples of their own: WebDataset takes them for fields of one sample.
     """
     rows: list[tuple[int, ...]] = []
-    for stem in [""] if any(s in parts for s in IMAGE_SUFFIXES) else dict.fromkeys(s.rpartition(".")[0] for s in parts):
+    for stem in (
+        [""]
+        if any(s in parts for s in IMAGE_FIELDS)
+        else dict.fromkeys(s.rpartition(".")[0] for s in parts)
+    ):
         dotted = f"{stem}." if stem else ""
-        image = next((parts[dotted + s] for s in IMAGE_SUFFIXES if dotted + s in parts), None)
+        image = next((parts[dotted + s] for s in IMAGE_FIELDS if dotted + s in parts), None)
         if image is not None:
-            named = next((s for s in (f"{dotted}txt", f"{dotted}json", "txt", "json") if s in parts), "")
+            named = next(
+                (s for s in (f"{dotted}txt", f"{dotted}json", "txt", "json") if s in parts), ""
+            )
             text = parts.get(named, (0, -1))
-            rows.append((*image, *text, named.endswith("json"), name_hash(f"{key}.{stem}" if stem else key)))
+            rows.append(
+                (*image, *text, named.endswith("json"), name_hash(f"{key}.{stem}" if stem else key))
+            )
     return rows
 
 
-class TarDataset(EncodedPictures):
+class TarDataset(EncodedImages):
     """Samples of WebDataset tars; see `ImageFolder` for size and split.
 
     With a buffer the order of training is decided here: a seeded permutation of the tars, `buffer` after `buffer` of them
@@ -209,7 +240,7 @@ class TarDataset(EncodedPictures):
     Args:
         source: a tar, a glob or a brace range, local or at a URL; `,caption=KEY` behind it names the caption in the samples'
             KEY.json, where it is none of `caption`, `text`, `prompt`; `,buffer=TARS` see `TarSource`.
-        captions: leave out pictures that have neither KEY.txt nor KEY.json, and refuse a tar without any; False reads none.
+        captions: leave out images that have neither KEY.txt nor KEY.json, and refuse a tar without any; False reads none.
             `optional` reads those there are.
     """
 
@@ -229,33 +260,47 @@ class TarDataset(EncodedPictures):
         self.caption_keys, self.with_text = (key,) if key else CAPTION_KEYS, bool(captions)
         self.stage = Stage(source, 2 * self.buffer) if self.buffer else None
         picked = tar_indices(self.paths, self._pick, self.stage)
-        chosen = split_indices(np.concatenate([hashes for _, hashes in picked]), split, source)[:size]
+        chosen = split_indices(np.concatenate([hashes for _, hashes in picked]), split, source)[
+            :size
+        ]
         self.places = np.concatenate([places for places, _ in picked])[chosen]
         self.training_index = self._buffered_index if self.buffer else None
-        self._in_training_order = torch.zeros(1, dtype=torch.uint8).share_memory_()  # the sampler is asked, workers read
+        self._in_training_order = torch.zeros(
+            1, dtype=torch.uint8
+        ).share_memory_()  # the sampler is asked, workers read
         self._epoch_order: tuple[int, np.ndarray, np.ndarray] | None = None
-        self.first = np.searchsorted(self.places[:, 0], np.arange(len(self.paths) + 1))  # row of each tar
+        self.first = np.searchsorted(
+            self.places[:, 0], np.arange(len(self.paths) + 1)
+        )  # row of each tar
 
     def _pick(self, number: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of the usable samples: int32 (samples, 5), tar, block and size of the picture, of the text; and their hashes.
+        """Of the usable samples: int32 (samples, 5), tar, block and size of the image, of the text; and their hashes.
 
         A size of text is negative for none (-1) and for JSON (-2 - size).
         """
         if self.captions:
             usable = index[index[:, _TEXT_SIZE] >= 0]
             if not len(usable):
-                held = f"{self.paths[number]} holds {len(index)} pictures"
-                raise ValueError(f"{held} but no caption: expected KEY.txt or KEY.json beside each KEY.jpg")
+                held = f"{self.paths[number]} holds {len(index)} images"
+                raise ValueError(
+                    f"{held} but no caption: expected KEY.txt or KEY.json beside each KEY.jpg"
+                )
             if len(usable) < len(index):
-                told = f"{self.paths[number]}: {len(index) - len(usable)} of {len(index)} pictures have no caption, left out"
+                told = f"{self.paths[number]}: {len(index) - len(usable)} of {len(index)} images have no caption, left out"
                 print(told, file=sys.stderr)
             index = usable
         places = np.empty((len(index), 5), dtype=np.int32)
         places[:, 0] = number
-        places[:, 1], places[:, 3] = index[:, _IMAGE_OFFSET] // tarfile.BLOCKSIZE, index[:, _TEXT_OFFSET] // tarfile.BLOCKSIZE
+        places[:, 1], places[:, 3] = (
+            index[:, _IMAGE_OFFSET] // tarfile.BLOCKSIZE,
+            index[:, _TEXT_OFFSET] // tarfile.BLOCKSIZE,
+        )
         text_size = index[:, _TEXT_SIZE]
         is_json = (index[:, _IS_JSON] > 0) & (text_size >= 0)
-        places[:, 2], places[:, 4] = index[:, _IMAGE_SIZE], np.where(is_json, -2 - text_size, text_size)
+        places[:, 2], places[:, 4] = (
+            index[:, _IMAGE_SIZE],
+            np.where(is_json, -2 - text_size, text_size),
+        )
         return places, index[:, _HASH].copy()
 
     def __len__(self) -> int:
@@ -268,7 +313,9 @@ class TarDataset(EncodedPictures):
             for later in order[np.flatnonzero(order == tar)[0] + self.buffer :][:1]:
                 self.stage.fetch_soon(self.paths[later])
         block = self._read(tar, image - 1, tarfile.BLOCKSIZE + image_size)
-        member = block[:100].partition(b"\0")[0].decode("utf-8", "replace")  # the header's first field
+        member = (
+            block[:100].partition(b"\0")[0].decode("utf-8", "replace")
+        )  # the header's first field
         caption = None
         if self.with_text and text_size != -1:
             is_json, text_size = text_size < 0, text_size if text_size >= 0 else -2 - text_size
@@ -281,7 +328,10 @@ class TarDataset(EncodedPictures):
         order, ends = self._order(epoch)
         turn = int(np.searchsorted(ends, place, side="right"))
         begin = turn // self.buffer * self.buffer
-        start, stop = (int(ends[begin - 1]) if begin else 0), int(ends[min(begin + self.buffer, len(order)) - 1])
+        start, stop = (
+            (int(ends[begin - 1]) if begin else 0),
+            int(ends[min(begin + self.buffer, len(order)) - 1]),
+        )
         place = start + shuffled(place - start, stop - start, self.seed, epoch, begin)
         turn = int(np.searchsorted(ends, place, side="right"))
         return int(self.first[order[turn]]) + place - (int(ends[turn - 1]) if turn else 0)
@@ -331,6 +381,11 @@ def tars_fingerprint(source: str) -> str:
     """Names and sizes of the tars in one number."""
     paths, _, buffer = parse_tars(source)
     stage = Stage(source, 2 * buffer) if buffer else None
-    sizes = [_stored_index(path, stage)[0, 0] if is_remote(path) else os.stat(path).st_size for path in paths]
-    listing = "\n".join(f"{Path(path).name} {size}" for path, size in zip(paths, sizes, strict=True))
+    sizes = [
+        _stored_index(path, stage)[0, 0] if is_remote(path) else os.stat(path).st_size
+        for path in paths
+    ]
+    listing = "\n".join(
+        f"{Path(path).name} {size}" for path, size in zip(paths, sizes, strict=True)
+    )
     return f"{len(paths)} tars, crc32 {checksum(listing.encode())}"

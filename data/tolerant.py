@@ -17,7 +17,7 @@ from vqrae.data.stream import Draw
 FileSplit = Literal["train", "validation", "all"]
 VALIDATION_SHARE = 0.05
 BROKEN_SHARE = 0.05  # beyond this share the source itself is at fault
-BROKEN_WINDOW = 100  # samples that a share is taken of at least: one broken picture among the first three stops nothing
+BROKEN_WINDOW = 100  # samples that a share is taken of at least: one broken image among the first three stops nothing
 
 
 class TooManyBrokenSamples(RuntimeError):
@@ -96,7 +96,9 @@ class TolerantDataset(Dataset, ABC):
             except ValueError as error:
                 self.broken.note(int(candidate), error)
         filtered = f", {len(self.unwanted)} are left out by the filters" if self.unwanted else ""
-        raise TooManyBrokenSamples(f"{self.source}: none of its {len(self)} samples can be read{filtered}")
+        raise TooManyBrokenSamples(
+            f"{self.source}: none of its {len(self)} samples can be read{filtered}"
+        )
 
 
 def step_over(source: str | Path, problems: list[str], total: int) -> None:
@@ -139,7 +141,9 @@ def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarr
     if split == "all":
         return np.arange(len(hashes))
     if len(hashes) < 2:
-        raise ValueError(f"{source} holds {len(hashes)} samples, too few for training and validation: give more, or split=all")
+        raise ValueError(
+            f"{source} holds {len(hashes)} samples, too few for training and validation: give more, or split=all"
+        )
     held_out = max(1, round(VALIDATION_SHARE * len(hashes)))
     order = np.argsort(hashes, kind="stable")
     return np.sort(order[-held_out:] if split == "validation" else order[:-held_out])

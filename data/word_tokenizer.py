@@ -7,11 +7,19 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PAD, UNKNOWN, START, END, IMAGE = "<|endoftext|>", "<|unk|>", "<|im_start|>", "<|im_end|>", "<image>"
+PAD, UNKNOWN, START, END, IMAGE = (
+    "<|endoftext|>",
+    "<|unk|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<image>",
+)
 ROLES = ["system", "user", "assistant"]
 
 
-def build_word_tokenizer(texts: Sequence[str], *, end_with: str | None = None) -> PreTrainedTokenizerFast:
+def build_word_tokenizer(
+    texts: Sequence[str], *, end_with: str | None = None
+) -> PreTrainedTokenizerFast:
     """Fit a tokenizer whose vocabulary is the words and punctuation marks of `texts`.
 
     Args:
@@ -25,9 +33,15 @@ def build_word_tokenizer(texts: Sequence[str], *, end_with: str | None = None) -
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
     )
-    trainer = trainers.WordLevelTrainer(special_tokens=specials, vocab_size=1 << 20, min_frequency=1, show_progress=False)
+    trainer = trainers.WordLevelTrainer(
+        special_tokens=specials, vocab_size=1 << 20, min_frequency=1, show_progress=False
+    )
     # Sorted, so that the same words always get the same ids.
     tokenizer.train_from_iterator(sorted({*texts, " ".join(ROLES), *"0123456789"}), trainer)
     if end_with:
@@ -44,11 +58,15 @@ def build_word_tokenizer(texts: Sequence[str], *, end_with: str | None = None) -
     )
 
 
-def fit_word_tokenizer(texts: Sequence[str], captions: Iterable[str], *, size: int) -> PreTrainedTokenizerFast:
+def fit_word_tokenizer(
+    texts: Sequence[str], captions: Iterable[str], *, size: int
+) -> PreTrainedTokenizerFast:
     """A word tokenizer of at most `size` ids: all words of `texts`, then the most frequent ones of `captions`."""
     base = build_word_tokenizer(texts)
     known, words = base.get_vocab(), _new_words(base, captions)
-    kept = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))][: max(0, size - len(known))]
+    kept = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))][
+        : max(0, size - len(known))
+    ]
     if len(kept) < len(words):
         share = 1 - sum(words[word] for word in kept) / words.total()
         print(
@@ -72,20 +90,28 @@ def _new_words(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) ->
 
 def is_word_tokenizer(text_tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a text tokenizer is one of those that this module makes, which have an id for each word."""
-    return text_tokenizer.is_fast and isinstance(text_tokenizer.backend_tokenizer.model, models.WordLevel)
+    return text_tokenizer.is_fast and isinstance(
+        text_tokenizer.backend_tokenizer.model, models.WordLevel
+    )
 
 
-def grow_word_tokenizer(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, limit: int) -> list[str]:
+def grow_word_tokenizer(
+    text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, limit: int
+) -> list[str]:
     """Give ids behind all others to the words of `texts` that have none, in place; to the `limit` most frequent ones.
 
     Returns:
         The new words in the order of their ids, which texts and limit alone decide.
     """
-    words = sorted(_new_words(text_tokenizer, texts).items(), key=lambda item: (-item[1], item[0]))[:limit]
+    words = sorted(_new_words(text_tokenizer, texts).items(), key=lambda item: (-item[1], item[0]))[
+        :limit
+    ]
     vocabulary = text_tokenizer.get_vocab()
     vocabulary |= {word: len(text_tokenizer) + i for i, (word, _) in enumerate(words)}
     if words:
-        text_tokenizer.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token=text_tokenizer.unk_token)
+        text_tokenizer.backend_tokenizer.model = models.WordLevel(
+            vocabulary, unk_token=text_tokenizer.unk_token
+        )
     return [word for word, _ in words]
 
 
@@ -98,7 +124,11 @@ def unknown_words(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[st
     unknown = text_tokenizer.unk_token_id
     if unknown is None or not text_tokenizer.is_fast:
         return []
-    options = {"add_special_tokens": False, "return_offsets_mapping": True, "split_special_tokens": True}
+    options = {
+        "add_special_tokens": False,
+        "return_offsets_mapping": True,
+        "split_special_tokens": True,
+    }
     encoded = text_tokenizer(text, **options)
     places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [text[start:end] for token, (start, end) in places if token == unknown]

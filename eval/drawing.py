@@ -1,4 +1,4 @@
-"""Pictures for a benchmark: drawn where they are missing, beside a record of what decides them, so that a run resumes."""
+"""Images for a benchmark: drawn where they are missing, beside a record of what decides them, so that a run resumes."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,22 +12,24 @@ from transformers import PreTrainedConfig
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import choose_device, is_main_process
 from vqrae.common.files import read_json, write_json
-from vqrae.common.pictures import save_picture, tensor_to_picture
+from vqrae.common.images import save_image, tensor_to_image
 from vqrae.common.run import hold
 from vqrae.eval.manifest import model_fingerprint, tokenizer_fingerprint
 from vqrae.eval.sharding import gather, stride
-from vqrae.generation.model import read_sampling
+from vqrae.generation.modeling import read_sampling
 from vqrae.generation.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from vqrae.generation.generator import Generator
 
 Progress = Callable[[int, int], None]
-SEEDS_PER_PROMPT = 10_000  # picture seeds are 10,000 x prompt + sample: more samples never change those there are
+SEEDS_PER_PROMPT = (
+    10_000  # image seeds are 10,000 x prompt + sample: more samples never change those there are
+)
 
 
 class Order(NamedTuple):
-    """A picture that is wanted: what to draw, with which seed, and where it belongs."""
+    """An image that is wanted: what to draw, with which seed, and where it belongs."""
 
     prompt: str
     seed: int
@@ -35,21 +37,21 @@ class Order(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PicturesConfig:
-    """Where a benchmark's pictures come from: a generator draws them, or they are there."""
+class ImagesConfig:
+    """Where a benchmark's images come from: a generator draws them, or they are there."""
 
     out: str
     """Folder of everything that is written."""
     model: str | None = None
     """Generator to draw with: run directory, model folder or hub id."""
     images: str | None = None
-    """Folder of pictures to score instead."""
+    """Folder of images to score instead."""
     tokenizer: str | None = None
     """Visual tokenizer, where it is not at the place that the generator recorded."""
     sampling: SamplingConfig | None = None
     """How codes are drawn, if not as the generator recommends."""
     batch_size: int = 64
-    """Pictures sampled at once; guidance doubles the rows."""
+    """Images sampled at once; guidance doubles the rows."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the language model."""
     device: str = "auto"
@@ -69,26 +71,35 @@ class PicturesConfig:
 
     def load_generator(self, device: str) -> "Generator":
         """The generator that `model` names."""
-        from vqrae.generation.generator import Generator  # seconds of imports that scoring does without
+        from vqrae.generation.generator import (
+            Generator,  # seconds of imports that scoring does without
+        )
 
         assert self.model is not None
         dtype = getattr(torch, self.dtype)
-        return Generator.from_pretrained(self.model, tokenizer=self.tokenizer, device=device, dtype=dtype)
+        return Generator.from_pretrained(
+            self.model, tokenizer=self.tokenizer, device=device, dtype=dtype
+        )
 
     def drawing_settings(self) -> dict[str, Any]:
-        """What decides the pictures of a prompt and a seed."""
+        """What decides the images of a prompt and a seed."""
         assert self.model is not None
-        sampling = self.sampling or read_sampling(PreTrainedConfig.from_pretrained(resolve_model(self.model)))
-        weights = {"generator": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.model)}
+        sampling = self.sampling or read_sampling(
+            PreTrainedConfig.from_pretrained(resolve_model(self.model))
+        )
+        weights = {
+            "generator": model_fingerprint(self.model),
+            "tokenizer": tokenizer_fingerprint(self.model),
+        }
         return {**weights, "dtype": self.dtype, "sampling": dataclasses.asdict(sampling)}
 
 
-def picture_seed(prompt: int, sample: int) -> int:
-    """The seed of picture number `sample` of prompt number `prompt`."""
+def image_seed(prompt: int, sample: int) -> int:
+    """The seed of image number `sample` of prompt number `prompt`."""
     return SEEDS_PER_PROMPT * prompt + sample
 
 
-def claim_folder(folder: str | Path, settings: dict[str, Any], key: str = "pictures") -> None:
+def claim_folder(folder: str | Path, settings: dict[str, Any], key: str = "images") -> None:
     """Record in `settings.json` what decides the content of a folder, which the argument `key` names.
 
     Raises:
@@ -101,8 +112,12 @@ def claim_folder(folder: str | Path, settings: dict[str, Any], key: str = "pictu
     before = read_json(stored) if stored.exists() else settings
     if before != settings and any(path not in (stored, lock) for path in stored.parent.iterdir()):
         names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-        changes = ", ".join(f"{name} {before.get(name)!s:.60} -> {settings.get(name)!s:.60}" for name in names)
-        raise ValueError(f"{folder} was made with other settings ({changes}): set {key}= to a new folder, or delete this one")
+        changes = ", ".join(
+            f"{name} {before.get(name)!s:.60} -> {settings.get(name)!s:.60}" for name in names
+        )
+        raise ValueError(
+            f"{folder} was made with other settings ({changes}): set {key}= to a new folder, or delete this one"
+        )
     if is_main_process():
         write_json(stored, settings)
 
@@ -115,10 +130,10 @@ def draw_missing(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> None:
-    """Generate the ordered pictures that do not exist yet; several processes share the work, and wait for each other.
+    """Generate the ordered images that do not exist yet; several processes share the work, and wait for each other.
 
     Args:
-        progress: called with (pictures done, pictures in all), of this process.
+        progress: called with (images done, images in all), of this process.
     """
     mine = stride(orders)
     missing = [order for order in mine if not order.path.exists()]
@@ -127,7 +142,7 @@ def draw_missing(
         prompts, seeds = [order.prompt for order in batch], [order.seed for order in batch]
         images = generator.images(prompts, seeds=seeds, sampling=sampling, batch_size=batch_size)
         for order, image in zip(batch, images, strict=True):
-            save_picture(tensor_to_picture(image), order.path)
+            save_image(tensor_to_image(image), order.path)
         if progress is not None:
             progress(len(mine) - len(missing) + start + len(batch), len(mine))
     gather([])

@@ -52,7 +52,9 @@ def run_module(module: ModuleType, arguments: list[str], nproc: int) -> None:
         subprocess.CalledProcessError: when one of the others fails.
     """
     if world_size() > 1:
-        raise ValueError(f"got a launch of {world_size()} processes, expected one that starts others: give nproc= as a key")
+        raise ValueError(
+            f"got a launch of {world_size()} processes, expected one that starts others: give nproc= as a key"
+        )
     if nproc == 1:
         module.main(arguments)
         return
@@ -66,14 +68,16 @@ def progress_of_main(label: str) -> Callable[[int, int], None] | None:
 
 
 def share(total: int) -> range:
-    """Indices of this process's pictures: consecutive, all of them together 0 … total - 1, sizes differ by one at most.
+    """Indices of this process's images: consecutive, all of them together 0 … total - 1, sizes differ by one at most.
 
     Raises:
-        ValueError: on every process, when there are more of them than pictures.
+        ValueError: on every process, when there are more of them than images.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if total < size:
-        raise ValueError(f"got {total} pictures for {size} processes, expected at least one for each: set nproc={total}")
+        raise ValueError(
+            f"got {total} images for {size} processes, expected at least one for each: set nproc={total}"
+        )
     return range(rank * total // size, (rank + 1) * total // size)
 
 

@@ -13,24 +13,24 @@ from vqrae.generation.sampling import SamplingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionConfig:
-    """Pictures -> code shards (`vqrae.generation.extract_codes`)."""
+    """Images -> code shards (`vqrae.generation.extract_codes`)."""
 
     tokenizer: str
     """Run directory, checkpoint folder or hub id of the visual tokenizer."""
     source: str
-    """Captioned pictures: scenes, emoji, FILE.jsonl, FILE.tar, hf:NAME or a mixture (see `vqrae.data.sources`)."""
+    """Captioned images: scenes, emoji, FILE.jsonl, FILE.tar, hf:NAME or a mixture (see `vqrae.data.sources`)."""
     output_dir: str
     size: int | None = None
-    """Pictures to take; null takes all."""
+    """Images to take; null takes all."""
     split: Literal["train", "validation", "all"] = "train"
     captions_per_image: int = 1
-    """Wordings of each scene; any other source has one caption for each picture."""
+    """Wordings of each scene; any other source has one caption for each image."""
     crop: Crop = "center"
-    """Square that is cut out of a picture: center (Table 9), random or zoom."""
+    """Square that is cut out of an image: center (Table 9), random or zoom."""
     crops_per_image: int = 1
-    """With random or zoom: so many crops of each picture, each an entry of its own."""
+    """With random or zoom: so many crops of each image, each an entry of its own."""
     shard_size: int = 8192
-    """Pictures of one shard, the unit of resuming and of sharing among processes."""
+    """Images of one shard, the unit of resuming and of sharing among processes."""
     batch_size: int = 64
     num_workers: int = 0
     seed: int = 0
@@ -78,12 +78,12 @@ class GeneratorModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Code shards or captioned pictures -> generator (`vqrae.generation.train`)."""
+    """Code shards or captioned images -> generator (`vqrae.generation.train`)."""
 
     tokenizer: str
     """The visual tokenizer that made the codes, or makes them while training."""
     data: str
-    """Folder of code shards, captioned pictures as for extraction, or a mixture of both."""
+    """Folder of code shards, captioned images as for extraction, or a mixture of both."""
     output_dir: str
     model: GeneratorModelConfig
     optimization: OptimizationConfig

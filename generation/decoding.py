@@ -1,6 +1,6 @@
 """The forward passes of sampling: one buffer of keys and values, and the order in which codes are drawn.
 
-Shapes: R rows (pictures, then as many without caption), Q tokens fed at once, S slots of the buffer, D width, N codes.
+Shapes: R rows (images, then as many without caption), Q tokens fed at once, S slots of the buffer, D width, N codes.
 """
 
 import math
@@ -25,7 +25,9 @@ class _Buffer:
         options = {"dtype": model.dtype, "device": model.device}
         self.layers = [torch.zeros(shape, **options) for _ in range(config.num_hidden_layers)]
         for layer in self.layers:
-            torch._dynamo.mark_static_address(layer, guard=False)  # CUDA graphs write to it without copies
+            torch._dynamo.mark_static_address(
+                layer, guard=False
+            )  # CUDA graphs write to it without copies
         self.rows, self.length, self.slots = slice(0), 0, torch.empty(0)
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,7 @@ class CachedRows:
     """Sequences that grow side by side: every row has the same slots, short prompts are padded at the front.
 
     Args:
-        prompts: ids of the different prompts, without the token that starts the picture; computed once each.
+        prompts: ids of the different prompts, without the token that starts the image; computed once each.
         choice: which of the prompts each row begins with, (R,).
         num_codes: slots that follow the prompt.
         compile: compile the forward pass, on CUDA into a graph without launch overhead. The shapes then stay the same
@@ -59,20 +61,28 @@ class CachedRows:
         compile: bool = False,
     ) -> None:
         if model.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(f"attention is {model.config._attn_implementation!r}, expected sdpa or eager: reload the model")
+            raise ValueError(
+                f"attention is {model.config._attn_implementation!r}, expected sdpa or eager: reload the model"
+            )
         self.prompt_length = max(len(prompt) for prompt in prompts)
         num_slots = self.prompt_length + num_codes
         self.model, self.compile = model, compile
         if compile:
             num_slots = -(-num_slots // 64) * 64  # prompts of like length share their compiled code
-        self.forward = torch.compile(model.model, mode="reduce-overhead") if compile else model.model
+        self.forward = (
+            torch.compile(model.model, mode="reduce-overhead") if compile else model.model
+        )
         device = model.device
-        self.padding = torch.tensor([self.prompt_length - len(prompt) for prompt in prompts], device=device)
+        self.padding = torch.tensor(
+            [self.prompt_length - len(prompt) for prompt in prompts], device=device
+        )
         self.all_slots = torch.arange(num_slots, device=device)
         self.buffer = _Buffer(model, len(choice), num_slots)
         # Added to attention scores. The lowest number, not -inf: rows of padding see nothing, and must not become NaN.
         self.masked = torch.finfo(model.dtype).min
-        self.mask = torch.full((len(choice), num_slots), self.masked, dtype=model.dtype, device=device)
+        self.mask = torch.full(
+            (len(choice), num_slots), self.masked, dtype=model.dtype, device=device
+        )
         self._prefill(prompts, torch.tensor(choice, device=device))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], choice: Tensor) -> None:
@@ -86,7 +96,9 @@ class CachedRows:
         for layer in self.buffer.layers:
             layer[:, :, :, :length] = layer[:, choice, :, :length]
 
-    def feed(self, ids: Tensor, places: Tensor, end: int, rows: slice, *, once: bool = False) -> Tensor:
+    def feed(
+        self, ids: Tensor, places: Tensor, end: int, rows: slice, *, once: bool = False
+    ) -> Tensor:
         """Hidden states (R, Q, D) of ids (R, Q) in some of the rows; whatever is fed from now on sees them.
 
         Args:
@@ -99,7 +111,9 @@ class CachedRows:
         length = len(self.all_slots) if self.compile else self.prompt_length + end
         return self._forward(self.model.model if once else self.forward, ids, slots, length, rows)
 
-    def _forward(self, forward: Callable[..., Any], ids: Tensor, slots: Tensor, length: int, rows: slice) -> Tensor:
+    def _forward(
+        self, forward: Callable[..., Any], ids: Tensor, slots: Tensor, length: int, rows: slice
+    ) -> Tensor:
         self.buffer.rows, self.buffer.slots, self.buffer.length = rows, slots, length
         later = self.all_slots[:length] > slots[:, None]
         mask = self.mask[rows, None, None, :length].masked_fill(later, self.masked)
@@ -126,7 +140,7 @@ class Step:
 
 
 def decoding_steps(num_codes: int, window: int = 0) -> list[Step]:
-    """The forward passes of one picture: N, or fewer where rows are drawn side by side.
+    """The forward passes of one image: N, or fewer where rows are drawn side by side.
 
     With a window, a row begins as soon as the one above it is `window` codes ahead (ZipAR, He et al. 2024, with raster
     positions kept): a grid of H rows and W columns takes W + (H - 1) window passes. A row that begins before the one above
@@ -138,13 +152,19 @@ def decoding_steps(num_codes: int, window: int = 0) -> list[Step]:
     """
     columns = math.isqrt(num_codes) if window else num_codes
     if num_codes % columns or (window and columns**2 != num_codes):
-        raise ValueError(f"got window {window} for {num_codes} codes, which form no square grid: set window=0")
+        raise ValueError(
+            f"got window {window} for {num_codes} codes, which form no square grid: set window=0"
+        )
     rows, window = num_codes // columns, min(window, columns) or columns
     steps = []
     for step in range(columns + (rows - 1) * window):
         column = {row: step - row * window for row in range(rows)}
         drawn = [row * columns + column[row] for row in range(rows) if 0 <= column[row] < columns]
-        ended = [(row + 1) * columns for row in range(rows - 1) if column[row] == columns and window < columns]
+        ended = [
+            (row + 1) * columns
+            for row in range(rows - 1)
+            if column[row] == columns and window < columns
+        ]
         begun = [row for row in range(1, rows) if column[row] == 0]
         borrowed = [(row * columns, (row - 1) * columns + window) for row in begun]
         steps.append(Step(drawn, ended, borrowed[0] if borrowed else None))

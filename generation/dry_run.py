@@ -26,7 +26,10 @@ from vqrae.generation.trainer import build_model, build_text_tokenizer, build_tr
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
 from vqrae.tokenizer import VQRAEConfig
 
-PUBLISHED_CODEBOOK, PUBLISHED_CODES = 16_384, 1024  # of the InternViT tokenizer (paper, section 3.5)
+PUBLISHED_CODEBOOK, PUBLISHED_CODES = (
+    16_384,
+    1024,
+)  # of the InternViT tokenizer (paper, section 3.5)
 
 
 def dry_run(config: TrainingConfig) -> None:
@@ -46,12 +49,18 @@ def dry_run(config: TrainingConfig) -> None:
         model = build_model(short.model, vocabulary, encode_prompt, bf16=short.optimization.bf16)
         parts = count_parts(model, vocabulary)
         stream, clock = LongestSamples(encode_prompt, vocabulary), StepClock(config.dry_run)
-        run_trainer(build_trainer(short, model, arguments, stream, encode_prompt, vocabulary, callback=clock))
+        run_trainer(
+            build_trainer(
+                short, model, arguments, stream, encode_prompt, vocabulary, callback=clock
+            )
+        )
     total = parts["generator, total"][0]
     length = encode_prompt.max_caption_tokens + encode_prompt.template_length + vocabulary.num_codes
 
     def states(zero: int, gpus: int) -> float:
-        width = 2 if zero and config.optimization.bf16 else 4  # DeepSpeed keeps weights and gradients in bf16
+        width = (
+            2 if zero and config.optimization.bf16 else 4
+        )  # DeepSpeed keeps weights and gradients in bf16
         return state_bytes(width * total, total, zero=zero, gpus=gpus, gradient_bytes=width)
 
     report = DryRunReport(
@@ -85,7 +94,9 @@ def rehearsal(config: TrainingConfig) -> TrainingConfig:
     model = config.model
     if model.llm is not None and not is_here(model.llm):
         if model.llm_config is None:
-            raise ValueError(f"{model.llm} is not on this machine: describe it in model.llm_config, or fetch it first")
+            raise ValueError(
+                f"{model.llm} is not on this machine: describe it in model.llm_config, or fetch it first"
+            )
         model = dataclasses.replace(model, llm=None)
     return dataclasses.replace(config, optimization=short, model=model)
 
@@ -101,11 +112,18 @@ def expected_vocabulary(config: TrainingConfig) -> VisualVocabulary:
         visual = VQRAEConfig.from_pretrained(folder)
         codebook_size, num_codes = visual.codebook_size, visual.grid_size**2
     else:
-        print(f"tokenizer {config.tokenizer} is not here: {num_codes:,} codes out of {codebook_size:,}", file=sys.stderr)
-    return VisualVocabulary(offset=config.model.offset, codebook_size=codebook_size, num_codes=num_codes)
+        print(
+            f"tokenizer {config.tokenizer} is not here: {num_codes:,} codes out of {codebook_size:,}",
+            file=sys.stderr,
+        )
+    return VisualVocabulary(
+        offset=config.model.offset, codebook_size=codebook_size, num_codes=num_codes
+    )
 
 
-def count_parts(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> dict[str, tuple[int, int]]:
+def count_parts(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> dict[str, tuple[int, int]]:
     """Parameters (all, trained) by name."""
     codes = vocabulary.codebook_size * model.config.hidden_size
     return {
@@ -128,7 +146,9 @@ class LongestSamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = torch.Generator().manual_seed(index)
-        codes: Tensor = torch.randint(self.vocabulary.codebook_size, (self.vocabulary.num_codes,), generator=rng)
+        codes: Tensor = torch.randint(
+            self.vocabulary.codebook_size, (self.vocabulary.num_codes,), generator=rng
+        )
         return {"codes": codes, "caption": self.caption}
 
 
@@ -147,4 +167,7 @@ class StepClock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._begin)
         control.should_save = False
         if is_main_process():
-            print(f"dry run: step {len(self.seconds)}/{self.steps} took {self.seconds[-1]:.1f} s", flush=True)
+            print(
+                f"dry run: step {len(self.seconds)}/{self.steps} took {self.seconds[-1]:.1f} s",
+                flush=True,
+            )

@@ -1,4 +1,4 @@
-"""Pictures -> codes with a frozen tokenizer: ahead of training (`extract_codes`) or while it runs."""
+"""Images -> codes with a frozen tokenizer: ahead of training (`extract_codes`) or while it runs."""
 
 from pathlib import Path
 
@@ -20,8 +20,8 @@ def load_encoder(folder: Path) -> VQRAEModel:
 
 
 @torch.no_grad()
-def encode_pictures(model: VQRAEModel, images: Tensor) -> Tensor:
-    """Pictures uint8 (B, 3, H, W) -> codes int64 (B, N), on the model's device.
+def encode_images(model: VQRAEModel, images: Tensor) -> Tensor:
+    """Images uint8 (B, 3, H, W) -> codes int64 (B, N), on the model's device.
 
     In fp32 whatever surrounds the call: under bf16 near neighbours in the codebook change places (docs/generation.md has the
     share), and codes made ahead would not be those made while training.
@@ -31,7 +31,11 @@ def encode_pictures(model: VQRAEModel, images: Tensor) -> Tensor:
     """
     images = images.to(model.device, non_blocking=True)
     with torch.autocast(images.device.type, enabled=False):
-        codes = model.encode(images.float() / 255, check=False)  # of 8-bit values; training must not wait
+        codes = model.encode(
+            images.float() / 255, check=False
+        )  # of 8-bit values; training must not wait
     if codes.ndim != 2:
-        raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, N): set a tokenizer with one codebook")
+        raise ValueError(
+            f"got codes of shape {tuple(codes.shape)}, expected (B, N): set a tokenizer with one codebook"
+        )
     return codes

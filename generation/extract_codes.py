@@ -1,4 +1,4 @@
-"""Pictures and captions -> code shards, once, so that training the generator never runs the tokenizer.
+"""Images and captions -> code shards, once, so that training the generator never runs the tokenizer.
 
     python -m vqrae.generation.extract_codes tiny tokenizer=RUN source=scenes size=20000 output_dir=CODES
     torchrun --nproc-per-node=8 -m vqrae.generation.extract_codes qwen3_0_6b tokenizer=RUN source='DIR/*.tar' output_dir=CODES
@@ -27,17 +27,17 @@ from vqrae.data.scenes import SceneDataset, render, wording
 from vqrae.data.sources import open_pairs
 from vqrae.data.stream import Draw
 from vqrae.generation.config import ExtractionConfig, read_config
-from vqrae.generation.encoding import encode_pictures, load_encoder
+from vqrae.generation.encoding import encode_images, load_encoder
 from vqrae.tokenizer import VQRAEModel
 
 _REPORT_SECONDS = 5.0
 
 
-class CaptionedPictures(Dataset):
+class CaptionedImages(Dataset):
     """A pair source as {"image": uint8 (3, H, W), "captions": list}.
 
     Args:
-        captions_per_image: wordings of each scene; any other source has one caption for each picture.
+        captions_per_image: wordings of each scene; any other source has one caption for each image.
         crops_per_image: times that the source is gone through, with other random crops each time.
 
     Raises:
@@ -46,7 +46,9 @@ class CaptionedPictures(Dataset):
 
     def __init__(self, pairs: Any, captions_per_image: int = 1, crops_per_image: int = 1) -> None:
         if crops_per_image != 1 and isinstance(pairs, SceneDataset):
-            raise ValueError(f"got crops_per_image={crops_per_image}, expected 1: scenes are square, and endless: raise size")
+            raise ValueError(
+                f"got crops_per_image={crops_per_image}, expected 1: scenes are square, and endless: raise size"
+            )
         self.pairs, self.crops_per_image = pairs, crops_per_image
         self.captions_per_image = captions_per_image if isinstance(pairs, SceneDataset) else 1
 
@@ -55,54 +57,72 @@ class CaptionedPictures(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not isinstance(self.pairs, SceneDataset):
-            crop, picture = divmod(index, len(self.pairs))
-            sample = self.pairs[Draw(picture, crop)]
+            crop, row = divmod(index, len(self.pairs))
+            sample = self.pairs[Draw(row, crop)]
             return {"image": sample["image"], "captions": [sample["caption"]]}
         scenes = self.pairs
         scene = scenes.scene(index)
         size = scenes.sampler.image_size
         image = torch.from_numpy(render(scene, scenes.sprites, size)).permute(2, 0, 1)
-        wordings = (np.random.default_rng([scenes.seed, index, draw]) for draw in range(self.captions_per_image))
-        return {"image": image, "captions": [wording(scene, scenes.sprites.names, rng, size) for rng in wordings]}
+        wordings = (
+            np.random.default_rng([scenes.seed, index, draw])
+            for draw in range(self.captions_per_image)
+        )
+        return {
+            "image": image,
+            "captions": [wording(scene, scenes.sprites.names, rng, size) for rng in wordings],
+        }
 
 
 def _collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, list[list[str]]]:
-    return torch.stack([sample["image"] for sample in samples]), [sample["captions"] for sample in samples]
+    return torch.stack([sample["image"] for sample in samples]), [
+        sample["captions"] for sample in samples
+    ]
 
 
 class ShardBatches(Sampler[list[int]]):
-    """The pictures of some shards in batches, each of one shard only: one loader then reads ahead across shards."""
+    """The images of some shards in batches, each of one shard only: one loader then reads ahead across shards."""
 
     def __init__(self, manifest: CodeManifest, shards: Sequence[int], batch_size: int) -> None:
         self.manifest, self.shards, self.batch_size = manifest, shards, batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         for shard in self.shards:
-            pictures = self.manifest.pictures_of(shard)
-            yield from (list(pictures[i : i + self.batch_size]) for i in range(0, len(pictures), self.batch_size))
+            images = self.manifest.images_of(shard)
+            yield from (
+                list(images[i : i + self.batch_size])
+                for i in range(0, len(images), self.batch_size)
+            )
 
 
 def write_shards(
     model: VQRAEModel,
-    pictures: CaptionedPictures,
+    samples: CaptionedImages,
     writer: CodeWriter,
     shards: Sequence[int],
     *,
     batch_size: int,
     num_workers: int = 0,
 ) -> Iterator[int]:
-    """Encode and write some shards of a code set, and yield the number of pictures of each batch when it is encoded."""
+    """Encode and write some shards of a code set, and yield the number of images of each batch when it is encoded."""
     batches = ShardBatches(writer.manifest, shards, batch_size)
     on_gpu = model.device.type == "cuda"
     workers = worker_options(num_workers)
-    loader = DataLoader(pictures, batch_sampler=batches, collate_fn=_collate, pin_memory=on_gpu, **workers)
+    loader = DataLoader(
+        samples, batch_sampler=batches, collate_fn=_collate, pin_memory=on_gpu, **workers
+    )
     loaded = iter(loader)
     for shard in shards:
-        rows = len(writer.manifest.pictures_of(shard))
-        codes, captions = np.empty((rows, writer.manifest.num_codes), dtype=np.uint16), list[list[str]]()
+        rows = len(writer.manifest.images_of(shard))
+        codes, captions = (
+            np.empty((rows, writer.manifest.num_codes), dtype=np.uint16),
+            list[list[str]](),
+        )
         while len(captions) < rows:
             images, texts = next(loaded)
-            codes[len(captions) : len(captions) + len(texts)] = encode_pictures(model, images).cpu().numpy()
+            codes[len(captions) : len(captions) + len(texts)] = (
+                encode_images(model, images).cpu().numpy()
+            )
             captions += texts
             yield len(texts)
         writer.write(shard, codes, captions)
@@ -122,31 +142,44 @@ def extract(config: ExtractionConfig) -> None:
         crop=config.crop,
         seed=config.seed,
     )
-    pictures = CaptionedPictures(pairs, config.captions_per_image, config.crops_per_image)
+    images = CaptionedImages(pairs, config.captions_per_image, config.crops_per_image)
     manifest = CodeManifest(
         tokenizer_fingerprint=weights_fingerprint(folder),
         codebook_size=model.config.codebook_size,
         grid_size=model.config.grid_size,
         source=f"{config.source} ({config.split}, seed {config.seed})",
-        num_pictures=len(pictures),
+        num_images=len(images),
         shard_size=config.shard_size,
-        captions_per_image=pictures.captions_per_image,
+        captions_per_image=images.captions_per_image,
         crop=config.crop,
         crops_per_image=config.crops_per_image,
     )
     writer = CodeWriter(config.output_dir, manifest)
-    missing = [shard for shard in range(rank, manifest.num_shards, processes) if not writer.is_complete(shard)]
-    total, done = sum(len(manifest.pictures_of(shard)) for shard in missing), 0
+    missing = [
+        shard
+        for shard in range(rank, manifest.num_shards, processes)
+        if not writer.is_complete(shard)
+    ]
+    total, done = sum(len(manifest.images_of(shard)) for shard in missing), 0
     started = reported = time.monotonic()
-    for count in write_shards(model, pictures, writer, missing, batch_size=config.batch_size, num_workers=config.num_workers):
+    for count in write_shards(
+        model, images, writer, missing, batch_size=config.batch_size, num_workers=config.num_workers
+    ):
         done += count
         now = time.monotonic()
         if rank == 0 and (now - reported > _REPORT_SECONDS or done == total):
             speed, reported = done / (now - started), now
             left = format_duration((total - done) / speed)
-            print(f"codes {done}/{total}  {speed * processes:.0f} images/s  {left} left", flush=True)
-    if all(writer.is_complete(shard) for shard in range(manifest.num_shards)):  # the process that ends last says so
-        print(f"finished: {config.output_dir} ({manifest.num_pictures} pictures x {manifest.num_codes} codes)", flush=True)
+            print(
+                f"codes {done}/{total}  {speed * processes:.0f} images/s  {left} left", flush=True
+            )
+    if all(
+        writer.is_complete(shard) for shard in range(manifest.num_shards)
+    ):  # the process that ends last says so
+        print(
+            f"finished: {config.output_dir} ({manifest.num_images} images x {manifest.num_codes} codes)",
+            flush=True,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

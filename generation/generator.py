@@ -1,4 +1,4 @@
-"""From prompts to pictures: the trained generator, its text tokenizer and its visual tokenizer."""
+"""From prompts to images: the trained generator, its text tokenizer and its visual tokenizer."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,7 +11,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 from vqrae.common.checkpoints import load_model, local_model, resolve_model
 from vqrae.common.distributed import choose_device
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
-from vqrae.generation.model import find_tokenizer, read_prompt_encoder, read_sampling, read_vocabulary, require_generator
+from vqrae.generation.modeling import (
+    find_tokenizer,
+    read_prompt_encoder,
+    read_sampling,
+    read_vocabulary,
+    require_generator,
+)
 from vqrae.generation.prepacking import prepacked_linears
 from vqrae.generation.sampling import SamplingConfig, sample_codes
 from vqrae.tokenizer import VQRAEModel
@@ -79,9 +85,16 @@ class Generator:
                 f"{model.config.vqrae_tokenizer_fingerprint[:16]}), which cannot be found: name its folder with tokenizer=..."
             ) from error
         artefact = f"generator {folder} (trained with {recorded}, asked to decode with {visual})"
-        require_same_tokenizer(weights_fingerprint(visual), model.config.vqrae_tokenizer_fingerprint, artefact)
+        require_same_tokenizer(
+            weights_fingerprint(visual), model.config.vqrae_tokenizer_fingerprint, artefact
+        )
         text_tokenizer = AutoTokenizer.from_pretrained(folder)
-        generator = cls(model, text_tokenizer, VQRAEModel.from_pretrained(visual, dtype=torch.float32), compile=compile)
+        generator = cls(
+            model,
+            text_tokenizer,
+            VQRAEModel.from_pretrained(visual, dtype=torch.float32),
+            compile=compile,
+        )
         return generator.to(device)
 
     def to(self, device: str | torch.device) -> "Generator":
@@ -99,12 +112,12 @@ class Generator:
         batch_size: int = 64,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Sample the codes (B, N) of one picture per prompt; the same prompt and seed give the same picture.
+        """Sample the codes (B, N) of one image per prompt; the same prompt and seed give the same image.
 
         Args:
-            prompts: captions; the empty one asks for any picture.
+            prompts: captions; the empty one asks for any image.
             sampling: how codes are drawn; None: as the model's `config.json` recommends.
-            batch_size: pictures sampled at once (guidance doubles the rows); pictures of one prompt side by side share it.
+            batch_size: images sampled at once (guidance doubles the rows); images of one prompt side by side share it.
             progress: called after every step with codes done and codes in all.
 
         Raises:
@@ -116,7 +129,9 @@ class Generator:
         total, sampled = len(prompts) * self.vocabulary.num_codes, []
         with nullcontext() if self.compile else prepacked_linears(self.model.model):
             for start in range(0, len(prompts), batch_size):
-                chunk = [self.encode_prompt(prompt) for prompt in prompts[start : start + batch_size]]
+                chunk = [
+                    self.encode_prompt(prompt) for prompt in prompts[start : start + batch_size]
+                ]
 
                 def report(step: int, _: int, start: int = start, rows: int = len(chunk)) -> None:
                     if progress is not None:
@@ -134,7 +149,11 @@ class Generator:
                         progress=report,
                     )
                 )
-        return torch.cat(sampled) if sampled else torch.empty(0, self.vocabulary.num_codes, dtype=torch.long)
+        return (
+            torch.cat(sampled)
+            if sampled
+            else torch.empty(0, self.vocabulary.num_codes, dtype=torch.long)
+        )
 
     @torch.inference_mode()
     def images(
@@ -146,9 +165,15 @@ class Generator:
         batch_size: int = 64,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Sample one picture per prompt, float (B, 3, H, W) in [0, 1] on the CPU; arguments as in `codes`."""
-        codes = self.codes(prompts, seeds=seeds, sampling=sampling, batch_size=batch_size, progress=progress)
+        """Sample one image per prompt, float (B, 3, H, W) in [0, 1] on the CPU; arguments as in `codes`."""
+        codes = self.codes(
+            prompts, seeds=seeds, sampling=sampling, batch_size=batch_size, progress=progress
+        )
         if not len(codes):
-            return torch.empty(0, 3, self.tokenizer.config.image_size, self.tokenizer.config.image_size)
+            return torch.empty(
+                0, 3, self.tokenizer.config.image_size, self.tokenizer.config.image_size
+            )
         device = self.tokenizer.device
-        return torch.cat([self.tokenizer.decode(chunk.to(device)).cpu() for chunk in codes.split(batch_size)])
+        return torch.cat(
+            [self.tokenizer.decode(chunk.to(device)).cpu() for chunk in codes.split(batch_size)]
+        )

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 def can_prepack() -> bool:
     """Whether this PyTorch has the operators, and oneDNN computes bfloat16 on this processor."""
     names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
-    return all(hasattr(torch.ops.mkldnn, name) for name in names) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (
+        all(hasattr(torch.ops.mkldnn, name) for name in names)
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 class PrepackedLinear(nn.Module):
@@ -23,7 +26,10 @@ class PrepackedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()), layer.bias
+        self.weight, self.bias = (
+            torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()),
+            layer.bias,
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
@@ -39,7 +45,10 @@ def prepacked_linears(model: nn.Module) -> Iterator[None]:
     try:
         for parent in list(model.modules()) if can_prepack() else ():
             for name, layer in list(parent.named_children()):
-                if type(layer) is nn.Linear and (layer.weight.device.type, layer.weight.dtype) == ("cpu", torch.bfloat16):
+                if type(layer) is nn.Linear and (layer.weight.device.type, layer.weight.dtype) == (
+                    "cpu",
+                    torch.bfloat16,
+                ):
                     replaced.append((parent, name, layer))
                     setattr(parent, name, PrepackedLinear(layer))
         yield

@@ -1,7 +1,7 @@
 """Sampling codes: a static cache, prompts computed once, guidance in the same batch, logits of the visual rows only.
 
-Every picture has a seed of its own: its N uniform numbers are drawn up front and each code is read off the inverse of
-its cumulative distribution, so that a picture does not depend on the batch it is sampled in (up to float rounding).
+Every image has a seed of its own: its N uniform numbers are drawn up front and each code is read off the inverse of
+its cumulative distribution, so that an image does not depend on the batch it is sampled in (up to float rounding).
 """
 
 import math
@@ -18,7 +18,9 @@ from vqrae.generation.decoding import CachedRows, decoding_steps
 from vqrae.generation.vocabulary import VisualVocabulary
 
 GREEDY_BELOW = 1e-6  # of temperature: logits divided by less overflow
-LARGEST = 1e6  # of temperature and guidance scale: nothing changes long before, and logits stay finite
+LARGEST = (
+    1e6  # of temperature and guidance scale: nothing changes long before, and logits stay finite
+)
 SEEDS = range(-(2**63), 2**64)
 """What torch's generators take."""
 
@@ -32,9 +34,9 @@ class SamplingConfig:
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the scale grows: at once, or from 1 at the start of its interval to the full scale at the end."""
     guidance_start: float = 0.0
-    """Share of the picture that is drawn before guidance begins."""
+    """Share of the image that is drawn before guidance begins."""
     guidance_end: float = 1.0
-    """Share of the picture that is drawn when guidance ends. Outside its interval the unconditional rows cost nothing."""
+    """Share of the image that is drawn when guidance ends. Outside its interval the unconditional rows cost nothing."""
     temperature: float = 1.0
     """0, or less than a millionth, takes the most likely code."""
     top_k: int = 0
@@ -50,11 +52,22 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         numbers = (self.guidance_scale, self.temperature)
         if not all(math.isfinite(value) and abs(value) <= LARGEST for value in numbers):
-            raise ValueError(f"got {self}, expected a guidance_scale and a temperature between -{LARGEST:g} and {LARGEST:g}")
+            raise ValueError(
+                f"got {self}, expected a guidance_scale and a temperature between -{LARGEST:g} and {LARGEST:g}"
+            )
         if not 0 <= self.guidance_start < self.guidance_end <= 1 or self.window < 0:
-            raise ValueError(f"got {self}, expected 0 <= guidance_start < guidance_end <= 1 and window >= 0")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError(f"got {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1")
+            raise ValueError(
+                f"got {self}, expected 0 <= guidance_start < guidance_end <= 1 and window >= 0"
+            )
+        if (
+            self.temperature < 0
+            or self.top_k < 0
+            or not 0 < self.top_p <= 1
+            or not 0 <= self.min_p <= 1
+        ):
+            raise ValueError(
+                f"got {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1"
+            )
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
@@ -71,9 +84,13 @@ def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
         if config.top_p < 1:
             probabilities = top.softmax(-1)
             mass_before = probabilities.cumsum(-1) - probabilities
-            cut = top.masked_fill(mass_before >= config.top_p, torch.inf).min(-1, keepdim=True).values
+            cut = (
+                top.masked_fill(mass_before >= config.top_p, torch.inf).min(-1, keepdim=True).values
+            )
     if config.min_p > 0:
-        cut = torch.maximum(cut, logits.max(-1, keepdim=True).values + torch.tensor(config.min_p).log())
+        cut = torch.maximum(
+            cut, logits.max(-1, keepdim=True).values + torch.tensor(config.min_p).log()
+        )
     return logits.masked_fill(logits < cut, -torch.inf)
 
 
@@ -101,8 +118,14 @@ def image_uniforms(seeds: Sequence[int], num_codes: int) -> Tensor:
 
 def guidance_scales(config: SamplingConfig, num_steps: int) -> list[float]:
     """Guidance scale of each step; exactly 1 where there is no guidance."""
-    first, last = (round(share * num_steps) for share in (config.guidance_start, config.guidance_end))
-    shapes = {"constant": lambda x: 1.0, "linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2}
+    first, last = (
+        round(share * num_steps) for share in (config.guidance_start, config.guidance_end)
+    )
+    shapes = {
+        "constant": lambda x: 1.0,
+        "linear": lambda x: x,
+        "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+    }
     scales = [1.0] * num_steps
     for step in range(first, last):
         share = (step - first) / max(last - first - 1, 1)
@@ -122,16 +145,16 @@ def sample_codes(
     compile: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Sample the codes of one picture per prompt.
+    """Sample the codes of one image per prompt.
 
     Equal prompts are computed once. Outside the guidance interval only the rows with captions run; where it begins later
-    than the picture, the unconditional rows first read all codes that they missed, in one pass, so that they are where
+    than the image, the unconditional rows first read all codes that they missed, in one pass, so that they are where
     they would be had they always run.
 
     Args:
         prompts: ids of each prompt, ending in BOI; lengths may differ.
         unconditional: ids of the prompt without caption, for guidance.
-        seeds: one seed per picture.
+        seeds: one seed per image.
         compile: compile the forward pass; for CUDA, where it is recorded as a graph.
         progress: called after every step with (codes done, N).
 
@@ -147,7 +170,9 @@ def sample_codes(
     guided = any(scale != 1 for scale in scales)
     _check_arguments(model, [*prompts, unconditional], len(seeds), vocabulary, guided)
     batch = len(prompts)
-    sequences = [tuple(prompt[:-1]) for prompt in (*prompts, *[unconditional] * (batch if guided else 0))]
+    sequences = [
+        tuple(prompt[:-1]) for prompt in (*prompts, *[unconditional] * (batch if guided else 0))
+    ]
     different = list(dict.fromkeys(sequences))
     choice = [different.index(sequence) for sequence in sequences]
     rows = CachedRows(model, different, choice, vocabulary.num_codes, compile=compile)
@@ -156,8 +181,12 @@ def sample_codes(
     head = model.lm_head.weight[vocabulary.code_rows]
     uniforms = image_uniforms(seeds, vocabulary.num_codes).to(model.device)
     # What is fed at each place: BOI, then codes; the last code is drawn and never fed.
-    inputs = torch.full((batch, vocabulary.num_codes + 1), vocabulary.begin_of_image, device=model.device)
-    all_places = [torch.tensor(step.drawn + step.corrected, device=model.device) for step in steps]  # no copies on the way
+    inputs = torch.full(
+        (batch, vocabulary.num_codes + 1), vocabulary.begin_of_image, device=model.device
+    )
+    all_places = [
+        torch.tensor(step.drawn + step.corrected, device=model.device) for step in steps
+    ]  # no copies on the way
     missed: set[int] = set()  # places that the rows without caption have not read
     done = 0
     for step, places, scale in zip(steps, all_places, scales, strict=True):
@@ -167,7 +196,9 @@ def sample_codes(
             inputs[:, place] = inputs[:, other]
         if scale == 1:
             missed.update(step.drawn, step.corrected)
-            logits = F.linear(rows.feed(inputs[:, places], places, end, captioned)[:, : len(drawn)], head).float()
+            logits = F.linear(
+                rows.feed(inputs[:, places], places, end, captioned)[:, : len(drawn)], head
+            ).float()
         else:
             if missed:
                 before = torch.tensor(sorted(missed), device=model.device)
@@ -185,12 +216,20 @@ def sample_codes(
 
 
 def _check_arguments(
-    model: Qwen3ForCausalLM, prompts: list[Sequence[int]], num_seeds: int, vocabulary: VisualVocabulary, guided: bool
+    model: Qwen3ForCausalLM,
+    prompts: list[Sequence[int]],
+    num_seeds: int,
+    vocabulary: VisualVocabulary,
+    guided: bool,
 ) -> None:
     if not num_seeds or len(prompts) - 1 != num_seeds:
-        raise ValueError(f"got {len(prompts) - 1} prompts and {num_seeds} seeds, expected as many, at least one")
+        raise ValueError(
+            f"got {len(prompts) - 1} prompts and {num_seeds} seeds, expected as many, at least one"
+        )
     if any(not prompt or prompt[-1] != vocabulary.begin_of_image for prompt in prompts):
-        raise ValueError(f"got a prompt that does not end in BOI ({vocabulary.begin_of_image}): make it with PromptEncoder")
+        raise ValueError(
+            f"got a prompt that does not end in BOI ({vocabulary.begin_of_image}): make it with PromptEncoder"
+        )
     if guided and getattr(model.config, "caption_dropout", None) == 0:
         raise ValueError(
             "got guidance, but this generator was trained with caption_dropout 0 and knows no unconditional prompt: "

@@ -4,7 +4,7 @@
     python -m vqrae.generation.train tiny tokenizer=RUN data='DIR/*.tar' output_dir=RUN
     python -m vqrae.generation.train qwen3_0_6b dry_run=1
 
-The loss is on codes only. Pictures are encoded on the fly by the frozen tokenizer; code shards spare that. The same command
+The loss is on codes only. Images are encoded on the fly by the frozen tokenizer; code shards spare that. The same command
 resumes an interrupted run and returns at once from a finished one.
 """
 
@@ -18,14 +18,21 @@ from vqrae.common.checkpoints import local_model
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
 from vqrae.common.run import RunDirectory, trained_steps
-from vqrae.common.trainer import InstrumentCallback, check_launch, checkpoints, run_trainer, save_model, training_arguments
+from vqrae.common.trainer import (
+    InstrumentCallback,
+    check_launch,
+    checkpoints,
+    run_trainer,
+    save_model,
+    training_arguments,
+)
 from vqrae.data.sources import fingerprint as data_fingerprint
 from vqrae.data.sources import is_encoded, open_pairs_or_codes, some_captions
 from vqrae.generation.config import TrainingConfig, read_config
+from vqrae.generation.data import TrainingStream
 from vqrae.generation.dry_run import dry_run
-from vqrae.generation.encoding import encode_pictures, load_encoder
-from vqrae.generation.model import portable_path, start_from_codebook
-from vqrae.generation.stream import TrainingStream
+from vqrae.generation.encoding import encode_images, load_encoder
+from vqrae.generation.modeling import portable_path, start_from_codebook
 from vqrae.generation.trainer import build_model, build_text_tokenizer, build_trainer, fit_prompts
 from vqrae.generation.vocabulary import VisualVocabulary
 from vqrae.tokenizer import VQRAEConfig
@@ -56,9 +63,16 @@ def train(config: TrainingConfig) -> Path:
     check_launch(config.optimization, output)
     visual = VQRAEConfig.from_pretrained(tokenizer)
     samples = open_pairs_or_codes(
-        config.data, image_size=visual.image_size, tokenizer_fingerprint=fingerprint, seed=config.seed
+        config.data,
+        image_size=visual.image_size,
+        tokenizer_fingerprint=fingerprint,
+        seed=config.seed,
     )
-    vocabulary = VisualVocabulary(offset=config.model.offset, codebook_size=visual.codebook_size, num_codes=visual.grid_size**2)
+    vocabulary = VisualVocabulary(
+        offset=config.model.offset,
+        codebook_size=visual.codebook_size,
+        num_codes=visual.grid_size**2,
+    )
     text_tokenizer = build_text_tokenizer(config.model, lambda: some_captions(samples))
     encode_prompt = fit_prompts(config.model, text_tokenizer, vocabulary)
 
@@ -66,8 +80,14 @@ def train(config: TrainingConfig) -> Path:
     encoder = load_encoder(tokenizer)
     code_vectors = encoder.code_vectors() if config.model.embedding_init == "codebook" else None
     in_sequence = {**config.optimization.extra, "train_sampling_strategy": "sequential"}
-    arguments = training_arguments(dataclasses.replace(config.optimization, extra=in_sequence), output, seed=config.seed)
-    encode = None if is_encoded(samples) else functools.partial(encode_pictures, encoder.to(arguments.device))
+    arguments = training_arguments(
+        dataclasses.replace(config.optimization, extra=in_sequence), output, seed=config.seed
+    )
+    encode = (
+        None
+        if is_encoded(samples)
+        else functools.partial(encode_images, encoder.to(arguments.device))
+    )
     del encoder  # training on shards keeps nothing of it
 
     run.begin({"tokenizer": fingerprint, "data": data_fingerprint(config.data)})
@@ -82,7 +102,9 @@ def train(config: TrainingConfig) -> Path:
         config,
         model,
         arguments,
-        TrainingStream(samples, length, caption_dropout=config.model.caption_dropout, seed=config.seed),
+        TrainingStream(
+            samples, length, caption_dropout=config.model.caption_dropout, seed=config.seed
+        ),
         encode_prompt,
         vocabulary,
         callback=InstrumentCallback(run, "generator"),

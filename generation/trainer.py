@@ -22,13 +22,17 @@ from vqrae.data.scenes import SPRITE_SETS
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import fit_word_tokenizer
 from vqrae.generation.config import GeneratorModelConfig, TrainingConfig
-from vqrae.generation.model import VisualHead, build_generator
-from vqrae.generation.stream import GenerationCollator, fill_codes
+from vqrae.generation.data import GenerationCollator, fill_codes
+from vqrae.generation.modeling import VisualHead, build_generator
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
 
 
 def visual_loss(
-    model: nn.Module, batch: dict[str, Tensor], vocabulary: VisualVocabulary, *, full_vocabulary: bool = False
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    vocabulary: VisualVocabulary,
+    *,
+    full_vocabulary: bool = False,
 ) -> Tensor:
     """Mean cross entropy of the codes of a left-padded batch.
 
@@ -38,7 +42,9 @@ def visual_loss(
         full_vocabulary: softmax over all rows of the head. Else over the codes, and `model.lm_head` is a `VisualHead`.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs, logits_to_keep=vocabulary.num_codes + 1, use_cache=False).logits[:, :-1]
+    logits = model(**inputs, logits_to_keep=vocabulary.num_codes + 1, use_cache=False).logits[
+        :, :-1
+    ]
     ids = batch["labels"][:, -vocabulary.num_codes :]
     targets = ids if full_vocabulary else vocabulary.to_codes(ids)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -48,7 +54,7 @@ class GeneratorTrainer(WholeTrainer):
     """A `Trainer` whose loss is on the codes.
 
     Args:
-        encode: pictures uint8 (M, 3, H, W) -> codes, for data that is not encoded yet.
+        encode: images uint8 (M, 3, H, W) -> codes, for data that is not encoded yet.
     """
 
     def __init__(
@@ -64,13 +70,17 @@ class GeneratorTrainer(WholeTrainer):
         # Every sample has N codes: the mean over micro-batches is the mean over tokens, no count need be passed on.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if self.encode is not None:
             inputs = fill_codes(inputs, self.encode, self.vocabulary)
         return visual_loss(model, inputs, self.vocabulary, full_vocabulary=self.full_vocabulary)
 
 
-def build_text_tokenizer(config: GeneratorModelConfig, captions: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase:
+def build_text_tokenizer(
+    config: GeneratorModelConfig, captions: Callable[[], Iterable[str]]
+) -> PreTrainedTokenizerBase:
     """The pretrained model's own tokenizer, or a word tokenizer for a new model.
 
     Args:
@@ -83,7 +93,9 @@ def build_text_tokenizer(config: GeneratorModelConfig, captions: Callable[[], It
 
 
 def fit_prompts(
-    config: GeneratorModelConfig, text_tokenizer: PreTrainedTokenizerBase, vocabulary: VisualVocabulary
+    config: GeneratorModelConfig,
+    text_tokenizer: PreTrainedTokenizerBase,
+    vocabulary: VisualVocabulary,
 ) -> PromptEncoder:
     """The prompt encoder whose longest prompt and the codes take at most `max_length` ids.
 
@@ -91,7 +103,10 @@ def fit_prompts(
         ValueError: when that leaves no room for a caption.
     """
     encode = PromptEncoder(
-        text_tokenizer, vocabulary, template=config.prompt_template, max_caption_tokens=config.max_caption_tokens
+        text_tokenizer,
+        vocabulary,
+        template=config.prompt_template,
+        max_caption_tokens=config.max_caption_tokens,
     )
     room = config.max_length - vocabulary.num_codes - encode.template_length
     if room < 1:
@@ -104,7 +119,11 @@ def fit_prompts(
 
 
 def build_model(
-    config: GeneratorModelConfig, vocabulary: VisualVocabulary, encode_prompt: PromptEncoder, *, bf16: bool
+    config: GeneratorModelConfig,
+    vocabulary: VisualVocabulary,
+    encode_prompt: PromptEncoder,
+    *,
+    bf16: bool,
 ) -> Qwen3ForCausalLM:
     """The model to train, with everything that sampling needs to know in its `config`.
 
@@ -117,7 +136,10 @@ def build_model(
         llm_config=config.llm_config if config.llm is None else None,
         attention=attention_implementation(config.attention, half=bf16),
     )
-    model.config.prompt_template, model.config.caption_dropout = config.prompt_template, config.caption_dropout
+    model.config.prompt_template, model.config.caption_dropout = (
+        config.prompt_template,
+        config.caption_dropout,
+    )
     model.config.max_caption_tokens = encode_prompt.max_caption_tokens
     model.config.sampling = dataclasses.asdict(config.sampling)
     return model

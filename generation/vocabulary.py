@@ -1,4 +1,4 @@
-"""How text and pictures share one vocabulary, and how a prompt becomes ids.
+"""How text and images share one vocabulary, and how a prompt becomes ids.
 
 Ids below `offset` are text (the language model's own), then come one id per code, then BOI, the beginning of an image:
 
@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vqrae.data.word_tokenizer import unknown_words
 
-ROW_MULTIPLE = 128  # embedding rows are rounded up to this: tensor-core friendly, divisible among processes
+ROW_MULTIPLE = (
+    128  # embedding rows are rounded up to this: tensor-core friendly, divisible among processes
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class VisualVocabulary:
     """First visual id; at least the number of text ids (151,936 for Qwen3-0.6B)."""
     codebook_size: int
     num_codes: int
-    """Codes of one picture, N."""
+    """Codes of one image, N."""
 
     def __post_init__(self) -> None:
         if min(self.offset, self.codebook_size, self.num_codes) < 1:
@@ -76,7 +78,9 @@ class PromptEncoder:
         max_caption_tokens: int = 448,
     ) -> None:
         if template.count("{caption}") != 1:
-            raise ValueError(f"got prompt_template {template!r}, expected text with {{caption}} once")
+            raise ValueError(
+                f"got prompt_template {template!r}, expected text with {{caption}} once"
+            )
         if len(text_tokenizer) > vocabulary.offset:
             raise ValueError(
                 f"the text tokenizer has {len(text_tokenizer)} ids, but visual ids start at {vocabulary.offset}: "
@@ -88,7 +92,11 @@ class PromptEncoder:
         self._after = [*self._ids(after), vocabulary.begin_of_image]
 
     def _ids(self, text: str, **options: bool) -> list[int]:
-        return self.text_tokenizer(text, add_special_tokens=False, **options)["input_ids"] if text else []
+        return (
+            self.text_tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+            if text
+            else []
+        )
 
     def __call__(self, caption: str) -> list[int]:
         """Ids of one prompt. Special tokens that a caption happens to spell are read as plain text."""
@@ -99,10 +107,14 @@ class PromptEncoder:
         """What the ids of a caption do not hold, in words: each entry is one sentence for people."""
         found = []
         if unknown := list(dict.fromkeys(unknown_words(self.text_tokenizer, caption))):
-            found.append(f"{len(unknown)} words have no id and are read as unknown: {_some(unknown)}")
+            found.append(
+                f"{len(unknown)} words have no id and are read as unknown: {_some(unknown)}"
+            )
         length = len(self._ids(caption, split_special_tokens=True))
         if length > self.max_caption_tokens:
-            found.append(f"its end is cut: {length:,} tokens, of which {self.max_caption_tokens} are read")
+            found.append(
+                f"its end is cut: {length:,} tokens, of which {self.max_caption_tokens} are read"
+            )
         return found
 
     @property

@@ -13,7 +13,7 @@
 #   nproc=N                  processes of each training (default: GPUs, or 1)
 #
 # The same command resumes: finished runs are not repeated. Paths are relative to the repository; all keys:
-# python -m vqrae.eval.ablations --help
+# python -m vqrae.eval.ablations.evaluate --help
 . "$(dirname "$0")/lib.sh"
 config=""
 read_arguments "$@"
@@ -21,4 +21,4 @@ install
 artefact encoder encoder pretrain_encoder.sh
 arguments+=("nproc=${nproc:-$(processes)}")
 nproc=1 # trainings are launched from inside
-launch vqrae.eval.ablations
+launch vqrae.eval.ablations.evaluate

@@ -31,12 +31,23 @@ from vqrae.common.files import write_json
 from vqrae.common.run import read_metrics
 
 HANG_SECONDS = 300
-LLM = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+LLM = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
 ENCODER = (
     "{model_type: siglip_vision_model, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,"
     " image_size: 32, patch_size: 8, vision_use_head: false}"
 )
-PROVENANCE = (".lock", "config.yaml", "manifest.json", "training_args.bin")  # ends of names: paths, dates, processes
+PROVENANCE = (
+    ".lock",
+    "config.yaml",
+    "manifest.json",
+    "training_args.bin",
+)  # ends of names: paths, dates, processes
 
 
 @dataclass(frozen=True)
@@ -93,48 +104,120 @@ class CheckKillConfig:
 
 def steps(prefix: str, count: int) -> list[str]:
     """Overrides of a `Trainer` job for a run of a few steps with a checkpoint at each."""
-    sizes = {"max_steps": count, "global_batch_size": 2, "micro_batch_size": 1, "save_steps": 1, "logging_steps": 1}
+    sizes = {
+        "max_steps": count,
+        "global_batch_size": 2,
+        "micro_batch_size": 1,
+        "save_steps": 1,
+        "logging_steps": 1,
+    }
     return [f"{prefix}.{key}={value}" for key, value in sizes.items()]
 
 
 def all_jobs(parts: Path) -> dict[str, Job]:
     """Every job by name, for tiny models in `parts` (see `make_parts`)."""
     tokenizer, llm = f"tokenizer={parts / 'tokenizer'}", f"llm={parts / 'llm'}"
-    sizes = [f"{part}.{key}={value}" for part in ("vision", "text") for key, value in list(LLM.items())[:2]]
-    encoder = ["tiny_encoder", "output_dir=OUTPUT", *sizes, "vision.image_size=32", "text.projection_size=32"]
+    sizes = [
+        f"{part}.{key}={value}"
+        for part in ("vision", "text")
+        for key, value in list(LLM.items())[:2]
+    ]
+    encoder = [
+        "tiny_encoder",
+        "output_dir=OUTPUT",
+        *sizes,
+        "vision.image_size=32",
+        "text.projection_size=32",
+    ]
     encoder += steps("optimization", 3)
-    language_model = ["tiny_llm", "output_dir=OUTPUT", *(f"model.{k}={v}" for k, v in LLM.items()), *steps("optimization", 3)]
+    language_model = [
+        "tiny_llm",
+        "output_dir=OUTPUT",
+        *(f"model.{k}={v}" for k, v in LLM.items()),
+        *steps("optimization", 3),
+    ]
     llava = ["tiny", "output_dir=OUTPUT", tokenizer, llm, *steps("pretrain", 2), *steps("sft", 3)]
     small = [f"model.llm_config.{key}={value}" for key, value in LLM.items()]
-    generator = ["tiny", "output_dir=OUTPUT", tokenizer, f"data={parts / 'codes'}", *small, *steps("optimization", 3)]
+    generator = [
+        "tiny",
+        "output_dir=OUTPUT",
+        tokenizer,
+        f"data={parts / 'codes'}",
+        *small,
+        *steps("optimization", 3),
+    ]
     codes = ["tiny", "output_dir=OUTPUT", tokenizer, "size=40", "shard_size=8", "batch_size=4"]
-    ask = ["chat", "--model", str(parts / "llava"), "--questions", str(parts / "questions.jsonl"), "--batch-size", "2"]
-    draw = ["generate", "--model", str(parts / "generator"), "--prompts-file", str(parts / "prompts.txt"), "--batch-size", "2"]
-    training, generation, cli = "vqrae.understanding.train", "vqrae.generation.train", "vqrae.scripts.cli"
+    ask = [
+        "chat",
+        "--model",
+        str(parts / "llava"),
+        "--questions",
+        str(parts / "questions.jsonl"),
+        "--batch-size",
+        "2",
+    ]
+    draw = [
+        "generate",
+        "--model",
+        str(parts / "generator"),
+        "--prompts-file",
+        str(parts / "prompts.txt"),
+        "--batch-size",
+        "2",
+    ]
+    training, generation, cli = (
+        "vqrae.understanding.train",
+        "vqrae.generation.train",
+        "vqrae.scripts.cli",
+    )
     jobs = {
-        "encoder": Job("vqrae.tokenizer.pretrain_encoder", encoder),
+        "encoder": Job("vqrae.quickstart.pretrain_encoder", encoder),
         "tokenizer": Job("vqrae.tokenizer.train", tokenizer_arguments()),
-        "llm": Job("vqrae.understanding.train_llm", language_model),
+        "llm": Job("vqrae.quickstart.train_llm", language_model),
         "llava": Job(training, llava, needs=("tokenizer", "llm")),
         "codes": Job("vqrae.generation.extract_codes", codes, needs=("tokenizer",)),
         "generator": Job(generation, generator, needs=("tokenizer", "codes")),
         "answers": Job(
-            cli, [*ask, "--max-new-tokens", "4", "--out", "OUTPUT/answers.jsonl"], needs=("tokenizer", "llm", "llava")
+            cli,
+            [*ask, "--max-new-tokens", "4", "--out", "OUTPUT/answers.jsonl"],
+            needs=("tokenizer", "llm", "llava"),
         ),
-        "generate": Job(cli, [*draw, "--num-images", "2", "--out", "OUTPUT"], needs=("tokenizer", "codes", "generator")),
+        "generate": Job(
+            cli,
+            [*draw, "--num-images", "2", "--out", "OUTPUT"],
+            needs=("tokenizer", "codes", "generator"),
+        ),
     }
-    two = {f"{name}_x2": replace(jobs[name], processes=2) for name in ("codes", "tokenizer", "llava")}
-    for name, zero in (("llava", ["pretrain.zero=2", "sft.zero=3"]), ("generator", ["optimization.zero=1"])):
-        two[f"{name}_x2_zero"] = replace(jobs[name], arguments=[*jobs[name].arguments, *zero], processes=2)
+    two = {
+        f"{name}_x2": replace(jobs[name], processes=2) for name in ("codes", "tokenizer", "llava")
+    }
+    for name, zero in (
+        ("llava", ["pretrain.zero=2", "sft.zero=3"]),
+        ("generator", ["optimization.zero=1"]),
+    ):
+        two[f"{name}_x2_zero"] = replace(
+            jobs[name], arguments=[*jobs[name].arguments, *zero], processes=2
+        )
     return jobs | two
 
 
 def tokenizer_arguments() -> list[str]:
     """Both stages of a tokenizer of 16 codes an image."""
-    model = ["model.encoder=", f"model.encoder_config={ENCODER}", "model.codebook_size=64", "model.codebook_dim=32"]
+    model = [
+        "model.encoder=",
+        f"model.encoder_config={ENCODER}",
+        "model.codebook_size=64",
+        "model.codebook_dim=32",
+    ]
     each = {"global_batch_size": 2, "micro_batch_size": 1, "bypass_steps": 0, "revival_interval": 2}
     stages = [f"stage{number}.{key}={value}" for number in (1, 2) for key, value in each.items()]
-    counts = ["stage1.max_steps=2", "stage2.max_steps=3", "save_steps=1", "log_steps=1", "sample_steps=2"]
+    counts = [
+        "stage1.max_steps=2",
+        "stage2.max_steps=3",
+        "save_steps=1",
+        "log_steps=1",
+        "sample_steps=2",
+    ]
     return ["tiny", "output_dir=OUTPUT", *model, *stages, *counts]
 
 
@@ -162,7 +245,9 @@ class Events:
         record: file that gets a line for each event.
     """
 
-    def __init__(self, folder: Path, *, kill_at: int | None = None, record: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, kill_at: int | None = None, record: Path | None = None
+    ) -> None:
         self.folder, self.kill_at, self.count = str(folder), kill_at, 0
         self.record = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if record else None
 
@@ -193,7 +278,9 @@ class Events:
         return relative or os.path.abspath(name).startswith(self.folder)
 
 
-def start(job: Job, output: Path, log: Path, hooks: Sequence[Callable[[str, tuple], None] | None] = ()) -> list[int]:
+def start(
+    job: Job, output: Path, log: Path, hooks: Sequence[Callable[[str, tuple], None] | None] = ()
+) -> list[int]:
     """Fork the processes of a job, which then need no time for imports; `hooks` are the audit hooks of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -211,14 +298,30 @@ def start(job: Job, output: Path, log: Path, hooks: Sequence[Callable[[str, tupl
     return children
 
 
-def _work(job: Job, output: Path, log: Path, rank: int, port: int, hook: Callable[[str, tuple], None] | None) -> int:
+def _work(
+    job: Job,
+    output: Path,
+    log: Path,
+    rank: int,
+    port: int,
+    hook: Callable[[str, tuple], None] | None,
+) -> int:
     os.setpgid(0, 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     if job.processes > 1:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "LOCAL_WORLD_SIZE": job.processes}
-        os.environ.update({key: str(value) for key, value in numbers.items()}, MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        numbers = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": job.processes,
+            "LOCAL_WORLD_SIZE": job.processes,
+        }
+        os.environ.update(
+            {key: str(value) for key, value in numbers.items()},
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
+        )
     arguments = [argument.replace("OUTPUT", str(output)) for argument in job.arguments]
     sys.argv = [job.module, *arguments]
     main: Any = importlib.import_module(job.module).main
@@ -255,7 +358,11 @@ def end(children: list[int], *, kill_after: float | None = None) -> str:
                 result = "killed" if code == -signal.SIGKILL else str(code)
                 _kill(running)
         passed = time.monotonic() - begun
-        if result == "0" and running and passed > (HANG_SECONDS if kill_after is None else kill_after):
+        if (
+            result == "0"
+            and running
+            and passed > (HANG_SECONDS if kill_after is None else kill_after)
+        ):
             result = "hang" if kill_after is None else "killed"
             _kill(running)
         time.sleep(0.005)
@@ -285,7 +392,9 @@ def result_of(output: Path) -> dict[str, str]:
         name = path.relative_to(output)
         if "samples" in name.parts:
             continue
-        kept = next((part for part in name.parts if part.startswith(("checkpoint-", "step-"))), None)
+        kept = next(
+            (part for part in name.parts if part.startswith(("checkpoint-", "step-"))), None
+        )
         if kept is not None:
             found[str(Path(*name.parts[: name.parts.index(kept) + 1]))] = "checkpoint"
         elif path.name == "metrics.jsonl":
@@ -293,21 +402,29 @@ def result_of(output: Path) -> dict[str, str]:
             found[str(name)] = str(sorted(rows.items()))
         elif path.is_file() and "events" not in name.parts and not is_temporary(path):
             is_provenance = path.name.endswith(PROVENANCE)
-            found[str(name)] = "" if is_provenance else hashlib.sha256(path.read_bytes()).hexdigest()
+            found[str(name)] = (
+                "" if is_provenance else hashlib.sha256(path.read_bytes()).hexdigest()
+            )
     return found
 
 
 def is_temporary(path: Path) -> bool:
     """Whether a name says that the file is not finished."""
-    return (path.name.startswith(".") and not path.name.endswith(".lock")) or path.name.endswith(".tmp")
+    return (path.name.startswith(".") and not path.name.endswith(".lock")) or path.name.endswith(
+        ".tmp"
+    )
 
 
-def judge(outcome: Outcome, status: str, where: str, output: Path, expected: dict[str, str], log: Path) -> bool:
+def judge(
+    outcome: Outcome, status: str, where: str, output: Path, expected: dict[str, str], log: Path
+) -> bool:
     """Count one restart, and say whether all was well."""
     left_over = [str(path.relative_to(output)) for path in output.rglob("*") if is_temporary(path)]
     found = result_of(output)
     missing = sorted(expected.keys() - found.keys())
-    different = sorted(name for name in found if found[name] != expected.get(name)) if not missing else []
+    different = (
+        sorted(name for name in found if found[name] != expected.get(name)) if not missing else []
+    )
     if status == "hang":
         outcome.hangs += 1
     elif status != "0":
@@ -356,34 +473,55 @@ def campaign(name: str, job: Job, folder: Path, *, kills: int, seed: int = 0) ->
         else:
             at = moments.randint(1, len(events[rank]))
             where = f"in process {rank} before {events[rank][at - 1]}"
-            hooks = [Events(output, kill_at=at if each == rank else None) for each in range(job.processes)]
+            hooks = [
+                Events(output, kill_at=at if each == rank else None)
+                for each in range(job.processes)
+            ]
             killed = end(start(job, output, log, hooks))
         outcome.kills += killed == "killed"
         outcome.hangs += killed == "hang"
         again = folder / "log-again"
         status = launch(job, output, again)
         if not judge(outcome, status, where, output, expected, again):
-            shutil.copytree(folder, folder.with_name(f"{folder.name} {trial}"), dirs_exist_ok=True, symlinks=True)
+            shutil.copytree(
+                folder,
+                folder.with_name(f"{folder.name} {trial}"),
+                dirs_exist_ok=True,
+                symlinks=True,
+            )
     return outcome
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
     """The outcomes as a Markdown table, with their sum."""
     columns = ("kills", "equal", "errors", "hangs", "different", "lost", "left_over")
-    lines = [f"| job | {' | '.join(columns).replace('_', ' ')} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        f"| job | {' | '.join(columns).replace('_', ' ')} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for name, outcome in outcomes.items():
-        lines.append(f"| {name} | {' | '.join(str(getattr(outcome, column)) for column in columns)} |")
+        lines.append(
+            f"| {name} | {' | '.join(str(getattr(outcome, column)) for column in columns)} |"
+        )
     sums = [sum(getattr(outcome, column) for outcome in outcomes.values()) for column in columns]
     return "\n".join([*lines, f"| **all** | {' | '.join(map(str, sums))} |"])
 
 
 def prepare_process(jobs: dict[str, Job]) -> None:
     """Import once what all processes need, with one thread each: a process with more cannot be forked."""
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+        HF_HUB_OFFLINE="1",
+        DS_ACCELERATOR="cpu",
+    )
     import torch
 
     torch.set_num_threads(1)
-    for module in {job.module for job in jobs.values()} | {"vqrae.understanding.chat", "vqrae.generation.generator"}:
+    for module in {job.module for job in jobs.values()} | {
+        "vqrae.understanding.chat",
+        "vqrae.generation.generator",
+    }:
         importlib.import_module(module)
 
 
@@ -395,17 +533,27 @@ def main(argv: list[str] | None = None) -> int:
     if config.jobs != "all":
         unknown = sorted(set(config.jobs.split(",")) - jobs.keys())
         if unknown:
-            raise ValueError(f"got jobs={config.jobs}: there is no {unknown[0]!r}. {did_you_mean(unknown[0], jobs)}")
+            raise ValueError(
+                f"got jobs={config.jobs}: there is no {unknown[0]!r}. {did_you_mean(unknown[0], jobs)}"
+            )
         jobs = {name: jobs[name] for name in config.jobs.split(",")}
     make_parts(parts, {part for job in jobs.values() for part in job.needs})
     outcomes: dict[str, Outcome] = {}
     for name, job in jobs.items():
         begun = time.monotonic()
-        outcomes[name] = outcome = campaign(name, job, output / "jobs" / name, kills=config.kills, seed=config.seed)
-        print(f"{name}: {outcome.kills} kills, {outcome.equal} equal, {time.monotonic() - begun:.0f} s", flush=True)
+        outcomes[name] = outcome = campaign(
+            name, job, output / "jobs" / name, kills=config.kills, seed=config.seed
+        )
+        print(
+            f"{name}: {outcome.kills} kills, {outcome.equal} equal, {time.monotonic() - begun:.0f} s",
+            flush=True,
+        )
         for note in outcome.notes:
             print(f"  {note}", flush=True)
-        write_json(output / "report.json", {"jobs": {key: value.__dict__ for key, value in outcomes.items()}})
+        write_json(
+            output / "report.json",
+            {"jobs": {key: value.__dict__ for key, value in outcomes.items()}},
+        )
     print(table(outcomes))
     return 0 if all(not outcome.notes for outcome in outcomes.values()) else 1
 

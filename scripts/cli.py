@@ -1,4 +1,4 @@
-"""The `vqrae` command: a trained model at work on pictures, questions and prompts.
+"""The `vqrae` command: a trained model at work on images, questions and prompts.
 
 Heavy imports stay inside the commands, so that `vqrae --help` answers at once.
 """
@@ -7,9 +7,9 @@ import argparse
 import sys
 
 from vqrae.common.errors import exit_code
-from vqrae.scripts.commands import chat, data, generate, graft, pictures, plan, training
+from vqrae.scripts.commands import chat, data, generate, graft, images, plan, training
 
-MODULES = (pictures, chat, generate, data, training, graft, plan)
+MODULES = (images, chat, generate, data, training, graft, plan)
 
 
 def main(argv: list[str] | None = None) -> int:

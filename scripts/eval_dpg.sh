@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Score a generator on dense prompts: a judge answers questions about its pictures (DPG-Bench).
+# Score a generator on dense prompts: a judge answers questions about its images (DPG-Bench).
 #
 #   bash scripts/eval_dpg.sh [key=value ...]
 #
 #   model=runs/generation            draw with this generator; made first when there is none
 #   images=FOLDER                    score images that anybody drew instead: ITEM.png for each prompt
-#   pictures_per_prompt=1            of images=: 1 for single images, 4 for 2 x 2 grids
+#   images_per_prompt=1            of images=: 1 for single images, 4 for 2 x 2 grids
 #   questions=scenes                 scenes, or DPG-Bench's dpg_bench.csv (not shipped; the error says where it is)
 #   judge=scenes                     mplug (the official one), vqa, chat, endpoint, understanding, scenes
 #   judge_model=MODEL judge_url=URL  of the judge

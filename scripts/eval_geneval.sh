@@ -8,12 +8,12 @@
 #   tokenizer=FOLDER                        its visual tokenizer, where it has moved since training
 #   sprites=shapes                          shapes or emoji
 #   output=runs/evaluation/generation.json  where the scores go
-#   pictures=runs/evaluation/pictures       where the pictures go
+#   images=runs/evaluation/images       where the images go
 #   nproc=N                                 processes; the numbers do not depend on it
 #
 # GenEval itself, when one of these is given:
 #   prompts_only=true                       just write evaluation_metadata.jsonl into out=
-#   images=FOLDER                           score pictures that anybody drew: 00000/metadata.jsonl, 00000/samples/00000.png …
+#   images=FOLDER                           score images that anybody drew: 00000/metadata.jsonl, 00000/samples/00000.png …
 #   detector=mmdet                          mmdet (GenEval's own weights), transformers (others), scenes
 #   seed=43                                 of the prompts: 43 the official 553, any other a fresh suite
 # with
@@ -33,5 +33,5 @@ if given prompts_only >/dev/null || given images >/dev/null || given detector >/
   launch vqrae.eval.geneval.evaluate
 fi
 artefact model generation train_ar_gen.sh
-defaults output=runs/evaluation/generation.json pictures=runs/evaluation/pictures
-launch vqrae.eval.generation
+defaults output=runs/evaluation/generation.json images=runs/evaluation/images
+launch vqrae.eval.geneval.scenes

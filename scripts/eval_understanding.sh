@@ -4,7 +4,7 @@
 #   bash scripts/eval_understanding.sh [key=value ...]
 #
 #   model=runs/understanding               run directory, model folder or hub id; made first when there is none
-#   benchmark=scenes                       scenes with the picture and without (blind); or through lmms-eval, which is then
+#   benchmark=scenes                       scenes with the image and without (blind); or through lmms-eval, which is then
 #                                          installed: lmms_scenes (the same questions), paper (all eight), or some of pope,
 #                                          gqa, textvqa, textvqa_ocr, mmbench, mme, seedbench, mmmu, ai2d joined by commas
 #   output=runs/evaluation/questions.json  where the scores go; a folder (runs/evaluation/understanding) with lmms-eval
@@ -28,8 +28,8 @@ if [ "$benchmark" = scenes ]; then install; else install eval; fi
 artefact model understanding train_llava.sh
 if [ "$benchmark" = scenes ]; then
   defaults output=runs/evaluation/questions.json
-  launch vqrae.eval.scene_questions
+  launch vqrae.eval.understanding.scene_questions
 fi
 arguments+=("benchmark=${benchmark/lmms_scenes/scenes}")
 defaults output=runs/evaluation/understanding
-launch vqrae.eval.understanding
+launch vqrae.eval.understanding.evaluate

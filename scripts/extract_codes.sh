@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Turn captioned pictures into code shards, once, so that training the generator never runs the tokenizer.
+# Turn captioned images into code shards, once, so that training the generator never runs the tokenizer.
 #
 #   bash scripts/extract_codes.sh [key=value ...]
 #
@@ -7,7 +7,7 @@
 #   tokenizer=runs/tokenizer   run directory, checkpoint folder or hub id; made first when there is none
 #   data=scenes                scenes, emoji, FILE.jsonl, FILE.tar (or a glob), hf:NAME, A*0.5+B*0.5 (docs/data.md)
 #   output=runs/codes          folder of the shards
-#   size=N                     pictures to take (default the config's; size=null takes all)
+#   size=N                     images to take (default the config's; size=null takes all)
 #   nproc, nnodes              processes (default: GPUs, or 1), nodes (1)
 #   key=value                  of the configuration's section `extraction`
 #

@@ -3,7 +3,7 @@
 #
 #   bash scripts/pretrain_encoder.sh [key=value ...]
 #
-#   config=tiny_encoder    a name in tokenizer/configs, or a YAML file
+#   config=tiny_encoder    a name in quickstart/configs, or a YAML file
 #   output=runs/encoder    run directory; the model is in output/model
 #   sprites=shapes         shapes or emoji
 #   nproc, nnodes, zero    processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-3, default the config's)
@@ -11,8 +11,8 @@
 #
 # The same command resumes an interrupted run. Paths are relative to the repository.
 . "$(dirname "$0")/lib.sh"
-config=tiny_encoder package=tokenizer zero_keys=optimization.zero
+config=tiny_encoder package=quickstart zero_keys=optimization.zero
 read_arguments "$@"
 install_for_training
 rename output=output_dir
-launch vqrae.tokenizer.pretrain_encoder
+launch vqrae.quickstart.pretrain_encoder

@@ -13,4 +13,4 @@
 . "$(dirname "$0")/lib.sh"
 case "${1:-}" in -h | --help) usage && exit 0 ;; esac
 install
-exec "$PYTHON" -m vqrae.scripts.quickstart "$@"
+exec "$PYTHON" -m vqrae.quickstart.pipeline "$@"

@@ -10,7 +10,7 @@ install dev deepspeed
 "$PYTHON" -m ruff format --check .
 
 # mypy cannot follow the import hook of an editable install; a folder of links shows it the same packages.
-packages=(common data tokenizer understanding generation eval benchmarks scripts)
+packages=(common data tokenizer understanding generation eval planning quickstart benchmarks scripts)
 mkdir -p build/types/vqrae
 for package in "${packages[@]}"; do ln -sfn "$PWD/$package" "build/types/vqrae/$package"; done
 MYPYPATH=build/types "$PYTHON" -m mypy "${packages[@]/#/--package=vqrae.}"

@@ -6,7 +6,7 @@
 #   config=tiny                a name in generation/configs, or a YAML file
 #   tokenizer=runs/tokenizer   run directory, checkpoint folder or hub id; made first when there is none
 #   data=runs/codes            code shards of that tokenizer, made first (scripts/extract_codes.sh) when there are none; or captioned
-#                              pictures, encoded while training: scenes, emoji, FILE.jsonl, FILE.tar (or a glob), hf:NAME,
+#                              images, encoded while training: scenes, emoji, FILE.jsonl, FILE.tar (or a glob), hf:NAME,
 #                              CODES*0.7+FILE.tar*0.3 (docs/data.md)
 #   output=runs/generation     run directory; the model is in output/model
 #   nproc, nnodes, zero        processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-3, default the config's)

@@ -8,9 +8,9 @@
 #   tokenizer=runs/tokenizer   run directory, checkpoint folder or hub id; made first when there is none
 #   llm=runs/llm               language model: folder or hub id; made (smollm2: fetched) first when there is none
 #   data=scenes                conversations: scenes, scenes:emoji, FILE.json in LLaVA's format, hf:FILE.parquet, A*0.5+B*0.5
-#   image_folder=FOLDER        where the pictures of FILE.json lie (default: beside it)
+#   image_folder=FOLDER        where the images of FILE.json lie (default: beside it)
 #   pretrain_data=DATA         captions or conversations of the first stage, where they are not the same
-#   pretrain_image_folder=DIR  where the pictures of pretrain_data lie
+#   pretrain_image_folder=DIR  where the images of pretrain_data lie
 #   batching=random            random, grouped (LLaVA's, by modality and length) or packed (fastest)
 #   lora={}                    train adapters in sft, with LLaVA's settings; lora.rank=64 and others change them
 #   projector=FILE             start from LLaVA's mm_projector.bin

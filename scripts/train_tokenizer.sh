@@ -9,7 +9,7 @@
 #   encoder=runs/encoder   pretrained encoder: run directory, checkpoint folder or hub id; made first when there is none
 #   output=runs/tokenizer  run directory; the model is in output/model
 #   nproc, nnodes, zero    processes (default: GPUs, or 1), nodes (1), DeepSpeed ZeRO stage (0-2, default the config's)
-#   micro_batch_size=N     pictures of one forward pass (default: the config's); accumulation keeps the global batch
+#   micro_batch_size=N     images of one forward pass (default: the config's); accumulation keeps the global batch
 #   dry_run=N              N steps of the real size on rendered scenes, keeping nothing: parameters, memory, time
 #   any.key=value          of the configuration, such as stage1.max_steps=100
 #

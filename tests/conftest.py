@@ -73,14 +73,20 @@ def make_tokenizer_fixture() -> Callable[..., VQRAEModel]:
     return make_tokenizer
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False) -> Tensor:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False
+) -> Tensor:
     """flash_attn_func (B, T, heads, D) by plain attention, with the kernel's refusal of fp32."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise RuntimeError(f"FlashAttention only supports fp16 and bf16 data type, got {q.dtype}")
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-    output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if causal else None, scale=softmax_scale)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(
+        k.shape[2] - q.shape[2]
+    )
+    output = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask if causal else None, scale=softmax_scale
+    )
     return output.transpose(1, 2)
 
 
@@ -112,5 +118,7 @@ def flash_attention(monkeypatch: pytest.MonkeyPatch) -> str:
     kernels = (_flash, _flash_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
     monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **options: kernels)
     monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
-    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", lambda self, *args, **options: True)
+    monkeypatch.setattr(
+        PreTrainedModel, "_flash_attn_can_dispatch", lambda self, *args, **options: True
+    )
     return "flash_attention_2"

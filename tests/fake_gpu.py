@@ -39,19 +39,32 @@ aten = torch.ops.aten
 
 def _unique(x: Tensor, inverse: bool, counts: bool) -> tuple[Tensor, Tensor, Tensor]:
     number = {"dtype": torch.int64}
-    return x.new_empty(1), x.new_empty(x.shape if inverse else 0, **number), x.new_empty(1 if counts else 0, **number)
+    return (
+        x.new_empty(1),
+        x.new_empty(x.shape if inverse else 0, **number),
+        x.new_empty(1 if counts else 0, **number),
+    )
 
 
 # What a GPU answers with as many numbers as there are elements that fit, for which the host has to wait.
 SEARCHES = {
     aten.nonzero.default: lambda x: x.new_empty((1, x.ndim), dtype=torch.int64),
     aten.masked_select.default: lambda x, mask: x.new_empty(1),
-    aten.unique_consecutive.default: lambda x, inverse=False, counts=False, dim=None: _unique(x, inverse, counts),
-    aten._unique2.default: lambda x, sort=True, inverse=False, counts=False: _unique(x, inverse, counts),
-    aten.bincount.default: lambda x, weights=None, minlength=0: x.new_empty(max(1, minlength), dtype=torch.int64),
+    aten.unique_consecutive.default: lambda x, inverse=False, counts=False, dim=None: _unique(
+        x, inverse, counts
+    ),
+    aten._unique2.default: lambda x, sort=True, inverse=False, counts=False: _unique(
+        x, inverse, counts
+    ),
+    aten.bincount.default: lambda x, weights=None, minlength=0: x.new_empty(
+        max(1, minlength), dtype=torch.int64
+    ),
     aten.repeat_interleave.Tensor: lambda x, output_size=None: x.new_empty(output_size or 1),
     aten.equal.default: lambda x, y: True,
-    aten.linalg_lstsq.default: lambda a, b, *how, **driver: (b.new_empty(a.shape[-1], b.shape[-1]), *b.new_empty(3, 0)),
+    aten.linalg_lstsq.default: lambda a, b, *how, **driver: (
+        b.new_empty(a.shape[-1], b.shape[-1]),
+        *b.new_empty(3, 0),
+    ),
 }
 # The host looks whether these came to an end.
 SOLVERS = {aten._linalg_eigh.default, aten._linalg_svd.default, aten.linalg_inv_ex.default}
@@ -79,21 +92,37 @@ class FakeGPU(TorchDispatchMode):
     def note(self, kind: str) -> None:
         """Remember that the host waited."""
         hidden = (__file__, "<", f"{TORCH}/_", f"{TORCH}/utils/_", f"{TORCH}/overrides")
-        frames = [frame for frame in traceback.extract_stack() if not frame.filename.startswith(hidden)]
-        ours = [frame for frame in frames if frame.filename.startswith(ROOT) and "/tests/" not in frame.filename]
-        places = [f"{frame.filename.removeprefix(ROOT)}:{frame.lineno}" for frame in (ours[-1:] + frames[-1:])]
+        frames = [
+            frame for frame in traceback.extract_stack() if not frame.filename.startswith(hidden)
+        ]
+        ours = [
+            frame
+            for frame in frames
+            if frame.filename.startswith(ROOT) and "/tests/" not in frame.filename
+        ]
+        places = [
+            f"{frame.filename.removeprefix(ROOT)}:{frame.lineno}"
+            for frame in (ours[-1:] + frames[-1:])
+        ]
         self.waits.append(f"{kind} at {' in '.join(dict.fromkeys(places))}")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # where autograd has not taken apart what is made of other operations
+        if (
+            torch.is_inference_mode_enabled()
+        ):  # where autograd has not taken apart what is made of other operations
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if not _any_on_gpu((*args, *kwargs.values())) and torch.device(kwargs.get("device") or "cpu").type != "cuda":
+        if (
+            not _any_on_gpu((*args, *kwargs.values()))
+            and torch.device(kwargs.get("device") or "cpu").type != "cuda"
+        ):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func in SEARCHES:
@@ -102,10 +131,17 @@ class FakeGPU(TorchDispatchMode):
             return SEARCHES[func](*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self.note(f"{args[0].dtype} read")
-            return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            return (
+                False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            )
         if func in (aten._to_copy.default, aten.copy_.default):
             return self._copy(func, args, kwargs)
-        if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index_put.default):
+        if func in (
+            aten.index.Tensor,
+            aten.index_put_.default,
+            aten.index_put.default,
+            aten._unsafe_index_put.default,
+        ):
             args = (args[0], self._found(args[1]), *args[2:])
         if func in SOLVERS:
             self.note(func.name())
@@ -122,9 +158,19 @@ class FakeGPU(TorchDispatchMode):
                 return zeros if new else args[0].copy_(zeros)
         if not _on_gpu(source) and target.type == "cuda" and source.numel():
             non_blocking = kwargs.get("non_blocking") or (not new and len(args) > 2 and args[2])
-            same = (kwargs.get("dtype") or source.dtype) == source.dtype if new else args[0].dtype == source.dtype
+            same = (
+                (kwargs.get("dtype") or source.dtype) == source.dtype
+                if new
+                else args[0].dtype == source.dtype
+            )
             if not (non_blocking and source.is_pinned() and same):
-                why = "from pageable memory" if not source.is_pinned() else "blocking" if same else "converted on the host"
+                why = (
+                    "from pageable memory"
+                    if not source.is_pinned()
+                    else "blocking"
+                    if same
+                    else "converted on the host"
+                )
                 self.note(f"copy {tuple(source.shape)} {source.dtype} to the device, {why},")
         result = func(*args, **kwargs)
         if source.dtype == torch.bool and not _on_gpu(source):
@@ -150,7 +196,10 @@ def _on_gpu(value: Any) -> bool:
 
 
 def _any_on_gpu(values: Sequence[Any]) -> bool:
-    return any(_any_on_gpu(value) if isinstance(value, list | tuple) else _on_gpu(value) for value in values)
+    return any(
+        _any_on_gpu(value) if isinstance(value, list | tuple) else _on_gpu(value)
+        for value in values
+    )
 
 
 class Generators(TorchFunctionMode):
@@ -164,13 +213,19 @@ class Generators(TorchFunctionMode):
 
         device = property(lambda self: self.place)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         generator = kwargs.get("generator")
         if generator is not None:
             first = args[0] if args and isinstance(args[0], Tensor) else None
-            device = torch.device(kwargs.get("device") or (first.device if first is not None else "cpu"))
-            assert generator.device.type == device.type, f"{func}: generator on {generator.device}, numbers on {device}"
+            device = torch.device(
+                kwargs.get("device") or (first.device if first is not None else "cpu")
+            )
+            assert generator.device.type == device.type, (
+                f"{func}: generator on {generator.device}, numbers on {device}"
+            )
         return func(*args, **kwargs)
 
 
@@ -192,7 +247,9 @@ def run_backward(
         if node is None or gradient is None:
             return
         meta = node._input_metadata[place]
-        assert gradient.device.type == meta.device.type, f"{node}: a gradient on {gradient.device}, its tensor on {meta.device}"
+        assert gradient.device.type == meta.device.type, (
+            f"{node}: a gradient on {gradient.device}, its tensor on {meta.device}"
+        )
         gradient = gradient.to(meta.dtype)
         if gradient.shape != tuple(meta.shape):  # of a tensor that was broadcast
             gradient = gradient.sum_to_size(tuple(meta.shape))
@@ -201,7 +258,9 @@ def run_backward(
         if node not in arrived:
             arrived[node] = {}
             # A node that was made later comes earlier; AccumulateGrad has the largest number and waits for nothing else.
-            heapq.heappush(waiting, (-node._sequence_nr() if node.next_functions else 1, next(order), node))
+            heapq.heappush(
+                waiting, (-node._sequence_nr() if node.next_functions else 1, next(order), node)
+            )
         before = arrived[node].get(place)
         arrived[node][place] = gradient if before is None else before + gradient
 
@@ -232,19 +291,35 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
 
 def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **options: Any) -> None:
     roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else list(grad_tensors or [None] * len(roots))
+    gradients = (
+        [grad_tensors]
+        if isinstance(grad_tensors, Tensor)
+        else list(grad_tensors or [None] * len(roots))
+    )
     # By this number a checkpointed block knows what it has computed again already.
     with mock.patch.object(torch._C, "_current_graph_task_id", return_value=next(_GRAPH_TASKS)):
         run_backward(roots, gradients)
 
 
-def _grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **options: Any) -> tuple[Tensor | None, ...]:
+def _grad(
+    outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **options: Any
+) -> tuple[Tensor | None, ...]:
     roots, leaves = ([x] if isinstance(x, Tensor) else list(x) for x in (outputs, inputs))
-    gradients = [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs or [None] * len(roots))
+    gradients = (
+        [grad_outputs]
+        if isinstance(grad_outputs, Tensor)
+        else list(grad_outputs or [None] * len(roots))
+    )
     return tuple(run_backward(roots, gradients, leaves))
 
 
-def _move(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True, *, moved: Any = None) -> nn.Module:
+def _move(
+    module: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    recurse: bool = True,
+    *,
+    moved: Any = None,
+) -> nn.Module:
     """`nn.Module._apply` that never changes a tensor in place; shared parameters stay shared."""
     moved = {} if moved is None else moved
     for child in module.children():
@@ -255,8 +330,15 @@ def _move(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool
                 with torch.no_grad():
                     changed = function(parameter)
                 same = changed is parameter
-                new = parameter if same else nn.Parameter(changed.detach(), requires_grad=parameter.requires_grad)
-                moved[id(parameter)] = (parameter, new)  # the old one stays alive, so that its id stays its own
+                new = (
+                    parameter
+                    if same
+                    else nn.Parameter(changed.detach(), requires_grad=parameter.requires_grad)
+                )
+                moved[id(parameter)] = (
+                    parameter,
+                    new,
+                )  # the old one stays alive, so that its id stays its own
             module._parameters[name] = moved[id(parameter)][1]
     for name, buffer in module._buffers.items():
         if buffer is not None:
@@ -335,7 +417,9 @@ def fake_gpu(count: int = 1) -> Iterator[FakeGPU]:
         put: Callable[..., Any] = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
         driver = _driver(gpu, count)
         stack.enter_context(mock.patch.multiple(torch.cuda, **driver))
-        random = {name: answer for name, answer in driver.items() if "rng_state" in name or "seed" in name}
+        random = {
+            name: answer for name, answer in driver.items() if "rng_state" in name or "seed" in name
+        }
         stack.enter_context(mock.patch.multiple(torch.cuda.random, **random))
         put(FakeTensorMode, "avoid_device_init", True)
         put(torch.accelerator, "is_available", lambda: count > 0)
@@ -347,7 +431,11 @@ def fake_gpu(count: int = 1) -> Iterator[FakeGPU]:
         put(nn.Module, "_apply", _move)
         put(Tensor, "pin_memory", _pinned)
         put(FakeTensor, "data_ptr", _address)
-        put(FakeTensor, "__reduce_ex__", lambda tensor, protocol: tensor.detach().cpu().__reduce_ex__(protocol))
+        put(
+            FakeTensor,
+            "__reduce_ex__",
+            lambda tensor, protocol: tensor.detach().cpu().__reduce_ex__(protocol),
+        )
         put(torch.UntypedStorage, "data_ptr", _storage_address)
         put(torch, "Generator", Generators.Generator)
         put(torch, "_check_tensor_all_with", check)
@@ -387,7 +475,9 @@ class NoWaiting(TrainerCallback):
         """Become a callback of every trainer of this kind."""
         start = kind.__init__
 
-        def begin(trainer: Trainer, *args: Any, callbacks: list[TrainerCallback], **rest: Any) -> None:
+        def begin(
+            trainer: Trainer, *args: Any, callbacks: list[TrainerCallback], **rest: Any
+        ) -> None:
             start(trainer, *args, callbacks=[*callbacks, self], **rest)
 
         monkeypatch.setattr(kind, "__init__", begin)

@@ -1,10 +1,10 @@
 """From the configuration of a run to a tokenizer."""
 
+from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.encoders import load_encoder
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.quantizers import CodebookQuantizer, quantizer_class
-from vqrae.tokenizer.train_config import ModelConfig, TokenizerTrainConfig
 
 
 def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
@@ -21,7 +21,9 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
         for key, expected in (config.encoder_config or {}).items():
             found = getattr(encoder.config, key)
             if (list(found) if isinstance(found, tuple) else found) != expected:
-                raise ValueError(f"model.encoder_config.{key}: {config.encoder} has {found!r}, expected {expected!r}")
+                raise ValueError(
+                    f"model.encoder_config.{key}: {config.encoder} has {found!r}, expected {expected!r}"
+                )
         encoder_config = encoder.config.to_diff_dict() | {"model_type": encoder.config.model_type}
     tokenizer_config = VQRAEConfig(
         encoder_config=encoder_config,
@@ -53,12 +55,27 @@ def check_quantizer(config: TokenizerTrainConfig) -> None:
     has_codebook = issubclass(quantizer, CodebookQuantizer)
     keys = [] if has_codebook else ["revival_interval", "bypass_steps"]
     keys += [] if quantizer.has_entropy else ["entropy_weight"]
-    stages = {f"stage{n}": config.stage_config(n) for n in ((1, 2) if config.stage == "both" else (config.stage,))}
-    wrong = [f"{name}.{key}=0" for name, stage in stages.items() for key in keys if getattr(stage, key)]
-    if issubclass(quantizer, CodebookQuantizer) and not quantizer.equals_vq:  # the metric is for the nearest row of a table
-        metrics = {name: stage.codebook_metric for name, stage in stages.items() if stage.bypass_steps}
-        wrong += [f"{name}.codebook_metric=features" for name, metric in metrics.items() if metric == "pixels"]
+    stages = {
+        f"stage{n}": config.stage_config(n)
+        for n in ((1, 2) if config.stage == "both" else (config.stage,))
+    }
+    wrong = [
+        f"{name}.{key}=0" for name, stage in stages.items() for key in keys if getattr(stage, key)
+    ]
+    if (
+        issubclass(quantizer, CodebookQuantizer) and not quantizer.equals_vq
+    ):  # the metric is for the nearest row of a table
+        metrics = {
+            name: stage.codebook_metric for name, stage in stages.items() if stage.bypass_steps
+        }
+        wrong += [
+            f"{name}.codebook_metric=features"
+            for name, metric in metrics.items()
+            if metric == "pixels"
+        ]
     if not has_codebook and config.model.codebook_init != "random":
         wrong.append("model.codebook_init=random")
     if wrong:
-        raise ValueError(f"quantizer {config.model.quantizer} cannot do all that is asked for: set {' '.join(wrong)}")
+        raise ValueError(
+            f"quantizer {config.model.quantizer} cannot do all that is asked for: set {' '.join(wrong)}"
+        )

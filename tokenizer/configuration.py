@@ -51,7 +51,9 @@ class VQRAEConfig(PreTrainedConfig):
             raise ValueError(f"feature_norm: got {feature_norm!r}, expected one of {FEATURE_NORMS}")
         if output_basis not in OUTPUT_BASES:
             raise ValueError(f"output_basis: got {output_basis!r}, expected one of {OUTPUT_BASES}")
-        self.encoder_config = dict(encoder_config or {"model_type": "siglip_vision_model", "vision_use_head": False})
+        self.encoder_config = dict(
+            encoder_config or {"model_type": "siglip_vision_model", "vision_use_head": False}
+        )
         self.feature_tap = feature_tap
         self.feature_norm = feature_norm
         self.quantizer = quantizer

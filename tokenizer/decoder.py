@@ -16,7 +16,7 @@ class DCTBasis(nn.Module):
     """Patches as sums of cosines: coefficients (..., 3, q, q) -> pixels of the same shape.
 
     A linear head followed by this fixed, invertible map is still a linear head, but Adam then steps along frequencies
-    instead of pixels, each scaled like natural pictures' spectra: the fine ones are learned from the start, not last.
+    instead of pixels, each scaled like natural images' spectra: the fine ones are learned from the start, not last.
     """
 
     basis: Tensor
@@ -48,11 +48,13 @@ class ViTDecoder(nn.Module):
     Args:
         encoder: whose block class and configuration the decoder mirrors: depth, width, heads, activation.
         grid_size: G.
-        output_patch_size: q; the picture has G * q pixels a side.
+        output_patch_size: q; the image has G * q pixels a side.
         output_basis: what the head's outputs mean: `pixels`, or coefficients of cosines (`dct`).
     """
 
-    def __init__(self, encoder: PreTrainedModel, grid_size: int, output_patch_size: int, output_basis: str) -> None:
+    def __init__(
+        self, encoder: PreTrainedModel, grid_size: int, output_patch_size: int, output_basis: str
+    ) -> None:
         super().__init__()
         self.grid_size, self.output_patch_size = grid_size, output_patch_size
         width = encoder.config.hidden_size
@@ -63,7 +65,7 @@ class ViTDecoder(nn.Module):
         self.basis = DCTBasis(output_patch_size) if output_basis == "dct" else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, N, D) -> pictures (B, 3, G*q, G*q), not clamped."""
+        """Features (B, N, D) -> images (B, 3, G*q, G*q), not clamped."""
         hidden = self.blocks(features + self.positions).last_hidden_state
         q = self.output_patch_size
         patches = rearrange(self.head(self.norm(hidden)), "b n (c p q) -> b n c p q", c=3, p=q, q=q)

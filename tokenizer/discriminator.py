@@ -1,6 +1,6 @@
 """Discriminators by name. A new one is a class here and a line in `build_discriminator`.
 
-Both take pictures (B, 3, H, W) in [0, 1], not clamped, and judge them in fp32 outside of autocast, as the published codes do.
+Both take images (B, 3, H, W) in [0, 1], not clamped, and judge them in fp32 outside of autocast, as the published codes do.
 
 Shapes: B batch, H W pixels, S logit map side, N visual tokens, D feature width.
 """
@@ -21,7 +21,11 @@ DISCRIMINATORS = ("maskbit", "dino")
 
 
 def build_discriminator(
-    name: str, *, channels: tuple[int, ...], backbone: str = "facebook/dino-vits16", random_backbone: bool = False
+    name: str,
+    *,
+    channels: tuple[int, ...],
+    backbone: str = "facebook/dino-vits16",
+    random_backbone: bool = False,
 ) -> nn.Module:
     """The discriminator of that name.
 
@@ -58,7 +62,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 class BlurDownsample(nn.Module):
-    """Halve the resolution behind a 4 x 4 binomial filter, so that no aliasing gives a picture away."""
+    """Halve the resolution behind a 4 x 4 binomial filter, so that no aliasing gives an image away."""
 
     kernel: Tensor
 
@@ -69,7 +73,9 @@ class BlurDownsample(nn.Module):
         self.register_buffer("kernel", kernel.repeat(channels, 1, 1, 1), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.conv2d(hidden, self.kernel, stride=2, padding=1, groups=hidden.shape[1])
+        return nn.functional.conv2d(
+            hidden, self.kernel, stride=2, padding=1, groups=hidden.shape[1]
+        )
 
 
 class PatchDiscriminator(nn.Module):
@@ -81,10 +87,15 @@ class PatchDiscriminator(nn.Module):
         map_size: largest side of the logit map (adaptive max pooling above it).
     """
 
-    def __init__(self, channels: tuple[int, ...] = (128, 128, 256, 512), map_size: int = 16) -> None:
+    def __init__(
+        self, channels: tuple[int, ...] = (128, 128, 256, 512), map_size: int = 16
+    ) -> None:
         super().__init__()
         self.map_size = map_size
-        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 5, padding=2), nn.LeakyReLU(0.1, inplace=True)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, channels[0], 5, padding=2),
+            nn.LeakyReLU(0.1, inplace=True),
+        ]
         for before, after in pairwise(channels):
             layers += [
                 nn.Conv2d(before, after, 3, padding=1),
@@ -94,7 +105,9 @@ class PatchDiscriminator(nn.Module):
             ]
         self.body = nn.Sequential(*layers)
         width, activation = channels[-1], nn.LeakyReLU(0.1, inplace=True)
-        self.head = nn.Sequential(nn.Conv2d(width, width, 1), activation, nn.Conv2d(width, 1, 5, padding=2))
+        self.head = nn.Sequential(
+            nn.Conv2d(width, width, 1), activation, nn.Conv2d(width, 1, 5, padding=2)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
@@ -123,27 +136,35 @@ class DinoDiscriminator(nn.Module):
     """Small heads with spectral normalisation on frozen DINO features of four depths: logits (B, 4, N).
 
     After StyleGAN-T (arXiv 2301.09515), with UniTok's group norm in place of batch statistics, so that neither the other
-    pictures of a batch nor the number of processes matter; without their augmentation of the discriminator's pictures.
+    images of a batch nor the number of processes matter; without their augmentation of the discriminator's images.
 
     Args:
-        backbone: a Hugging Face ViT with a class token, frozen here; it sees ImageNet-normalised pictures of its own size.
+        backbone: a Hugging Face ViT with a class token, frozen here; it sees ImageNet-normalised images of its own size.
     """
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
         self.backbone, self.normalize = backbone.eval().requires_grad_(False), Normalize()
         layers, width = backbone.config.num_hidden_layers, backbone.config.hidden_size
-        self.depths = [layers * quarter // 4 for quarter in (1, 2, 3, 4)]  # behind block 3, 6, 9, 12 of ViT-S
+        self.depths = [
+            layers * quarter // 4 for quarter in (1, 2, 3, 4)
+        ]  # behind block 3, 6, 9, 12 of ViT-S
         self.heads = nn.ModuleList(self._head(width) for _ in self.depths)
 
     @staticmethod
     def _head(width: int) -> nn.Sequential:
         def convolution(channels: int, kernel_size: int) -> nn.Module:
             padding = kernel_size // 2
-            return spectral_norm(nn.Conv1d(width, channels, kernel_size, padding=padding, padding_mode="circular"))
+            return spectral_norm(
+                nn.Conv1d(width, channels, kernel_size, padding=padding, padding_mode="circular")
+            )
 
         def block(kernel_size: int) -> list[nn.Module]:
-            return [convolution(width, kernel_size), group_norm(width), nn.LeakyReLU(0.2, inplace=True)]
+            return [
+                convolution(width, kernel_size),
+                group_norm(width),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
 
         return nn.Sequential(*block(1), Residual(*block(9)), convolution(1, 1))
 
@@ -155,12 +176,19 @@ class DinoDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         size = self.backbone.config.image_size
         with torch.autocast(images.device.type, enabled=False):
-            resized = nn.functional.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True)
+            resized = nn.functional.interpolate(
+                images.float(), size=(size, size), mode="bilinear", antialias=True
+            )
             pixel_values = self.normalize(resized)
             states = self.backbone(pixel_values, output_hidden_states=True).hidden_states
             # Every patch is read together with the class token.
-            features = [(states[depth][:, 1:] + states[depth][:, :1]).transpose(1, 2) for depth in self.depths]
-            return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1)
+            features = [
+                (states[depth][:, 1:] + states[depth][:, :1]).transpose(1, 2)
+                for depth in self.depths
+            ]
+            return torch.cat(
+                [head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1
+            )
 
 
 def random_vit() -> PreTrainedModel:
@@ -184,7 +212,11 @@ def pretrained_vit(source: str) -> PreTrainedModel:
             "https://huggingface.co/facebook/dino-vits16 into a folder and set discriminator_backbone to it. A dry run or a "
             "test, where the loss may mean nothing, can set random_perceptual_weights=true instead."
         ) from error
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))  # nobody reads it
+    missing = sorted(
+        key for key in report["missing_keys"] if not key.startswith("pooler.")
+    )  # nobody reads it
     if missing:
-        raise ValueError(f"{source} lacks {len(missing)} weights, the first is {missing[0]}: take another backbone")
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights, the first is {missing[0]}: take another backbone"
+        )
     return model

@@ -20,12 +20,12 @@ from vqrae.common.dry_run import GPUS, DryRunReport, held_bytes, is_here, peak_b
 from vqrae.common.memory import GIB, count_parameters, state_bytes, weight_bytes
 from vqrae.common.run import RunDirectory
 from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.config import ModelConfig, StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.configuration import FEATURE_TAPS
+from vqrae.tokenizer.data import resize
 from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.losses import distillation_loss
-from vqrae.tokenizer.pictures import resize
 from vqrae.tokenizer.stage import StageTrainer
-from vqrae.tokenizer.train_config import ModelConfig, StageConfig, TokenizerTrainConfig
 
 
 def dry_run(config: TokenizerTrainConfig) -> None:
@@ -96,7 +96,9 @@ def rehearse_checkpoint(trainer: StageTrainer, step: int) -> None:
     if is_main_process():
         gib = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / GIB
         seconds = time.perf_counter() - begin
-        print(f"dry run of stage {trainer.number}: previews, a checkpoint of {gib:.2f} GiB and its restore: {seconds:.1f} s")
+        print(
+            f"dry run of stage {trainer.number}: previews, a checkpoint of {gib:.2f} GiB and its restore: {seconds:.1f} s"
+        )
         print("\n".join(describe_taps(trainer)), flush=True)
     trainer.engine.wait_for_everyone()
 
@@ -105,7 +107,9 @@ def rehearse_checkpoint(trainer: StageTrainer, step: int) -> None:
 def describe_taps(trainer: StageTrainer) -> list[str]:
     """How large the features are at each tap, and what their distillation loss would be after these steps."""
     model = trainer.model
-    lines = ["features of the preview images: root mean square, largest channel's, distillation loss"]
+    lines = [
+        "features of the preview images: root mean square, largest channel's, distillation loss"
+    ]
     with trainer.autocast():
         pixel_values = model.normalize(resize(trainer.previews, trainer.image_size))
         for tap in FEATURE_TAPS:
@@ -115,17 +119,23 @@ def describe_taps(trainer: StageTrainer) -> list[str]:
                 loss = f"{distillation_loss(features, encoder_features(trainer.teacher, pixel_values, tap)):.3g}"
             squares = features.square().mean((0, 1))
             chosen = "  (feature_tap of this run)" if tap == model.config.feature_tap else ""
-            lines.append(f"  {tap:22}{squares.mean().sqrt():10.3g}{squares.max().sqrt():10.3g}  {loss:>10}{chosen}")
+            lines.append(
+                f"  {tap:22}{squares.mean().sqrt():10.3g}{squares.max().sqrt():10.3g}  {loss:>10}{chosen}"
+            )
     return lines
 
 
-def measure(config: TokenizerTrainConfig, number: int, run: RunDirectory, full: StageConfig) -> DryRunReport:
+def measure(
+    config: TokenizerTrainConfig, number: int, run: RunDirectory, full: StageConfig
+) -> DryRunReport:
     """Run the rehearsal of a stage that is `full` in reality."""
     before = held_bytes()
-    model = build_tokenizer(config.model, attention_implementation(config.attention, half=config.bf16))
+    model = build_tokenizer(
+        config.model, attention_implementation(config.attention, half=config.bf16)
+    )
     trainer = StageTrainer(config, number, model, run)
     trainer.set_mode()
-    batches = trainer.pictures.micro_batches(0)
+    batches = trainer.images.micro_batches(0)
     seconds = []
     for step in range(config.dry_run):
         begin = time.perf_counter()
@@ -134,7 +144,10 @@ def measure(config: TokenizerTrainConfig, number: int, run: RunDirectory, full: 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
         if is_main_process():
-            print(f"dry run of stage {number}: step {step + 1}/{config.dry_run} took {seconds[-1]:.1f} s", flush=True)
+            print(
+                f"dry run of stage {number}: step {step + 1}/{config.dry_run} took {seconds[-1]:.1f} s",
+                flush=True,
+            )
     modules = {
         "encoder": model.encoder,
         "projections": nn.ModuleList([model.in_proj, model.out_proj]),
@@ -150,7 +163,7 @@ def measure(config: TokenizerTrainConfig, number: int, run: RunDirectory, full: 
     weights, (_, trained) = weight_bytes(resident), count_parameters(resident)
     report = DryRunReport(
         name=f"stage {number}",
-        samples="pictures",
+        samples="images",
         parts={name: count_parameters(module) for name, module in present.items()},
         seconds=seconds,
         before_bytes=before,

@@ -28,7 +28,9 @@ class WeightAverage:
         """Move the average towards the weights; buffers are copied. The first update is a copy."""
         updates = self.model.config.ema_updates
         decay = min(self.decay, updates / (9 + updates))
-        get_ema_multi_avg_fn(decay)(list(self.model.parameters()), list(model.parameters()), updates)
+        get_ema_multi_avg_fn(decay)(
+            list(self.model.parameters()), list(model.parameters()), updates
+        )
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
         self.model.config.ema_updates += 1

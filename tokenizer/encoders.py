@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import InternVLVisionConfig, InternVLVisionModel, PreTrainedConfig, PreTrainedModel, SiglipVisionModel
+from transformers import (
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
 
 from vqrae.common.checkpoints import local_model, require_finite, resolve_model
 
@@ -22,7 +28,9 @@ VISION_MODELS: dict[str, type[PreTrainedModel]] = {
     "internvl": InternVLVisionModel,  # OpenGVLab/InternVL3-*-hf
 }
 DROPOUT = ("attention_dropout", "hidden_dropout_prob", "projection_dropout")
-OPENGVLAB_FORMAT = "intern_vit_6b"  # OpenGVLab/InternViT-300M-448px-V2_5 and the like, whatever their size
+OPENGVLAB_FORMAT = (
+    "intern_vit_6b"  # OpenGVLab/InternViT-300M-448px-V2_5 and the like, whatever their size
+)
 
 
 def load_encoder(source: str, attention: str) -> PreTrainedModel:
@@ -42,17 +50,25 @@ def load_encoder(source: str, attention: str) -> PreTrainedModel:
         return _load_opengvlab(source, values, attention)
     if kind not in VISION_MODELS:
         known = ", ".join([*VISION_MODELS, OPENGVLAB_FORMAT])
-        raise ValueError(f"{source} is a {kind!r} checkpoint, which is no encoder of a tokenizer; expected one of {known}")
+        raise ValueError(
+            f"{source} is a {kind!r} checkpoint, which is no encoder of a tokenizer; expected one of {known}"
+        )
     vision = VISION_MODELS[kind]
     options: dict[str, Any] = {"vision_use_head": False} if vision is SiglipVisionModel else {}
     options |= {name: 0.0 for name in DROPOUT if hasattr(vision.config_class, name)}
     if kind == "internvl":
         options["key_mapping"] = {r"^(model\.)?vision_tower\.": ""}
     encoder, report = vision.from_pretrained(
-        source, attn_implementation=attention, dtype=torch.float32, output_loading_info=True, **options
+        source,
+        attn_implementation=attention,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **options,
     )
     if report["missing_keys"]:
-        raise ValueError(f"{source} lacks weights of its {vision.__name__}: {sorted(report['missing_keys'])[:5]} …")
+        raise ValueError(
+            f"{source} lacks weights of its {vision.__name__}: {sorted(report['missing_keys'])[:5]} …"
+        )
     require_finite(encoder, source)
     return encoder
 
@@ -117,7 +133,9 @@ def convert_opengvlab(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_opengvlab(source: str, values: Mapping[str, Any], attention: str) -> PreTrainedModel:
-    config = InternVLVisionConfig(**{new: values[old] for old, new in OPENGVLAB_VALUES.items() if old in values})
+    config = InternVLVisionConfig(
+        **{new: values[old] for old, new in OPENGVLAB_VALUES.items() if old in values}
+    )
     encoder = InternVLVisionModel._from_config(config, attn_implementation=attention)
     files = sorted(local_model(source).glob("*.safetensors"))
     if not files:

@@ -9,15 +9,20 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, DistributedType, broadcast
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast,
+)
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vqrae.common.distributed import prepare_cpu_deepspeed
-from vqrae.common.optimizers import Muon
+from vqrae.common.optim import Muon
+from vqrae.tokenizer.config import StageConfig
 from vqrae.tokenizer.encoders import final_norm
 from vqrae.tokenizer.modeling import VQRAEModel
-from vqrae.tokenizer.train_config import StageConfig
 
 BUCKET = 100_000_000  # values that ZeRO sends at once: buffers of 0.4 GB each instead of the default's 2 GB
 
@@ -30,7 +35,9 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
-def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16: bool) -> tuple[Accelerator, Accelerator]:
+def build_accelerators(
+    stage: StageConfig, *, zero: int, accumulation: int, bf16: bool
+) -> tuple[Accelerator, Accelerator]:
     """Accelerators for tokenizer and discriminator.
 
     Precision is the loop's matter (parameters stay fp32, forward passes run under autocast), so none is set here.
@@ -39,7 +46,10 @@ def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16
     if not zero:
         # Else DDP holds all gradients twice, and sends the codebook, which is equal everywhere, in every forward pass.
         lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-        options: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "kwargs_handlers": [lean]}
+        options: dict[str, Any] = {
+            "gradient_accumulation_steps": accumulation,
+            "kwargs_handlers": [lean],
+        }
         return Accelerator(cpu=on_cpu, **options), Accelerator(cpu=on_cpu, **options)
     prepare_cpu_deepspeed()
     AcceleratorState._reset_state()  # plugins are read once per process; the second stage brings its own
@@ -66,11 +76,15 @@ def build_accelerators(stage: StageConfig, *, zero: int, accumulation: int, bf16
     }
     first = Accelerator(deepspeed_plugins=plugins)
     if first.distributed_type != DistributedType.DEEPSPEED:
-        raise RuntimeError(f"zero={zero} was asked for, but accelerate chose {first.distributed_type}")
+        raise RuntimeError(
+            f"zero={zero} was asked for, but accelerate chose {first.distributed_type}"
+        )
     return first, Accelerator()
 
 
-def prepare(accelerator: Accelerator, name: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+def prepare(
+    accelerator: Accelerator, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Any, Any]:
     """Wrap a model and its optimizer for the engine `name`."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.select_deepspeed_plugin(name)
@@ -99,7 +113,9 @@ def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
 
 
 def build_optimizer(
-    modules: dict[str, tuple[nn.Module, float]], stage: StageConfig, name: Literal["adamw", "muon"] = "adamw"
+    modules: dict[str, tuple[nn.Module, float]],
+    stage: StageConfig,
+    name: Literal["adamw", "muon"] = "adamw",
 ) -> torch.optim.Optimizer:
     """The optimizer of modules with their learning rates. Under Muon, vectors and the quantizer stay with AdamW."""
     groups = parameter_groups(modules, stage.weight_decay)
@@ -110,7 +126,9 @@ def build_optimizer(
     return Muon(groups, nesterov=True, betas=stage.adam_betas)
 
 
-def parameter_groups(modules: dict[str, tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    modules: dict[str, tuple[nn.Module, float]], weight_decay: float
+) -> list[dict[str, Any]]:
     """Groups of the trainable parameters of modules with their learning rates.
 
     Vectors (biases, norms, positions, scales) are `plain`: not decayed. Groups without parameters are left out.
@@ -120,7 +138,12 @@ def parameter_groups(modules: dict[str, tuple[nn.Module, float]], weight_decay: 
         trainable = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
         plain = {key for key, p in trainable if p.ndim < 2 or "position" in key}
         for is_plain, keys in ((True, plain), (False, {key for key, _ in trainable} - plain)):
-            group = {"lr": learning_rate, "weight_decay": 0.0 if is_plain else weight_decay, "name": name, "plain": is_plain}
+            group = {
+                "lr": learning_rate,
+                "weight_decay": 0.0 if is_plain else weight_decay,
+                "name": name,
+                "plain": is_plain,
+            }
             parameters = [p for key, p in trainable if key in keys]
             if parameters:
                 groups.append({"params": parameters, **group})

@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 
-def clip_gradients(engine: Accelerator, optimizer: Any, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    engine: Accelerator, optimizer: Any, parameters: Iterable[nn.Parameter], max_norm: float
+) -> Tensor:
     """Clip gradients, and have the next `optimizer.step()` leave everything as it is where their norm is not finite.
 
     The fused AdamW itself looks at `found_inf` (what a gradient scaler sets) and then moves neither weights, moments nor step

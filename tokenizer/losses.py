@@ -24,7 +24,9 @@ def generator_hinge_loss(fake_logits: Tensor) -> Tensor:
 
 def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """What the discriminator minimises: real above 1, reconstructions below -1."""
-    return 0.5 * (nn.functional.relu(1 - real_logits).mean() + nn.functional.relu(1 + fake_logits).mean())
+    return 0.5 * (
+        nn.functional.relu(1 - real_logits).mean() + nn.functional.relu(1 + fake_logits).mean()
+    )
 
 
 class LeCam(nn.Module):
@@ -47,7 +49,10 @@ class LeCam(nn.Module):
     def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """`relu(E[D(real)] - fake_mean)^2 + relu(real_mean - E[D(fake)])^2`, a scalar."""
         real, fake = real_logits.mean(), fake_logits.mean()
-        return nn.functional.relu(real - self.fake_mean).square() + nn.functional.relu(self.real_mean - fake).square()
+        return (
+            nn.functional.relu(real - self.fake_mean).square()
+            + nn.functional.relu(self.real_mean - fake).square()
+        )
 
     def observe(self, real_logits: Tensor, fake_logits: Tensor) -> None:
         """Take note of the logits of one micro-batch."""

@@ -9,7 +9,9 @@ class LossWindow:
     """Means of named scalars over a window of micro-batches, over all processes; every image counts the same."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}  # name -> (sum, count); values that are not finite take no part
+        self.sums: dict[
+            str, Tensor
+        ] = {}  # name -> (sum, count); values that are not finite take no part
 
     @torch.no_grad()
     def update(self, values: dict[str, Tensor], *, weight: int = 1) -> None:

@@ -54,7 +54,10 @@ class VQRAEModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     # Nearest codes change with the rounding of bf16, so what makes them stays fp32 in a half-precision model.
-    _keep_in_fp32_modules_strict = (r"^(in_proj|quantizer|out_proj)\.", r"^feature_(mean|std)$")  # regular expressions
+    _keep_in_fp32_modules_strict = (
+        r"^(in_proj|quantizer|out_proj)\.",
+        r"^feature_(mean|std)$",
+    )  # regular expressions
 
     def __init__(self, config: VQRAEConfig) -> None:
         super().__init__(config)
@@ -69,9 +72,15 @@ class VQRAEModel(PreTrainedModel):
         self.out_proj = FullPrecisionLinear(config.codebook_dim, width)
         patch_size = config.output_patch_size or config.patch_size
         self.decoder = ViTDecoder(self.encoder, config.grid_size, patch_size, config.output_basis)
-        fp32: dict[str, Any] = {"dtype": torch.float32}  # whatever the default is while a half-precision model is built
-        self.register_buffer("image_mean", torch.tensor(config.image_mean, **fp32).view(3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(config.image_std, **fp32).view(3, 1, 1), persistent=False)
+        fp32: dict[str, Any] = {
+            "dtype": torch.float32
+        }  # whatever the default is while a half-precision model is built
+        self.register_buffer(
+            "image_mean", torch.tensor(config.image_mean, **fp32).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "image_std", torch.tensor(config.image_std, **fp32).view(3, 1, 1), persistent=False
+        )
         self.register_buffer("feature_mean", torch.zeros(width))
         self.register_buffer("feature_std", torch.ones(width))
         self.post_init()
@@ -85,13 +94,23 @@ class VQRAEModel(PreTrainedModel):
                 without a word.
         """
         with_report = kwargs.pop("output_loading_info", False)
-        kwargs = {"ignore_mismatched_sizes": True, **kwargs, "output_loading_info": True}  # reported below
+        kwargs = {
+            "ignore_mismatched_sizes": True,
+            **kwargs,
+            "output_loading_info": True,
+        }  # reported below
         try:
             model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
-            raise ValueError(f"the weights of {pretrained_model_name_or_path} are damaged: {error}") from error
+            raise ValueError(
+                f"the weights of {pretrained_model_name_or_path} are damaged: {error}"
+            ) from error
         found = {**report, "mismatched_keys": {key for key, *_ in report["mismatched_keys"]}}
-        wrong = {"missing_keys": "lacks", "unexpected_keys": "has unknown", "mismatched_keys": "has other shapes of"}
+        wrong = {
+            "missing_keys": "lacks",
+            "unexpected_keys": "has unknown",
+            "mismatched_keys": "has other shapes of",
+        }
         for kind, verb in wrong.items():
             if keys := sorted(found[kind]):
                 raise ValueError(
@@ -154,7 +173,9 @@ class VQRAEModel(PreTrainedModel):
         if codes.shape[1] != expected:
             raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, {expected})")
         if codes.min() < 0 or codes.max() >= self.config.codebook_size:
-            raise ValueError(f"got codes from {codes.min()} to {codes.max()}, expected 0 to {self.config.codebook_size - 1}")
+            raise ValueError(
+                f"got codes from {codes.min()} to {codes.max()}, expected 0 to {self.config.codebook_size - 1}"
+            )
         with torch.autocast(codes.device.type, enabled=False):
             hidden = self.out_proj(self.quantizer.lookup(codes))
         return self._paint(hidden).clamp(0, 1)
@@ -169,7 +190,9 @@ class VQRAEModel(PreTrainedModel):
         projected = self.project(features)
         with torch.autocast(images.device.type, enabled=False):
             output = self.quantizer(projected)
-            hidden = self.out_proj(self.quantizer.to_code_space(projected) if bypass else output.quantized)
+            hidden = self.out_proj(
+                self.quantizer.to_code_space(projected) if bypass else output.quantized
+            )
         reconstruction = self._paint(hidden)
         if not self.training:
             reconstruction = reconstruction.clamp(0, 1)
@@ -206,8 +229,11 @@ class VQRAEModel(PreTrainedModel):
             return self.in_proj(features)
 
     def _paint(self, hidden: Tensor) -> Tensor:
-        """Decoder input (B, N, D) -> pictures; the decoder speaks the encoder's normalised pixels."""
-        return self.decoder(hidden.to(self.decoder.head.weight.dtype)).float() * self.image_std + self.image_mean
+        """Decoder input (B, N, D) -> images; the decoder speaks the encoder's normalised pixels."""
+        return (
+            self.decoder(hidden.to(self.decoder.head.weight.dtype)).float() * self.image_std
+            + self.image_mean
+        )
 
     @torch.no_grad()
     def standardize_features(self, images: Tensor, batch_size: int = 64) -> None:
@@ -215,7 +241,9 @@ class VQRAEModel(PreTrainedModel):
 
         The projection into the codebook space becomes an isometry, so that distances between features survive it.
         """
-        features = torch.cat([self.encode_features(batch).float() for batch in images.split(batch_size)]).flatten(0, 1)
+        features = torch.cat(
+            [self.encode_features(batch).float() for batch in images.split(batch_size)]
+        ).flatten(0, 1)
         self.feature_mean.copy_(features.mean(0))
         self.feature_std.copy_(features.std(0).clamp(min=1e-6))
         nn.init.orthogonal_(self.in_proj.weight)
@@ -229,9 +257,14 @@ class VQRAEModel(PreTrainedModel):
             ValueError: where the quantizer has no codebook to start, or the images are too few.
         """
         if not isinstance(self.quantizer, CodebookQuantizer):
-            raise ValueError(f"quantizer {self.config.quantizer} has no codebook that could start from features")
+            raise ValueError(
+                f"quantizer {self.config.quantizer} has no codebook that could start from features"
+            )
         self.require_images_for_codebook(len(images))
-        batches = [self.project(self.encode_features(batch)).flatten(0, 1) for batch in images.split(batch_size)]
+        batches = [
+            self.project(self.encode_features(batch)).flatten(0, 1)
+            for batch in images.split(batch_size)
+        ]
         with torch.autocast(images.device.type, enabled=False):
             self.quantizer.initialize_from(torch.cat(batches))
 
@@ -248,33 +281,43 @@ class VQRAEModel(PreTrainedModel):
                 "images: give more, or set a smaller model.codebook_size, or model.codebook_init=random and bypass_steps=0"
             )
 
-    def measure_in_pixels(self, images: Tensor, *, num_probes: int = 4, batch_size: int = 16) -> None:
-        """Change the basis of the code space so that distances in it are, to first order, distances of decoded pictures.
+    def measure_in_pixels(
+        self, images: Tensor, *, num_probes: int = 4, batch_size: int = 16
+    ) -> None:
+        """Change the basis of the code space so that distances in it are, to first order, distances of decoded images.
 
         What the decoder does not look at then has no say in which code is nearest. As an autoencoder without quantization
         the model stays the same function: the projections on both sides change together. The metric is the mean of J'J over
-        tokens, J the derivative of the picture by a projected feature, from products of J' with random pictures.
+        tokens, J the derivative of the image by a projected feature, from products of J' with random images.
 
         Args:
             images: (M, 3, H, W) in [0, 1].
         """
         generator = torch.Generator(images.device).manual_seed(0)
-        full_precision = torch.autocast(images.device.type, enabled=False)  # encoder and decoder follow the caller
-        metric = scatter = torch.zeros(self.config.codebook_dim, self.config.codebook_dim, device=images.device)
+        full_precision = torch.autocast(
+            images.device.type, enabled=False
+        )  # encoder and decoder follow the caller
+        metric = scatter = torch.zeros(
+            self.config.codebook_dim, self.config.codebook_dim, device=images.device
+        )
         for batch in images.split(batch_size):
             projected = self.project(self.encode_features(batch)).detach().requires_grad_()
             with full_precision:
                 hidden = self.out_proj(projected)
-            picture = self._paint(hidden)
+            image = self._paint(hidden)
             for _ in range(num_probes):
-                probe = torch.randn(picture.shape, generator=generator, device=picture.device)
-                (gradient,) = torch.autograd.grad(picture, projected, probe, retain_graph=True)
+                probe = torch.randn(image.shape, generator=generator, device=image.device)
+                (gradient,) = torch.autograd.grad(image, projected, probe, retain_graph=True)
                 with full_precision:
                     metric = metric + torch.einsum("bne,bnf->ef", gradient, gradient)
             centred = projected.detach() - projected.detach().mean((0, 1))
             with full_precision:
                 scatter = scatter + torch.einsum("bne,bnf->ef", centred, centred)
-        with torch.no_grad(), full_precision, exact_products():  # both sides of the code space must cancel
+        with (
+            torch.no_grad(),
+            full_precision,
+            exact_products(),
+        ):  # both sides of the code space must cancel
             self._change_basis(metric, scatter)
 
     def _change_basis(self, metric: Tensor, scatter: Tensor) -> None:
@@ -288,7 +331,7 @@ class VQRAEModel(PreTrainedModel):
         self.out_proj.weight.copy_(self.out_proj.weight @ inverse)
 
     def with_plain_codebook(self) -> "VQRAEModel":
-        """An equal model with `quantizer=vq`: the same codes and pictures, from a table that needs nothing of its training.
+        """An equal model with `quantizer=vq`: the same codes and images, from a table that needs nothing of its training.
 
         It is another tokenizer to everything that checks fingerprints, though codes can be exchanged.
 
@@ -296,20 +339,30 @@ class VQRAEModel(PreTrainedModel):
             ValueError: where the codes are not the nearest rows of a table.
         """
         if not (isinstance(self.quantizer, CodebookQuantizer) and self.quantizer.equals_vq):
-            raise ValueError(f"the codes of quantizer {self.config.quantizer} are not those of a plain table")
+            raise ValueError(
+                f"the codes of quantizer {self.config.quantizer} are not those of a plain table"
+            )
         config = copy.deepcopy(self.config)
         config.quantizer, config.quantizer_options = "vq", {"search": self.quantizer.search}
         model = VQRAEModel(config).to(self.device)
-        rest = {key: value for key, value in self.state_dict().items() if not key.startswith("quantizer.")}
+        rest = {
+            key: value
+            for key, value in self.state_dict().items()
+            if not key.startswith("quantizer.")
+        }
         model.load_state_dict(rest | {"quantizer.codebook": self.code_vectors()})
         return model.train(self.training)
 
     def _check_images(self, images: Tensor) -> None:
         size = self.config.image_size
         if images.shape[1:] != (3, size, size):
-            raise ValueError(f"got images of shape {tuple(images.shape)}, expected (B, 3, {size}, {size})")
+            raise ValueError(
+                f"got images of shape {tuple(images.shape)}, expected (B, 3, {size}, {size})"
+            )
         if not images.is_floating_point():
-            raise ValueError(f"got images of {images.dtype}, expected floats in [0, 1]: divide 8-bit values by 255")
+            raise ValueError(
+                f"got images of {images.dtype}, expected floats in [0, 1]: divide 8-bit values by 255"
+            )
 
     def image_processor(self) -> SiglipImageProcessor:
         """The Hugging Face image processor that prepares images as this package does.

@@ -1,7 +1,7 @@
 """Perceptual distances by name: networks that never train and never start from random weights unasked.
 
 The published term is TiTok's `lpips-convnext_s-1.0-0.1` (VQRAE Table 7 through its code lineage): LPIPS-VGG and the squared
-difference of ConvNeXt-S logits, in a weighted mean. Both see unclamped fp32 pictures outside of autocast, for bf16 would round
+difference of ConvNeXt-S logits, in a weighted mean. Both see unclamped fp32 images outside of autocast, for bf16 would round
 away the small differences that they measure.
 
 `encoder` compares the features that the frozen original encoder sees. It needs no download, which is why the embedded
@@ -16,7 +16,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, WeightsEnum, convnext_small, vgg
+from torchvision.models import (
+    ConvNeXt_Small_Weights,
+    VGG16_Weights,
+    WeightsEnum,
+    convnext_small,
+    vgg,
+)
 from transformers import PreTrainedModel
 
 from vqrae.common.config import did_you_mean
@@ -29,7 +35,11 @@ class Normalize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float] = (0.485, 0.456, 0.406), std: Sequence[float] = (0.229, 0.224, 0.225)) -> None:
+    def __init__(
+        self,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -50,15 +60,17 @@ class EncoderPerceptual(nn.Module):
         return [nn.functional.layer_norm(state.float(), state.shape[-1:]) for state in states]
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Scalar distance of pictures (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
+        """Scalar distance of images (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
         with torch.no_grad():
             targets = self._states(images)
         pairs = zip(self._states(reconstruction), targets, strict=True)
-        return torch.stack([nn.functional.mse_loss(state, target) for state, target in pairs]).mean()
+        return torch.stack(
+            [nn.functional.mse_loss(state, target) for state, target in pairs]
+        ).mean()
 
 
 class LPIPS(nn.Module):
-    """LPIPS with VGG16 (arXiv 1801.03924, version 0.1) at the resolution of the pictures; random until `load_pretrained`."""
+    """LPIPS with VGG16 (arXiv 1801.03924, version 0.1) at the resolution of the images; random until `load_pretrained`."""
 
     # Between these layers of VGG16 lie relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, with so many channels.
     BOUNDS, CHANNELS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)
@@ -66,8 +78,10 @@ class LPIPS(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)[: self.BOUNDS[-1]]
-        self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in self.CHANNELS)
-        # ImageNet's statistics for pictures in [-1, 1], with the digits that the heads were fitted to.
+        self.heads = nn.ModuleList(
+            nn.Conv2d(channels, 1, 1, bias=False) for channels in self.CHANNELS
+        )
+        # ImageNet's statistics for images in [-1, 1], with the digits that the heads were fitted to.
         self.normalize = Normalize((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
 
     def load_pretrained(self, folder: str | None) -> None:
@@ -77,10 +91,13 @@ class LPIPS(nn.Module):
         with resources.as_file(file) as path:
             heads = torch.load(path, map_location="cpu", weights_only=True)
         state = {key: value for key, value in backbone.items() if key.startswith("features.")}
-        self.load_state_dict(state | {f"heads.{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.heads))})
+        self.load_state_dict(
+            state
+            | {f"heads.{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.heads))}
+        )
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Mean LPIPS of pictures (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
+        """Mean LPIPS of images (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
         with torch.autocast(images.device.type, enabled=False):
             hidden, target = (self.normalize(2 * x.float() - 1) for x in (reconstruction, images))
             distances = []
@@ -105,14 +122,18 @@ class ConvNeXtLogits(nn.Module):
 
     def load_pretrained(self, folder: str | None) -> None:
         """Load torchvision's ConvNeXt-S (see `pretrained_weights`)."""
-        self.network.load_state_dict(pretrained_weights(ConvNeXt_Small_Weights.IMAGENET1K_V1, folder))
+        self.network.load_state_dict(
+            pretrained_weights(ConvNeXt_Small_Weights.IMAGENET1K_V1, folder)
+        )
 
     def _logits(self, images: Tensor) -> Tensor:
-        resized = nn.functional.interpolate(images.float(), size=(224, 224), mode="bilinear", antialias=True)
+        resized = nn.functional.interpolate(
+            images.float(), size=(224, 224), mode="bilinear", antialias=True
+        )
         return self.network(self.normalize(resized))
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Scalar distance of pictures (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
+        """Scalar distance of images (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
         with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
                 target = self._logits(images)
@@ -130,9 +151,11 @@ class PerceptualMix(nn.Module):
         self.networks, self.weights = nn.ModuleList(networks), tuple(weights)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Scalar distance of pictures (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
+        """Scalar distance of images (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
         pairs = zip(self.weights, self.networks, strict=True)
-        return torch.stack([weight * network(reconstruction, images) for weight, network in pairs]).sum() / sum(self.weights)
+        return torch.stack(
+            [weight * network(reconstruction, images) for weight, network in pairs]
+        ).sum() / sum(self.weights)
 
 
 PRETRAINED: dict[str, type[LPIPS | ConvNeXtLogits]] = {"lpips": LPIPS, "convnext_s": ConvNeXtLogits}
@@ -172,7 +195,9 @@ def build_perceptual(
                 network.load_pretrained(folder)
             networks.append(network)
         else:
-            raise ValueError(f"unknown perceptual network {part!r}. {did_you_mean(part, ['encoder', *PRETRAINED])}")
+            raise ValueError(
+                f"unknown perceptual network {part!r}. {did_you_mean(part, ['encoder', *PRETRAINED])}"
+            )
     loss = PerceptualMix(networks, mix) if len(networks) > 1 else networks[0]
     return loss.eval().requires_grad_(False)
 
@@ -184,11 +209,15 @@ def pretrained_weights(weights: WeightsEnum, folder: str | None) -> dict[str, Te
         FileNotFoundError: when they are neither there nor within reach.
         ValueError: when the file is damaged.
     """
-    file = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / weights.url.rpartition("/")[2]
+    file = (
+        Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / weights.url.rpartition("/")[2]
+    )
     try:
         if not folder and not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=file.stem.rpartition("-")[2])
+            torch.hub.download_url_to_file(
+                weights.url, str(file), hash_prefix=file.stem.rpartition("-")[2]
+            )
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileNotFoundError(
@@ -197,4 +226,6 @@ def pretrained_weights(weights: WeightsEnum, folder: str | None) -> dict[str, Te
             + ". A dry run or a test, where the loss may mean nothing, can set random_perceptual_weights=true instead."
         ) from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): remove it and download {weights.url} again") from error
+        raise ValueError(
+            f"{file} cannot be read ({error}): remove it and download {weights.url} again"
+        ) from error

@@ -12,7 +12,9 @@ from vqrae.tokenizer.usage import CodeUsage
 
 
 @torch.no_grad()
-def revive_dead_codes(model: VQRAEModel, output: VQRAEOutput, usage: CodeUsage, engine: Accelerator, *, seed: int) -> int:
+def revive_dead_codes(
+    model: VQRAEModel, output: VQRAEOutput, usage: CodeUsage, engine: Accelerator, *, seed: int
+) -> int:
     """Move every code that `usage` did not see onto a badly served feature; the same on all processes.
 
     Args:
@@ -29,7 +31,11 @@ def revive_dead_codes(model: VQRAEModel, output: VQRAEOutput, usage: CodeUsage, 
     usage.reset()
     if len(dead) > 0:
         features = model.project(output.features).flatten(0, 1)
-        errors = (quantizer.to_code_space(features) - quantizer.lookup(output.codes).flatten(0, 1)).square().sum(-1)
+        errors = (
+            (quantizer.to_code_space(features) - quantizer.lookup(output.codes).flatten(0, 1))
+            .square()
+            .sum(-1)
+        )
         chosen = draw_by_error(errors, len(dead), torch.Generator(errors.device).manual_seed(seed))
         quantizer.revive(dead, broadcast(features[chosen]))
     return len(dead)

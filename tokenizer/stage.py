@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from vqrae.common.checkpoints import require_finite
 from vqrae.common.distributed import fit_batch, is_main_process, world_size
 from vqrae.common.files import atomic_path
+from vqrae.common.images import image_grid, save_image
 from vqrae.common.loading import stalls_explained
 from vqrae.common.memory import count_parameters
-from vqrae.common.pictures import picture_grid, save_picture
 from vqrae.common.run import RunDirectory, format_duration, mark_trained
 from vqrae.common.schedule import warmup_cosine
 from vqrae.common.stopping import StopRequest
+from vqrae.tokenizer.config import TokenizerTrainConfig
+from vqrae.tokenizer.data import StageImages, resize
 from vqrae.tokenizer.discriminator import frozen
 from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.encoders import encoder_features
@@ -36,7 +38,7 @@ from vqrae.tokenizer.engine import (
     share_from_main,
 )
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
-from vqrae.tokenizer.judges import build_judges
+from vqrae.tokenizer.loss_networks import build_judges
 from vqrae.tokenizer.losses import (
     LeCam,
     discriminator_hinge_loss,
@@ -46,10 +48,8 @@ from vqrae.tokenizer.losses import (
 )
 from vqrae.tokenizer.meters import LossWindow
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
-from vqrae.tokenizer.pictures import StagePictures, resize
 from vqrae.tokenizer.revival import revive_dead_codes
 from vqrae.tokenizer.teacher import keep_original
-from vqrae.tokenizer.train_config import TokenizerTrainConfig
 from vqrae.tokenizer.train_state import TrainState, require_resumable
 from vqrae.tokenizer.usage import CodeUsage
 
@@ -62,13 +62,17 @@ class StageTrainer:
         model: the tokenizer as it enters the stage; stage 1 keeps the encoder, so its encoder is still the original one.
     """
 
-    def __init__(self, config: TokenizerTrainConfig, number: int, model: VQRAEModel, run: RunDirectory) -> None:
+    def __init__(
+        self, config: TokenizerTrainConfig, number: int, model: VQRAEModel, run: RunDirectory
+    ) -> None:
         self.config, self.number, self.model, self.run = config, number, model, run
         self.checkpoint = run.latest_checkpoint()
         if self.checkpoint is not None:
             require_resumable(self.checkpoint / "train_state", zero=config.zero)
         self.stage = stage = config.stage_config(number)
-        micro_batch_size, self.accumulation = fit_batch(stage.global_batch_size, stage.micro_batch_size, world_size())
+        micro_batch_size, self.accumulation = fit_batch(
+            stage.global_batch_size, stage.micro_batch_size, world_size()
+        )
         self.stage = stage = dataclasses.replace(stage, micro_batch_size=micro_batch_size)
         allow_tf32(config.tf32)
         self.engine, self.d_engine = build_accelerators(
@@ -84,7 +88,7 @@ class StageTrainer:
         self.rolled_back_to: Path | None = None
         self.image_size, self.output_size = model.config.image_size, model.config.output_size
         self._build_judges()
-        self.pictures = StagePictures(
+        self.images = StageImages(
             config.data,
             stage,
             size=max(self.image_size, self.output_size),
@@ -94,20 +98,31 @@ class StageTrainer:
             world_size=self.engine.num_processes,
             device=self.device,
         )
-        self.previews = self.pictures.previews()
+        self.previews = self.images.previews()
         from_data = number == 1 and self.checkpoint is None
         if stage.bypass_steps or (from_data and config.model.codebook_init == "features"):
-            model.require_images_for_codebook(len(self.pictures.dataset))  # here, not behind the bypass
+            model.require_images_for_codebook(
+                len(self.images.dataset)
+            )  # here, not behind the bypass
         if from_data:
             self._start_from_data()
         # The average is the main process's: it alone writes models.
-        self.ema = WeightAverage(model, config.ema_decay) if config.ema_decay and is_main_process() else None
+        self.ema = (
+            WeightAverage(model, config.ema_decay)
+            if config.ema_decay and is_main_process()
+            else None
+        )
         if config.compile:
             compile_blocks(model)
         self._build_optimizers()
-        self.skipped, self.d_skipped = SkippedSteps().to(self.device), SkippedSteps().to(self.device)
+        self.skipped, self.d_skipped = (
+            SkippedSteps().to(self.device),
+            SkippedSteps().to(self.device),
+        )
         self.losses = LossWindow()
-        self.usage, self.revival_usage = (CodeUsage(model.config.codebook_size, self.device) for _ in range(2))
+        self.usage, self.revival_usage = (
+            CodeUsage(model.config.codebook_size, self.device) for _ in range(2)
+        )
 
     def _build_judges(self) -> None:
         original = self.run.path.with_name("stage1") / "original_encoder.safetensors"
@@ -134,14 +149,23 @@ class StageTrainer:
         modules = {
             "encoder": (model.encoder, stage.encoder_lr),
             "quantizer": (model.quantizer, stage.quantizer_lr or stage.decoder_lr),
-            "decoder": (nn.ModuleList([model.in_proj, model.out_proj, model.decoder]), stage.decoder_lr),
+            "decoder": (
+                nn.ModuleList([model.in_proj, model.out_proj, model.decoder]),
+                stage.decoder_lr,
+            ),
         }
-        optimizer = build_optimizer(modules, stage, "adamw" if self.config.zero else stage.optimizer)
+        optimizer = build_optimizer(
+            modules, stage, "adamw" if self.config.zero else stage.optimizer
+        )
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.wrapped, self.optimizer = prepare(self.engine, "tokenizer", model, optimizer)
         if stage.adversarial_weight:
-            optimizer = build_optimizer({"discriminator": (self.discriminator, stage.discriminator_lr)}, stage)
-            self.d_wrapped, self.d_optimizer = prepare(self.d_engine, "discriminator", self.discriminator, optimizer)
+            optimizer = build_optimizer(
+                {"discriminator": (self.discriminator, stage.discriminator_lr)}, stage
+            )
+            self.d_wrapped, self.d_optimizer = prepare(
+                self.d_engine, "discriminator", self.discriminator, optimizer
+            )
 
     # ------------------------------------------------------------------------------------------- the loop
 
@@ -163,7 +187,7 @@ class StageTrainer:
         start = self.restore(self.checkpoint) if self.checkpoint else 0
         self.run.rewind(start)
         self.announce(start)
-        batches = self.pictures.micro_batches(start)
+        batches = self.images.micro_batches(start)
         self.set_mode()
         clock, clock_step = time.time(), start
         for step in range(start, stage.max_steps):
@@ -184,7 +208,9 @@ class StageTrainer:
                 self.save(done)
             if is_main_process() and (done % config.sample_steps == 0 or last):
                 self.save_previews(done)
-        if start >= stage.max_steps:  # nothing is to be trained: a row of an ablation starts from an untrained stage 1
+        if (
+            start >= stage.max_steps
+        ):  # nothing is to be trained: a row of an ablation starts from an untrained stage 1
             self.finish()
 
     def stop(self, step: int, request: StopRequest) -> None:
@@ -224,39 +250,56 @@ class StageTrainer:
             self.usage.update(output.codes)
             self.revival_usage.update(output.codes)
             if self.stage.is_adversarial(step):
-                losses["discriminator_loss"] = self.discriminator_step(targets, output.reconstruction.detach())
+                losses["discriminator_loss"] = self.discriminator_step(
+                    targets, output.reconstruction.detach()
+                )
             self.losses.update(losses, weight=len(images))
         self.model.quantizer.after_step(self.grad_norm.isfinite())
         self.skipped.update(self.grad_norm)
         if self.ema is not None and step >= self.stage.bypass_steps:
             self.ema.update(self.model)
         if self.stage.is_revival(done) and self.skipped.in_a_row == 0:
-            revived = revive_dead_codes(self.model, output, self.revival_usage, self.engine, seed=done)
+            revived = revive_dead_codes(
+                self.model, output, self.revival_usage, self.engine, seed=done
+            )
             self.losses.update({"revived_codes": torch.tensor(revived, device=self.device)})
             refresh_master_weights(self.optimizer)
 
-    def tokenizer_step(self, inputs: Tensor, targets: Tensor, step: int) -> tuple[VQRAEOutput, dict[str, Tensor]]:
+    def tokenizer_step(
+        self, inputs: Tensor, targets: Tensor, step: int
+    ) -> tuple[VQRAEOutput, dict[str, Tensor]]:
         """One micro-batch through tokenizer and losses; the last of a step moves the weights.
 
         Args:
             inputs: (B, 3, H, W) what the encoder sees.
-            targets: (B, 3, H', W') the same pictures as they should be reconstructed.
+            targets: (B, 3, H', W') the same images as they should be reconstructed.
         """
         stage, bypass = self.stage, step < self.stage.bypass_steps
         with self.engine.accumulate(self.wrapped):
             with self.autocast():
                 output = self.wrapped(inputs, bypass=bypass)
-                losses = {"reconstruction_loss": reconstruction_loss(output.reconstruction, targets), **output.losses}
+                losses = {
+                    "reconstruction_loss": reconstruction_loss(output.reconstruction, targets),
+                    **output.losses,
+                }
                 if stage.distillation_weight:
                     assert self.teacher is not None
                     with torch.no_grad():
-                        target = encoder_features(self.teacher, self.model.normalize(inputs), self.model.config.feature_tap)
+                        target = encoder_features(
+                            self.teacher,
+                            self.model.normalize(inputs),
+                            self.model.config.feature_tap,
+                        )
                     losses["distillation_loss"] = distillation_loss(output.features, target)
                 if self.perceptual is not None:
                     losses["perceptual_loss"] = self.perceptual(output.reconstruction, targets)
                 if self.stage.is_adversarial(step):
-                    with frozen(self.discriminator):  # the bare module: its engine must not see this backward
-                        losses["adversarial_loss"] = generator_hinge_loss(self.discriminator(output.reconstruction))
+                    with frozen(
+                        self.discriminator
+                    ):  # the bare module: its engine must not see this backward
+                        losses["adversarial_loss"] = generator_hinge_loss(
+                            self.discriminator(output.reconstruction)
+                        )
             weights = {name: getattr(stage, name.replace("_loss", "_weight")) for name in losses}
             if "adversarial_loss" in losses:
                 weights["adversarial_loss"] *= self.stage.adversarial_ramp(step)
@@ -265,13 +308,15 @@ class StageTrainer:
             # Outside of autocast, whose bf16 copies of all weights are gone by now.
             self.engine.backward(sum(weights[name] * loss for name, loss in losses.items()))
             if self.engine.sync_gradients:
-                self.grad_norm = clip_gradients(self.engine, self.optimizer, self.model.parameters(), stage.max_grad_norm)
+                self.grad_norm = clip_gradients(
+                    self.engine, self.optimizer, self.model.parameters(), stage.max_grad_norm
+                )
             self.optimizer.step()
             self.optimizer.zero_grad()
         return output, losses
 
     def discriminator_step(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """One micro-batch of real pictures and their reconstructions through the discriminator; returns its loss."""
+        """One micro-batch of real images and their reconstructions through the discriminator; returns its loss."""
         engine, stage = self.d_engine, self.stage
         with engine.accumulate(self.d_wrapped):  # outside of autocast: it judges in fp32
             real, fake = self.d_wrapped(torch.cat([images, reconstruction])).float().chunk(2)
@@ -279,10 +324,16 @@ class StageTrainer:
             engine.backward(loss + stage.lecam_weight * self.lecam(real, fake))
             self.lecam.observe(real, fake)
             if engine.sync_gradients:
-                norm = clip_gradients(engine, self.d_optimizer, self.discriminator.parameters(), stage.max_grad_norm)
+                norm = clip_gradients(
+                    engine, self.d_optimizer, self.discriminator.parameters(), stage.max_grad_norm
+                )
                 self.d_skipped.update(norm)
                 means: Any = engine.reduce(self.lecam.take_means(), "mean")
-                means = torch.where(norm.isfinite(), means, torch.stack([self.lecam.real_mean, self.lecam.fake_mean]))
+                means = torch.where(
+                    norm.isfinite(),
+                    means,
+                    torch.stack([self.lecam.real_mean, self.lecam.fake_mean]),
+                )
                 self.lecam.update(*means)
             self.d_optimizer.step()
             self.d_optimizer.zero_grad()
@@ -302,12 +353,19 @@ class StageTrainer:
     def set_learning_rates(self, step: int) -> None:
         """Warm-up and cosine on every group; the discriminator's schedule counts its own steps."""
         stage, end = self.stage, self.stage.end_lr / self.stage.decoder_lr
-        factor = warmup_cosine(step, warmup_steps=stage.warmup_steps, total_steps=stage.max_steps, end=end)
+        factor = warmup_cosine(
+            step, warmup_steps=stage.warmup_steps, total_steps=stage.max_steps, end=end
+        )
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         if self.stage.is_adversarial(step):
-            begun, total = step - stage.discriminator_start, stage.max_steps - stage.discriminator_start
-            factor = warmup_cosine(begun, warmup_steps=stage.warmup_steps, total_steps=total, end=end)
+            begun, total = (
+                step - stage.discriminator_start,
+                stage.max_steps - stage.discriminator_start,
+            )
+            factor = warmup_cosine(
+                begun, warmup_steps=stage.warmup_steps, total_steps=total, end=end
+            )
             for group in self.d_optimizer.param_groups:
                 group["lr"] = stage.discriminator_lr * factor
 
@@ -315,7 +373,7 @@ class StageTrainer:
         """Images from all over the data, enough for 32 features per code: what statistics and codebook start from."""
         config = self.model.config
         count = max(256, -(-32 * config.codebook_size // config.grid_size**2))
-        return resize(self.pictures.some(count), self.image_size)
+        return resize(self.images.some(count), self.image_size)
 
     def skipped_in_a_row(self) -> int:
         """Steps that one of the two networks last left out in a row. The host waits for the device."""
@@ -341,18 +399,29 @@ class StageTrainer:
         for window in (self.losses, self.usage):
             window.gather(self.engine)
         values = self.losses.means()
-        values |= {"grad_norm": float(self.grad_norm), "learning_rate": self.optimizer.param_groups[-1]["lr"]}
+        values |= {
+            "grad_norm": float(self.grad_norm),
+            "learning_rate": self.optimizer.param_groups[-1]["lr"],
+        }
         values |= {"codebook_usage": self.usage.usage, "codebook_perplexity": self.usage.perplexity}
         values |= {"images_per_second": self.stage.global_batch_size / seconds}
-        skipped = {"skipped_steps": self.skipped.total, "discriminator_skipped_steps": self.d_skipped.total}
+        skipped = {
+            "skipped_steps": self.skipped.total,
+            "discriminator_skipped_steps": self.d_skipped.total,
+        }
         values |= {name: total.item() for name, total in skipped.items() if total}
         self.losses.reset()
         self.usage.reset()
         self.run.log(done, values)
         if is_main_process():
-            numbers = "  ".join(f"{name.removesuffix('_loss')} {value:.4g}" for name, value in values.items())
+            numbers = "  ".join(
+                f"{name.removesuffix('_loss')} {value:.4g}" for name, value in values.items()
+            )
             left = format_duration(seconds * (self.stage.max_steps - done))
-            print(f"stage {self.number}  {done}/{self.stage.max_steps}  {numbers}  {left} left", flush=True)
+            print(
+                f"stage {self.number}  {done}/{self.stage.max_steps}  {numbers}  {left} left",
+                flush=True,
+            )
 
     def save_previews(self, done: int) -> None:
         """Write originals above their reconstructions."""
@@ -361,19 +430,27 @@ class StageTrainer:
             reconstructions = self.model(resize(self.previews, self.image_size)).reconstruction
         rows = [list(resize(self.previews, self.output_size)), list(reconstructions)]
         self.set_mode()
-        save_picture(picture_grid(rows), self.run.path / "samples" / f"step-{done}.png")
+        save_image(image_grid(rows), self.run.path / "samples" / f"step-{done}.png")
 
     def models(self) -> dict[str, VQRAEModel]:
         """What the main process saves, by folder name; `model` comes last, for a stage that has it is finished."""
-        return ({"model_ema": self.ema.model} if self.ema is not None else {}) | {"model": self.model}
+        return ({"model_ema": self.ema.model} if self.ema is not None else {}) | {
+            "model": self.model
+        }
 
     def train_state(self) -> TrainState:
-        engines = {"tokenizer": self.engine} | ({"discriminator": self.d_engine} if self.stage.adversarial_weight else {})
+        engines = {"tokenizer": self.engine} | (
+            {"discriminator": self.d_engine} if self.stage.adversarial_weight else {}
+        )
         return TrainState(
             engines=engines,
             zero=self.config.zero,
             shared={"lecam": self.lecam, "skipped": self.skipped, "d_skipped": self.d_skipped},
-            windows={"losses": self.losses, "usage": self.usage, "revival_usage": self.revival_usage},
+            windows={
+                "losses": self.losses,
+                "usage": self.usage,
+                "revival_usage": self.revival_usage,
+            },
         )
 
     def save(self, step: int) -> None:
@@ -406,16 +483,25 @@ class StageTrainer:
             FloatingPointError: when there is no checkpoint, none since the last time, or no step left.
         """
         newest = self.run.latest_checkpoint()
-        network = "tokenizer" if self.skipped.in_a_row >= self.d_skipped.in_a_row else "discriminator"
+        network = (
+            "tokenizer" if self.skipped.in_a_row >= self.d_skipped.in_a_row else "discriminator"
+        )
         if newest is None or newest == self.rolled_back_to or done == self.stage.max_steps:
-            outcome = "the stage ends here" if newest != self.rolled_back_to else f"going back to {newest} did not help"
+            outcome = (
+                "the stage ends here"
+                if newest != self.rolled_back_to
+                else f"going back to {newest} did not help"
+            )
             raise FloatingPointError(
                 f"the last {self.skipped_in_a_row()} steps up to {done} of stage {self.number} had no finite gradient of the "
                 f"{network}, and {'there is no checkpoint' if newest is None else outcome}: look at metrics.jsonl "
                 "for the loss that grew, and train again with lower learning rates in another output_dir"
             )
         if is_main_process():
-            print(f"stage {self.number}: {network} without finite gradients at step {done}, going on from {newest}", flush=True)
+            print(
+                f"stage {self.number}: {network} without finite gradients at step {done}, going on from {newest}",
+                flush=True,
+            )
         totals = [counts.total.clone() for counts in (self.skipped, self.d_skipped)]
         self.restore(newest)
         for counts, total in zip((self.skipped, self.d_skipped), totals, strict=True):

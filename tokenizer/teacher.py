@@ -25,7 +25,9 @@ def keep_original(encoder: PreTrainedModel, file: Path, *, tuned: bool) -> None:
             save_file(encoder.state_dict(), temporary)
 
 
-def original_encoder(encoder: PreTrainedModel, file: Path, *, bf16: bool = False) -> PreTrainedModel:
+def original_encoder(
+    encoder: PreTrainedModel, file: Path, *, bf16: bool = False
+) -> PreTrainedModel:
     """A frozen copy of the original encoder.
 
     Args:

@@ -15,15 +15,20 @@ from pathlib import Path
 from transformers.trainer_utils import set_seed
 
 from vqrae.common.cli import read_run
-from vqrae.common.distributed import attention_implementation, fit_batch, is_main_process, world_size
+from vqrae.common.distributed import (
+    attention_implementation,
+    fit_batch,
+    is_main_process,
+    world_size,
+)
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, weights_fingerprint
 from vqrae.common.run import RunDirectory, trained_steps
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
+from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.dry_run import dry_run
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.stage import StageTrainer
-from vqrae.tokenizer.train_config import TokenizerTrainConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"stage {number} is finished: {folder / 'model'}")
             continue
         if number == 2 and not previous.is_dir():
-            raise FileNotFoundError(f"stage 2 starts from {previous}, which does not exist: run stage=1 first, or stage=both")
+            raise FileNotFoundError(
+                f"stage 2 starts from {previous}, which does not exist: run stage=1 first, or stage=both"
+            )
         set_seed(config.seed)
         if number == 1:
             model = build_tokenizer(config.model, attention)

@@ -47,7 +47,9 @@ class TrainState:
         if is_main_process():
             parts = {name: part.state_dict() for name, part in (self.shared | self.windows).items()}
             torch.save(parts, folder / "counters.pt")
-            write_json(folder / _STATE, {"step": step, "zero": self.zero, "processes": world_size()})
+            write_json(
+                folder / _STATE, {"step": step, "zero": self.zero, "processes": world_size()}
+            )
         self._leave_windows_to_main()
 
     def load(self, folder: Path) -> int:

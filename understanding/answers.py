@@ -3,7 +3,7 @@
 A line of the questions is `{"question": TEXT, "image": FILE or [FILES] or absent, …}`; LLaVA's evaluation files, which say
 `text` for `question`, are read as they are. A line of the answers is that line with `answer` added, or with `prediction` where
 the line has an `answer` of its own, such as the right one. What was answered before an interruption stays; a question that
-cannot be answered, such as one whose picture cannot be read, costs its own answer only.
+cannot be answered, such as one whose image cannot be read, costs its own answer only.
 """
 
 import json
@@ -46,7 +46,7 @@ def answer_file(
     Args:
         out: file of the answers, continued where it ends; `OUT.manifest.json` beside it says what made them.
         fingerprint: of the model's weights.
-        image_folder: where pictures lie; None means beside the questions.
+        image_folder: where images lie; None means beside the questions.
         progress: called with (done, total).
 
     Raises:
@@ -56,7 +56,11 @@ def answer_file(
     questions, out = Path(questions), Path(out)
     records = read_questions(questions)
     folder = questions.parent if image_folder is None else Path(image_folder)
-    settings = {"model": fingerprint, "max_new_tokens": str(chat.max_new_tokens), "image_folder": str(folder.resolve())}
+    settings = {
+        "model": fingerprint,
+        "max_new_tokens": str(chat.max_new_tokens),
+        "image_folder": str(folder.resolve()),
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     hold(out.with_name(f".{out.name}.lock"), str(out))
     done = _resume(out, records, settings)
@@ -68,7 +72,8 @@ def answer_file(
             answers = _answer(chat, batch, folder)
             failed += sum(isinstance(answer, ValueError) for answer in answers)
             lines = [
-                json.dumps(_answered(record, answer), ensure_ascii=False) for record, answer in zip(batch, answers, strict=True)
+                json.dumps(_answered(record, answer), ensure_ascii=False)
+                for record, answer in zip(batch, answers, strict=True)
             ]
             stream.write("".join(f"{line}\n" for line in lines))
             stream.flush()
@@ -82,7 +87,9 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, record in json_lines(path):
         if not isinstance(record, dict) or not isinstance(_question(record), str):
-            raise ValueError(f'{path}, line {number}: got {str(record)[:80]!r}, expected {{"question": TEXT, "image": FILE}}')
+            raise ValueError(
+                f'{path}, line {number}: got {str(record)[:80]!r}, expected {{"question": TEXT, "image": FILE}}'
+            )
         records.append(record)
     if not records:
         raise ValueError(f"{path} holds no questions")
@@ -98,10 +105,14 @@ def _answer(chat: Chat, records: Sequence[dict[str, Any]], folder: Path) -> list
     asked: list[Messages | ValueError] = []
     for record in records:
         try:
-            asked.append([user_message(_question(record), [folder / path for path in image_paths(record)])])
+            asked.append(
+                [user_message(_question(record), [folder / path for path in image_paths(record)])]
+            )
         except ValueError as error:
             asked.append(error)
-    answers = iter(_generate(chat, [messages for messages in asked if not isinstance(messages, ValueError)]))
+    answers = iter(
+        _generate(chat, [messages for messages in asked if not isinstance(messages, ValueError)])
+    )
     return [item if isinstance(item, ValueError) else next(answers) for item in asked]
 
 
@@ -110,7 +121,11 @@ def _generate(chat: Chat, chats: Sequence[Messages]) -> list[str | ValueError]:
     try:
         return [*(chat.generate(chats) if chats else [])]
     except ValueError as error:
-        return [error] if len(chats) == 1 else [answer for each in chats for answer in _generate(chat, [each])]
+        return (
+            [error]
+            if len(chats) == 1
+            else [answer for each in chats for answer in _generate(chat, [each])]
+        )
 
 
 def _answered(record: dict[str, Any], answer: str | ValueError) -> dict[str, Any]:
@@ -132,15 +147,22 @@ def _resume(out: Path, records: Sequence[dict[str, Any]], settings: dict[str, st
     lines = whole.split(b"\n")[:-1]
     made_with = read_json(_manifest(out))["fingerprints"] if _manifest(out).exists() else None
     # Earlier versions did not record everything.
-    if lines and (made_with is None or any(made_with.get(name, value) != value for name, value in settings.items())):
-        raise ValueError(f"{out} holds answers made with {made_with}, now it is {settings}: give another file, or remove it")
+    if lines and (
+        made_with is None
+        or any(made_with.get(name, value) != value for name, value in settings.items())
+    ):
+        raise ValueError(
+            f"{out} holds answers made with {made_with}, now it is {settings}: give another file, or remove it"
+        )
     for number, line in enumerate(lines):
         record = parse_json(line, f"{out}, line {number + 1}")
         given = records[number] if number < len(records) else None
         added = {*ANSWER_KEYS, *ERROR_KEYS} - (given or {}).keys()
         answered = {key: value for key, value in record.items() if key not in added}
         if answered != given:
-            raise ValueError(f"{out}, line {number + 1} answers {answered}, but the question is {given}: give another file")
+            raise ValueError(
+                f"{out}, line {number + 1} answers {answered}, but the question is {given}: give another file"
+            )
     if len(whole) < len(text):
         with out.open("r+b") as stream:
             stream.truncate(len(whole))

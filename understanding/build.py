@@ -30,7 +30,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from vqrae.common.checkpoints import load_model, local_model, resolve_model
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
-from vqrae.common.pictures import picture_to_tensor
+from vqrae.common.images import image_to_tensor
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
 from vqrae.understanding.conversation import IMAGE_TOKEN, load_template
 
@@ -56,7 +56,7 @@ def build_llava(
         tokenizer_folder, llm_folder: run directory, checkpoint folder or hub id.
         attn_implementation: of tower and language model.
         chat_template: `chatml` or `vicuna_v1`; stored with the processor.
-        aspect_ratio: of pictures that are not square, see `build_processor`.
+        aspect_ratio: of images that are not square, see `build_processor`.
         dtype: of all weights; float32 is what an optimizer needs unless DeepSpeed keeps master weights.
 
     Raises:
@@ -96,7 +96,9 @@ def keep_released_names(model: LlavaForConditionalGeneration) -> None:
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
 
 
-def require_tokenizer(config: LlavaConfig, tokenizer_folder: str | Path, artefact: str | Path) -> None:
+def require_tokenizer(
+    config: LlavaConfig, tokenizer_folder: str | Path, artefact: str | Path
+) -> None:
     """Refuse a model that was built on another tokenizer.
 
     Raises:
@@ -104,7 +106,9 @@ def require_tokenizer(config: LlavaConfig, tokenizer_folder: str | Path, artefac
     """
     found = getattr(config, FINGERPRINT_KEY, None)
     if found is None:
-        raise ValueError(f"{artefact}: got no {FINGERPRINT_KEY} in its config.json, expected a model built by this package")
+        raise ValueError(
+            f"{artefact}: got no {FINGERPRINT_KEY} in its config.json, expected a model built by this package"
+        )
     require_same_tokenizer(weights_fingerprint(local_model(tokenizer_folder)), found, str(artefact))
 
 
@@ -133,7 +137,9 @@ def load_processor(
 def prepare_text_tokenizer(text_tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the text tokenizer `<image>` and a padding token."""
     if IMAGE_TOKEN not in text_tokenizer.get_vocab():
-        text_tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        text_tokenizer.add_tokens(
+            [AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True
+        )
     if text_tokenizer.pad_token is None:
         text_tokenizer.pad_token = text_tokenizer.unk_token or text_tokenizer.eos_token
     # For whoever generates in batches from the saved folder; the collator pads on the right by itself.
@@ -155,7 +161,7 @@ def build_processor(
     """The processor.
 
     Args:
-        aspect_ratio: `crop` resizes pictures by their shorter edge and cuts out the centre; `pad` first makes them square by
+        aspect_ratio: `crop` resizes images by their shorter edge and cuts out the centre; `pad` first makes them square by
             a border in the mean colour, as LLaVA-1.5 does in sft and inference (its pretraining crops: `for_pretraining`).
 
     Raises:
@@ -206,7 +212,10 @@ def end_token(text_tokenizer: PreTrainedTokenizerBase, chat_template: str) -> st
 
 
 def llava_config(
-    tokenizer: VQRAEConfig, text_config: PreTrainedConfig, image_token_id: int, vision_config: PreTrainedConfig | None = None
+    tokenizer: VQRAEConfig,
+    text_config: PreTrainedConfig,
+    image_token_id: int,
+    vision_config: PreTrainedConfig | None = None,
 ) -> LlavaConfig:
     """LLaVA-1.5's configuration for a tokenizer and a language model."""
     vision_config = vision_config or tokenizer.build_encoder_config()
@@ -222,9 +231,16 @@ def llava_config(
     )
 
 
-def _assemble(tokenizer: VQRAEModel, llm: PreTrainedModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+def _assemble(
+    tokenizer: VQRAEModel, llm: PreTrainedModel, processor: LlavaProcessor
+) -> LlavaForConditionalGeneration:
     """Put loaded parts into an empty LLaVA: only the projector is initialised, by `nn.Linear`'s rule as in LLaVA."""
-    config = llava_config(tokenizer.config, llm.config, processor.image_token_id, vision_config=tokenizer.encoder.config)
+    config = llava_config(
+        tokenizer.config,
+        llm.config,
+        processor.image_token_id,
+        vision_config=tokenizer.encoder.config,
+    )
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tokenizer.encoder
@@ -234,27 +250,37 @@ def _assemble(tokenizer: VQRAEModel, llm: PreTrainedModel, processor: LlavaProce
     text_tokenizer = processor.tokenizer
     chatml = "<|im_end|>" in processor.chat_template
     model.generation_config = GenerationConfig(
-        eos_token_id=text_tokenizer.convert_tokens_to_ids(end_token(text_tokenizer, "chatml" if chatml else "vicuna_v1")),
+        eos_token_id=text_tokenizer.convert_tokens_to_ids(
+            end_token(text_tokenizer, "chatml" if chatml else "vicuna_v1")
+        ),
         bos_token_id=text_tokenizer.bos_token_id,
         pad_token_id=text_tokenizer.pad_token_id,
     )
-    assert not any(parameter.is_meta for parameter in model.parameters()), "a part of LLaVA was not filled in"
+    assert not any(parameter.is_meta for parameter in model.parameters()), (
+        "a part of LLaVA was not filled in"
+    )
     return model
 
 
 @torch.no_grad()
-def check_features(model: LlavaForConditionalGeneration, processor: LlavaProcessor, tokenizer: VQRAEModel) -> None:
-    """Refuse a model whose projector reads anything else than `tokenizer.encode_features`, tried on one noise picture.
+def check_features(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, tokenizer: VQRAEModel
+) -> None:
+    """Refuse a model whose projector reads anything else than `tokenizer.encode_features`, tried on one noise image.
 
     Raises:
         ValueError: for another number of tokens or other values.
     """
     size = tokenizer.config.image_size
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
-    expected = tokenizer.encode_features(picture_to_tensor(picture)[None])
-    inputs = processor(images=picture, text=IMAGE_TOKEN, return_tensors="pt")
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    )
+    expected = tokenizer.encode_features(image_to_tensor(image)[None])
+    inputs = processor(images=image, text=IMAGE_TOKEN, return_tensors="pt")
     received: list[torch.Tensor] = []
-    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda module, args: received.append(args[0])
+    )
     try:
         model.get_image_features(inputs["pixel_values"])
     finally:
@@ -267,4 +293,6 @@ def check_features(model: LlavaForConditionalGeneration, processor: LlavaProcess
         )
     difference = (received[0] - expected).abs().max().item()
     if difference > 1e-4 * max(1.0, expected.abs().max().item()):
-        raise ValueError(f"the projector's input differs from encode_features by up to {difference:.3g}, expected the same")
+        raise ValueError(
+            f"the projector's input differs from encode_features by up to {difference:.3g}, expected the same"
+        )

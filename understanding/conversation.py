@@ -1,11 +1,11 @@
 """LLaVA records as training samples: chat templates, exact answer masks, batches.
 
-A record is `{"id", "image": picture (absent for text only), "conversations": [{"from": "human" | "gpt", "value"}, …]}`.
+A record is `{"id", "image": image (absent for text only), "conversations": [{"from": "human" | "gpt", "value"}, …]}`.
 Which tokens are trained is marked in the chat template (`{% generation %}`) and read back by
 `apply_chat_template(…, return_assistant_tokens_mask=True)`. Nothing here counts token lengths: that is what fails with
 every text tokenizer that LLaVA's constants were not tuned for ("tokenization mismatch", loss 0).
 
-Shapes: T text length with image tokens expanded, B batch, P pictures.
+Shapes: T text length with image tokens expanded, B batch, P images.
 """
 
 from collections.abc import Sequence
@@ -52,50 +52,61 @@ def _needs_space(text_tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether text behind a special token is read like a text of its own only with a space between them."""
     special, text = text_tokenizer.eos_token, "red"
     alone = text_tokenizer(text, add_special_tokens=False).input_ids
-    behind, spaced = (text_tokenizer(f"{special}{space}{text}", add_special_tokens=False).input_ids[1:] for space in ("", " "))
+    behind, spaced = (
+        text_tokenizer(f"{special}{space}{text}", add_special_tokens=False).input_ids[1:]
+        for space in ("", " ")
+    )
     return behind != alone == spaced
 
 
 def caption_record(sample: dict[str, Any]) -> dict[str, Any]:
     """A caption pair `{"image", "caption"}` as a LLaVA record."""
     turns = [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": sample["caption"]}]
-    return {"id": sample.get("id", sample["caption"]), "image": sample["image"], "conversations": turns}
+    return {
+        "id": sample.get("id", sample["caption"]),
+        "image": sample["image"],
+        "conversations": turns,
+    }
 
 
 def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns of a record as Hugging Face chat messages that carry their pictures.
+    """The turns of a record as Hugging Face chat messages that carry their images.
 
-    As in LLaVA, a leading gpt turn is dropped and the picture goes to the front of its turn (the template puts a newline
+    As in LLaVA, a leading gpt turn is dropped and the image goes to the front of its turn (the template puts a newline
     behind it).
 
     Raises:
-        ValueError: naming the record, when `<image>` tags and pictures do not match or the turns do not alternate.
+        ValueError: naming the record, when `<image>` tags and images do not match or the turns do not alternate.
     """
     where = f"record {record.get('id')!r}"
     turns = record["conversations"]
     turns = turns[1:] if turns and turns[0]["from"] == "gpt" else turns
-    pictures = _pictures(record)
+    images = _images(record)
     tags = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
-    if tags != len(pictures):
+    if tags != len(images):
         raise ValueError(
-            f"{where}: got {len(pictures)} pictures and {tags} {IMAGE_TOKEN} tags, expected as many of one as of the other: "
+            f"{where}: got {len(images)} images and {tags} {IMAGE_TOKEN} tags, expected as many of one as of the other: "
             f"set the key 'image', or write {IMAGE_TOKEN} into a human turn"
         )
-    left = iter(pictures)
+    left = iter(images)
     messages = []
     for i, turn in enumerate(turns):
         if turn["from"] != ("human", "gpt")[i % 2]:
-            raise ValueError(f"{where}: turn {i} is from {turn['from']!r}, expected human and gpt in alternation")
+            raise ValueError(
+                f"{where}: turn {i} is from {turn['from']!r}, expected human and gpt in alternation"
+            )
         tags = turn["value"].count(IMAGE_TOKEN)
         if tags and turn["from"] == "gpt":
-            raise ValueError(f"{where}: turn {i} is an answer with {IMAGE_TOKEN}, expected the tag in a human turn")
+            raise ValueError(
+                f"{where}: turn {i} is an answer with {IMAGE_TOKEN}, expected the tag in a human turn"
+            )
         content = [{"type": "image", "image": next(left)} for _ in range(tags)]
         content.append({"type": "text", "text": turn["value"].replace(IMAGE_TOKEN, "").strip()})
         messages.append({"role": ROLES[turn["from"]], "content": content})
     return messages
 
 
-def _pictures(record: dict[str, Any]) -> list[Any]:
+def _images(record: dict[str, Any]) -> list[Any]:
     image = record.get("image")
     if image is None:
         return []
@@ -103,7 +114,11 @@ def _pictures(record: dict[str, Any]) -> list[Any]:
 
 
 def encode_conversation(
-    record: dict[str, Any], processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None
+    record: dict[str, Any],
+    processor: LlavaProcessor,
+    *,
+    max_length: int = 2048,
+    chat_template: str | None = None,
 ) -> dict[str, Tensor]:
     """Encode one record for training.
 
@@ -113,7 +128,7 @@ def encode_conversation(
 
     Returns:
         input_ids (T,), labels (T,) with `IGNORE_INDEX` on everything but answers and their end tokens, and
-        pixel_values (P, 3, H, W) when the record has pictures.
+        pixel_values (P, 3, H, W) when the record has images.
 
     Raises:
         ValueError: naming the record, for a bad record (see `to_messages`), when cutting would hit image tokens, or when
@@ -131,7 +146,9 @@ def encode_conversation(
     trained = torch.tensor(encoded["assistant_masks"][0], dtype=torch.bool)
     where = f"record {record.get('id')!r}"
     if (input_ids[max_length:] == processor.image_token_id).any():
-        raise ValueError(f"{where}: its image tokens reach beyond max_length {max_length}: set a larger max_length")
+        raise ValueError(
+            f"{where}: its image tokens reach beyond max_length {max_length}: set a larger max_length"
+        )
     input_ids, trained = input_ids[:max_length], trained[:max_length]
     # The first token is never predicted, so it does not count.
     if not trained[1:].any():
@@ -143,32 +160,49 @@ def encode_conversation(
 
 
 def examine_length(
-    record: dict[str, Any], processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None
+    record: dict[str, Any],
+    processor: LlavaProcessor,
+    *,
+    max_length: int = 2048,
+    chat_template: str | None = None,
 ) -> Remark | None:
-    """What `encode_conversation` would cut off a record, from its text alone: no picture is opened or processed."""
+    """What `encode_conversation` would cut off a record, from its text alone: no image is opened or processed."""
     messages = to_messages(record)
 
     def num_tokens(turns: int | None = None) -> int:
         """Tokens of the first `turns` messages as a prompt, or of all."""
-        options: dict[str, Any] = {"chat_template": chat_template, "tokenize": False, "add_generation_prompt": bool(turns)}
+        options: dict[str, Any] = {
+            "chat_template": chat_template,
+            "tokenize": False,
+            "add_generation_prompt": bool(turns),
+        }
         text = processor.apply_chat_template(messages[:turns], **options)
         bos = processor.tokenizer.bos_token
-        ids = processor.tokenizer(text, add_special_tokens=bos is None or not text.startswith(bos)).input_ids
+        ids = processor.tokenizer(
+            text, add_special_tokens=bos is None or not text.startswith(bos)
+        ).input_ids
         return len(ids) + ids.count(processor.image_token_id) * (num_image_tokens(processor) - 1)
 
     total = num_tokens()
     if total <= max_length:
         return None
     if num_tokens(turns=1) >= max_length:
-        return Remark(f"conversations whose first answer lies beyond max_length {max_length}", unusable=True)
-    last_picture = max((i for i, m in enumerate(messages) if any(c["type"] == "image" for c in m["content"])), default=0)
-    if num_tokens(turns=last_picture + 1) > max_length:
-        return Remark(f"conversations with a picture beyond max_length {max_length}", unusable=True)
-    return Remark(f"conversations longer than max_length {max_length}, whose end is cut", unusable=False)
+        return Remark(
+            f"conversations whose first answer lies beyond max_length {max_length}", unusable=True
+        )
+    last_image = max(
+        (i for i, m in enumerate(messages) if any(c["type"] == "image" for c in m["content"])),
+        default=0,
+    )
+    if num_tokens(turns=last_image + 1) > max_length:
+        return Remark(f"conversations with an image beyond max_length {max_length}", unusable=True)
+    return Remark(
+        f"conversations longer than max_length {max_length}, whose end is cut", unusable=False
+    )
 
 
 def num_image_tokens(processor: LlavaProcessor) -> int:
-    """Tokens that stand for one picture."""
+    """Tokens that stand for one image."""
     size = processor.image_processor.crop_size
     blank = torch.zeros(1, 3, size["height"], size["width"])
     return processor.replace_image_token({"pixel_values": blank}, 0).count(processor.image_token)
@@ -177,7 +211,7 @@ def num_image_tokens(processor: LlavaProcessor) -> int:
 class ConversationCollator:
     """Turns records (or caption pairs) into a right-padded batch for `LlavaForConditionalGeneration`.
 
-    A batch without any picture gets a black one whose image tokens lie in the padding of the first row: masked, behind
+    A batch without any image gets a black one whose image tokens lie in the padding of the first row: masked, behind
     everything and without labels, so they change neither loss nor gradients, but every process runs tower and projector
     in every step, which DDP and ZeRO-3 need (LLaVA's zero image, without touching the model).
 
@@ -185,7 +219,9 @@ class ConversationCollator:
     and counted; LLaVA gives it no loss.
     """
 
-    def __init__(self, processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None) -> None:
+    def __init__(
+        self, processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None
+    ) -> None:
         self.broken = BrokenSamples("the conversations")
         self.processor, self.max_length, self.chat_template = processor, max_length, chat_template
         size = processor.image_processor.crop_size
@@ -198,7 +234,10 @@ class ConversationCollator:
         Raises:
             TooManyBrokenSamples: when too many records cannot be trained on.
         """
-        options: dict[str, Any] = {"max_length": self.max_length, "chat_template": self.chat_template}
+        options: dict[str, Any] = {
+            "max_length": self.max_length,
+            "chat_template": self.chat_template,
+        }
         samples = []
         for record in records:
             self.broken.seen += 1
@@ -217,20 +256,26 @@ class ConversationCollator:
             "attention_mask": _pad([torch.ones_like(sample["input_ids"]) for sample in samples], 0),
             "labels": _pad([sample["labels"] for sample in samples], IGNORE_INDEX),
         }
-        pictures = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-        if pictures:
-            return {**batch, "pixel_values": torch.cat(pictures)}
-        return self._with_blank_picture(batch, pad)
+        images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+        if images:
+            return {**batch, "pixel_values": torch.cat(images)}
+        return self._with_blank_image(batch, pad)
 
     def _blank_sample(self) -> dict[str, Tensor]:
-        """A black picture that nothing is learned from."""
+        """A black image that nothing is learned from."""
         ids = torch.full((self.num_image_tokens,), self.processor.image_token_id)
-        return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX), "pixel_values": self.blank}
+        return {
+            "input_ids": ids,
+            "labels": torch.full_like(ids, IGNORE_INDEX),
+            "pixel_values": self.blank,
+        }
 
-    def _with_blank_picture(self, batch: dict[str, Tensor], pad: int) -> dict[str, Tensor]:
+    def _with_blank_image(self, batch: dict[str, Tensor], pad: int) -> dict[str, Tensor]:
         fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE_INDEX}
         longer = {
-            key: torch.cat([value, value.new_full((len(value), self.num_image_tokens), fill[key])], dim=1)
+            key: torch.cat(
+                [value, value.new_full((len(value), self.num_image_tokens), fill[key])], dim=1
+            )
             for key, value in batch.items()
         }
         longer["input_ids"][0, -self.num_image_tokens :] = self.processor.image_token_id

@@ -26,7 +26,12 @@ from vqrae.understanding.build import FINGERPRINT_KEY
 
 TOWER = "vision_tower."
 # What a vision configuration holds that its forward pass does not depend on once dropout is off.
-WITHOUT_EFFECT = {"hidden_dropout_prob", "attention_dropout", "projection_dropout", "initializer_range"}
+WITHOUT_EFFECT = {
+    "hidden_dropout_prob",
+    "attention_dropout",
+    "projection_dropout",
+    "initializer_range",
+}
 WITHOUT_EFFECT |= {"layer_scale_init_value", "use_mask_token"}
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -43,7 +48,7 @@ def graft(model: str | Path, tokenizer: str | Path, out: str | Path) -> Path:
 
     Raises:
         ValueError: naming both sides, when the model is no such model, or its tower is not what the encoder was made from:
-            another architecture, other shapes, another normalisation of pictures, or other features.
+            another architecture, other shapes, another normalisation of images, or other features.
         FileExistsError: when `out` exists.
     """
     source, donor, out = local_model(model), local_model(tokenizer), Path(out)
@@ -64,7 +69,11 @@ def graft(model: str | Path, tokenizer: str | Path, out: str | Path) -> Path:
             _rewrite(shard, folder / shard.name, tower)
         config = json.loads((source / "config.json").read_text())
         write_json(folder / "config.json", config | {FINGERPRINT_KEY: fingerprint})
-        parts = {"model": weights_fingerprint(source), "tokenizer": fingerprint, "result": weights_fingerprint(folder)}
+        parts = {
+            "model": weights_fingerprint(source),
+            "tokenizer": fingerprint,
+            "result": weights_fingerprint(folder),
+        }
         write_json(folder / "manifest.json", run_manifest(fingerprints=parts))
     return out
 
@@ -73,40 +82,64 @@ def _require_same_tower(source: Path, donor: Path, tokenizer: VQRAEConfig) -> No
     """Refuse parts that would fit by shape and still compute something else."""
     kind = json.loads((source / "config.json").read_text()).get("model_type")
     if kind != InternVLConfig.model_type:
-        raise ValueError(f"{source} is a {kind!r} model, expected 'internvl' (a hub id that ends in -hf)")
+        raise ValueError(
+            f"{source} is a {kind!r} model, expected 'internvl' (a hub id that ends in -hf)"
+        )
     config, ours = InternVLConfig.from_pretrained(source), tokenizer.build_encoder_config()
     theirs = config.vision_config
     if not isinstance(ours, InternVLVisionConfig):
-        raise ValueError(f"{donor} encodes with a {ours.model_type!r}, but the tower of {source} is {theirs.model_type!r}")
+        raise ValueError(
+            f"{donor} encodes with a {ours.model_type!r}, but the tower of {source} is {theirs.model_type!r}"
+        )
     processor = AutoImageProcessor.from_pretrained(source)
     pairs = {
         "image_mean": (processor.image_mean, tokenizer.image_mean),
         "image_std": (processor.image_std, tokenizer.image_std),
     }
-    own = {field.name for field in fields(InternVLVisionConfig) if field.name in InternVLVisionConfig.__annotations__}
-    pairs |= {name: (getattr(theirs, name), getattr(ours, name)) for name in sorted(own - WITHOUT_EFFECT)}
+    own = {
+        field.name
+        for field in fields(InternVLVisionConfig)
+        if field.name in InternVLVisionConfig.__annotations__
+    }
+    pairs |= {
+        name: (getattr(theirs, name), getattr(ours, name)) for name in sorted(own - WITHOUT_EFFECT)
+    }
     plain = {name: (_plain(a), _plain(b)) for name, (a, b) in pairs.items()}
-    problems = [f"{name}: {source} has {a}, {donor} has {b}" for name, (a, b) in plain.items() if a != b]
+    problems = [
+        f"{name}: {source} has {a}, {donor} has {b}" for name, (a, b) in plain.items() if a != b
+    ]
     read = (config.vision_feature_layer, config.vision_feature_select_strategy)
     if read != (-1, "default"):
-        problems.append(f"{source} reads layer {read[0]} by {read[1]!r}, expected layer -1 by 'default'")
+        problems.append(
+            f"{source} reads layer {read[0]} by {read[1]!r}, expected layer -1 by 'default'"
+        )
     if not ours.use_mean_pooling and tokenizer.feature_tap != "last_hidden_state":
-        problems.append(f"{source} reads last_hidden_state, {donor} has feature_tap {tokenizer.feature_tap}")
+        problems.append(
+            f"{source} reads last_hidden_state, {donor} has feature_tap {tokenizer.feature_tap}"
+        )
     if problems:
-        raise ValueError("the tokenizer's encoder does not fit the model:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            "the tokenizer's encoder does not fit the model:\n  " + "\n  ".join(problems)
+        )
 
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _require_same_weights(shards: list[Path], tower: dict[str, Tensor], source: Path, donor: Path) -> None:
+def _require_same_weights(
+    shards: list[Path], tower: dict[str, Tensor], source: Path, donor: Path
+) -> None:
     found = {name: shape for shard in shards for name, shape in _tower_shapes(shard)}
     if missing := sorted(found.keys() ^ tower.keys()):
-        raise ValueError(f"the tower of {source} and the encoder of {donor} hold different weights: {missing[:5]} …")
+        raise ValueError(
+            f"the tower of {source} and the encoder of {donor} hold different weights: {missing[:5]} …"
+        )
     for name, shape in found.items():
         if shape != tuple(tower[name].shape):
-            raise ValueError(f"{name}: {source} has shape {shape}, {donor} has {tuple(tower[name].shape)}")
+            raise ValueError(
+                f"{name}: {source} has shape {shape}, {donor} has {tuple(tower[name].shape)}"
+            )
 
 
 def _tower_shapes(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

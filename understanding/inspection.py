@@ -21,7 +21,9 @@ def samples_of(batch: dict[str, Any]) -> Iterator[tuple[int, slice]]:
             continue
         starts = torch.nonzero(batch["position_ids"][row] == 0).flatten().tolist()
         for start, end in itertools.pairwise([*starts, len(batch["input_ids"][row])]):
-            if (batch["labels"][row, start:end] != IGNORE_INDEX).any():  # else padding, or a blank picture
+            if (
+                batch["labels"][row, start:end] != IGNORE_INDEX
+            ).any():  # else padding, or a blank image
                 yield row, slice(start, end)
 
 
@@ -29,7 +31,7 @@ def describe_batch(batch: dict[str, Any], processor: LlavaProcessor, *, color: b
     """The samples of a batch, then what it consists of.
 
     Args:
-        color: trained tokens in green and pictures in grey; else trained tokens stand in `[[ ]]`.
+        color: trained tokens in green and images in grey; else trained tokens stand in `[[ ]]`.
     """
     marks = {True: (GREEN, RESET), False: ("[[", "]]")}[color]
     lines = []
@@ -38,22 +40,31 @@ def describe_batch(batch: dict[str, Any], processor: LlavaProcessor, *, color: b
         ids, labels = batch["input_ids"][row, columns], batch["labels"][row, columns]
         trained = labels != IGNORE_INDEX
         tokens += len(ids)
-        lines.append(f"--- row {row}, tokens {columns.start} to {columns.stop - 1}: {int(trained.sum())} of {len(ids)} trained")
+        lines.append(
+            f"--- row {row}, tokens {columns.start} to {columns.stop - 1}: {int(trained.sum())} of {len(ids)} trained"
+        )
         lines.append("".join(_spans(ids.tolist(), trained.tolist(), processor, marks, color)))
-    cells, pictures = batch["input_ids"].numel(), len(batch["pixel_values"])
+    cells, images = batch["input_ids"].numel(), len(batch["pixel_values"])
     trained = int((batch["labels"] != IGNORE_INDEX).sum())
     shape = " x ".join(map(str, batch["input_ids"].shape))
     lines.append(
-        f"=== {shape} = {cells} places, {tokens} tokens ({tokens / cells:.0%}), {trained} trained, {pictures} pictures"
+        f"=== {shape} = {cells} places, {tokens} tokens ({tokens / cells:.0%}), {trained} trained, {images} images"
     )
     return "\n".join(lines)
 
 
 def _spans(
-    ids: list[int], trained: list[bool], processor: LlavaProcessor, marks: tuple[str, str], color: bool
+    ids: list[int],
+    trained: list[bool],
+    processor: LlavaProcessor,
+    marks: tuple[str, str],
+    color: bool,
 ) -> Iterator[str]:
-    """Text of consecutive tokens of one kind; a picture's tokens as one."""
-    kinds = ["image" if i == processor.image_token_id else "trained" if t else "" for i, t in zip(ids, trained, strict=True)]
+    """Text of consecutive tokens of one kind; an image's tokens as one."""
+    kinds = [
+        "image" if i == processor.image_token_id else "trained" if t else ""
+        for i, t in zip(ids, trained, strict=True)
+    ]
     for kind, group in itertools.groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
         span = [i for _, i in group]
         if kind == "image":

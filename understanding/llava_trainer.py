@@ -41,7 +41,11 @@ class LlavaTrainer(WholeTrainer):
         dataset: Any = train_dataset or self.train_dataset
         if not self.grouped:
             orders_itself = getattr(dataset, "training_index", None)
-            return OwnOrderSampler(dataset) if orders_itself else super()._get_train_sampler(train_dataset)
+            return (
+                OwnOrderSampler(dataset)
+                if orders_itself
+                else super()._get_train_sampler(train_dataset)
+            )
         return GroupedSampler(
             modality_lengths(dataset),
             micro_batch_size=self.args.train_batch_size,
@@ -49,29 +53,43 @@ class LlavaTrainer(WholeTrainer):
             seed=self.args.seed,
         )
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any
+    ) -> Any:
         if torch.is_tensor(count := options.get("num_items_in_batch")):
-            options["num_items_in_batch"] = count.clamp(min=1)  # a step whose records were all left out has loss 0, not 0/0
+            options["num_items_in_batch"] = count.clamp(
+                min=1
+            )  # a step whose records were all left out has loss 0, not 0/0
         return super().compute_loss(model, inputs, *args, **options)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         if self.projector_learning_rate is not None:
-            projector = {id(p) for name, p in (model or self.model).named_parameters() if PROJECTOR in name}
+            projector = {
+                id(p) for name, p in (model or self.model).named_parameters() if PROJECTOR in name
+            }
             split_group(optimizer, projector, self.projector_learning_rate)
         return optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if not (self.projector_only and folder.name.startswith(PREFIX_CHECKPOINT_DIR)):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             weights = state_dict or self.model.state_dict()
-            projector = {name.partition(PROJECTOR)[2]: value for name, value in weights.items() if PROJECTOR in name}
+            projector = {
+                name.partition(PROJECTOR)[2]: value
+                for name, value in weights.items()
+                if PROJECTOR in name
+            }
             save_projector(projector, folder / PROJECTOR_FILE)
             self.model.config.save_pretrained(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         """Load the weights of a checkpoint, strictly (not under DeepSpeed, which keeps its own).
 
         LLaVA's weights have other names on disk than in memory. transformers 5.23 loads the file by the names in memory,
@@ -84,7 +102,9 @@ class LlavaTrainer(WholeTrainer):
         elif projector.is_file():
             load_projector(model.model.multi_modal_projector, projector)
         else:
-            saved = LlavaForConditionalGeneration.from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+            saved = LlavaForConditionalGeneration.from_pretrained(
+                resume_from_checkpoint, dtype=torch.float32
+            )
             model.load_state_dict(saved.state_dict())
 
 
@@ -95,4 +115,6 @@ def split_group(optimizer: torch.optim.Optimizer, chosen: set[int], learning_rat
         if own:
             group["params"] = [p for p in group["params"] if id(p) not in chosen]
             optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]  # ZeRO refuses empty ones
+    optimizer.param_groups[:] = [
+        group for group in optimizer.param_groups if group["params"]
+    ]  # ZeRO refuses empty ones

@@ -38,7 +38,11 @@ def add_lora(model: LlavaForConditionalGeneration, settings: LoraSettings) -> "P
     """
     from peft import LoraConfig, get_peft_model
 
-    layers = {name.rpartition(".")[2] for name, m in model.model.language_model.named_modules() if isinstance(m, nn.Linear)}
+    layers = {
+        name.rpartition(".")[2]
+        for name, m in model.model.language_model.named_modules()
+        if isinstance(m, nn.Linear)
+    }
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -53,7 +57,9 @@ def add_lora(model: LlavaForConditionalGeneration, settings: LoraSettings) -> "P
     return adapted
 
 
-def merge_lora(model: LlavaForConditionalGeneration, adapter: str | Path) -> LlavaForConditionalGeneration:
+def merge_lora(
+    model: LlavaForConditionalGeneration, adapter: str | Path
+) -> LlavaForConditionalGeneration:
     """The model that the adapter in a folder was trained on -> an ordinary model with the adapter in its weights.
 
     The sum is made in float32: in bfloat16 most of a small update would be rounded away twice.
@@ -61,4 +67,8 @@ def merge_lora(model: LlavaForConditionalGeneration, adapter: str | Path) -> Lla
     from peft import PeftModel
 
     dtype = model.dtype
-    return PeftModel.from_pretrained(model.to(torch.float32), str(adapter)).merge_and_unload().to(dtype)
+    return (
+        PeftModel.from_pretrained(model.to(torch.float32), str(adapter))
+        .merge_and_unload()
+        .to(dtype)
+    )

@@ -25,7 +25,9 @@ def lay_out(lengths: Sequence[int]) -> list[list[int]]:
     """
     longest = max(lengths)
     layouts = [first_fit(lengths, longest + longest * eighths // 8) for eighths in range(9)]
-    return min(layouts, key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows))
+    return min(
+        layouts, key=lambda rows: len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+    )
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -57,26 +59,43 @@ class PackingCollator(ConversationCollator):
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """Batch of input_ids, labels, position_ids (R, T), pixel_values (P, 3, H, W) and `use_cache`."""
         if not any("pixel_values" in sample for sample in samples):
-            samples = [*samples, self._blank_sample()]  # every process runs tower and projector in every step
+            samples = [
+                *samples,
+                self._blank_sample(),
+            ]  # every process runs tower and projector in every step
         lengths = [len(sample["input_ids"]) for sample in samples]
         rows = [list(range(len(samples)))] if self.one_row else lay_out(lengths)
-        order = [index for row in rows for index in row]  # pictures must come as their tokens do
-        pictures = [samples[i]["pixel_values"] for i in order if "pixel_values" in samples[i]]
+        order = [index for row in rows for index in row]  # images must come as their tokens do
+        images = [samples[i]["pixel_values"] for i in order if "pixel_values" in samples[i]]
         labels = [sample["labels"].clone() for sample in samples]
         for own in labels:
             own[0] = IGNORE_INDEX  # else the sample before would be trained to predict it
         columns = {
-            "input_ids": ([sample["input_ids"] for sample in samples], self.processor.tokenizer.pad_token_id),
+            "input_ids": (
+                [sample["input_ids"] for sample in samples],
+                self.processor.tokenizer.pad_token_id,
+            ),
             "labels": (labels, IGNORE_INDEX),
         }
         batch = {
-            name: pad_sequence([torch.cat([values[i] for i in row]) for row in rows], batch_first=True, padding_value=fill)
+            name: pad_sequence(
+                [torch.cat([values[i] for i in row]) for row in rows],
+                batch_first=True,
+                padding_value=fill,
+            )
             for name, (values, fill) in columns.items()
         }
         width = batch["input_ids"].shape[1]
         positions = []
         for row in rows:
             ends = [lengths[i] for i in row]
-            positions.append(torch.cat([torch.arange(n) for n in [*ends, width - sum(ends)]]))  # padding is one more sample
+            positions.append(
+                torch.cat([torch.arange(n) for n in [*ends, width - sum(ends)]])
+            )  # padding is one more sample
         # With a cache, transformers would not look for borders, and samples would see their neighbours.
-        return {**batch, "position_ids": torch.stack(positions), "pixel_values": torch.cat(pictures), "use_cache": False}
+        return {
+            **batch,
+            "position_ids": torch.stack(positions),
+            "pixel_values": torch.cat(images),
+            "use_cache": False,
+        }

@@ -24,7 +24,10 @@ NAMES = {
 
 def save_projector(weights: dict[str, Tensor], path: str | Path) -> None:
     """Write a projector's state dict as LLaVA's file."""
-    state = {f"model.mm_projector.{theirs}": weights[ours].detach().cpu().clone() for theirs, ours in NAMES.items()}
+    state = {
+        f"model.mm_projector.{theirs}": weights[ours].detach().cpu().clone()
+        for theirs, ours in NAMES.items()
+    }
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         torch.save(state, stream)  # given a path, it writes that into the file
 
@@ -47,14 +50,23 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
         ValueError: when it holds no two-layer projector, or one of other widths.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"projector {path} does not exist: give the mm_projector.bin of a LLaVA pretraining")
+        raise FileNotFoundError(
+            f"projector {path} does not exist: give the mm_projector.bin of a LLaVA pretraining"
+        )
     stored = torch.load(path, map_location="cpu", weights_only=True)
-    found = {name.rpartition("mm_projector.")[2]: value for name, value in stored.items() if "mm_projector." in name}
+    found = {
+        name.rpartition("mm_projector.")[2]: value
+        for name, value in stored.items()
+        if "mm_projector." in name
+    }
     if found.keys() != NAMES.keys():
         raise ValueError(
             f"{path}: got a projector with {', '.join(sorted(found)) or 'no weights'}, expected {', '.join(NAMES)}"
         )
-    weights, expected = {NAMES[name]: value for name, value in found.items()}, projector.state_dict()
+    weights, expected = (
+        {NAMES[name]: value for name, value in found.items()},
+        projector.state_dict(),
+    )
     for name, value in weights.items():
         if value.shape != expected[name].shape:
             raise ValueError(

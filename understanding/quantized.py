@@ -27,13 +27,17 @@ def read_quantized_features(model: PreTrainedModel, tokenizer_folder: str | Path
         ValueError: when the model was built on another tokenizer.
     """
     require_tokenizer(model.config, tokenizer_folder, "the model")
-    tokenizer = VQRAEModel.from_pretrained(local_model(tokenizer_folder)).eval().requires_grad_(False)
+    tokenizer = (
+        VQRAEModel.from_pretrained(local_model(tokenizer_folder)).eval().requires_grad_(False)
+    )
 
     def quantize(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         [features_BND] = args
         tokenizer.to(features_BND.device)
         with torch.no_grad(), torch.autocast(features_BND.device.type, enabled=False):
-            quantized_BND = tokenizer.out_proj(tokenizer.quantizer(tokenizer.project(features_BND)).quantized)
+            quantized_BND = tokenizer.out_proj(
+                tokenizer.quantizer(tokenizer.project(features_BND)).quantized
+            )
         return (quantized_BND.to(features_BND.dtype),)
 
     model.model.multi_modal_projector.register_forward_pre_hook(quantize)

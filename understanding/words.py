@@ -32,20 +32,30 @@ def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
         return vocabulary_texts(samples.sprites.names)
     if not isinstance(samples, Conversations | ConversationTable):
         return some_captions(samples, limit)
-    chosen = np.unique(np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)).tolist()
+    chosen = np.unique(
+        np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
+    ).tolist()
     return [text.replace(IMAGE_TAG, "") for index in chosen for text in samples.texts(index)]
 
 
 def texts_in(source: str) -> list[str]:
     """What is said in the conversations of a source (not a mixture), also where images are missing; nothing in any other."""
     if source_kind(source) == "json":
-        return [turn["value"].replace(IMAGE_TAG, "") for r in scan_conversations(source)[0] for turn in r["conversations"]]
+        return [
+            turn["value"].replace(IMAGE_TAG, "")
+            for r in scan_conversations(source)[0]
+            for turn in r["conversations"]
+        ]
     return texts_of(ConversationTable(source)) if holds_conversations(source) else []
 
 
 def learn_words(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
     """The words of `texts` that a word tokenizer has now got ids for; none for any other tokenizer."""
-    return grow_word_tokenizer(text_tokenizer, texts, limit=NEW_WORDS) if is_word_tokenizer(text_tokenizer) else []
+    return (
+        grow_word_tokenizer(text_tokenizer, texts, limit=NEW_WORDS)
+        if is_word_tokenizer(text_tokenizer)
+        else []
+    )
 
 
 @torch.no_grad()
@@ -57,7 +67,10 @@ def add_word_rows(model: PreTrainedModel, first: int, end: int) -> None:
     """
     add_rows(model, end)
     noise = torch.Generator().manual_seed(first)
-    weights = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    weights = {
+        id(layer.weight): layer.weight
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
     for weight in weights.values():
         with gathered(weight):
             known = weight[:first].float()

@@ -24,7 +24,7 @@ from vqrae.data.scenes.sprites import load_sprites
 Split = Literal["train", "validation"]
 Item = Literal["image", "pair", "detailed_pair", "grounded_pair", "conversation"]
 _SPLIT_SEED = {"train": 0, "validation": 1}
-_LANGUAGE_SEED = 7  # a stream of its own: asking a question never changes a picture
+_LANGUAGE_SEED = 7  # a stream of its own: asking a question never changes an image
 
 
 class SceneDataset(Dataset):
@@ -68,7 +68,7 @@ class SceneDataset(Dataset):
 
     def scene(self, index: int) -> Scene:
         """The scene behind `index`."""
-        # The newest is kept: picture, caption and questions of one index ask for it one after the other.
+        # The newest is kept: image, caption and questions of one index ask for it one after the other.
         if self._latest is None or self._latest[0] != index:
             held_out = self.split == "validation" and index % 2 == 1
             self._latest = index, self.sampler.sample(self._rng(index), held_out=held_out)
@@ -85,7 +85,11 @@ class SceneDataset(Dataset):
     def caption(self, index: int, *, detailed: bool = False) -> str:
         """What is said about the scene behind `index`: a detailed caption, or as often a short one as a description."""
         scene, names, rng = self.scene(index), self.sprites.names, self._rng(index, _LANGUAGE_SEED)
-        return caption(scene, names, rng, detailed=True) if detailed else wording(scene, names, rng, self.sampler.image_size)
+        return (
+            caption(scene, names, rng, detailed=True)
+            if detailed
+            else wording(scene, names, rng, self.sampler.image_size)
+        )
 
     def description(self, index: int) -> str:
         """What is in the scene behind `index`, and where."""
@@ -99,16 +103,23 @@ class SceneDataset(Dataset):
         size = self.sampler.image_size
         return {
             "boxes": torch.tensor(corners) / size,
-            "phrases": [(*object_phrases(o, self.sprites.names), *place_phrases(o, size)) for o in objects],
+            "phrases": [
+                (*object_phrases(o, self.sprites.names), *place_phrases(o, size)) for o in objects
+            ],
         }
 
     def questions(self, index: int, limit: int | None = None) -> list[Question]:
         """Questions about the scene behind `index`, with answers."""
         rng = self._rng(index, _LANGUAGE_SEED)
-        return questions(self.scene(index), self.sprites.names, rng, self.num_questions if limit is None else limit)
+        return questions(
+            self.scene(index),
+            self.sprites.names,
+            rng,
+            self.num_questions if limit is None else limit,
+        )
 
     def conversation(self, index: int) -> dict[str, Any]:
-        """The scene as a LLaVA record whose `image` is a PIL picture: questions, and at last a description.
+        """The scene as a LLaVA record whose `image` is a PIL image: questions, and at last a description.
 
         The description stands behind all questions, for what is said can be copied and need not be seen.
         """

@@ -28,7 +28,14 @@ COLOR_VALUES = np.array(list(COLORS.values()), dtype=np.float32)  # (10, 3)
 
 # Muted, so that every object colour keeps a distance from every background.
 BACKGROUNDS = np.array(
-    [(0.56, 0.56, 0.56), (0.78, 0.73, 0.58), (0.66, 0.76, 0.84), (0.66, 0.80, 0.69), (0.43, 0.48, 0.53)], dtype=np.float32
+    [
+        (0.56, 0.56, 0.56),
+        (0.78, 0.73, 0.58),
+        (0.66, 0.76, 0.84),
+        (0.66, 0.80, 0.69),
+        (0.43, 0.48, 0.53),
+    ],
+    dtype=np.float32,
 )
 TEXTURES = ("plain", "graded", "stripes", "checks", "dots")
 # At 64 px: objects stand in cells of a lattice, 2 px inside their box of three or four cells. A coarse lattice keeps the number
@@ -97,7 +104,9 @@ def is_held_out(scene: Scene) -> bool:
     """True when the scene holds a combination that training never shows."""
     objects = scene.objects
     return any(is_held_out_pair(o.name, o.color) for o in objects) or any(
-        is_held_out_triple(a.name, dominant_relation(a, b), b.name) for i, a in enumerate(objects) for b in objects[:i]
+        is_held_out_triple(a.name, dominant_relation(a, b), b.name)
+        for i, a in enumerate(objects)
+        for b in objects[:i]
     )
 
 
@@ -114,7 +123,9 @@ class SceneSampler:
 
     def __init__(self, sprites: SpriteSet, image_size: int = 64) -> None:
         if image_size % CELLS:
-            raise ValueError(f"got image_size {image_size}, expected a multiple of {CELLS}: scenes are laid out in cells")
+            raise ValueError(
+                f"got image_size {image_size}, expected a multiple of {CELLS}: scenes are laid out in cells"
+            )
         self.sprites = sprites
         self.image_size = image_size
 
@@ -127,7 +138,9 @@ class SceneSampler:
 
     def _draw(self, rng: np.random.Generator) -> Scene:
         kind = self.KINDS[np.searchsorted(np.cumsum(self.KIND_WEIGHTS), rng.random())]
-        count = {"single": 1, "pair": 2}.get(kind) or int(rng.integers(2, 5) if kind == "group" else rng.integers(3, 5))
+        count = {"single": 1, "pair": 2}.get(kind) or int(
+            rng.integers(2, 5) if kind == "group" else rng.integers(3, 5)
+        )
         num_names = len(self.sprites.names)
         if kind == "group":
             names = np.full(count, rng.integers(num_names))
@@ -140,7 +153,10 @@ class SceneSampler:
         else:
             colors = rng.integers(len(COLORS), size=count)
         boxes = self._place(rng, count)
-        objects = tuple(SceneObject(int(n), int(c), *box) for n, c, box in zip(names, colors, boxes, strict=True))
+        objects = tuple(
+            SceneObject(int(n), int(c), *box)
+            for n, c, box in zip(names, colors, boxes, strict=True)
+        )
         return Scene(objects, self._background(rng))
 
     def _place(self, rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
@@ -151,10 +167,16 @@ class SceneSampler:
             for _ in range(40):
                 side = int(rng.choice(BOXES[count - 1]))
                 left, top = (int(v) for v in rng.integers(CELLS - side + 1, size=2))
-                if all(left + side <= x or x + s <= left or top + side <= y or y + s <= top for s, x, y in boxes):
+                if all(
+                    left + side <= x or x + s <= left or top + side <= y or y + s <= top
+                    for s, x, y in boxes
+                ):
                     boxes.append((side, left, top))
                     if len(boxes) == count:
-                        return [(s * cell - 2 * margin, x * cell + margin, y * cell + margin) for s, x, y in boxes]
+                        return [
+                            (s * cell - 2 * margin, x * cell + margin, y * cell + margin)
+                            for s, x, y in boxes
+                        ]
 
     def _background(self, rng: np.random.Generator) -> Background:
         return Background(
@@ -177,7 +199,9 @@ def _paint_background(background: Background, size: int) -> np.ndarray:
     elif background.texture == "checks":
         wave = ((x // period + y // period) % 2) - 0.5
     elif background.texture == "dots":
-        wave = (((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2) < (0.3 * period) ** 2) - 0.3
+        wave = (
+            ((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2) < (0.3 * period) ** 2
+        ) - 0.3
     else:
         wave = np.zeros_like(x)
     return BACKGROUNDS[background.color] + (0.12 * background.strength * wave)[..., None]

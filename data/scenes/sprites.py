@@ -96,12 +96,12 @@ def _shape_sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
 @functools.lru_cache(maxsize=1)
 def _emoji_artwork() -> dict[str, Image.Image]:
     """The 72-px artwork of the emoji vocabulary, cropped to its outline."""
-    pictures = {}
+    images = {}
     for name, codepoint in EMOJI_CODEPOINTS.items():
         with Image.open(artwork_folder() / f"{codepoint}.png") as stored:
-            picture = stored.convert("RGBA")
-        pictures[name] = picture.crop(picture.getchannel("A").getbbox())
-    return pictures
+            image = stored.convert("RGBA")
+        images[name] = image.crop(image.getchannel("A").getbbox())
+    return images
 
 
 @functools.cache
@@ -110,9 +110,15 @@ def _emoji_sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     scale = size / max(artwork.size)
     width, height = (max(1, round(side * scale)) for side in artwork.size)
     canvas = Image.new("RGBA", (size, size))
-    canvas.paste(artwork.resize((width, height), Image.Resampling.LANCZOS), ((size - width) // 2, (size - height) // 2))
+    canvas.paste(
+        artwork.resize((width, height), Image.Resampling.LANCZOS),
+        ((size - width) // 2, (size - height) // 2),
+    )
     pixels = np.asarray(canvas, dtype=np.float32) / 255
-    mask, luminance = pixels[..., 3], pixels[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    mask, luminance = (
+        pixels[..., 3],
+        pixels[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32),
+    )
     mean = (luminance * mask).sum() / mask.sum()
     # Half of the artwork's contrast survives the tint: the drawing is visible, the colour stays nameable.
     return mask, 1 + 0.5 * (luminance - mean)

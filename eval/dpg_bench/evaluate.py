@@ -1,11 +1,11 @@
-"""DPG-Bench: draw pictures of its prompts, or take anybody's, and let a judge answer its questions about them.
+"""DPG-Bench: draw images of its prompts, or take anybody's, and let a judge answer its questions about them.
 
     python -m vqrae.eval.dpg_bench.evaluate model=runs/generation out=dpg
-    python -m vqrae.eval.dpg_bench.evaluate images=GRIDS pictures_per_prompt=4 questions=dpg_bench.csv judge=mplug out=dpg
+    python -m vqrae.eval.dpg_bench.evaluate images=GRIDS images_per_prompt=4 questions=dpg_bench.csv judge=mplug out=dpg
 
 Without a table, prompts and questions are made from the embedded scenes, and the scene detector answers them.
 
-    OUT/pictures/ITEM.png       grids that were drawn; OUT/singles/ITEM/0.png …, the pictures in them
+    OUT/images/ITEM.png       grids that were drawn; OUT/singles/ITEM/0.png …, the images in them
     OUT/answers/ITEM.json       what the judge said, kept: an interrupted run asks only the rest
     OUT/scores.json             scores, counts, failures, manifest
 """
@@ -20,14 +20,14 @@ from vqrae.common.cli import parse_arguments, progress_line
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, sha256, write_json
-from vqrae.common.pictures import open_picture, save_picture, tile
+from vqrae.common.images import open_image, save_image, tile
 from vqrae.common.run import hold, quiet_libraries
+from vqrae.eval.dpg_bench.grids import find_images, split_grid
 from vqrae.eval.dpg_bench.judges import VQA, JudgeName, ask_what_is_known, build_judge
-from vqrae.eval.dpg_bench.pictures import find_pictures, split_grid
 from vqrae.eval.dpg_bench.questions import Item, read_questions, write_questions
-from vqrae.eval.dpg_bench.scenes import scene_items, true_pictures
+from vqrae.eval.dpg_bench.scenes import scene_items, true_images
 from vqrae.eval.dpg_bench.scores import Answers, official_scores, summarize
-from vqrae.eval.drawing import Order, PicturesConfig, claim_folder, draw_missing, picture_seed
+from vqrae.eval.drawing import ImagesConfig, Order, claim_folder, draw_missing, image_seed
 from vqrae.eval.manifest import score_manifest
 from vqrae.eval.sharding import gather, processes, stride
 
@@ -36,14 +36,14 @@ Outcome = tuple[str, list[list[str]] | None, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPGConfig(PicturesConfig):
+class DPGConfig(ImagesConfig):
     """Score images of dense prompts by questions about them; `images` holds ITEM.png for every item: one, or a 2 x 2 grid."""
 
     questions: str = "scenes"
     """DPG-Bench's table (dpg_bench.csv), or scenes: prompts and questions about embedded scenes."""
     num_prompts: int | None = None
     """The first so many of the table; 50 of scenes when not given."""
-    pictures_per_prompt: int | None = None
+    images_per_prompt: int | None = None
     """Images in a file: 1, or those of a 2 x 2 grid; 4 are drawn. Given images= need this or `resolution`."""
     resolution: int | None = None
     """Pixels of an image's side that grids must have; any size when not given."""
@@ -61,19 +61,23 @@ class DPGConfig(PicturesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.judge == "scenes" and self.questions != "scenes":
-            raise ValueError(f"judge=scenes cannot answer the questions of {self.questions}: give judge=mplug or another")
-        if not 1 <= self.images_in_a_file <= 4:
-            raise ValueError(f"got pictures_per_prompt={self.pictures_per_prompt}, expected 1, 2, 3 or 4")
-        if self.images is not None and self.pictures_per_prompt is None and self.resolution is None:
             raise ValueError(
-                f"are the files of images={self.images} single images or grids? Set pictures_per_prompt=1, or "
-                "pictures_per_prompt=4 for grids of 2 x 2, or resolution= to the pixels of one image's side in a grid"
+                f"judge=scenes cannot answer the questions of {self.questions}: give judge=mplug or another"
+            )
+        if not 1 <= self.images_in_a_file <= 4:
+            raise ValueError(
+                f"got images_per_prompt={self.images_per_prompt}, expected 1, 2, 3 or 4"
+            )
+        if self.images is not None and self.images_per_prompt is None and self.resolution is None:
+            raise ValueError(
+                f"are the files of images={self.images} single images or grids? Set images_per_prompt=1, or "
+                "images_per_prompt=4 for grids of 2 x 2, or resolution= to the pixels of one image's side in a grid"
             )
 
     @property
     def images_in_a_file(self) -> int:
-        """`pictures_per_prompt`, or the benchmark's own number."""
-        return 4 if self.pictures_per_prompt is None else self.pictures_per_prompt
+        """`images_per_prompt`, or the benchmark's own number."""
+        return 4 if self.images_per_prompt is None else self.images_per_prompt
 
 
 def load_items(config: DPGConfig) -> tuple[list[Item], list[str]]:
@@ -88,44 +92,54 @@ def load_items(config: DPGConfig) -> tuple[list[Item], list[str]]:
 
 
 def draw_grids(config: DPGConfig, items: Sequence[Item], out: Path, device: str) -> None:
-    """Draw the pictures that `out` lacks, and lay them out."""
-    asked = {"prompts": [item.prompt for item in items], "pictures_per_prompt": config.images_in_a_file}
+    """Draw the images that `out` lacks, and lay them out."""
+    asked = {
+        "prompts": [item.prompt for item in items],
+        "images_per_prompt": config.images_in_a_file,
+    }
     claim_folder(out / "singles", {**config.drawing_settings(), **asked}, "out")
-    places = [[out / "singles" / item.id / f"{i}.png" for i in range(config.images_in_a_file)] for item in items]
+    places = [
+        [out / "singles" / item.id / f"{i}.png" for i in range(config.images_in_a_file)]
+        for item in items
+    ]
     orders = [
-        Order(item.prompt, picture_seed(number, sample), path)
+        Order(item.prompt, image_seed(number, sample), path)
         for number, (item, paths) in enumerate(zip(items, places, strict=True))
         for sample, path in enumerate(paths)
     ]
-    progress = progress_line("pictures") if is_main_process() else None
+    progress = progress_line("images") if is_main_process() else None
     generator = config.load_generator(device)
-    draw_missing(generator, orders, sampling=config.sampling, batch_size=config.batch_size, progress=progress)
+    draw_missing(
+        generator, orders, sampling=config.sampling, batch_size=config.batch_size, progress=progress
+    )
     if is_main_process():
         for item, paths in zip(items, places, strict=True):
-            pictures = [open_picture(path) for path in paths]
-            grid = pictures[0] if len(pictures) == 1 else tile(pictures + pictures[:1] * (4 - len(pictures)))
-            save_picture(grid, out / "pictures" / f"{item.id}.png")
+            images = [open_image(path) for path in paths]
+            grid = images[0] if len(images) == 1 else tile(images + images[:1] * (4 - len(images)))
+            save_image(grid, out / "images" / f"{item.id}.png")
     gather([])
 
 
 # ---- judging
 
 
-def judge_item(item: Item, picture: Path | None, judge: VQA, config: DPGConfig, kept: Path) -> Outcome:
-    """A judge's answers about one prompt's pictures, from `kept` when the picture is still the same."""
-    if picture is None:
-        return item.id, None, "no picture"
-    identity = sha256(picture)
-    if kept.is_file() and (stored := read_json(kept))["picture"] == identity:
+def judge_item(
+    item: Item, image: Path | None, judge: VQA, config: DPGConfig, kept: Path
+) -> Outcome:
+    """A judge's answers about one prompt's images, from `kept` when the image is still the same."""
+    if image is None:
+        return item.id, None, "no image"
+    identity = sha256(image)
+    if kept.is_file() and (stored := read_json(kept))["image"] == identity:
         return item.id, stored["answers"], ""
     try:
-        crops = split_grid(picture, config.images_in_a_file, config.resolution)
+        crops = split_grid(image, config.images_in_a_file, config.resolution)
         pairs = [(crop, question.text) for crop in crops for question in item.questions]
         said = iter(judge.answer(pairs))
     except (ValueError, RuntimeError, OSError) as error:
         return item.id, None, f"{type(error).__name__}: {error}"
     answers = [list(itertools.islice(said, len(item.questions))) for _ in crops]
-    write_json(kept, {"picture": identity, "answers": answers})
+    write_json(kept, {"image": identity, "answers": answers})
     return item.id, answers, ""
 
 
@@ -138,20 +152,22 @@ def judge_folder(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Answers], dict[str, str]]:
     """Answers by item, and the reason for each item that has none; several processes share the work, all get everything."""
-    pictures, kept = find_pictures(folder), Path(config.out) / "answers"
+    images, kept = find_images(folder), Path(config.out) / "answers"
     asked = [[item.id, [question.text for question in item.questions]] for item in items]
     settings = {
         "judge": judge.name,
         "identity": judge.identity,
         "questions": asked,
-        "pictures_per_prompt": config.images_in_a_file,
+        "images_per_prompt": config.images_in_a_file,
         "resolution": config.resolution,
     }
     claim_folder(kept, settings, "out")
     mine = stride(items)
     outcomes: list[Outcome] = []
     for done, item in enumerate(mine, start=1):
-        outcomes.append(judge_item(item, pictures.get(item.id), judge, config, kept / f"{item.id}.json"))
+        outcomes.append(
+            judge_item(item, images.get(item.id), judge, config, kept / f"{item.id}.json")
+        )
         if progress is not None:
             progress(done, len(mine))
     everything = {name: (given, reason) for name, given, reason in gather(outcomes)}
@@ -163,8 +179,8 @@ def judge_folder(
 def scene_ceiling(judge: VQA, items: Sequence[Item], sprites: str) -> float:
     """What true scenes score: the part that the judge itself loses."""
     answers = {}
-    for item, picture in zip(items, true_pictures(sprites, len(items)), strict=True):
-        answers[item.id] = [judge.answer([(picture, question.text) for question in item.questions])]
+    for item, image in zip(items, true_images(sprites, len(items)), strict=True):
+        answers[item.id] = [judge.answer([(image, question.text) for question in item.questions])]
     return float(summarize(items, answers)["dpg"])
 
 
@@ -176,9 +192,15 @@ def main(argv: list[str] | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         hold(out / ".lock", str(out))
     with processes(config.chosen_device()) as device:
-        judge = build_judge(config.judge, model=config.judge_model, url=config.judge_url, sprites=config.sprites, device=device)
+        judge = build_judge(
+            config.judge,
+            model=config.judge_model,
+            url=config.judge_url,
+            sprites=config.sprites,
+            device=device,
+        )
         known = ask_what_is_known(judge) if is_main_process() else {}
-        folder = Path(config.images) if config.images is not None else out / "pictures"
+        folder = Path(config.images) if config.images is not None else out / "images"
         if config.images is None:
             draw_grids(config, items, out, device)
         progress = progress_line("answers") if is_main_process() else None
@@ -188,7 +210,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.questions == "scenes":
         write_questions(out / "questions.csv", items)
     if not answers:
-        raise SystemExit(f"none of {len(items)} prompts could be judged; the first: {next(iter(failed.items()))}")
+        raise SystemExit(
+            f"none of {len(items)} prompts could be judged; the first: {next(iter(failed.items()))}"
+        )
     result = (official_scores if config.official_compat else summarize)(items, answers)
     drawn = out / "singles" / "settings.json"
     values = {
@@ -196,18 +220,24 @@ def main(argv: list[str] | None = None) -> None:
         **result,
         "num_failed": len(failed),
         "failed": failed,
-        **({"ceiling": {"truth": scene_ceiling(judge, items, config.sprites)}} if config.questions == "scenes" else {}),
+        **(
+            {"ceiling": {"truth": scene_ceiling(judge, items, config.sprites)}}
+            if config.questions == "scenes"
+            else {}
+        ),
         "self_test": known,
         "table_problems": problems,
         "manifest": score_manifest(
             judge=judge.name,
             weights=judge.identity,
             formulas="published script" if config.official_compat else "corrected",
-            questions=config.questions if config.questions == "scenes" else sha256(Path(config.questions)),
-            pictures=read_json(drawn) if config.images is None else {"folder": str(folder)},
+            questions=config.questions
+            if config.questions == "scenes"
+            else sha256(Path(config.questions)),
+            images=read_json(drawn) if config.images is None else {"folder": str(folder)},
         ),
     }
-    values["manifest"]["pictures"].pop("prompts", None)
+    values["manifest"]["images"].pop("prompts", None)
     write_json(out / "scores.json", values)
     print(text_table(values))
     print(f"{values['num_scored']} prompts of {folder}  ->  {out / 'scores.json'}")
@@ -228,11 +258,15 @@ def text_table(values: dict[str, Any]) -> str:
     if values.get("dropped"):
         lines.append(f"dropped by the published formulas: {', '.join(values['dropped'])}")
     if values["table_problems"]:
-        lines.append(f"{len(values['table_problems'])} problems with the table, such as {values['table_problems'][0]}")
+        lines.append(
+            f"{len(values['table_problems'])} problems with the table, such as {values['table_problems'][0]}"
+        )
     if values["unclear_answers"]:
         lines.append(f"{values['unclear_answers']} answers are neither yes nor no and count as no")
     if not values["self_test"]["passed"]:
-        lines.append(f"WARNING: the judge does not tell a red disc from a blue one: {values['self_test']['answers']}")
+        lines.append(
+            f"WARNING: the judge does not tell a red disc from a blue one: {values['self_test']['answers']}"
+        )
     return "\n".join(lines)
 
 

@@ -35,13 +35,13 @@ class JudgeError(RuntimeError):
 
 
 class VQA(Protocol):
-    """Answers questions about pictures; `identity` says which weights or which service."""
+    """Answers questions about images; `identity` says which weights or which service."""
 
     name: str
     identity: str
 
     def answer(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:
-        """One answer to each (picture, question).
+        """One answer to each (image, question).
 
         Raises:
             JudgeError: when there is none.
@@ -55,7 +55,11 @@ class TransformersVQA:
         from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
         folder = resolve_model(model)
-        self.name, self.identity, self.batch_size = f"vqa:{Path(model).name}", model_fingerprint(model), batch_size
+        self.name, self.identity, self.batch_size = (
+            f"vqa:{Path(model).name}",
+            model_fingerprint(model),
+            batch_size,
+        )
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = load_model(AutoModelForVisualQuestionAnswering, folder).eval().to(device)
 
@@ -66,7 +70,9 @@ class TransformersVQA:
         answers: list[str] = []
         for start in range(0, len(pairs), self.batch_size):
             images, questions = zip(*pairs[start : start + self.batch_size], strict=True)
-            inputs = self.processor(images=list(images), text=list(questions), padding=True, return_tensors="pt")
+            inputs = self.processor(
+                images=list(images), text=list(questions), padding=True, return_tensors="pt"
+            )
             inputs = inputs.to(self.model.device)
             if isinstance(self.model, ViltForQuestionAnswering):
                 labels = self.model(**inputs).logits.argmax(-1).tolist()
@@ -85,7 +91,14 @@ class ChatVQA:
         instruction: said behind every question.
     """
 
-    def __init__(self, kind: str, model: str, instruction: str | None, device: str = "cpu", batch_size: int = 16) -> None:
+    def __init__(
+        self,
+        kind: str,
+        model: str,
+        instruction: str | None,
+        device: str = "cpu",
+        batch_size: int = 16,
+    ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from vqrae.understanding.chat import Chat
@@ -98,11 +111,13 @@ class ChatVQA:
 
     def answer(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:
         behind = f" {self.instruction}" if self.instruction else ""
-        return self.chat.answer([(image, question + behind) for image, question in pairs], batch_size=self.batch_size)
+        return self.chat.answer(
+            [(image, question + behind) for image, question in pairs], batch_size=self.batch_size
+        )
 
 
 class EndpointVQA:
-    """A server with OpenAI's chat interface (vLLM, SGLang, llama.cpp, OpenAI …); pictures travel as PNG.
+    """A server with OpenAI's chat interface (vLLM, SGLang, llama.cpp, OpenAI …); images travel as PNG.
 
     Args:
         url: up to and including the version, such as http://localhost:8000/v1.
@@ -124,7 +139,11 @@ class EndpointVQA:
         workers: int = 8,
     ) -> None:
         self.name, self.identity = f"endpoint:{model}", f"{model} at {url}"
-        self.url, self.model, self.instruction = url.rstrip("/") + "/chat/completions", model, instruction
+        self.url, self.model, self.instruction = (
+            url.rstrip("/") + "/chat/completions",
+            model,
+            instruction,
+        )
         self.key = key if key is not None else os.environ.get("OPENAI_API_KEY", "")
         self.attempts, self.timeout, self.workers = attempts, timeout, workers
 
@@ -135,9 +154,19 @@ class EndpointVQA:
 
     def _ask(self, image: str, question: str) -> str:
         text = f"{question} {self.instruction}" if self.instruction else question
-        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": text}]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        content = [
+            {"type": "image_url", "image_url": {"url": image}},
+            {"type": "text", "text": text},
+        ]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": 8,
+        }
+        headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        )
         problem = ""
         for attempt in range(self.attempts):
             if attempt:
@@ -202,9 +231,12 @@ def ask_what_is_known(judge: VQA) -> dict[str, Any]:
     """Answers about a plain red disc: a judge that does not tell red from blue should not be trusted."""
     from PIL import ImageDraw
 
-    picture = Image.new("RGB", (224, 224), (150, 150, 150))
-    ImageDraw.Draw(picture).ellipse((56, 56, 168, 168), fill=(230, 25, 25))
+    image = Image.new("RGB", (224, 224), (150, 150, 150))
+    ImageDraw.Draw(image).ellipse((56, 56, 168, 168), fill=(230, 25, 25))
     expected = {"is there a red circle ?": "yes", "is there a blue circle ?": "no"}
-    answers = judge.answer([(picture, question) for question in expected])
+    answers = judge.answer([(image, question) for question in expected])
     found = dict(zip(expected, answers, strict=True))
-    return {"answers": found, "passed": all(answer.casefold().startswith(expected[q]) for q, answer in found.items())}
+    return {
+        "answers": found,
+        "passed": all(answer.casefold().startswith(expected[q]) for q, answer in found.items()),
+    }

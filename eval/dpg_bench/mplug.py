@@ -38,7 +38,9 @@ class MPlug:
         code, folder = _model_code(), _model_folder(model)
         # `yaml.Loader`, which modelscope reads the file with, would run what it says.
         options = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        config = code.MPlugConfig(**{**options, "distill": False})  # no momentum copies: they only matter in training
+        config = code.MPlugConfig(
+            **{**options, "distill": False}
+        )  # no momentum copies: they only matter in training
         config.model_dir = str(folder)
         self.model: Any = code.MPlugForVisualQuestionAnswering(config)
         decoder = self.model.text_decoder
@@ -48,8 +50,14 @@ class MPlug:
         _load_weights(self.model, folder / WEIGHTS)
         require_finite(self.model, folder / WEIGHTS)
         self.model.eval().requires_grad_(False).to(device)
-        self.identity, self.device, self.batch_size = f"sha256:{sha256(folder / WEIGHTS)}", device, batch_size
-        resize = Resize((config.image_res, config.image_res), interpolation=InterpolationMode.BICUBIC)
+        self.identity, self.device, self.batch_size = (
+            f"sha256:{sha256(folder / WEIGHTS)}",
+            device,
+            batch_size,
+        )
+        resize = Resize(
+            (config.image_res, config.image_res), interpolation=InterpolationMode.BICUBIC
+        )
         self._transform = Compose([resize, ToTensor(), Normalize(MEAN, STD)])
 
     @torch.inference_mode()
@@ -63,7 +71,11 @@ class MPlug:
 
     def _text(self, ids: Tensor) -> str:
         # Transformers 5 no longer closes the gaps before punctuation by default.
-        return str(self.model.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True))
+        return str(
+            self.model.tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=True
+            )
+        )
 
     def _inputs(self, pairs: Sequence[tuple[Image.Image, str]]) -> tuple[Tensor, Any]:
         """Images (B, 3, H, W), and questions with input_ids and attention_mask (B, 25)."""
@@ -87,7 +99,9 @@ def _model_code() -> ModuleType:
     try:
         from modelscope.models.multi_modal.mplug import modeling_mplug
     except ImportError as error:
-        raise ValueError(f"judge=mplug needs the package {error.name}: pip install -e .[mplug] ({error})") from None
+        raise ValueError(
+            f"judge=mplug needs the package {error.name}: pip install -e .[mplug] ({error})"
+        ) from None
     base = modeling_mplug.BertPreTrainedModel
     base.all_tied_weights_keys = {}  # set by `post_init`, which this code does not call
     base.get_head_mask = lambda self, head_mask, layers: [None] * layers
@@ -114,7 +128,9 @@ def _model_folder(model: str) -> Path:
         folder = Path(snapshot_download(model))
     missing = [name for name in (CONFIG, WEIGHTS, "vocab.txt") if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"judge_model={model} has no {', '.join(missing)}, expected modelscope's {MPLUG}")
+        raise ValueError(
+            f"judge_model={model} has no {', '.join(missing)}, expected modelscope's {MPLUG}"
+        )
     return folder
 
 
@@ -126,10 +142,20 @@ def _load_weights(model: Any, path: Path) -> None:
     """
     stored = torch.load(path, map_location="cpu", weights_only=True)
     stored = stored.get("model", stored)
-    stored = {name.replace("model.", ""): tensor for name, tensor in stored.get("module", stored).items()}
+    stored = {
+        name.replace("model.", ""): tensor for name, tensor in stored.get("module", stored).items()
+    }
     model.load_state_dict(stored, strict=False)
     own = model.state_dict(keep_vars=True)
-    loaded = {id(tensor) for name, tensor in own.items() if name in stored}  # tied tensors have two names
-    missing = [name for name, tensor in own.items() if id(tensor) not in loaded and not name.endswith("position_ids")]
+    loaded = {
+        id(tensor) for name, tensor in own.items() if name in stored
+    }  # tied tensors have two names
+    missing = [
+        name
+        for name, tensor in own.items()
+        if id(tensor) not in loaded and not name.endswith("position_ids")
+    ]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} tensors of mPLUG, such as {missing[0]}: expected {MPLUG}")
+        raise ValueError(
+            f"{path} lacks {len(missing)} tensors of mPLUG, such as {missing[0]}: expected {MPLUG}"
+        )

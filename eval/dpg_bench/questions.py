@@ -31,7 +31,7 @@ SOURCE = "https://github.com/TencentQQGYLab/ELLA/blob/main/dpg_bench/dpg_bench.c
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture; `parents` are the numbers of the questions that it depends on."""
+    """A question about an image; `parents` are the numbers of the questions that it depends on."""
 
     number: int
     text: str
@@ -51,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt with its questions, in the order of the table; pictures are called after `id`."""
+    """A prompt with its questions, in the order of the table; images are called after `id`."""
 
     id: str
     prompt: str
@@ -65,7 +65,9 @@ class Item:
             reached, border = set[int](), parents[number] & parents.keys()
             while border:
                 reached |= border
-                border = set().union(*(parents[parent] for parent in border)) & parents.keys() - reached
+                border = (
+                    set().union(*(parents[parent] for parent in border)) & parents.keys() - reached
+                )
             found[number] = reached - {number}
         return found
 
@@ -84,11 +86,17 @@ def read_questions(path: str | Path, problems: list[str] | None = None) -> list[
     """
     path, problems = Path(path), problems if problems is not None else []
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: get DPG-Bench's table from {SOURCE}, or set questions=scenes")
-    reader = csv.DictReader(io.StringIO(decode_text(path.read_bytes(), path), newline=""), restval="")
+        raise FileNotFoundError(
+            f"{path} does not exist: get DPG-Bench's table from {SOURCE}, or set questions=scenes"
+        )
+    reader = csv.DictReader(
+        io.StringIO(decode_text(path.read_bytes(), path), newline=""), restval=""
+    )
     missing = [name for name in NEEDED if name not in (reader.fieldnames or ())]
     if missing:
-        raise ValueError(f"{path} has no columns {', '.join(missing)}: expected those of DPG-Bench, see {SOURCE}")
+        raise ValueError(
+            f"{path} has no columns {', '.join(missing)}: expected those of DPG-Bench, see {SOURCE}"
+        )
     items: dict[str, tuple[str, dict[int, Question]]] = {}
     last = ""
     for line, row in enumerate(reader, start=1):
@@ -105,16 +113,24 @@ def read_questions(path: str | Path, problems: list[str] | None = None) -> list[
             continue
         questions = items.setdefault(name, (row["text"], {}))[1]
         if question.number in questions:
-            problems.append(f"row {line}: question {question.number} of item {name} twice, the later one is taken")
+            problems.append(
+                f"row {line}: question {question.number} of item {name} twice, the later one is taken"
+            )
         questions[question.number] = question
     if not items:
-        raise ValueError(f"{path} holds no questions: {problems[0] if problems else 'it has no rows below its header'}")
-    read = [Item(name, prompt, tuple(questions.values())) for name, (prompt, questions) in items.items()]
+        raise ValueError(
+            f"{path} holds no questions: {problems[0] if problems else 'it has no rows below its header'}"
+        )
+    read = [
+        Item(name, prompt, tuple(questions.values())) for name, (prompt, questions) in items.items()
+    ]
     for item in read:
         numbers = {question.number for question in item.questions}
         for question in item.questions:
             if unknown := sorted({*question.parents} - numbers):
-                problems.append(f"item {item.id}: question {question.number} depends on {unknown}, which do not exist")
+                problems.append(
+                    f"item {item.id}: question {question.number} depends on {unknown}, which do not exist"
+                )
             if question.number in question.parents:
                 problems.append(f"item {item.id}: question {question.number} depends on itself")
     return read
@@ -123,7 +139,9 @@ def read_questions(path: str | Path, problems: list[str] | None = None) -> list[
 def _question(row: dict[str, str]) -> Question:
     parents = [_whole_number(part) for part in row["dependency"].split(",")]
     proposition, text = row["tuple"].strip(), row["question_natural_language"].strip()
-    return Question(_whole_number(row["proposition_id"]), text, proposition, tuple(filter(None, parents)))
+    return Question(
+        _whole_number(row["proposition_id"]), text, proposition, tuple(filter(None, parents))
+    )
 
 
 def _whole_number(text: str) -> int:
@@ -140,5 +158,17 @@ def write_questions(path: str | Path, items: Sequence[Item]) -> None:
         for q in item.questions:
             detail = q.category.partition("-")[2].strip()
             parents = ",".join(map(str, q.parents)) or "0"
-            writer.writerow([item.id, item.prompt, "", q.number, parents, q.broad_category, detail, q.proposition, q.text])
+            writer.writerow(
+                [
+                    item.id,
+                    item.prompt,
+                    "",
+                    q.number,
+                    parents,
+                    q.broad_category,
+                    detail,
+                    q.proposition,
+                    q.text,
+                ]
+            )
     write_text(path, buffer.getvalue())

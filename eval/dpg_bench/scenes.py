@@ -1,4 +1,4 @@
-"""DPG-Bench over the embedded scenes: prompts and questions in its format, and a judge that reads the pictures exactly."""
+"""DPG-Bench over the embedded scenes: prompts and questions in its format, and a judge that reads the images exactly."""
 
 import re
 from collections import Counter
@@ -12,17 +12,20 @@ from vqrae.data.scenes.scene import COLOR_NAMES
 from vqrae.eval.dpg_bench.judges import JudgeError
 from vqrae.eval.dpg_bench.questions import Item, Question
 from vqrae.eval.geneval import Detection, confident_objects, relative_position
-from vqrae.eval.scene_detector import SceneColorClassifier, SceneDetector
+from vqrae.eval.geneval.scene_detector import SceneColorClassifier, SceneDetector
 
 
 def scene_items(sprites: str, count: int) -> list[Item]:
     """Detailed captions of the first validation scenes, with the questions that they answer."""
     scenes = SceneDataset("validation", count, sprites=sprites)
     names = scenes.sprites.names
-    return [Item(f"scene{i}", scenes.caption(i, detailed=True), scene_questions(scenes.scene(i), names)) for i in range(count)]
+    return [
+        Item(f"scene{i}", scenes.caption(i, detailed=True), scene_questions(scenes.scene(i), names))
+        for i in range(count)
+    ]
 
 
-def true_pictures(sprites: str, count: int, image_size: int = 64) -> list[Image.Image]:
+def true_images(sprites: str, count: int, image_size: int = 64) -> list[Image.Image]:
     """The scenes that the prompts of `scene_items` describe."""
     scenes = SceneDataset("validation", count, sprites=sprites, image_size=image_size)
     return [Image.fromarray(scenes.pixels(i)) for i in range(count)]
@@ -37,7 +40,9 @@ def scene_questions(scene: Scene, names: Sequence[str]) -> tuple[Question, ...]:
         return len(asked)
 
     counts = Counter(names[item.name] for item in scene.objects)
-    entities = {name: ask(f"is there {with_article(name)}", f"entity - whole ({name})") for name in counts}
+    entities = {
+        name: ask(f"is there {with_article(name)}", f"entity - whole ({name})") for name in counts
+    }
     for name, color in dict.fromkeys((names[o.name], COLOR_NAMES[o.color]) for o in scene.objects):
         phrase = with_article(f"{color} {name}")
         ask(f"is there {phrase}", f"attribute - color ({name}, {color})", entities[name])
@@ -47,7 +52,12 @@ def scene_questions(scene: Scene, names: Sequence[str]) -> tuple[Question, ...]:
             ask(text, f"other - count ({plural(name)}, =={count})", entities[name])
     if len(counts) == len(scene.objects) == 2 and (where := relation(*scene.objects)):
         a, b = (names[item.name] for item in scene.objects)
-        ask(f"is the {a} {where} the {b}", f"relation - spatial ({a}, {b}, {where})", entities[a], entities[b])
+        ask(
+            f"is the {a} {where} the {b}",
+            f"relation - spatial ({a}, {b}, {where})",
+            entities[a],
+            entities[b],
+        )
     return tuple(asked)
 
 
@@ -64,26 +74,42 @@ class SceneVQA:
         self._plurals = plurals
         self._exists = re.compile(rf"is there an? (?:({'|'.join(COLOR_NAMES)}) )?({names}) \?")
         self._count = re.compile(rf"are there ({'|'.join(NUMBER_WORDS[2:])}) ({many}) \?")
-        self._where = re.compile(rf"is the ({names}) (left of|right of|above|below) the ({names}) \?")
+        self._where = re.compile(
+            rf"is the ({names}) (left of|right of|above|below) the ({names}) \?"
+        )
 
     def answer(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:
         seen: dict[int, dict[str, list[Detection]]] = {}
         answers = []
         for image, question in pairs:
             if id(image) not in seen:
-                seen[id(image)] = confident_objects(self.detector.detect(image), self.detector.threshold)
+                seen[id(image)] = confident_objects(
+                    self.detector.detect(image), self.detector.threshold
+                )
             answers.append("yes" if self._holds(image, seen[id(image)], question) else "no")
         return answers
 
-    def _holds(self, image: Image.Image, objects: dict[str, list[Detection]], question: str) -> bool:
+    def _holds(
+        self, image: Image.Image, objects: dict[str, list[Detection]], question: str
+    ) -> bool:
         if match := self._exists.fullmatch(question):
             color, name = match.groups()
             found = objects.get(name, [])
-            return bool(found) if color is None else color in self.classifier.classify(image, found, name)
+            return (
+                bool(found)
+                if color is None
+                else color in self.classifier.classify(image, found, name)
+            )
         if match := self._count.fullmatch(question):
             number, many = match.groups()
             return len(objects.get(self._plurals[many], [])) == NUMBER_WORDS.index(number)
         if match := self._where.fullmatch(question):
             a, where, b = match.groups()
-            return any(where in relative_position(x.box, y.box) for x in objects.get(a, []) for y in objects.get(b, []))
-        raise JudgeError(f"judge=scenes understands questions about scenes only, got {question!r}: choose another judge=")
+            return any(
+                where in relative_position(x.box, y.box)
+                for x in objects.get(a, [])
+                for y in objects.get(b, [])
+            )
+        raise JudgeError(
+            f"judge=scenes understands questions about scenes only, got {question!r}: choose another judge="
+        )

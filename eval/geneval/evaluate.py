@@ -1,8 +1,8 @@
-"""GenEval: write its prompts, draw pictures of them, score them, or score pictures that anybody drew.
+"""GenEval: write its prompts, draw images of them, score them, or score images that anybody drew.
 
     python -m vqrae.eval.geneval.evaluate prompts_only=true out=geneval
     python -m vqrae.eval.geneval.evaluate model=runs/generation out=geneval
-    python -m vqrae.eval.geneval.evaluate images=PICTURES out=geneval detector=transformers
+    python -m vqrae.eval.geneval.evaluate images=IMAGES out=geneval detector=transformers
 
 Writes scores.json and results.jsonl (GenEval's own format) into `out`. The detector is tested before anything is drawn; its
 rows are kept in `out`/rows, so that an interrupted run scores only the rest.
@@ -19,9 +19,9 @@ from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json, write_text
 from vqrae.common.run import hold, quiet_libraries
 from vqrae.data.scenes.language import FAMILIES
-from vqrae.eval.drawing import PicturesConfig, claim_folder, draw_missing
+from vqrae.eval.drawing import ImagesConfig, claim_folder, draw_missing
 from vqrae.eval.geneval.folders import (
-    picture_orders,
+    image_orders,
     read_prompts,
     score_folder,
     uneven_prompts,
@@ -30,31 +30,31 @@ from vqrae.eval.geneval.folders import (
     write_rows,
 )
 from vqrae.eval.geneval.judges import DetectorName, Judges, build_judges, require_known_classes
+from vqrae.eval.geneval.leakage import leakage_report, training_captions
 from vqrae.eval.geneval.prompts import OFFICIAL_SEED, metadata_lines, official_prompts, suite_name
 from vqrae.eval.geneval.scores import summarize
-from vqrae.eval.leakage import leakage_report, training_captions
 from vqrae.eval.manifest import score_manifest
-from vqrae.eval.networks import NotMeasured
+from vqrae.eval.reconstruction.networks import NotMeasured
 from vqrae.eval.sharding import processes
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenEvalConfig(PicturesConfig):
-    """GenEval with its own prompts, or on any folder of pictures in its layout."""
+class GenEvalConfig(ImagesConfig):
+    """GenEval with its own prompts, or on any folder of images in its layout."""
 
     prompts_only: bool = False
     """Write evaluation_metadata.jsonl, with captions= also leakage.json, and stop."""
     seed: int = OFFICIAL_SEED
     """Of the prompts: 43 gives the official 553, any other a fresh suite."""
     images_per_prompt: int = 4
-    """Pictures that are drawn of each prompt; the official number is 4."""
+    """Images that are drawn of each prompt; the official number is 4."""
     detector: DetectorName = "mmdet"
     """GenEval's own checkpoint, another one of transformers, or the rule-based one of the embedded scenes."""
     weights: str | None = None
     """The detector's weights: mmdetection's .pth, or a folder or hub id of transformers."""
     clip: str = "openai/clip-vit-large-patch14"
     """CLIP for colours: folder or hub id."""
-    known_picture: str | None = None
+    known_image: str | None = None
     """A photograph with a person, for the detector's self-test; matplotlib's sample when not given."""
     sprites: str = "shapes"
     """What scenes are made of, for detector=scenes."""
@@ -70,35 +70,41 @@ class GenEvalConfig(PicturesConfig):
         if self.model is not None and self.detector == "scenes":
             raise ValueError(
                 "detector=scenes knows sprites only and cannot see GenEval's objects: score a generator of scenes with "
-                "python -m vqrae.eval.generation, or give images="
+                "python -m vqrae.eval.geneval.scenes, or give images="
             )
         if self.images_per_prompt < 1:
-            raise ValueError(f"got images_per_prompt={self.images_per_prompt}, expected a positive number")
+            raise ValueError(
+                f"got images_per_prompt={self.images_per_prompt}, expected a positive number"
+            )
 
 
-def draw_suite(config: GenEvalConfig, records: list[dict[str, Any]], folder: Path, device: str) -> None:
-    """Draw the pictures of a suite that `folder` lacks."""
+def draw_suite(
+    config: GenEvalConfig, records: list[dict[str, Any]], folder: Path, device: str
+) -> None:
+    """Draw the images of a suite that `folder` lacks."""
     suite = {"suite": suite_name(records), "images_per_prompt": config.images_per_prompt}
     claim_folder(folder, {**config.drawing_settings(), **suite}, "out")
     if is_main_process():
         write_prompts(folder, records)
-    orders = picture_orders(folder, records, config.images_per_prompt)
+    orders = image_orders(folder, records, config.images_per_prompt)
     draw_missing(
         config.load_generator(device),
         orders,
         sampling=config.sampling,
         batch_size=config.batch_size,
-        progress=progress_line("pictures") if is_main_process() else None,
+        progress=progress_line("images") if is_main_process() else None,
     )
     if is_main_process():
         write_grids(folder)
 
 
-def score(config: GenEvalConfig, judges: Judges, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Scores and result rows of a folder of pictures.
+def score(
+    config: GenEvalConfig, judges: Judges, folder: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Scores and result rows of a folder of images.
 
     Raises:
-        ValueError: when the folder holds no pictures, or prompts that the detector cannot judge.
+        ValueError: when the folder holds no images, or prompts that the detector cannot judge.
     """
     records = read_prompts(folder)
     require_known_classes(judges, records)
@@ -111,7 +117,9 @@ def score(config: GenEvalConfig, judges: Judges, folder: Path) -> tuple[dict[str
         known=judges.known,
         progress=progress,
         broken=broken,
-        kept=None if config.detector == "scenes" else Path(config.out) / "rows",  # rules without weights are fast
+        kept=None
+        if config.detector == "scenes"
+        else Path(config.out) / "rows",  # rules without weights are fast
         identity=judges.identity,
     )
     settings = folder / "settings.json"
@@ -119,7 +127,7 @@ def score(config: GenEvalConfig, judges: Judges, folder: Path) -> tuple[dict[str
         detector=judges.detector.name,
         weights=judges.identity,
         suite=suite_name(records),
-        pictures=read_json(settings) if settings.is_file() else {"folder": str(folder)},
+        images=read_json(settings) if settings.is_file() else {"folder": str(folder)},
     )
     found = {
         "num_broken": len(broken),
@@ -134,7 +142,10 @@ def leakage(config: GenEvalConfig, records: list[dict[str, Any]]) -> dict[str, A
     """How many of the prompts are among the training captions."""
     assert config.captions is not None
     captions = training_captions(config.captions, config.num_captions)
-    return {"captions": config.captions, **leakage_report([record["prompt"] for record in records], captions)}
+    return {
+        "captions": config.captions,
+        **leakage_report([record["prompt"] for record in records], captions),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,7 +156,9 @@ def main(argv: list[str] | None = None) -> None:
         if not is_main_process():
             return
         write_text(out / "evaluation_metadata.jsonl", metadata_lines(records))
-        print(f"{len(records)} prompts, suite {suite_name(records)}  ->  {out / 'evaluation_metadata.jsonl'}")
+        print(
+            f"{len(records)} prompts, suite {suite_name(records)}  ->  {out / 'evaluation_metadata.jsonl'}"
+        )
         if config.captions is not None:
             found = leakage(config, records)
             write_json(out / "leakage.json", found)
@@ -158,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
                 weights=config.weights,
                 clip=config.clip,
                 sprites=config.sprites,
-                known_picture=config.known_picture,
+                known_image=config.known_image,
                 device=device,
             )
         except NotMeasured as error:
@@ -167,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         if is_main_process():
             out.mkdir(parents=True, exist_ok=True)
             hold(out / ".lock", str(out))
-        folder = Path(config.images) if config.images is not None else out / "pictures"
+        folder = Path(config.images) if config.images is not None else out / "images"
         if config.images is None:
             draw_suite(config, records, folder, device)
         values, rows = score(config, judges, folder)
@@ -177,12 +190,14 @@ def main(argv: list[str] | None = None) -> None:
         write_rows(out / "results.jsonl", rows)
         write_json(out / "scores.json", values)
         print(text_table(values))
-        print(f"{values['num_images']} pictures of {folder}  ->  {out / 'scores.json'}")
+        print(f"{values['num_images']} images of {folder}  ->  {out / 'scores.json'}")
 
 
 def text_table(values: dict[str, Any]) -> str:
     """The scores for people, with intervals, and what is wrong with the folder or the prompts."""
-    lines = [f"{values['benchmark']}, detector {values['manifest']['detector']}, suite {values['manifest']['suite']}"]
+    lines = [
+        f"{values['benchmark']}, detector {values['manifest']['detector']}, suite {values['manifest']['suite']}"
+    ]
     for key in (*FAMILIES, "overall"):
         if key in values:
             low, high = values["intervals"][key]
@@ -191,9 +206,13 @@ def text_table(values: dict[str, Any]) -> str:
         reason = next(iter(values["broken"].values()))
         lines.append(f"BROKEN: {values['num_broken']} images are not in the score; {reason}")
     if values["mistaken_colors"]:
-        lines.append(f"WARNING: the colour classifier fails on plain balls: {values['mistaken_colors']}; check its weights")
+        lines.append(
+            f"WARNING: the colour classifier fails on plain balls: {values['mistaken_colors']}; check its weights"
+        )
     if values["incomplete"]:
-        lines.append(f"INCOMPLETE: {len(values['incomplete'])} prompts lack pictures, such as {values['incomplete'][0]}")
+        lines.append(
+            f"INCOMPLETE: {len(values['incomplete'])} prompts lack images, such as {values['incomplete'][0]}"
+        )
     if "leakage" in values:
         lines.append(leakage_line(values["leakage"]))
     return "\n".join(lines)

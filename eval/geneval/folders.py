@@ -1,8 +1,8 @@
-"""Pictures in GenEval's folder layout, in and out.
+"""Images in GenEval's folder layout, in and out.
 
 OUT/00000/metadata.jsonl          one record: tag, include, [exclude,] prompt
-OUT/00000/samples/00000.png       one picture per seed
-OUT/00000/grid.png                the same pictures side by side, for people
+OUT/00000/samples/00000.png       one image per seed
+OUT/00000/grid.png                the same images side by side, for people
 """
 
 import json
@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from vqrae.common.files import read_json, sha256, write_json, write_text
-from vqrae.common.pictures import PICTURE_SUFFIXES, open_picture, save_picture, tile
-from vqrae.eval.drawing import Order, picture_seed
-from vqrae.eval.geneval.rules import ColorClassifier, Detector, KnownPicture, evaluate_image, require_sight
+from vqrae.common.images import IMAGE_SUFFIXES, open_image, save_image, tile
+from vqrae.eval.drawing import Order, image_seed
+from vqrae.eval.geneval.rules import (
+    ColorClassifier,
+    Detector,
+    KnownImage,
+    evaluate_image,
+    require_sight,
+)
 from vqrae.eval.sharding import gather, share
 
 
@@ -24,14 +30,16 @@ def prompt_folder(folder: str | Path, index: int) -> Path:
 
 
 def sample_path(folder: str | Path, index: int, sample: int) -> Path:
-    """Where picture number `sample` of prompt number `index` belongs."""
+    """Where image number `sample` of prompt number `index` belongs."""
     return prompt_folder(folder, index) / "samples" / f"{sample:05d}.png"
 
 
-def picture_orders(folder: str | Path, records: Sequence[dict[str, Any]], images_per_prompt: int) -> list[Order]:
-    """The pictures that a suite asks for, at their places in `folder`."""
+def image_orders(
+    folder: str | Path, records: Sequence[dict[str, Any]], images_per_prompt: int
+) -> list[Order]:
+    """The images that a suite asks for, at their places in `folder`."""
     return [
-        Order(record["prompt"], picture_seed(index, sample), sample_path(folder, index, sample))
+        Order(record["prompt"], image_seed(index, sample), sample_path(folder, index, sample))
         for index, record in enumerate(records)
         for sample in range(images_per_prompt)
     ]
@@ -57,7 +65,9 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     try:
         record = read_json(path)
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: every prompt's folder needs its GenEval record") from None
+        raise ValueError(
+            f"{path} is missing: every prompt's folder needs its GenEval record"
+        ) from None
     if not isinstance(record, dict):
         raise ValueError(f"{path} is not one JSON record: got {type(record).__name__}")
     missing = {"tag", "include", "prompt"} - set(record)
@@ -84,7 +94,7 @@ def _samples(prompt: Path) -> list[Path]:
     """The images of a prompt's folder, in the order of their numbers."""
     found: dict[int, Path] = {}
     for path in sorted((prompt / "samples").glob("*")):
-        if not (path.stem.isdecimal() and path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()):
+        if not (path.stem.isdecimal() and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()):
             continue
         if (other := found.setdefault(int(path.stem), path)) != path:
             raise ValueError(f"{other} and {path} are both sample {int(path.stem)}: keep one")
@@ -110,7 +120,7 @@ def score_folder(
     detector: Detector,
     classifier: ColorClassifier,
     *,
-    known: Sequence[KnownPicture],
+    known: Sequence[KnownImage],
     progress: Callable[[int, int], None] | None = None,
     broken: dict[str, str] | None = None,
     kept: Path | None = None,
@@ -132,16 +142,23 @@ def score_folder(
     require_sight(detector, classifier, known)
     samples = list(list_samples(folder))
     if not samples:
-        raise ValueError(f"{folder} holds no images: expected 00000/metadata.jsonl and 00000/samples/00000.png")
+        raise ValueError(
+            f"{folder} holds no images: expected 00000/metadata.jsonl and 00000/samples/00000.png"
+        )
     rows, unreadable, mine = [], [], share(len(samples))
     for done, (path, metadata) in enumerate(samples[mine.start : mine.stop], start=1):
         try:
-            image = open_picture(path)
+            image = open_image(path)
         except ValueError as error:
             unreadable.append((str(path), str(error)))
         else:
             file = kept / path.parents[1].name / f"{path.stem}.json" if kept else None
-            asked = {"image": sha256(path), "record": metadata, "detector": detector.name, "identity": identity}
+            asked = {
+                "image": sha256(path),
+                "record": metadata,
+                "detector": detector.name,
+                "identity": identity,
+            }
             row = _kept_row(file, asked)
             if row is None:
                 row = evaluate_image(image, metadata, detector, classifier)
@@ -152,7 +169,9 @@ def score_folder(
             progress(done, len(mine))
     rows, unreadable = gather(rows), gather(unreadable)
     if not rows:
-        raise ValueError(f"none of {len(samples)} images can be read; the first: {unreadable[0][1]}")
+        raise ValueError(
+            f"none of {len(samples)} images can be read; the first: {unreadable[0][1]}"
+        )
     if broken is not None:
         broken.update(unreadable)
     return rows
@@ -164,11 +183,15 @@ def _kept_row(file: Path | None, asked: dict[str, Any]) -> dict[str, Any] | None
 
 
 def uneven_prompts(folder: str | Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What is missing of a benchmark folder: prompts with fewer pictures than others have. Empty when all is there."""
+    """What is missing of a benchmark folder: prompts with fewer images than others have. Empty when all is there."""
     folders = _prompt_folders(folder)
     counts = Counter(Path(row["filename"]).parents[1].name for row in rows)
     most = max(counts.values(), default=0)
-    return [f"{path.name} has {counts[path.name]} of {most} pictures" for path in folders if counts[path.name] < most]
+    return [
+        f"{path.name} has {counts[path.name]} of {most} images"
+        for path in folders
+        if counts[path.name] < most
+    ]
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -177,8 +200,8 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_grids(folder: str | Path) -> None:
-    """Write each prompt's `grid.png`: its pictures in two columns, where there are two or more."""
+    """Write each prompt's `grid.png`: its images in two columns, where there are two or more."""
     for prompt in _prompt_folders(folder):
-        pictures = [open_picture(path) for path in _samples(prompt)]
-        if len(pictures) > 1:
-            save_picture(tile(pictures), prompt / "grid.png")
+        images = [open_image(path) for path in _samples(prompt)]
+        if len(images) > 1:
+            save_image(tile(images), prompt / "grid.png")

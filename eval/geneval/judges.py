@@ -1,4 +1,4 @@
-"""What sees for GenEval, by name, with pictures on which it must prove that it does."""
+"""What sees for GenEval, by name, with images on which it must prove that it does."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +7,20 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vqrae.common.pictures import open_picture
+from vqrae.common.images import open_image
 from vqrae.data.scenes.scene import COLORS as COLOR_VALUES
 from vqrae.eval.geneval.prompts import OBJECT_NAMES
-from vqrae.eval.geneval.rules import ColorClassifier, Detection, Detector, KnownPicture, require_sight
+from vqrae.eval.geneval.rules import ColorClassifier, Detection, Detector, KnownImage, require_sight
 
 DetectorName = Literal["mmdet", "transformers", "scenes"]
-CLEAR_COLORS = ("red", "yellow", "green", "blue", "black", "white")  # nobody mistakes a ball of these for another
+CLEAR_COLORS = (
+    "red",
+    "yellow",
+    "green",
+    "blue",
+    "black",
+    "white",
+)  # nobody mistakes a ball of these for another
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Judges:
     detector: Detector
     classifier: ColorClassifier
     names: frozenset[str]
-    known: list[KnownPicture]
+    known: list[KnownImage]
     identity: dict[str, str]
     mistaken: dict[str, str]
 
@@ -43,7 +50,7 @@ def build_judges(
     weights: str | None = None,
     clip: str,
     sprites: str = "shapes",
-    known_picture: str | None = None,
+    known_image: str | None = None,
     device: str = "cpu",
 ) -> Judges:
     """Load and test a detector with its colour classifier.
@@ -53,7 +60,7 @@ def build_judges(
         weights: checkpoint of the first two, see `Mask2FormerDetector`.
         clip: CLIP folder or hub id for colours.
         sprites: what scenes are made of.
-        known_picture: a photograph with a person in it; matplotlib's sample when not given.
+        known_image: a photograph with a person in it; matplotlib's sample when not given.
 
     Raises:
         NotMeasured: when weights are missing, with where to get them.
@@ -62,38 +69,53 @@ def build_judges(
     if name == "scenes":
         judges = _scene_judges(sprites)
     else:
-        judges = _coco_judges(name, weights, clip, known_picture, device)
+        judges = _coco_judges(name, weights, clip, known_image, device)
     require_sight(judges.detector, judges.classifier, judges.known)
     return judges
 
 
 def _scene_judges(sprites: str) -> Judges:
-    from vqrae.eval.generation import SceneBenchmark
+    from vqrae.eval.geneval.scenes import SceneBenchmark
 
     benchmark = SceneBenchmark(sprites)
     names = frozenset(benchmark.sprites.names)
     identity = {"detector": "rules"}
-    return Judges("GenEval-scenes", benchmark.detector, benchmark.classifier, names, benchmark.known, identity, {})
+    return Judges(
+        "GenEval-scenes",
+        benchmark.detector,
+        benchmark.classifier,
+        names,
+        benchmark.known,
+        identity,
+        {},
+    )
 
 
-def _coco_judges(name: DetectorName, weights: str | None, clip: str, known_picture: str | None, device: str) -> Judges:
+def _coco_judges(
+    name: DetectorName, weights: str | None, clip: str, known_image: str | None, device: str
+) -> Judges:
     from vqrae.eval.geneval.clip_colors import ClipColorClassifier
     from vqrae.eval.geneval.mask2former import HUGGING_FACE, Mask2FormerDetector
 
     if name == "mmdet":
         detector, benchmark = Mask2FormerDetector.from_mmdet(weights, device), "GenEval"
     else:
-        detector, benchmark = Mask2FormerDetector.from_transformers(weights or HUGGING_FACE, device), "GenEval-HF"
+        detector, benchmark = (
+            Mask2FormerDetector.from_transformers(weights or HUGGING_FACE, device),
+            "GenEval-HF",
+        )
     classifier = ClipColorClassifier.from_pretrained(clip, device)
     record: dict[str, Any] = {
         "tag": "single_object",
         "include": [{"class": "person", "count": 1}],
         "prompt": "a photograph of a person",
     }
-    known = [(open_picture(known_picture or sample_photograph()), record)]
+    known = [(open_image(known_image or sample_photograph()), record)]
     identity = {"detector": detector.identity, "colors": classifier.identity}
     mistaken = mistaken_colors(classifier)
-    return Judges(benchmark, detector, classifier, frozenset(OBJECT_NAMES), known, identity, mistaken)
+    return Judges(
+        benchmark, detector, classifier, frozenset(OBJECT_NAMES), known, identity, mistaken
+    )
 
 
 def sample_photograph() -> Path:
@@ -106,7 +128,9 @@ def sample_photograph() -> Path:
 
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, the self-test needs a photograph of a person: give known_picture=FILE")
+        raise FileNotFoundError(
+            f"{path} is missing, the self-test needs a photograph of a person: give known_image=FILE"
+        )
     return path
 
 

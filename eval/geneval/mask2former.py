@@ -21,20 +21,19 @@ from vqrae.common.files import weights_fingerprint
 from vqrae.eval.geneval.mmdet_keys import from_mmdet
 from vqrae.eval.geneval.prompts import OBJECT_NAMES
 from vqrae.eval.geneval.rules import Box, Detection
-from vqrae.eval.networks import find_weights
+from vqrae.eval.reconstruction.networks import find_weights
 
 MMDET_FILE = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
 MMDET_URL = (
-    "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/" + MMDET_FILE
+    "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
+    + MMDET_FILE
 )
 HUGGING_FACE = "facebook/mask2former-swin-small-coco-instance"
 
 # The test pipeline of mmdetection's configuration.
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-MMDET_PADDING = (
-    128  # grey level, before normalising; detectron2, where Hugging Face's weights come from, pads with zeros after it
-)
+MMDET_PADDING = 128  # grey level, before normalising; detectron2, where Hugging Face's weights come from, pads with zeros after it
 MAX_PER_IMAGE = 100
 
 # Of scalars that training hooks may have left among a checkpoint's metadata: harmless, but not loaded by default.
@@ -68,7 +67,11 @@ class Mask2FormerDetector:
     threshold, counting_threshold = 0.3, 0.9  # GenEval's
 
     def __init__(
-        self, model: Mask2FormerForUniversalSegmentation, name: str, identity: str, padding: int | None = None
+        self,
+        model: Mask2FormerForUniversalSegmentation,
+        name: str,
+        identity: str,
+        padding: int | None = None,
     ) -> None:
         self.model, self.name, self.identity = model.eval().requires_grad_(False), name, identity
         self.padding = padding
@@ -89,7 +92,9 @@ class Mask2FormerDetector:
         return cls(model.to(device), "mask2former-swin-s(mmdet)", MMDET_FILE, MMDET_PADDING)
 
     @classmethod
-    def from_transformers(cls, name: str = HUGGING_FACE, device: str = "cpu") -> "Mask2FormerDetector":
+    def from_transformers(
+        cls, name: str = HUGGING_FACE, device: str = "cpu"
+    ) -> "Mask2FormerDetector":
         """With the weights of a folder or hub id.
 
         Raises:
@@ -100,23 +105,29 @@ class Mask2FormerDetector:
         labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
         # Names differ in places ("mouse", "couch"/"sofa"); these are far apart and spelt the same everywhere.
         anchors = {0: "person", 15: "cat", 22: "zebra", 46: "banana", 74: "clock", 79: "toothbrush"}
-        if len(labels) != len(OBJECT_NAMES) or any(labels[i] != label for i, label in anchors.items()):
-            raise ValueError(f"{name} has {len(labels)} classes {labels[:3]} …, expected COCO's 80 things in COCO's order")
+        if len(labels) != len(OBJECT_NAMES) or any(
+            labels[i] != label for i, label in anchors.items()
+        ):
+            raise ValueError(
+                f"{name} has {len(labels)} classes {labels[:3]} …, expected COCO's 80 things in COCO's order"
+            )
         identity = weights_fingerprint(folder) if Path(folder).is_dir() else name
         return cls(model.to(device), f"mask2former-hf({Path(name).name})", identity)
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> list[Detection]:
-        """The 100 best pairs of query and class, masks (H, W) bool at the picture's size."""
+        """The 100 best pairs of query and class, masks (H, W) bool at the image's size."""
         pixel_values, resized = prepare(image, self.padding)
         output = self.model(pixel_values=pixel_values.to(self.model.device))
         padded = (pixel_values.shape[-2], pixel_values.shape[-1])
         size = (image.height, image.width)
-        return instances(output.class_queries_logits[0], output.masks_queries_logits[0], padded, resized, size)
+        return instances(
+            output.class_queries_logits[0], output.masks_queries_logits[0], padded, resized, size
+        )
 
 
 def prepare(image: Image.Image, padding: int | None = None) -> tuple[Tensor, tuple[int, int]]:
-    """RGB picture -> (1, 3, H, W) as the detector wants it, and the (height, width) in it that the picture covers.
+    """RGB image -> (1, 3, H, W) as the detector wants it, and the (height, width) in it that the image covers.
 
     Resized to fit 800 x 1333 without antialiasing, like OpenCV, to whole grey levels; padded to multiples of 32.
 
@@ -136,14 +147,18 @@ def prepare(image: Image.Image, padding: int | None = None) -> tuple[Tensor, tup
 
 
 def instances(
-    class_logits: Tensor, mask_logits: Tensor, padded: tuple[int, int], resized: tuple[int, int], size: tuple[int, int]
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    padded: tuple[int, int],
+    resized: tuple[int, int],
+    size: tuple[int, int],
 ) -> list[Detection]:
     """mmdetection's instances: class probability times the mean probability inside the mask.
 
     Args:
         class_logits: (queries, classes + 1), the last one for "nothing".
         mask_logits: (queries, h, w).
-        padded, resized, size: (height, width) of the network's input, of the picture in it, of the picture itself.
+        padded, resized, size: (height, width) of the network's input, of the image in it, of the image itself.
     """
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     num_classes = probabilities.shape[1]
@@ -151,7 +166,12 @@ def instances(
     queries, labels = places // num_classes, places % num_classes
     masks: dict[int, tuple[np.ndarray, float]] = {}
     for query in queries.unique().tolist():
-        logits = F.interpolate(mask_logits[None, query : query + 1].float(), padded, mode="bilinear", align_corners=False)
+        logits = F.interpolate(
+            mask_logits[None, query : query + 1].float(),
+            padded,
+            mode="bilinear",
+            align_corners=False,
+        )
         logits = logits[..., : resized[0], : resized[1]]
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0]
         inside = logits > 0

@@ -23,7 +23,9 @@ _BLOCK = r"backbone\.stages\.(\d+)\.blocks\.(\d+)\."
 _ENDS = "(weight|bias)"
 
 # What transformers has beyond mmdetection's keys: a norm that segmentation never reads, and the weights of a loss.
-NOT_IN_MMDET = frozenset({_SWIN + "layernorm.weight", _SWIN + "layernorm.bias", "criterion.empty_weight"})
+NOT_IN_MMDET = frozenset(
+    {_SWIN + "layernorm.weight", _SWIN + "layernorm.bias", "criterion.empty_weight"}
+)
 
 
 def _thirds(weight: Tensor) -> tuple[Tensor, ...]:
@@ -56,7 +58,10 @@ _LAYER = _DECODER + r"layers\.(\d+)\."
 
 RULES = (
     # backbone
-    Rule(rf"backbone\.patch_embed\.projection\.{_ENDS}", (_SWIN + r"embeddings.patch_embeddings.projection.\1",)),
+    Rule(
+        rf"backbone\.patch_embed\.projection\.{_ENDS}",
+        (_SWIN + r"embeddings.patch_embeddings.projection.\1",),
+    ),
     Rule(rf"backbone\.patch_embed\.norm\.{_ENDS}", (_SWIN + r"embeddings.norm.\1",)),
     Rule(rf"{_BLOCK}norm1\.{_ENDS}", (_SWIN_BLOCK + r"layernorm_before.\3",)),
     Rule(rf"{_BLOCK}norm2\.{_ENDS}", (_SWIN_BLOCK + r"layernorm_after.\3",)),
@@ -64,7 +69,9 @@ RULES = (
         rf"{_BLOCK}attn\.w_msa\.relative_position_bias_table",
         (_SWIN_BLOCK + "attention.relative_position_bias.relative_position_bias_table",),
     ),
-    Rule(rf"{_BLOCK}attn\.w_msa\.relative_position_index", ()),  # follows from the window size, and is the same
+    Rule(
+        rf"{_BLOCK}attn\.w_msa\.relative_position_index", ()
+    ),  # follows from the window size, and is the same
     Rule(rf"{_BLOCK}attn\.w_msa\.qkv\.{_ENDS}", _qkv(_SWIN_BLOCK + "attention.", r"\3"), _thirds),
     Rule(rf"{_BLOCK}attn\.w_msa\.proj\.{_ENDS}", (_SWIN_BLOCK + r"attention.o_proj.\3",)),
     Rule(rf"{_BLOCK}ffn\.layers\.0\.0\.{_ENDS}", (_SWIN_BLOCK + r"mlp.fc1.\3",)),
@@ -75,12 +82,21 @@ RULES = (
         _merging_order,
     ),
     *(
-        Rule(rf"backbone\.norm{i}\.{_ENDS}", (rf"model.pixel_level_module.encoder.hidden_states_norms.stage{i + 1}.\1",))
+        Rule(
+            rf"backbone\.norm{i}\.{_ENDS}",
+            (rf"model.pixel_level_module.encoder.hidden_states_norms.stage{i + 1}.\1",),
+        )
         for i in range(4)
     ),
     # pixel decoder; both sides count levels from the coarsest
-    Rule(rf"{_HEAD}pixel_decoder\.input_convs\.(\d)\.conv\.{_ENDS}", (_PIXELS + r"input_projections.\1.0.\2",)),
-    Rule(rf"{_HEAD}pixel_decoder\.input_convs\.(\d)\.gn\.{_ENDS}", (_PIXELS + r"input_projections.\1.1.\2",)),
+    Rule(
+        rf"{_HEAD}pixel_decoder\.input_convs\.(\d)\.conv\.{_ENDS}",
+        (_PIXELS + r"input_projections.\1.0.\2",),
+    ),
+    Rule(
+        rf"{_HEAD}pixel_decoder\.input_convs\.(\d)\.gn\.{_ENDS}",
+        (_PIXELS + r"input_projections.\1.1.\2",),
+    ),
     Rule(
         rf"{_ENCODER_LAYER}attentions\.0\.(sampling_offsets|attention_weights|value_proj|output_proj)\.{_ENDS}",
         (_PIXEL_LAYER + r"self_attn.\2.\3",),
@@ -90,24 +106,41 @@ RULES = (
     Rule(rf"{_ENCODER_LAYER}ffns\.0\.layers\.1\.{_ENDS}", (_PIXEL_LAYER + r"fc2.\2",)),
     Rule(rf"{_ENCODER_LAYER}norms\.1\.{_ENDS}", (_PIXEL_LAYER + r"final_layer_norm.\2",)),
     Rule(rf"{_HEAD}pixel_decoder\.level_encoding\.weight", (_PIXELS + "level_embed",)),
-    Rule(rf"{_HEAD}pixel_decoder\.lateral_convs\.0\.conv\.weight", (_PIXELS + "adapter_1.0.weight",)),
+    Rule(
+        rf"{_HEAD}pixel_decoder\.lateral_convs\.0\.conv\.weight", (_PIXELS + "adapter_1.0.weight",)
+    ),
     Rule(rf"{_HEAD}pixel_decoder\.lateral_convs\.0\.gn\.{_ENDS}", (_PIXELS + r"adapter_1.1.\1",)),
     Rule(rf"{_HEAD}pixel_decoder\.output_convs\.0\.conv\.weight", (_PIXELS + "layer_1.0.weight",)),
     Rule(rf"{_HEAD}pixel_decoder\.output_convs\.0\.gn\.{_ENDS}", (_PIXELS + r"layer_1.1.\1",)),
     Rule(rf"{_HEAD}pixel_decoder\.mask_feature\.{_ENDS}", (_PIXELS + r"mask_projection.\1",)),
-    # queries; a layer attends to the picture first (attentions.0), then to the other queries (attentions.1)
-    Rule(rf"{_LAYER}attentions\.0\.attn\.in_proj_{_ENDS}", (_QUERY_LAYER + r"cross_attn.in_proj_\2",)),
-    Rule(rf"{_LAYER}attentions\.0\.attn\.out_proj\.{_ENDS}", (_QUERY_LAYER + r"cross_attn.out_proj.\2",)),
+    # queries; a layer attends to the image first (attentions.0), then to the other queries (attentions.1)
+    Rule(
+        rf"{_LAYER}attentions\.0\.attn\.in_proj_{_ENDS}", (_QUERY_LAYER + r"cross_attn.in_proj_\2",)
+    ),
+    Rule(
+        rf"{_LAYER}attentions\.0\.attn\.out_proj\.{_ENDS}",
+        (_QUERY_LAYER + r"cross_attn.out_proj.\2",),
+    ),
     Rule(rf"{_LAYER}norms\.0\.{_ENDS}", (_QUERY_LAYER + r"cross_attn_layer_norm.\2",)),
-    Rule(rf"{_LAYER}attentions\.1\.attn\.in_proj_{_ENDS}", _qkv(_QUERY_LAYER + "self_attn.", r"\2"), _thirds),
-    Rule(rf"{_LAYER}attentions\.1\.attn\.out_proj\.{_ENDS}", (_QUERY_LAYER + r"self_attn.out_proj.\2",)),
+    Rule(
+        rf"{_LAYER}attentions\.1\.attn\.in_proj_{_ENDS}",
+        _qkv(_QUERY_LAYER + "self_attn.", r"\2"),
+        _thirds,
+    ),
+    Rule(
+        rf"{_LAYER}attentions\.1\.attn\.out_proj\.{_ENDS}",
+        (_QUERY_LAYER + r"self_attn.out_proj.\2",),
+    ),
     Rule(rf"{_LAYER}norms\.1\.{_ENDS}", (_QUERY_LAYER + r"self_attn_layer_norm.\2",)),
     Rule(rf"{_LAYER}ffns\.0\.layers\.0\.0\.{_ENDS}", (_QUERY_LAYER + r"fc1.\2",)),
     Rule(rf"{_LAYER}ffns\.0\.layers\.1\.{_ENDS}", (_QUERY_LAYER + r"fc2.\2",)),
     Rule(rf"{_LAYER}norms\.2\.{_ENDS}", (_QUERY_LAYER + r"final_layer_norm.\2",)),
     Rule(rf"{_DECODER}post_norm\.{_ENDS}", (_QUERIES + r"decoder.layernorm.\1",)),
     *(
-        Rule(rf"{_HEAD}mask_embed\.{2 * i}\.{_ENDS}", (rf"{_QUERIES}decoder.mask_predictor.mask_embedder.{i}.0.\1",))
+        Rule(
+            rf"{_HEAD}mask_embed\.{2 * i}\.{_ENDS}",
+            (rf"{_QUERIES}decoder.mask_predictor.mask_embedder.{i}.0.\1",),
+        )
         for i in range(3)
     ),
     Rule(rf"{_HEAD}query_embed\.weight", (_QUERIES + "queries_embedder.weight",)),
@@ -135,7 +168,9 @@ def from_mmdet(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
             problems.append(f"{key}: {len(matches)} rules")
             continue
         [(rule, match)] = matches
-        for target, part in zip(rule.targets, rule.convert(weight) if rule.targets else (), strict=True):
+        for target, part in zip(
+            rule.targets, rule.convert(weight) if rule.targets else (), strict=True
+        ):
             name = match.expand(target)
             if name in converted:
                 problems.append(f"{name}: given twice")

@@ -82,7 +82,9 @@ def _single_object(index: int) -> dict[str, Any]:
 
 def _two_object(rng: np.random.Generator) -> dict[str, Any]:
     a, b = _pair(rng)
-    return _record("two_object", [_clause(a), _clause(b)], f"{with_article(a)} and {with_article(b)}")
+    return _record(
+        "two_object", [_clause(a), _clause(b)], f"{with_article(a)} and {with_article(b)}"
+    )
 
 
 def _counting(rng: np.random.Generator) -> dict[str, Any]:
@@ -111,7 +113,10 @@ def _position(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _color_attr(rng: np.random.Generator) -> dict[str, Any]:
-    names = [OBJECT_NAMES[index + 1] for index in rng.choice(len(OBJECT_NAMES) - 1, size=2, replace=False)]
+    names = [
+        OBJECT_NAMES[index + 1]
+        for index in rng.choice(len(OBJECT_NAMES) - 1, size=2, replace=False)
+    ]
     colors = [COLORS[index] for index in rng.choice(len(COLORS), size=2, replace=False)]
     include = [_clause(name, color=color) for name, color in zip(names, colors, strict=True)]
     phrases = [with_article(f"{color} {name}") for name, color in zip(names, colors, strict=True)]

@@ -14,14 +14,14 @@ import numpy as np
 from PIL import Image
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-MAX_OBJECTS = 16  # per class and picture
+MAX_OBJECTS = 16  # per class and image
 POSITION_MARGIN = 0.1  # share of both objects' extents that an offset must exceed to count
 POSITION_THRESHOLD = 0.5  # of the offset's length
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels."""
-KnownPicture = tuple[Image.Image, dict[str, Any]]
-"""A picture and a record that it satisfies without doubt."""
+KnownImage = tuple[Image.Image, dict[str, Any]]
+"""An image and a record that it satisfies without doubt."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,32 @@ class Detector(Protocol):
     counting_threshold: float
 
     def detect(self, image: Image.Image) -> list[Detection]:
-        """All objects in an RGB picture, in any order, also the doubtful ones."""
+        """All objects in an RGB image, in any order, also the doubtful ones."""
 
 
 class ColorClassifier(Protocol):
     """Names the colour of detected objects, one of GenEval's ten."""
 
-    def classify(self, image: Image.Image, detections: Sequence[Detection], class_name: str) -> list[str]:
+    def classify(
+        self, image: Image.Image, detections: Sequence[Detection], class_name: str
+    ) -> list[str]:
         """One colour per detection; all of them are of `class_name`."""
 
 
-# ---- one picture
+# ---- one image
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a picture holds what its prompt asks for, and if not, why (one line per violated clause)."""
+    """Whether an image holds what its prompt asks for, and if not, why (one line per violated clause)."""
 
     correct: bool
     reason: str
 
 
-def confident_objects(detections: Iterable[Detection], threshold: float) -> dict[str, list[Detection]]:
+def confident_objects(
+    detections: Iterable[Detection], threshold: float
+) -> dict[str, list[Detection]]:
     """Detections above the threshold by class, best first, at most `MAX_OBJECTS` of each."""
     objects: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: d.score, reverse=True):
@@ -74,7 +78,10 @@ def confident_objects(detections: Iterable[Detection], threshold: float) -> dict
 
 def relative_position(a: Box, b: Box) -> set[str]:
     """Where box `a` lies seen from `b`: up to two of left of, right of, above, below; empty when too close to say."""
-    edges_a, edges_b = np.array(a, dtype=float).reshape(2, 2), np.array(b, dtype=float).reshape(2, 2)
+    edges_a, edges_b = (
+        np.array(a, dtype=float).reshape(2, 2),
+        np.array(b, dtype=float).reshape(2, 2),
+    )
     offset = edges_a.mean(axis=0) - edges_b.mean(axis=0)
     extents = np.abs(edges_a[1] - edges_a[0]) + np.abs(edges_b[1] - edges_b[0])
     revised = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_MARGIN * extents, 0)
@@ -91,9 +98,12 @@ def relative_position(a: Box, b: Box) -> set[str]:
 
 
 def judge(
-    image: Image.Image, objects: dict[str, list[Detection]], metadata: dict[str, Any], classifier: ColorClassifier
+    image: Image.Image,
+    objects: dict[str, list[Detection]],
+    metadata: dict[str, Any],
+    classifier: ColorClassifier,
 ) -> Verdict:
-    """Judge a picture by the objects in it (`confident_objects`).
+    """Judge an image by the objects in it (`confident_objects`).
 
     All `include` clauses must hold, and no `exclude` clause may. A clause looks at its `count` most confident objects
     only: their colours and their positions against every object of the clause it points to, which must hold itself.
@@ -125,10 +135,14 @@ def _color_problems(clause: dict[str, Any], colors: list[str]) -> list[str]:
     if colors.count(wanted) >= count:
         return []
     found = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
-    return [f"expected {wanted} {clause['class']}>={count}, found {colors.count(wanted)} {wanted}; and {found}"]
+    return [
+        f"expected {wanted} {clause['class']}>={count}, found {colors.count(wanted)} {wanted}; and {found}"
+    ]
 
 
-def _position_problems(clause: dict[str, Any], found: list[Detection], groups: list[list[Detection] | None]) -> list[str]:
+def _position_problems(
+    clause: dict[str, Any], found: list[Detection], groups: list[list[Detection] | None]
+) -> list[str]:
     wanted, target = clause["position"]
     targets = groups[target]
     if targets is None:
@@ -137,12 +151,18 @@ def _position_problems(clause: dict[str, Any], found: list[Detection], groups: l
         for b in targets:
             relations = relative_position(a.box, b.box)
             if wanted not in relations:
-                return [f"expected {clause['class']} {wanted} target, found {' and '.join(sorted(relations))} target"]
+                return [
+                    f"expected {clause['class']} {wanted} target, found {' and '.join(sorted(relations))} target"
+                ]
     return []
 
 
 def evaluate_image(
-    image: Image.Image, metadata: dict[str, Any], detector: Detector, classifier: ColorClassifier, filename: str = ""
+    image: Image.Image,
+    metadata: dict[str, Any],
+    detector: Detector,
+    classifier: ColorClassifier,
+    filename: str = "",
 ) -> dict[str, Any]:
     """One row of GenEval's results: filename, tag, prompt, correct, reason, metadata and details (both JSON strings).
 
@@ -151,7 +171,10 @@ def evaluate_image(
     threshold = detector.counting_threshold if metadata["tag"] == "counting" else detector.threshold
     objects = confident_objects(detector.detect(image), threshold)
     verdict = judge(image, objects, metadata, classifier)
-    details = {name: [[*map(float, d.box), float(d.score)] for d in found] for name, found in objects.items()}
+    details = {
+        name: [[*map(float, d.box), float(d.score)] for d in found]
+        for name, found in objects.items()
+    }
     return {
         "filename": filename,
         "tag": metadata["tag"],
@@ -163,8 +186,10 @@ def evaluate_image(
     }
 
 
-def require_sight(detector: Detector, classifier: ColorClassifier, known: Iterable[KnownPicture]) -> None:
-    """Refuse a detector that fails on known pictures: a broken installation would otherwise score everything near zero.
+def require_sight(
+    detector: Detector, classifier: ColorClassifier, known: Iterable[KnownImage]
+) -> None:
+    """Refuse a detector that fails on known images: a broken installation would otherwise score everything near zero.
 
     Raises:
         RuntimeError: naming the detector and what it missed.
@@ -173,6 +198,6 @@ def require_sight(detector: Detector, classifier: ColorClassifier, known: Iterab
         row = evaluate_image(image, metadata, detector, classifier)
         if not row["correct"]:
             raise RuntimeError(
-                f"detector {detector.name} fails on a known picture of {metadata['prompt']!r}: {row['reason']}. It saw "
+                f"detector {detector.name} fails on a known image of {metadata['prompt']!r}: {row['reason']}. It saw "
                 f"{row['details']}. Scores from it would mean nothing: check its weights, configuration and compiled kernels."
             )

@@ -14,27 +14,58 @@ if TYPE_CHECKING:
 
 def register(commands: Any) -> None:
     """Add this module's commands."""
-    command = add_command(commands, "check-data", check_data, "read a whole data source before training on it")
+    command = add_command(
+        commands, "check-data", check_data, "read a whole data source before training on it"
+    )
     command.description = check_data.__doc__
     command.add_argument(
-        "source", help="scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, code shards, a mixture"
+        "source",
+        help="scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, code shards, a mixture",
     )
-    command.add_argument("--image-folder", help="where the pictures of a FILE.json lie (default: beside it)")
-    command.add_argument("--limit", type=int, help="read so many samples, evenly spread (default: all)")
-    command.add_argument("--workers", type=int, default=0, help="processes that decode (default: %(default)s)")
+    command.add_argument(
+        "--image-folder", help="where the images of a FILE.json lie (default: beside it)"
+    )
+    command.add_argument(
+        "--limit", type=int, help="read so many samples, evenly spread (default: all)"
+    )
+    command.add_argument(
+        "--workers", type=int, default=0, help="processes that decode (default: %(default)s)"
+    )
     command.add_argument("--json", metavar="FILE", help="write the whole report there, too")
-    command.add_argument("--write-clean", metavar="FILE", help="of a FILE.json or FILE.jsonl, write what is usable there")
+    command.add_argument(
+        "--write-clean",
+        metavar="FILE",
+        help="of a FILE.json or FILE.jsonl, write what is usable there",
+    )
     add_config(command)
 
-    command = add_command(commands, "import-codes", import_codes, "codes that other programs have written, as code shards")
+    command = add_command(
+        commands,
+        "import-codes",
+        import_codes,
+        "codes that other programs have written, as code shards",
+    )
     command.description = import_codes.__doc__
-    command.add_argument("source", help="FILE.jsonl, or a folder of KEY.npy with KEY.txt (see vqrae.data.code_import)")
     command.add_argument(
-        "--tokenizer", required=True, help="the tokenizer that made the codes: run directory, folder or hub id"
+        "source",
+        help="FILE.jsonl, or a folder of KEY.npy with KEY.txt (see vqrae.data.code_import)",
+    )
+    command.add_argument(
+        "--tokenizer",
+        required=True,
+        help="the tokenizer that made the codes: run directory, folder or hub id",
     )
     command.add_argument("--out", required=True, help="folder of the shards")
-    command.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, where pictures carry a number")
-    command.add_argument("--labels", metavar="FOLDER", help="KEY.npy with the number of the class, beside a folder of codes")
+    command.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="names of the classes, one a line, where images carry a number",
+    )
+    command.add_argument(
+        "--labels",
+        metavar="FOLDER",
+        help="KEY.npy with the number of the class, beside a folder of codes",
+    )
 
 
 def import_codes(arguments: argparse.Namespace) -> None:
@@ -55,11 +86,13 @@ def import_codes(arguments: argparse.Namespace) -> None:
         codebook_size=config.codebook_size,
         grid_size=config.grid_size,
     )
-    print(f"{arguments.out}: {written.manifest.num_pictures} pictures x {written.manifest.num_codes} codes")
+    print(
+        f"{arguments.out}: {written.manifest.num_images} images x {written.manifest.num_codes} codes"
+    )
 
 
 def check_data(arguments: argparse.Namespace) -> int:
-    """Read a source before training on it: sizes, broken and missing pictures, captions, duplicates. Exit code 1: problems.
+    """Read a source before training on it: sizes, broken and missing images, captions, duplicates. Exit code 1: problems.
 
     With --config, which names a LLaVA run, also conversations that are too long for it, and words that it has no ids for. With
     --write-clean, what is usable of a FILE.json or FILE.jsonl is written, and the exit code is 0.
@@ -71,14 +104,20 @@ def check_data(arguments: argparse.Namespace) -> int:
     from vqrae.data.mixture import parse_mixture
 
     if min(1 if arguments.limit is None else arguments.limit, arguments.workers + 1) < 1:
-        raise ValueError(f"got --limit {arguments.limit} --workers {arguments.workers}, expected positive numbers")
+        raise ValueError(
+            f"got --limit {arguments.limit} --workers {arguments.workers}, expected positive numbers"
+        )
     if arguments.write_clean:
         require_target(arguments.source, arguments.write_clean, arguments.image_folder)
     examine = length_examiner(arguments) if arguments.config else None
     reports = []
     for source in [name for name, _ in parse_mixture(arguments.source)] or [arguments.source]:
         progress = progress_line("check-data")
-        options = {"image_folder": arguments.image_folder, "limit": arguments.limit, "workers": arguments.workers}
+        options = {
+            "image_folder": arguments.image_folder,
+            "limit": arguments.limit,
+            "workers": arguments.workers,
+        }
         reports.append(check_source(source, progress=progress, examine=examine, **options))
         print(reports[-1].text())
         if arguments.config and (words := words_in_question(arguments, source)):
@@ -86,7 +125,11 @@ def check_data(arguments: argparse.Namespace) -> int:
     if arguments.json:
         write_json(arguments.json, [asdict(report) for report in reports])
     if arguments.write_clean:
-        options = {"image_folder": arguments.image_folder, "examine": examine, "unfit": reports[0].unfit}
+        options = {
+            "image_folder": arguments.image_folder,
+            "examine": examine,
+            "unfit": reports[0].unfit,
+        }
         kept = write_clean(arguments.source, arguments.write_clean, **options)
         print(f"{arguments.write_clean}: {kept.written} of {kept.total} entries")
         return 0
@@ -103,7 +146,9 @@ def words_in_question(arguments: argparse.Namespace, source: str) -> str | None:
     words = describe_unknown(text_tokenizer, texts_in(source))
     if words is None:
         return None
-    return printable(f"{words}; training gives them ids" if is_word_tokenizer(text_tokenizer) else words)
+    return printable(
+        f"{words}; training gives them ids" if is_word_tokenizer(text_tokenizer) else words
+    )
 
 
 def length_examiner(arguments: argparse.Namespace) -> "Examine":
@@ -111,4 +156,6 @@ def length_examiner(arguments: argparse.Namespace) -> "Examine":
     from vqrae.understanding.conversation import examine_length
 
     config = read_run(arguments)
-    return functools.partial(examine_length, processor=processor_of(config), max_length=config.max_length)
+    return functools.partial(
+        examine_length, processor=processor_of(config), max_length=config.max_length
+    )

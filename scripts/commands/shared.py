@@ -1,4 +1,4 @@
-"""What several commands share: options, devices, pictures in and out. Importing it costs nothing heavy."""
+"""What several commands share: options, devices, images in and out. Importing it costs nothing heavy."""
 
 import argparse
 import sys
@@ -17,12 +17,16 @@ GRID_COLUMNS, GRID_ROWS = 16, 32
 Run = Callable[[argparse.Namespace], int | None]
 
 
-def add_command(commands: Any, name: str, run: Run, text: str, *, model: str | None = None) -> argparse.ArgumentParser:
+def add_command(
+    commands: Any, name: str, run: Run, text: str, *, model: str | None = None
+) -> argparse.ArgumentParser:
     """Add a command; `model` says what its `--model` holds, and gives it `--device` as well."""
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run)
     if model:
-        command.add_argument("--model", required=True, help=f"{model}: run directory, model folder or hub id")
+        command.add_argument(
+            "--model", required=True, help=f"{model}: run directory, model folder or hub id"
+        )
         command.add_argument("--device", help="cpu, cuda, … (default: cuda when there is one)")
     return command
 
@@ -40,17 +44,20 @@ def chosen_device(arguments: argparse.Namespace) -> str:
     return choose_device(arguments.device)
 
 
-class PictureReader:
-    """Batches of the readable pictures of a file or folder; broken ones are reported, remembered and left out."""
+class ImageReader:
+    """Batches of the readable images of a file or folder; broken ones are reported, remembered and left out."""
 
     def __init__(self, source: str, image_size: int) -> None:
-        from vqrae.data.images import list_pictures
+        from vqrae.data.image_folder import list_images
 
         path = Path(source)
         if not path.exists():
-            raise FileNotFoundError(f"{source} does not exist: give a picture or a folder of pictures")
+            raise FileNotFoundError(f"{source} does not exist: give an image or a folder of images")
         root = path if path.is_dir() else path.parent
-        self.paths = {p.relative_to(root).as_posix(): p for p in (list_pictures(path) if path.is_dir() else [path])}
+        self.paths = {
+            p.relative_to(root).as_posix(): p
+            for p in (list_images(path) if path.is_dir() else [path])
+        }
         self.image_size = image_size
         self.broken: list[str] = []
 
@@ -59,12 +66,12 @@ class PictureReader:
         import torch
 
         from vqrae.common.files import printable
-        from vqrae.common.pictures import open_picture, picture_to_tensor, resize_and_crop
+        from vqrae.common.images import image_to_tensor, open_image, resize_and_crop
 
         batch: dict[str, Tensor] = {}
         for name, path in self.paths.items():
             try:
-                batch[name] = picture_to_tensor(resize_and_crop(open_picture(path), self.image_size))
+                batch[name] = image_to_tensor(resize_and_crop(open_image(path), self.image_size))
             except ValueError as error:
                 print(printable(f"vqrae: skipped {error}"), file=sys.stderr)
                 self.broken.append(name)
@@ -74,21 +81,25 @@ class PictureReader:
         if batch:
             yield list(batch), torch.stack(list(batch.values()))
         if len(self.broken) == len(self.paths):
-            raise ValueError(f"none of the {len(self.paths)} pictures could be read")
+            raise ValueError(f"none of the {len(self.paths)} images could be read")
 
     def summary(self) -> str:
-        """How many pictures were read."""
-        return f"{len(self.paths) - len(self.broken)} pictures, {len(self.broken)} broken and skipped"
+        """How many images were read."""
+        return f"{len(self.paths) - len(self.broken)} images, {len(self.broken)} broken and skipped"
 
 
 def output_names(names: Sequence[str]) -> dict[str, str]:
     """A PNG name below the output folder for each input: `a/b.jpg` -> `a/b.png`, or `a/b.jpg.png` where two would meet."""
     stems = Counter(str(Path(name).with_suffix("")) for name in names)
-    return {name: f"{name if stems[stem] > 1 else stem}.png" for name in names for stem in [str(Path(name).with_suffix(""))]}
+    return {
+        name: f"{name if stems[stem] > 1 else stem}.png"
+        for name in names
+        for stem in [str(Path(name).with_suffix(""))]
+    }
 
 
 def enlarged_grid(rows: list[list["Tensor"]], labels: Sequence[str]) -> "Image":
-    """A picture grid whose small images are enlarged."""
-    from vqrae.common.pictures import picture_grid
+    """An image grid whose small images are enlarged."""
+    from vqrae.common.images import image_grid
 
-    return picture_grid(rows, labels=labels, scale=max(1, 128 // rows[0][0].shape[-1]))
+    return image_grid(rows, labels=labels, scale=max(1, 128 // rows[0][0].shape[-1]))

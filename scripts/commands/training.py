@@ -14,17 +14,29 @@ if TYPE_CHECKING:
 
 def register(commands: Any) -> None:
     """Add this module's commands."""
-    command = add_command(commands, "inspect-batch", inspect_batch, "print a training batch, trained tokens in colour")
+    command = add_command(
+        commands, "inspect-batch", inspect_batch, "print a training batch, trained tokens in colour"
+    )
     add_config(command, required=True)
-    command.add_argument("--stage", choices=("pretrain", "sft"), default="sft", help="default: %(default)s")
-    command.add_argument("--samples", type=int, default=4, help="so many, from the beginning (default: %(default)s)")
-    command.add_argument("--no-color", action="store_true", help="trained tokens in [[ ]] (default unless on a terminal)")
+    command.add_argument(
+        "--stage", choices=("pretrain", "sft"), default="sft", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--samples", type=int, default=4, help="so many, from the beginning (default: %(default)s)"
+    )
+    command.add_argument(
+        "--no-color",
+        action="store_true",
+        help="trained tokens in [[ ]] (default unless on a terminal)",
+    )
 
 
 def add_config(command: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Options that name a LLaVA run."""
     text = "a name in understanding/configs or a YAML file, then key=value of it, such as tokenizer=RUN"
-    command.add_argument("--config", required=required, nargs="+", metavar=("NAME", "key=value"), help=text)
+    command.add_argument(
+        "--config", required=required, nargs="+", metavar=("NAME", "key=value"), help=text
+    )
 
 
 def read_run(arguments: argparse.Namespace) -> "TrainConfig":
@@ -37,10 +49,15 @@ def read_run(arguments: argparse.Namespace) -> "TrainConfig":
 
 
 def processor_of(config: "TrainConfig") -> "LlavaProcessor":
-    """What that run would encode text and pictures with; no weights are loaded."""
+    """What that run would encode text and images with; no weights are loaded."""
     from vqrae.understanding.build import load_processor
 
-    return load_processor(config.tokenizer, config.llm, chat_template=config.chat_template, aspect_ratio=config.aspect_ratio)
+    return load_processor(
+        config.tokenizer,
+        config.llm,
+        chat_template=config.chat_template,
+        aspect_ratio=config.aspect_ratio,
+    )
 
 
 def inspect_batch(arguments: argparse.Namespace) -> None:

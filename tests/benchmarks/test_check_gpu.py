@@ -44,7 +44,12 @@ def test_a_row_that_fails_says_so_and_the_others_are_measured() -> None:
         Case("failure", None, failure),
         Case("speed alone", None, product),
     ]
-    expected = {"equal": [1.0, 2.001], "another loss": [1.0, 2.0], "another code": [10_000, 1], "not a number": [1.0]}
+    expected = {
+        "equal": [1.0, 2.001],
+        "another loss": [1.0, 2.0],
+        "another code": [10_000, 1],
+        "not a number": [1.0],
+    }
     with fake_gpu():
         report = check(cases, expected, minutes=1, device=CUDA)
     rows = {row["name"]: row for row in report["rows"]}
@@ -74,15 +79,29 @@ def test_rows_that_the_time_does_not_reach_say_so() -> None:
 def test_the_rows_are_the_hot_paths() -> None:
     names = [case.name for case in check_gpu.cases()]
     assert len(names) == len(set(names)) == 6 + 4 + 2 + 1 + 12
-    for part in ("internvit_448, stage 2", "TF32", "bf16, settled", "7B", "generator", "compiled, 1024 codes, batch 64"):
+    for part in (
+        "internvit_448, stage 2",
+        "TF32",
+        "bf16, settled",
+        "7B",
+        "generator",
+        "compiled, 1024 codes, batch 64",
+    ):
         assert any(part in name for name in names), part
     compared = {name.partition(",")[0] for name in names if "sampler" in name}
     assert compared == {"sampler eager", "sampler compiled"}
 
 
 def test_the_search_and_the_sampler_run_as_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {**check_gpu.QWEN3_0_6B, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    monkeypatch.setattr(check_gpu, "QWEN3_0_6B", {**small, "num_key_value_heads": 1, "head_dim": 16})
+    small = {
+        **check_gpu.QWEN3_0_6B,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+    }
+    monkeypatch.setattr(
+        check_gpu, "QWEN3_0_6B", {**small, "num_key_value_heads": 1, "head_dim": 16}
+    )
     with fake_gpu():
         assert check_gpu.search(64, "bf16", True, True, CUDA)().shape == (64,)
         assert check_gpu.sampler(4, 2, False, CUDA, layers=2)().shape == (2, 4)

@@ -4,6 +4,6 @@ from vqrae.benchmarks import frechet
 
 
 def test_rows() -> None:
-    rows = frechet.run(width=64, pictures=64, distance_width=16, repeats=1)
+    rows = frechet.run(width=64, images=64, distance_width=16, repeats=1)
     assert len(rows) == 3
     assert all(row.ratio > 0 and row.unit == "s" for row in rows)

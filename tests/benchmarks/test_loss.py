@@ -13,5 +13,11 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(loss, "peak_memory", in_this_process)  # four processes take their time
     shape = {**loss.SHAPE, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
-    rows = loss.run(VisualVocabulary(offset=2000, codebook_size=200, num_codes=32), shape, length=48, layers=1, repeats=1)
+    rows = loss.run(
+        VisualVocabulary(offset=2000, codebook_size=200, num_codes=32),
+        shape,
+        length=48,
+        layers=1,
+        repeats=1,
+    )
     assert [row.unit for row in rows] == ["MiB", "MiB", "s", "s"]

@@ -17,7 +17,11 @@ TINY = {
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "peak_memory", lambda *_: 1.0)  # tested with the harness; a process of its own takes seconds
-    rows = sampler.run(VisualVocabulary(offset=100, codebook_size=64, num_codes=16), TINY, batch_size=4, repeats=1)
+    monkeypatch.setattr(
+        sampler, "peak_memory", lambda *_: 1.0
+    )  # tested with the harness; a process of its own takes seconds
+    rows = sampler.run(
+        VisualVocabulary(offset=100, codebook_size=64, num_codes=16), TINY, batch_size=4, repeats=1
+    )
     assert [row.unit for row in rows] == ["images/s", "MiB"]
     assert all(row.ratio > 0 for row in rows)

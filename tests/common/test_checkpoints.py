@@ -12,12 +12,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from vqrae.common.checkpoints import load_model, require_kind, resolve_model
 
 
-def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="runs/siglip2_512 does not exist"):
         resolve_model("runs/siglip2_512")
     assert resolve_model("org/name") == "org/name"
-    with pytest.raises(FileNotFoundError, match=r"^org/name is no folder here, and its config.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^org/name is no folder here, and its config.json"
+    ):
         require_kind("org/name", ("llava",), "a LLaVA")
 
 
@@ -31,8 +35,15 @@ def test_the_kind_is_read_before_the_weights(tmp_path: Path) -> None:
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     """A small language model, to be damaged."""
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = Qwen3Config(vocab_size=8, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, **sizes)
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    config = Qwen3Config(
+        vocab_size=8, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, **sizes
+    )
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -44,14 +55,18 @@ def _change(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 
 def test_weights_that_are_missing_of_other_shapes_or_not_finite_are_refused(broken: Path) -> None:
-    assert load_model(Qwen3ForCausalLM, broken, dtype=torch.float32).dtype == torch.float32  # the tied head is not missed
+    assert (
+        load_model(Qwen3ForCausalLM, broken, dtype=torch.float32).dtype == torch.float32
+    )  # the tied head is not missed
     name = "model.norm.weight"
     for value in (torch.nan, torch.inf):
         _change(broken, lambda weights, value=value: weights[name][:1].fill_(value))
         with pytest.raises(ValueError, match=rf"model: {name} holds values that are not finite"):
             load_model(Qwen3ForCausalLM, broken)
     _change(broken, lambda weights: weights.update({name: torch.zeros(3)}))
-    with pytest.raises(ValueError, match=f"has weights of other shapes than a Qwen3ForCausalLM, 1 of them: {name}"):
+    with pytest.raises(
+        ValueError, match=f"has weights of other shapes than a Qwen3ForCausalLM, 1 of them: {name}"
+    ):
         load_model(Qwen3ForCausalLM, broken)
     _change(broken, lambda weights: weights.pop(name))
     with pytest.raises(ValueError, match=f"lacks weights of a Qwen3ForCausalLM, 1 of them: {name}"):

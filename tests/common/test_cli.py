@@ -51,7 +51,9 @@ def test_values_are_typed_and_nested() -> None:
         (["model"], "expected key.path=value"),
     ],
 )
-def test_mistakes_end_with_code_two(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_with_code_two(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_arguments(Command, arguments)
     assert stop.value.code == 2
@@ -72,29 +74,42 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     assert "inner.scale  Not shown by itself. (float; default: 2.0)" in text
 
 
-def test_a_run_is_named_by_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_named_by_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     own = tmp_path / "own.yaml"
     own.write_text(shipped_config("vqrae.understanding", "tiny").read_text())
     for name in ("tiny", str(own)):
         config = read_run(TrainConfig, "vqrae.understanding", [name, "sft.max_steps=7"])
         assert config.sft.max_steps == 7
-    shards = read_run(GenerationConfig, "vqrae.generation", ["tiny", "size=3"], section="extraction")
+    shards = read_run(
+        GenerationConfig, "vqrae.generation", ["tiny", "size=3"], section="extraction"
+    )
     assert shards.size == 3
     for arguments in ([], ["seed=1"], ["--steps"]):
-        with pytest.raises(ConfigError, match=r"expected CONFIG .* where CONFIG is .*tiny.* or a FILE\.yaml; see --help"):
+        with pytest.raises(
+            ConfigError,
+            match=r"expected CONFIG .* where CONFIG is .*tiny.* or a FILE\.yaml; see --help",
+        ):
             read_run(TrainConfig, "vqrae.understanding", arguments)
     with pytest.raises(SystemExit) as stop:
         read_run(TrainConfig, "vqrae.understanding", ["tiny", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert "CONFIG: qwen2_5_7b, smollm2, tiny, vicuna_13b, vicuna_7b, or a FILE.yaml" in text  # tiny_llm is another's
+    assert (
+        "CONFIG: qwen2_5_7b, smollm2, tiny, vicuna_13b, vicuna_7b, or a FILE.yaml" in text
+    )  # tiny_llm is another's
     assert "pretrain.learning_rate" in text
     assert "Keys as those of pretrain. (section; required)" in text
     assert "lora.rank" in text
 
 
 def test_field_docstrings() -> None:
-    assert field_docstrings(Command) == {"model": "What it is\n    done with.", "count": "How often.", "inner": "Nested."}
+    assert field_docstrings(Command) == {
+        "model": "What it is\n    done with.",
+        "count": "How often.",
+        "inner": "Nested.",
+    }
 
 
 def test_progress_prints_every_tenth_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

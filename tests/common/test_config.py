@@ -5,7 +5,15 @@ from typing import Any, Literal
 
 import pytest
 
-from vqrae.common.config import ConfigError, apply_overrides, build_config, check_range, load_config, parse_yaml, shipped_config
+from vqrae.common.config import (
+    ConfigError,
+    apply_overrides,
+    build_config,
+    check_range,
+    load_config,
+    parse_yaml,
+    shipped_config,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +37,16 @@ class Outer:
 
 def test_numbers_and_words_are_what_they_look_like() -> None:
     values = parse_yaml("{a: 1e-4, b: 1.5, c: 3, d: on, e: true, f: null, g: 2.e3, h: 1e4x}")
-    assert values == {"a": 1e-4, "b": 1.5, "c": 3, "d": "on", "e": True, "f": None, "g": 2000.0, "h": "1e4x"}
+    assert values == {
+        "a": 1e-4,
+        "b": 1.5,
+        "c": 3,
+        "d": "on",
+        "e": True,
+        "f": None,
+        "g": 2000.0,
+        "h": "1e4x",
+    }
 
 
 def test_values_are_converted_to_the_declared_type() -> None:
@@ -43,7 +60,9 @@ def test_values_are_converted_to_the_declared_type() -> None:
 
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        build_config(Outer, {"inner": {"rat": 1, "steps": "x"}, "mode": "c", "naem": "y", "betas": 3})
+        build_config(
+            Outer, {"inner": {"rat": 1, "steps": "x"}, "mode": "c", "naem": "y", "betas": 3}
+        )
     message = str(caught.value)
     for part in (
         "inner.rat: unknown key. Did you mean 'rate'?",
@@ -101,7 +120,10 @@ class Ranged:
     [
         ({"rate": -0.1}, "rate: got -0.1, expected at least 0 and at most 1"),
         ({"size": 0}, "size: got 0, expected at least 1"),
-        ({"steps": 0, "size": -1}, "size: got -1, expected at least 1; steps: got 0, expected at least 1"),
+        (
+            {"steps": 0, "size": -1},
+            "size: got -1, expected at least 1; steps: got 0, expected at least 1",
+        ),
         ({"rate": math.nan}, "rate: got nan, expected a number"),
         ({"rate": math.inf}, "rate: got inf"),
     ],

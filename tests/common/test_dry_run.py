@@ -18,7 +18,7 @@ def test_memory_of_model_states() -> None:
 def test_the_report_scales_to_the_full_run() -> None:
     report = DryRunReport(
         name="stage 1",
-        samples="pictures",
+        samples="images",
         parts={"model": (1000, 900)},
         seconds=[9.0, 2.0, 4.0],
         before_bytes=GIB,
@@ -32,8 +32,8 @@ def test_the_report_scales_to_the_full_run() -> None:
     )
     assert report.working_bytes == 3 * GIB
     text = report.text()
-    assert "3 steps of 2 pictures" in text
-    assert "10 steps of 60 = 600 pictures" in text
+    assert "3 steps of 2 images" in text
+    assert "10 steps of 60 = 600 images" in text
     assert "15m00s" in text  # 300 micro-batches of 3 s: the first step does not count
     assert "zero=1                     5.0 GiB" in text
 

@@ -36,21 +36,37 @@ def test_names_from_outside_cannot_steer_a_terminal() -> None:
     ("error", "code", "message"),
     [
         (ValueError("temperature: got -1"), 2, "temperature: got -1 (VQRAE_DEBUG=1 shows where)"),
-        (ConfigError("a.yaml cannot be used:\n  x: y\n  z: \x1b"), 2, "a.yaml cannot be used:\n  x: y\n  z: \\x1b"),
+        (
+            ConfigError("a.yaml cannot be used:\n  x: y\n  z: \x1b"),
+            2,
+            "a.yaml cannot be used:\n  x: y\n  z: \\x1b",
+        ),
         (TooManyBrokenSamples("tars: 5 of 6 are broken"), 2, "tars: 5 of 6 are broken"),
         (FloatingPointError("the loss is nan"), 1, "the loss is nan (VQRAE_DEBUG=1 shows where)"),
-        (torch.OutOfMemoryError("CUDA out of\nmemory"), 2, "out of memory, choose a smaller batch: CUDA out of memory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of memory, choose a smaller batch"),
+        (
+            torch.OutOfMemoryError("CUDA out of\nmemory"),
+            2,
+            "out of memory, choose a smaller batch: CUDA out of memory",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            2,
+            "out of memory, choose a smaller batch",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_told(error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_told(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert exit_code(fails_with(error), "vqrae") == code
     assert capsys.readouterr().err.startswith(f"vqrae: {message}")
 
 
-def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_are_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert exit_code(lambda: print(Path("a\x1b.txt").read_text()), "vqrae") == 2
     assert capsys.readouterr().err == f"vqrae: {tmp_path}/a\\x1b.txt: No such file or directory\n"
@@ -58,7 +74,9 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert f"runs/x does not exist (relative paths start at {tmp_path})" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [TypeError("a"), KeyError("a"), RuntimeError("mat1"), ImportError("a", name="vqrae.x")])
+@pytest.mark.parametrize(
+    "error", [TypeError("a"), KeyError("a"), RuntimeError("mat1"), ImportError("a", name="vqrae.x")]
+)
 def test_errors_of_the_program_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         exit_code(fails_with(error), "vqrae")
@@ -70,7 +88,9 @@ def test_every_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         exit_code(fails_with(ConfigError("x")), "vqrae")
 
 
-def test_processes_of_one_launch_are_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_of_one_launch_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     exit_code(fails_with(ConfigError("x")), "vqrae")
@@ -78,10 +98,20 @@ def test_processes_of_one_launch_are_told_apart(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_missing_package_is_named_with_its_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(fails_with(ModuleNotFoundError("No module named 'peft'", name="peft.utils")), "vqrae") == 2
+    assert (
+        exit_code(
+            fails_with(ModuleNotFoundError("No module named 'peft'", name="peft.utils")), "vqrae"
+        )
+        == 2
+    )
     command = re.escape(f"{sys.executable} -m pip install 'peft>=")
-    assert re.fullmatch(rf"vqrae: the package peft is not installed: {command}[\d.]+'\n", capsys.readouterr().err)
-    with pytest.raises(ValueError, match=r"lora needs the package no_such, which is not installed: .*pip install 'no_such'"):
+    assert re.fullmatch(
+        rf"vqrae: the package peft is not installed: {command}[\d.]+'\n", capsys.readouterr().err
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"lora needs the package no_such, which is not installed: .*pip install 'no_such'",
+    ):
         require_package("no_such", "lora")
     require_package("yaml", "this")
 
@@ -96,7 +126,10 @@ class Broken(Dataset):
 
 def test_what_a_loader_raises_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(lambda: print(list(DataLoader(Broken(), num_workers=1))), "vqrae") == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "vqrae: a.png is broken (VQRAE_DEBUG=1 shows where)"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "vqrae: a.png is broken (VQRAE_DEBUG=1 shows where)"
+    )
 
 
 def test_terminate_ends_what_was_begun(tmp_path: Path) -> None:
@@ -120,17 +153,25 @@ def test_every_entry_point_reports_alike() -> None:
     guard = 'if __name__ == "__main__":\n'
     packages = [path.parent for path in ROOT.glob("*/py.typed")]
     modules = [path for package in packages for path in package.rglob("*.py")]
-    entries = {path: text.partition(guard)[2].strip() for path in modules if guard in (text := path.read_text())}
+    entries = {
+        path: text.partition(guard)[2].strip()
+        for path in modules
+        if guard in (text := path.read_text())
+    }
     assert len(entries) > 15
-    others = {str(path.relative_to(ROOT)): call for path, call in entries.items() if call != "run_main(main)"}
+    others = {
+        str(path.relative_to(ROOT)): call
+        for path, call in entries.items()
+        if call != "run_main(main)"
+    }
     assert others == {"scripts/cli.py": "sys.exit(main())"}
 
 
 @pytest.mark.slow
 def test_a_mistake_in_a_training_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vqrae.understanding.train_llm", "tiny_llm", "no_such_key=1"]
+    command = [sys.executable, "-m", "vqrae.quickstart.train_llm", "tiny_llm", "no_such_key=1"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2
     [line] = result.stderr.splitlines()
-    assert line.startswith("vqrae.understanding.train_llm: ")
+    assert line.startswith("vqrae.quickstart.train_llm: ")
     assert "no_such_key: unknown key" in line

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from vqrae.common import files
-from vqrae.common.files import atomic_path, json_lines, parse_json, printable, raw_lines, read_json, text_lines, write_text
+from vqrae.common.files import (
+    atomic_path,
+    json_lines,
+    parse_json,
+    printable,
+    raw_lines,
+    read_json,
+    text_lines,
+    write_text,
+)
 from vqrae.common.run import read_metrics
 from vqrae.data.code_import import open_foreign
 from vqrae.data.pairs import scan_jsonl
@@ -29,12 +38,22 @@ def test_readers_of_json_lines_take_separators_and_byte_order_marks(tmp_path: Pa
     path = tmp_path / "lines.jsonl"
     for record, read in (
         ({"question": SEPARATORS}, lambda: [r["question"] for r in read_questions(path)]),
-        ({"image": "0.jpg", "caption": SEPARATORS}, lambda: [caption for _, caption in scan_jsonl(path)[0]]),
-        ({"codes": [1], "caption": SEPARATORS}, lambda: [entry.caption for entry in open_foreign(path)]),
+        (
+            {"image": "0.jpg", "caption": SEPARATORS},
+            lambda: [caption for _, caption in scan_jsonl(path)[0]],
+        ),
+        (
+            {"codes": [1], "caption": SEPARATORS},
+            lambda: [entry.caption for entry in open_foreign(path)],
+        ),
     ):
-        path.write_bytes(f"\ufeff{json.dumps(record, ensure_ascii=False)}\n\n{json.dumps(record)}\n".encode())
+        path.write_bytes(
+            f"\ufeff{json.dumps(record, ensure_ascii=False)}\n\n{json.dumps(record)}\n".encode()
+        )
         assert read() == [SEPARATORS, SEPARATORS]
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "note": SEPARATORS}, ensure_ascii=False) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "note": SEPARATORS}, ensure_ascii=False) + "\n"
+    )
     assert read_metrics(tmp_path) == [{"step": 1, "note": SEPARATORS}]
 
 
@@ -49,7 +68,9 @@ def test_readers_of_json_lines_take_separators_and_byte_order_marks(tmp_path: Pa
         (b"{", "not valid JSON"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
+def test_what_cannot_be_read_is_named_with_file_and_line(
+    tmp_path: Path, line: bytes, message: str
+) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": "\\ud83d\\ude00"}\n' + line)
     with pytest.raises(ValueError, match=rf"lines\.jsonl, line 2: .*{message}"):

@@ -10,7 +10,7 @@ from PIL import Image
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import fit_batch
 from vqrae.common.files import atomic_path, require_same_tokenizer, weights_fingerprint, write_json
-from vqrae.common.pictures import open_picture, picture_grid, picture_to_tensor, tensor_to_uint8
+from vqrae.common.images import image_grid, image_to_tensor, open_image, tensor_to_uint8
 from vqrae.common.run import RunDirectory, format_duration, read_metrics
 from vqrae.common.schedule import warmup_cosine
 from vqrae.data.stream import StreamSampler
@@ -35,7 +35,9 @@ def test_fingerprint_is_of_the_weights(tokenizer_folder: Path, tmp_path: Path) -
     assert len(weights_fingerprint(tokenizer_folder)) == 64
     with pytest.raises(FileNotFoundError, match="not a checkpoint folder"):
         weights_fingerprint(tmp_path)
-    with pytest.raises(ValueError, match="codes was made with tokenizer bbb, but the tokenizer in use is aaa"):
+    with pytest.raises(
+        ValueError, match="codes was made with tokenizer bbb, but the tokenizer in use is aaa"
+    ):
         require_same_tokenizer("aaa", "bbb", "codes")
 
 
@@ -45,7 +47,7 @@ def test_rounding_not_truncation() -> None:
     assert torch.equal(tensor_to_uint8(levels), torch.arange(256, dtype=torch.uint8))
 
 
-def test_pictures_of_any_mode(tmp_path: Path) -> None:
+def test_images_of_any_mode(tmp_path: Path) -> None:
     grey = Image.fromarray(np.full((4, 6), 40000, dtype=np.uint16))
     clear = Image.new("RGBA", (6, 4), (255, 0, 0, 0))
     palette = Image.new("RGB", (6, 4), "red").convert("P")
@@ -56,27 +58,27 @@ def test_pictures_of_any_mode(tmp_path: Path) -> None:
     clear.save(tmp_path / "clear.png")
     palette.save(tmp_path / "palette.png")
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "grey.png").getpixel((0, 0)) == (156, 156, 156)
-    assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    assert open_picture(tmp_path / "palette.png").getpixel((0, 0)) == (255, 0, 0)
-    assert open_picture(tmp_path / "turned.jpg").size == (4, 6)
+    assert open_image(tmp_path / "grey.png").getpixel((0, 0)) == (156, 156, 156)
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "palette.png").getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(tmp_path / "turned.jpg").size == (4, 6)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    for name, message in (("broken.png", "not a readable picture"), ("absent.png", "no such file")):
+    for name, message in (("broken.png", "not a readable image"), ("absent.png", "no such file")):
         with pytest.raises(ValueError, match=message):
-            open_picture(tmp_path / name)
+            open_image(tmp_path / name)
 
 
 def test_grid_is_as_large_as_its_parts() -> None:
-    image = picture_to_tensor(Image.new("RGB", (8, 8), "red"))
-    grid = picture_grid([[image, image], [image]], scale=2, gap=4)
+    image = image_to_tensor(Image.new("RGB", (8, 8), "red"))
+    grid = image_grid([[image, image], [image]], scale=2, gap=4)
     assert grid.size == (2 * 20 + 4, 2 * 20 + 4)
     assert grid.getpixel((5, 5)) == (255, 0, 0)
     assert grid.getpixel((30, 30)) == (255, 255, 255)
 
 
 def test_a_long_label_costs_a_bounded_margin() -> None:
-    image = picture_to_tensor(Image.new("RGB", (8, 8), "red"))
-    assert picture_grid([[image]], labels=["x" * 1_000_000]).width < 1100
+    image = image_to_tensor(Image.new("RGB", (8, 8), "red"))
+    assert image_grid([[image]], labels=["x" * 1_000_000]).width < 1100
 
 
 def test_global_batch_is_kept_or_refused() -> None:
@@ -84,7 +86,10 @@ def test_global_batch_is_kept_or_refused() -> None:
     assert fit_batch(32, 32, 2) == (16, 1)  # more processes than the micro-batch was chosen for
 
 
-@pytest.mark.parametrize(("batch", "micro", "processes"), [(256, 16, 6), (256, 16, 3), (256, 12, 8), (2, 1, 3), (96, 20, 4)])
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes"),
+    [(256, 16, 6), (256, 16, 3), (256, 12, 8), (2, 1, 3), (96, 20, 4)],
+)
 def test_advice_on_batches_works(batch: int, micro: int, processes: int) -> None:
     with pytest.raises(ValueError, match="global_batch_size") as error:
         fit_batch(batch, micro, processes)
@@ -118,7 +123,13 @@ def test_stream_covers_everything_once_for_any_number_of_processes() -> None:
 
 
 def test_models_are_found_where_people_point(tmp_path: Path) -> None:
-    for folder in ("run/model", "run/step-9/model", "half/step-9/model", "half/step-10/model", "plain"):
+    for folder in (
+        "run/model",
+        "run/step-9/model",
+        "half/step-9/model",
+        "half/step-10/model",
+        "plain",
+    ):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text("{}")
     assert resolve_model(tmp_path / "plain") == str(tmp_path / "plain")

@@ -42,7 +42,11 @@ def test_other_settings_are_refused_by_name_and_nothing_is_written(run: Path) ->
     other = Settings(data="mine.json", steps=Steps(learning_rate=1e-4, extra={"adafactor": True}))
     with pytest.raises(ValueError, match="differ") as error:
         RunDirectory(run, other)
-    for change in ("data 'scenes' -> 'mine.json'", "steps.learning_rate 0.001 -> 0.0001", "steps.extra.adafactor None -> True"):
+    for change in (
+        "data 'scenes' -> 'mine.json'",
+        "steps.learning_rate 0.001 -> 0.0001",
+        "steps.extra.adafactor None -> True",
+    ):
         assert change in str(error.value)
     with pytest.raises(ValueError, match="max_steps 4 -> 2"):
         RunDirectory(run, Settings(steps=Steps(max_steps=2)))
@@ -53,7 +57,8 @@ def test_other_settings_are_refused_by_name_and_nothing_is_written(run: Path) ->
 
 def test_more_steps_and_another_machine_are_no_other_settings(run: Path) -> None:
     grown = Settings(
-        output_dir="elsewhere", steps=Steps(max_steps=8, micro_batch_size=1, extra={"gradient_checkpointing": True})
+        output_dir="elsewhere",
+        steps=Steps(max_steps=8, micro_batch_size=1, extra={"gradient_checkpointing": True}),
     )
     RunDirectory(run, grown).begin({"data": "a", "new": "c"})
     assert "max_steps: 8" in (run / "config.yaml").read_text()
@@ -67,7 +72,9 @@ def test_the_manifest_keeps_every_launch(run: Path) -> None:
         RunDirectory(run, Settings()).begin({"data": "a"})
     manifest = read_json(run / "manifest.json")
     assert {key: manifest[key] for key in first} == first
-    assert [set(launch) for launch in manifest["resumed"]] == [{"command", "git_commit", "packages", "started"}] * 2
+    assert [set(launch) for launch in manifest["resumed"]] == [
+        {"command", "git_commit", "packages", "started"}
+    ] * 2
 
 
 def test_a_run_without_results_may_begin_with_other_settings(tmp_path: Path) -> None:
@@ -88,7 +95,9 @@ def test_what_killed_processes_left_is_removed(run: Path) -> None:
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
     code = "import sys; from vqrae.common.run import RunDirectory; RunDirectory(sys.argv[1]); print('in', flush=True); input()"
     process = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "in\n"
         with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {other.pid} on"):

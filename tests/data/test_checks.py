@@ -14,7 +14,7 @@ from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.scripts.cli import main
 
 
-def picture(index: int, size: tuple[int, int] = (70, 80), mode: str = "RGB") -> bytes:
+def image(index: int, size: tuple[int, int] = (70, 80), mode: str = "RGB") -> bytes:
     stream, (width, height) = io.BytesIO(), size
     pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(stream, "JPEG" if mode == "CMYK" else "PNG")
@@ -23,12 +23,17 @@ def picture(index: int, size: tuple[int, int] = (70, 80), mode: str = "RGB") -> 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Sound pictures beside a truncated one, a text file in disguise, a duplicate, a CMYK and a panorama."""
-    folder = tmp_path / "pictures"
+    """Sound images beside a truncated one, a text file in disguise, a duplicate, a CMYK and a panorama."""
+    folder = tmp_path / "images"
     folder.mkdir()
-    files = {f"{i}.png": picture(i) for i in range(4)}
-    files |= {"cut.png": picture(4)[:300], "text.jpg": b"<html>", "copy.png": picture(0), "print.jpg": picture(5, mode="CMYK")}
-    files["wide.png"] = picture(6, (400, 100))
+    files = {f"{i}.png": image(i) for i in range(4)}
+    files |= {
+        "cut.png": image(4)[:300],
+        "text.jpg": b"<html>",
+        "copy.png": image(0),
+        "print.jpg": image(5, mode="CMYK"),
+    }
+    files["wide.png"] = image(6, (400, 100))
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
@@ -38,7 +43,9 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_with_everything_wrong(folder: Path, workers: int) -> None:
     report = check_source(str(folder), workers=workers)
     assert (report.samples, report.read, report.num_problems) == (9, 9, 2)
-    assert [Path(line.split(":")[0]).name for line in report.problems["broken pictures"].examples] == ["cut.png", "text.jpg"]
+    assert [
+        Path(line.split(":")[0]).name for line in report.problems["broken images"].examples
+    ] == ["cut.png", "text.jpg"]
     assert report.modes == {"RGB": 6, "CMYK": 1}
     assert report.shorter_edges["64-127"] == 7
     assert report.notes["stored as CMYK, read as RGB"].examples == [str(folder / "print.jpg")]
@@ -46,14 +53,16 @@ def test_a_folder_with_everything_wrong(folder: Path, workers: int) -> None:
     assert "wide.png (400 x 100)" in report.notes["more than 3 times as long as wide"].examples[0]
 
 
-def test_the_command_reports_and_its_exit_code_tells(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_and_its_exit_code_tells(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["check-data", str(folder), "--json", str(tmp_path / "report.json")]) == 1
     output = capsys.readouterr()
-    assert "problem: 2 broken pictures" in output.out
+    assert "problem: 2 broken images" in output.out
     assert "9 of 9 samples read, 2 problems" in output.out
     assert "check-data 9/9" in output.err
     [report] = json.loads((tmp_path / "report.json").read_text())
-    assert report["problems"]["broken pictures"]["count"] == 2
+    assert report["problems"]["broken images"]["count"] == 2
     assert report["shorter_edges"] == {**dict.fromkeys(EDGE_RANGES, 0), "64-127": 7}
 
     for name in ("cut.png", "text.jpg"):
@@ -68,8 +77,15 @@ def test_the_command_reports_and_its_exit_code_tells(folder: Path, tmp_path: Pat
 
 
 def test_tars(tmp_path: Path) -> None:
-    samples: list[dict] = [{"png": picture(0), "txt": "a caption"}, {"png": picture(1), "txt": " "}, {"png": picture(2)}]
-    samples += [{"png": picture(3)[:500], "txt": "cut"}, {"png": picture(0), "json": {"caption": "a copy"}}]
+    samples: list[dict] = [
+        {"png": image(0), "txt": "a caption"},
+        {"png": image(1), "txt": " "},
+        {"png": image(2)},
+    ]
+    samples += [
+        {"png": image(3)[:500], "txt": "cut"},
+        {"png": image(0), "json": {"caption": "a copy"}},
+    ]
     for name in ("a", "b"):
         with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as writer:
             for i, sample in enumerate(samples if name == "a" else samples[:1]):
@@ -81,24 +97,27 @@ def test_tars(tmp_path: Path) -> None:
     assert {name: finding.count for name, finding in report.problems.items()} == {
         "damaged tars": 1,
         "empty captions": 1,
-        "broken pictures": 1,
+        "broken images": 1,
     }
     assert report.problems["empty captions"].examples == [f"{tmp_path / 'a.tar'}, 1.png"]
     assert report.notes["duplicates"].count == 1
-    assert report.notes["pictures without a readable caption, left out of pairs"].examples == [f"{tmp_path / 'a.tar'}, 2.png"]
+    assert report.notes["images without a readable caption, left out of pairs"].examples == [
+        f"{tmp_path / 'a.tar'}, 2.png"
+    ]
 
 
 def test_caption_files(folder: Path) -> None:
     lines = [
-        json.dumps({"image": name, "caption": "x" * (name != "1.png")}) for name in ("0.png", "1.png", "no.png", "cut.png")
+        json.dumps({"image": name, "caption": "x" * (name != "1.png")})
+        for name in ("0.png", "1.png", "no.png", "cut.png")
     ]
     (folder / "pairs.jsonl").write_text("\n".join([*lines, "{", '{"image": "2.png"}']))
     report = check_source(str(folder / "pairs.jsonl"))
     assert {name: finding.count for name, finding in report.problems.items()} == {
         "unusable lines": 2,
-        "missing pictures": 1,
+        "missing images": 1,
         "empty captions": 1,
-        "broken pictures": 1,
+        "broken images": 1,
     }
     assert report.problems["unusable lines"].examples[0].startswith("line 5")
 
@@ -107,12 +126,18 @@ def test_llava_files(folder: Path, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
     plain = [{**turn, "value": "word"} for turn in turns]
     records = [{"id": "twice", "image": "0.png", "conversations": turns}] * 2
-    records += [{"id": str(i), "image": name, "conversations": turns} for i, name in enumerate(["cut.png", "no.png"])]
-    records += [{"id": "no tag", "image": "1.png", "conversations": plain}, {"id": "no image", "conversations": turns}]
+    records += [
+        {"id": str(i), "image": name, "conversations": turns}
+        for i, name in enumerate(["cut.png", "no.png"])
+    ]
+    records += [
+        {"id": "no tag", "image": "1.png", "conversations": plain},
+        {"id": "no image", "conversations": turns},
+    ]
     records.append({"id": "text", "conversations": plain})
     (tmp_path / "chat.json").write_text(json.dumps(records))
     report = check_source(str(tmp_path / "chat.json"), image_folder=folder)
-    assert report.read == 2, "each picture once"
+    assert report.read == 2, "each image once"
     assert [finding.count for finding in report.problems.values()] == [2, 1, 1]
     tags, missing, broken = report.problems.values()
     assert "record 4 (no tag): has 1 image, but 0 <image> tags" in tags.examples[0]
@@ -130,9 +155,16 @@ def test_edges_of_the_histogram() -> None:
     ]
 
 
-def test_a_code_set_is_compared_with_its_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_code_set_is_compared_with_its_checksums(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = CodeManifest(
-        tokenizer_fingerprint="a" * 64, codebook_size=10, grid_size=1, source="test", num_pictures=6, shard_size=2
+        tokenizer_fingerprint="a" * 64,
+        codebook_size=10,
+        grid_size=1,
+        source="test",
+        num_images=6,
+        shard_size=2,
     )
     writer = CodeWriter(tmp_path, manifest)
     for shard in range(3):
@@ -140,8 +172,8 @@ def test_a_code_set_is_compared_with_its_checksums(tmp_path: Path, capsys: pytes
     report = check_source(str(tmp_path))
     assert (report.samples, report.read, report.num_problems) == (6, 6, 0)
     assert (report.captions, report.caption_words) == (9, 15)
-    assert report.notes["codes of the codebook that no picture uses"].count == 6
-    assert report.notes["empty captions"].examples == ["picture 1", "picture 3", "picture 5"]
+    assert report.notes["codes of the codebook that no image uses"].count == 6
+    assert report.notes["empty captions"].examples == ["image 1", "image 3", "image 5"]
     assert check_source(str(tmp_path), limit=3).read == 4  # whole shards
 
     path = tmp_path / "shard-00002.npy"

@@ -11,16 +11,21 @@ import torch
 from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter, verify_shard
 
 MANIFEST = CodeManifest(
-    tokenizer_fingerprint="a" * 64, codebook_size=60_000, grid_size=2, source="test", num_pictures=7, shard_size=3
+    tokenizer_fingerprint="a" * 64,
+    codebook_size=60_000,
+    grid_size=2,
+    source="test",
+    num_images=7,
+    shard_size=3,
 )
 CODES = np.random.default_rng(0).integers(0, 60_000, (7, 4))
-CAPTIONS = [[f"picture {i}", f"Bild {i} — ü\nzweite Zeile"] for i in range(7)]
+CAPTIONS = [[f"image {i}", f"Bild {i} — ü\nzweite Zeile"] for i in range(7)]
 
 
 def write(folder: Path, shards: range = range(3)) -> CodeWriter:
     writer = CodeWriter(folder, MANIFEST)
     for shard in shards:
-        rows = MANIFEST.pictures_of(shard)
+        rows = MANIFEST.images_of(shard)
         writer.write(shard, CODES[rows], [CAPTIONS[i] for i in rows])
     return writer
 
@@ -38,7 +43,7 @@ def test_round_trip(tmp_path: Path) -> None:
         "manifest.json",
         *(f"shard-{i:05d}.{kind}" for i in range(3) for kind in ("jsonl", "npy")),
     ]
-    with pytest.raises(IndexError, match="7 pictures"):
+    with pytest.raises(IndexError, match="7 images"):
         dataset[7]
 
 
@@ -46,8 +51,12 @@ def test_draws_take_every_caption_equally_often(tmp_path: Path) -> None:
     write(tmp_path)
     dataset = CodeDataset(tmp_path)
     for i in range(7):
-        assert Counter(dataset.sample(i, draw)["caption"] for draw in range(6)) == dict.fromkeys(CAPTIONS[i], 3)
-    assert len({CAPTIONS[i].index(dataset[i]["caption"]) for i in range(7)}) == 2  # not all pictures start with the first
+        assert Counter(dataset.sample(i, draw)["caption"] for draw in range(6)) == dict.fromkeys(
+            CAPTIONS[i], 3
+        )
+    assert (
+        len({CAPTIONS[i].index(dataset[i]["caption"]) for i in range(7)}) == 2
+    )  # not all images start with the first
 
 
 def test_resume_keeps_complete_shards_and_rewrites_damaged_ones(tmp_path: Path) -> None:
@@ -68,7 +77,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
         writer.write(0, np.full((3, 4), 60_000), CAPTIONS[:3])
     with pytest.raises(ValueError, match=r"expected \(3, 4\)"):
         writer.write(0, CODES[:2], CAPTIONS[:2])
-    with pytest.raises(ValueError, match="picture 1 has no caption"):
+    with pytest.raises(ValueError, match="image 1 has no caption"):
         writer.write(0, CODES[:3], [["a"], [], ["b"]])
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
@@ -87,7 +96,9 @@ def test_a_truncated_file_is_named(tmp_path: Path, name: str, size: int) -> None
 def test_verification_finds_a_changed_byte(tmp_path: Path, name: str) -> None:
     write(tmp_path)
     for shard in range(3):
-        assert np.array_equal(verify_shard(tmp_path, shard, MANIFEST).codes, CODES[MANIFEST.pictures_of(shard)])
+        assert np.array_equal(
+            verify_shard(tmp_path, shard, MANIFEST).codes, CODES[MANIFEST.images_of(shard)]
+        )
     data = bytearray((tmp_path / name).read_bytes())
     data[-5] ^= 1
     (tmp_path / name).write_bytes(data)
@@ -100,7 +111,11 @@ def test_a_shard_without_its_index_is_written_again(tmp_path: Path) -> None:
     """As after a crash between the files of a shard."""
     write(tmp_path)
     (tmp_path / "index-00001.npy").unlink()
-    assert [CodeWriter(tmp_path, MANIFEST).is_complete(shard) for shard in range(3)] == [True, False, True]
+    assert [CodeWriter(tmp_path, MANIFEST).is_complete(shard) for shard in range(3)] == [
+        True,
+        False,
+        True,
+    ]
     with pytest.raises(FileNotFoundError, match="lacks shard 1 of 3"):
         CodeDataset(tmp_path)
 
@@ -108,12 +123,12 @@ def test_a_shard_without_its_index_is_written_again(tmp_path: Path) -> None:
 def test_codes_out_of_range_are_never_trained_on(tmp_path: Path) -> None:
     write(tmp_path)
     np.save(tmp_path / "shard-00000.npy", np.full((3, 4), 60_001, dtype=np.uint16))
-    with pytest.raises(ValueError, match=r"picture 2 holds code 60001.*vqrae check-data"):
+    with pytest.raises(ValueError, match=r"image 2 holds code 60001.*vqrae check-data"):
         CodeDataset(tmp_path)[2]
 
 
 def test_1024_codes_take_2_kib(tmp_path: Path) -> None:
-    manifest = replace(MANIFEST, grid_size=32, num_pictures=100, shard_size=100)
+    manifest = replace(MANIFEST, grid_size=32, num_images=100, shard_size=100)
     CodeWriter(tmp_path, manifest).write(0, np.zeros((100, 1024), dtype=np.int64), [["a"]] * 100)
     assert (tmp_path / "shard-00000.npy").stat().st_size == 100 * 2048 + 128  # numpy's header
 
@@ -128,8 +143,8 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_another_set_is_not_mixed_in(tmp_path: Path) -> None:
     write(tmp_path)
-    with pytest.raises(ValueError, match="num_pictures 7 -> 8"):
-        CodeWriter(tmp_path, replace(MANIFEST, num_pictures=8))
+    with pytest.raises(ValueError, match="num_images 7 -> 8"):
+        CodeWriter(tmp_path, replace(MANIFEST, num_images=8))
 
 
 def test_a_large_codebook_does_not_fit() -> None:

@@ -5,7 +5,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vqrae.data.scenes import FAMILIES, SPRITE_SETS, SceneDataset, benchmark_prompts, load_sprites, relation
+from vqrae.data.scenes import (
+    FAMILIES,
+    SPRITE_SETS,
+    SceneDataset,
+    benchmark_prompts,
+    load_sprites,
+    relation,
+)
 from vqrae.data.scenes.language import COLUMNS, ROWS, vocabulary_texts, wording
 from vqrae.data.scenes.scene import (
     COLOR_NAMES,
@@ -19,20 +26,27 @@ from vqrae.data.word_tokenizer import build_word_tokenizer
 
 
 @pytest.mark.parametrize("sprites", SPRITE_SETS)
-def test_the_same_index_is_the_same_picture_and_splits_differ(sprites: str) -> None:
+def test_the_same_index_is_the_same_image_and_splits_differ(sprites: str) -> None:
     train, again = (SceneDataset("train", sprites=sprites) for _ in range(2))
     validation = SceneDataset("validation", sprites=sprites)
     for index in range(20):
         assert np.array_equal(train.pixels(index), again.pixels(index))
         assert not np.array_equal(train.pixels(index), validation.pixels(index))
-    assert not np.array_equal(train.pixels(0), SceneDataset("train", sprites=sprites, seed=1).pixels(0))
+    assert not np.array_equal(
+        train.pixels(0), SceneDataset("train", sprites=sprites, seed=1).pixels(0)
+    )
 
 
 @pytest.mark.parametrize("sprites", SPRITE_SETS)
 def test_held_out_combinations_never_occur_in_training(sprites: str) -> None:
-    train, validation = SceneDataset("train", sprites=sprites), SceneDataset("validation", sprites=sprites)
+    train, validation = (
+        SceneDataset("train", sprites=sprites),
+        SceneDataset("validation", sprites=sprites),
+    )
     assert not any(is_held_out(train.scene(i)) for i in range(500))
-    assert [is_held_out(validation.scene(i)) for i in range(100)] == [i % 2 == 1 for i in range(100)]
+    assert [is_held_out(validation.scene(i)) for i in range(100)] == [
+        i % 2 == 1 for i in range(100)
+    ]
 
 
 def test_held_out_rules() -> None:
@@ -48,7 +62,9 @@ def test_grounded_phrases_name_every_object_and_where_it_lies() -> None:
     dataset = SceneDataset("train", item="grounded_pair")
     for index in range(50):
         sample, scene = dataset[index], dataset.scene(index)
-        for (left, top, right, bottom), phrases, item in zip(sample["boxes"], sample["phrases"], scene.objects, strict=True):
+        for (left, top, right, bottom), phrases, item in zip(
+            sample["boxes"], sample["phrases"], scene.objects, strict=True
+        ):
             name, color = dataset.sprites.names[item.name], COLOR_NAMES[item.color]
             assert [phrase.split()[1:] for phrase in phrases[:2]] == [[name], [color, name]]
             column, row = int((left + right) / 2 * 5), int((top + bottom) / 2 * 5)
@@ -65,7 +81,9 @@ def test_descriptions_name_every_object_once_and_where_it_lies() -> None:
         for item in scene.objects:
             column, row = (int(5 * center / 64) for center in item.center)
             thing = f"{COLOR_NAMES[item.color]} {dataset.sprites.names[item.name]}"
-            true.append(f"{'an' if thing.startswith('orange') else 'a'} {thing} {COLUMNS[column]} {ROWS[row]}")
+            true.append(
+                f"{'an' if thing.startswith('orange') else 'a'} {thing} {COLUMNS[column]} {ROWS[row]}"
+            )
         assert sorted(said) == sorted(true)
 
 
@@ -75,7 +93,9 @@ def test_a_generator_reads_short_captions_as_often_as_descriptions_of_one_or_two
     for index in range(400):
         scene = dataset.scene(index)
         text = wording(scene, dataset.sprites.names, np.random.default_rng(index), 64)
-        described[len(scene.objects) <= 2, " at the " in text or "between top and bottom" in text] += 1
+        described[
+            len(scene.objects) <= 2, " at the " in text or "between top and bottom" in text
+        ] += 1
     assert not described[False, True]
     assert 0.4 < described[True, True] / (described[True, True] + described[True, False]) < 0.6
 
@@ -130,7 +150,11 @@ def test_every_word_is_in_the_vocabulary(sprites: str) -> None:
     text_tokenizer = build_word_tokenizer(vocabulary_texts(dataset.sprites.names))
     texts = [record["prompt"] for record in benchmark_prompts(dataset.sprites.names)]
     for index in range(200):
-        texts += [dataset.caption(index), dataset.caption(index, detailed=True), dataset.description(index)]
+        texts += [
+            dataset.caption(index),
+            dataset.caption(index, detailed=True),
+            dataset.description(index),
+        ]
         texts += [part for q in dataset.questions(index) for part in (q.text, q.answer)]
     ids = text_tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert not any(text_tokenizer.unk_token_id in row for row in ids)
@@ -142,14 +166,18 @@ def test_benchmark_has_six_families_with_held_out_combinations() -> None:
     assert Counter(record["tag"] for record in records) == dict.fromkeys(FAMILIES, 25)
     assert records == benchmark_prompts(names, per_family=25)
     colors = [record["include"][0] for record in records if record["tag"] == "colors"]
-    pairs = [is_held_out_pair(names.index(c["class"]), COLOR_NAMES.index(c["color"])) for c in colors]
+    pairs = [
+        is_held_out_pair(names.index(c["class"]), COLOR_NAMES.index(c["color"])) for c in colors
+    ]
     assert sum(pairs) == 12
     counting = next(record for record in records if record["tag"] == "counting")
     assert list(counting) == ["tag", "include", "exclude", "prompt"]
     assert counting["exclude"][0]["count"] == counting["include"][0]["count"] + 1
     position = next(record for record in records if record["tag"] == "position")
     first, second = position["include"]
-    assert position["prompt"].startswith(f"a photo of a {second['class']} {second['position'][0]} a {first['class']}")
+    assert position["prompt"].startswith(
+        f"a photo of a {second['class']} {second['position'][0]} a {first['class']}"
+    )
 
 
 def test_rendering_is_fast() -> None:

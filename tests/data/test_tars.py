@@ -47,7 +47,11 @@ def write_tars(folder: Path, count: int, samples: int) -> list[Path]:
     paths = []
     for i in range(count):
         values = range(i * samples, (i + 1) * samples)
-        members = {f"{v:04d}.{suffix}": data for v in values for suffix, data in (("png", png(v)), ("txt", str(v).encode()))}
+        members = {
+            f"{v:04d}.{suffix}": data
+            for v in values
+            for suffix, data in (("png", png(v)), ("txt", str(v).encode()))
+        }
         paths.append(write_tar(folder / f"{i:04d}.tar", members))
     return paths
 
@@ -78,7 +82,9 @@ def test_names_with_dots_are_samples_and_fields_of_a_sample_are_not(tmp_path: Pa
     samples = [pairs[i] for i in range(len(pairs))]
     assert [sample["caption"] for sample in samples] == ["a", "b", "c", "d", "e", "f"]
     assert shown(samples)[:3] + shown(samples)[4:] == [1, 2, 3, 5, 6]
-    assert len(set(tars.tar_index(tmp_path / "a.tar")[:, 5].tolist())) == 6, "each has a hash of its own"
+    assert len(set(tars.tar_index(tmp_path / "a.tar")[:, 5].tolist())) == 6, (
+        "each has a hash of its own"
+    )
 
 
 def test_every_format_that_pillow_reads_counts(tmp_path: Path) -> None:
@@ -91,14 +97,21 @@ def test_every_format_that_pillow_reads_counts(tmp_path: Path) -> None:
     assert all(abs(value - 200) < 4 for value in shown([dataset[i] for i in range(5)]))
 
 
-def test_captions_are_read_only_where_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_read_only_where_they_are_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     [path] = write_tars(tmp_path, 1, 4)
     sizes: list[int] = []
     pread = os.pread
-    monkeypatch.setattr(tars.os, "pread", lambda fd, size, offset: sizes.append(size) or pread(fd, size, offset))
+    monkeypatch.setattr(
+        tars.os, "pread", lambda fd, size, offset: sizes.append(size) or pread(fd, size, offset)
+    )
     for captions, reads in ((False, 1), (True, 2), ("optional", 2)):
         sizes.clear()
-        assert TarDataset(str(path), image_size=8, captions=captions, split="all")[1]["image"] is not None
+        assert (
+            TarDataset(str(path), image_size=8, captions=captions, split="all")[1]["image"]
+            is not None
+        )
         assert len(sizes) == reads
 
 
@@ -134,7 +147,9 @@ except OSError as error:
 def test_more_tars_than_a_process_may_open_files(tmp_path: Path) -> None:
     write_tars(tmp_path, 1100, 2)
     command = f"ulimit -n 1024; exec {sys.executable} -c '{MANY}' {tmp_path}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     first, second, error = done.stdout.splitlines()
     assert max(int(first.split()[1]), int(second.split()[1])) < 200
@@ -142,7 +157,9 @@ def test_more_tars_than_a_process_may_open_files(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_tar_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tar_that_cannot_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     [path] = write_tars(tmp_path, 1, 2)
 
     def refuse(*_: object) -> object:
@@ -180,7 +197,9 @@ def test_transient_errors_are_tried_again(tmp_path: Path, monkeypatch: pytest.Mo
         dataset[1]
 
 
-def test_files_are_tried_again_and_pipes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_tried_again_and_pipes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     (tmp_path / "a").write_bytes(b"content")
     os.mkfifo(tmp_path / "pipe")
@@ -193,7 +212,11 @@ def test_files_are_tried_again_and_pipes_are_refused(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(files.os, "open", stumble)
     assert files.read_bytes(tmp_path / "a") == b"content"
-    for name, message in (("pipe", "not a regular file"), ("none", "no such file"), (".", "not a regular file")):
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("none", "no such file"),
+        (".", "not a regular file"),
+    ):
         with pytest.raises(ValueError, match=message):
             files.read_bytes(tmp_path / name)
 
@@ -217,14 +240,28 @@ def server(tmp_path: Path) -> Iterator[str]:
     served.shutdown()
 
 
-def order(dataset: object, count: int, *, start: int = 0, workers: int = 0, rank: int = 0, world_size: int = 1) -> list[int]:
+def order(
+    dataset: object,
+    count: int,
+    *,
+    start: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[int]:
     """The values of `count` samples of a process in the order of training."""
     sampler = StreamSampler(dataset, start=start, rank=rank, world_size=world_size)
     batches = DataLoader(dataset, 4, sampler=sampler, num_workers=workers)
-    return [int(image[0, 0, 0]) for batch in itertools.islice(batches, count // 4) for image in batch["image"]]
+    return [
+        int(image[0, 0, 0])
+        for batch in itertools.islice(batches, count // 4)
+        for image in batch["image"]
+    ]
 
 
-def test_tars_of_a_web_server_train_as_local_ones_do(tmp_path: Path, server: str, own_cache: Path) -> None:
+def test_tars_of_a_web_server_train_as_local_ones_do(
+    tmp_path: Path, server: str, own_cache: Path
+) -> None:
     write_tars(tmp_path / "far", 12, 8)
     remote, local = f"{server}/{{0000..0011}}.tar,buffer=2", f"{tmp_path}/far/*.tar,buffer=2"
     dataset = open_images(remote, image_size=8, split="all")
@@ -239,7 +276,10 @@ def test_tars_of_a_web_server_train_as_local_ones_do(tmp_path: Path, server: str
     for workers, start in ((2, 0), (2, 60), (0, 124)):
         again = open_images(remote, image_size=8, split="all")
         assert order(again, 192 - start, start=start, workers=workers) == expected[start:]
-    ranks = [order(open_images(remote, image_size=8, split="all"), 96, rank=r, world_size=2, workers=1) for r in range(2)]
+    ranks = [
+        order(open_images(remote, image_size=8, split="all"), 96, rank=r, world_size=2, workers=1)
+        for r in range(2)
+    ]
     assert [value for pair in zip(*ranks, strict=True) for value in pair] == expected
     assert order(open_images(local, image_size=8, split="all"), 96) == expected[:96]
     assert len(open_images(remote, image_size=8)) == 91
@@ -247,7 +287,11 @@ def test_tars_of_a_web_server_train_as_local_ones_do(tmp_path: Path, server: str
 
 
 def test_remote_tars_that_are_gone_or_changed_are_named(
-    tmp_path: Path, server: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    server: str,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     write_tars(tmp_path / "far", 2, 4)
@@ -297,7 +341,9 @@ def test_shuffling_depends_on_seed_and_epoch(tmp_path: Path) -> None:
     write_tars(tmp_path, 6, 8)
     source = f"{tmp_path}/*.tar,buffer=2"
     orders = {
-        (seed, epoch): order(open_images(source, image_size=8, split="all", seed=seed), 48, start=48 * epoch)
+        (seed, epoch): order(
+            open_images(source, image_size=8, split="all", seed=seed), 48, start=48 * epoch
+        )
         for seed in (0, 1)
         for epoch in (0, 1)
     }
@@ -306,7 +352,9 @@ def test_shuffling_depends_on_seed_and_epoch(tmp_path: Path) -> None:
     assert np.mean([values == sorted(values) for values in orders.values()]) == 0
 
 
-def test_a_copy_that_another_process_removes_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_another_process_removes_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     [tar] = write_tars(tmp_path, 1, 4)
     stage = staging.Stage("source", capacity=2)
     expected = os.pread(stage.descriptor(str(tar)), 10_000, 0)
@@ -327,10 +375,14 @@ def test_reading_in_stored_order_keeps_images_across_epochs(tmp_path: Path) -> N
     """Code extraction asks for other crops of an image by epoch."""
     write_tars(tmp_path, 4, 4)
     dataset = open_images(f"{tmp_path}/*.tar,buffer=1", image_size=8, split="all", crop="zoom")
-    assert shown([dataset[Draw(i, epoch)] for epoch in (0, 1) for i in range(16)]) == [*range(16)] * 2
+    assert (
+        shown([dataset[Draw(i, epoch)] for epoch in (0, 1) for i in range(16)]) == [*range(16)] * 2
+    )
 
 
-def test_the_next_tars_are_fetched_ahead_in_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_tars_are_fetched_ahead_in_training_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tars(tmp_path, 6, 4)
     asked: list[str] = []
     monkeypatch.setattr(staging.Stage, "fetch_soon", lambda self, url: asked.append(url))

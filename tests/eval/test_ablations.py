@@ -11,12 +11,12 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from vqrae.common.config import ConfigError, load_config, shipped_config
 from vqrae.common.files import write_json
-from vqrae.eval import ablations
-from vqrae.eval.ablation_suites import SUITES, Claim, Recipe, Row, Suite, load_suite, suite_names
-from vqrae.eval.ablation_tables import cell, judge, markdown, verdict
-from vqrae.eval.ablations import Ablation, AblationConfig
+from vqrae.eval.ablations import evaluate as ablations
+from vqrae.eval.ablations.evaluate import Ablation, AblationConfig
+from vqrae.eval.ablations.suites import SUITES, Claim, Recipe, Row, Suite, load_suite, suite_names
+from vqrae.eval.ablations.tables import cell, judge, markdown, verdict
+from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.build import build_tokenizer
-from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
 
 SUITE = """
 title: Two rows
@@ -38,13 +38,17 @@ FEW = ["num_images=8", "num_train=24", "num_test=8"]
 @pytest.mark.parametrize("name", SUITES)
 def test_every_shipped_row_can_be_trained(name: str) -> None:
     encoder = load_config(
-        EncoderPretrainingConfig, shipped_config("vqrae.tokenizer", "tiny_encoder"), ["output_dir=runs/encoder"]
+        EncoderPretrainingConfig,
+        shipped_config("vqrae.quickstart", "tiny_encoder"),
+        ["output_dir=runs/encoder"],
     )
     vision = {"model_type": "siglip_vision_model", "vision_use_head": False, **encoder.vision}
     ablation = Ablation(name, load_suite(name), AblationConfig(seeds=2))
     assert len(ablation.runs) == 2 * len(ablation.suite.trials())
     assert len({run.folder for run in ablation.runs}) == len(ablation.runs)
-    assert len({json.dumps(run.settings()) for run in ablation.runs}) == len(ablation.runs)  # no two rows are the same
+    assert len({json.dumps(run.settings()) for run in ablation.runs}) == len(
+        ablation.runs
+    )  # no two rows are the same
     for run in ablation.runs[: len(ablation.suite.trials())]:
         model = dataclasses.replace(run.config.model, encoder=None, encoder_config=vision)
         build_tokenizer(model, "eager")
@@ -80,16 +84,27 @@ def test_mistakes_in_a_suite_are_named(tmp_path: Path) -> None:
         AblationConfig(seeds=0)
 
 
-def test_what_codes_know_is_asked_of_the_scenes_they_were_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_codes_know_is_asked_of_the_scenes_they_were_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[list[str]] = []
 
     def pretend(arguments: list[str]) -> None:
         asked.append(arguments)
-        write_json(tmp_path / "locality.json", {"known_share": 0.5, "reconstruction": {"seen": 0.9, "held_out": 0.8}})
+        write_json(
+            tmp_path / "locality.json",
+            {"known_share": 0.5, "reconstruction": {"seen": 0.9, "held_out": 0.8}},
+        )
 
     monkeypatch.setattr(ablations.locality, "main", pretend)
-    ablation = Ablation("s", suite(columns=("known_share", "held_out")), AblationConfig(data="scenes:emoji"))
-    assert ablation._locality(tmp_path / "model") == {"known_share": 0.5, "seen": 0.9, "held_out": 0.8}
+    ablation = Ablation(
+        "s", suite(columns=("known_share", "held_out")), AblationConfig(data="scenes:emoji")
+    )
+    assert ablation._locality(tmp_path / "model") == {
+        "known_share": 0.5,
+        "seen": 0.9,
+        "held_out": 0.8,
+    }
     assert "sprites=emoji" in asked[0]
 
 
@@ -104,13 +119,23 @@ def test_all_is_every_shipped_suite_and_a_file_is_its_own() -> None:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    SiglipVisionModel(SiglipVisionConfig(image_size=64, patch_size=8, vision_use_head=False, **sizes)).save_pretrained(folder)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    SiglipVisionModel(
+        SiglipVisionConfig(image_size=64, patch_size=8, vision_use_head=False, **sizes)
+    ).save_pretrained(folder)
     return folder
 
 
 def test_a_sweep_ends_in_a_table_and_is_not_repeated(
-    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file, output = tmp_path / "mine.yaml", tmp_path / "ablations"
     file.write_text(SUITE)
@@ -134,11 +159,16 @@ def test_a_sweep_ends_in_a_table_and_is_not_repeated(
         monkeypatch.setattr(Ablation, work, None)
     ablations.main(arguments)
     assert json.loads((output / "mine.json").read_text())["rows"] == values["rows"]
-    with pytest.raises(ValueError, match=r"seed-0 was trained with stage2\.max_steps=2 \(now 3\): give another output="):
+    with pytest.raises(
+        ValueError,
+        match=r"seed-0 was trained with stage2\.max_steps=2 \(now 3\): give another output=",
+    ):
         ablations.main([*arguments, "overrides=[stage2.max_steps=3]"])
 
 
-def test_a_row_that_diverges_leaves_the_others(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_diverges_leaves_the_others(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: Ablation, arguments: list[str]) -> None:
         if f"output_dir={tmp_path}/s/plain/a/seed-0" in arguments:
             raise FloatingPointError("no finite gradient")
@@ -154,12 +184,22 @@ def test_a_row_that_diverges_leaves_the_others(encoder: Path, tmp_path: Path, mo
     assert "| 2 | 20.00 ± 0.00 | 5 dB |" in lines
 
 
-def test_several_processes_are_launched_by_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_launched_by_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
     ablation = Ablation("s", suite(), AblationConfig(output=str(tmp_path), nproc=4))
     ablation._train(["tiny"])
-    assert commands[0][1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "-m", *commands[0][7:]]
+    assert commands[0][1:] == [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "4",
+        "-m",
+        *commands[0][7:],
+    ]
     assert commands[0][7:] == ["vqrae.tokenizer.train", "tiny"]
 
 
@@ -167,7 +207,10 @@ def test_several_processes_are_launched_by_torchrun(tmp_path: Path, monkeypatch:
 
 
 def result(row: str, *values: float | None, recipe: str = "plain") -> dict[str, Any]:
-    runs = [{"seed": i, "metrics": {"diverged": "x"} if v is None else {"psnr": v}} for i, v in enumerate(values)]
+    runs = [
+        {"seed": i, "metrics": {"diverged": "x"} if v is None else {"psnr": v}}
+        for i, v in enumerate(values)
+    ]
     return {"recipe": recipe, "row": row, "labels": {}, "paper": "", "runs": runs}
 
 
@@ -175,8 +218,12 @@ def test_verdicts() -> None:
     assert verdict([20.0, 20.2], [19.0, 19.1], noise=0.1) == "confirmed"
     assert verdict([19.0, 19.1], [20.0, 20.2], noise=0.1) == "refuted"
     assert verdict([20.0, 20.2], [20.1, 20.3], noise=0.1) == "not separable"  # ranges overlap
-    assert verdict([20.0, 20.0], [19.9, 19.9], noise=0.2) == "not separable"  # apart, but by less than seeds differ
-    assert verdict([20.0], [10.0], noise=0.0) == "not separable"  # one seed says nothing about noise
+    assert (
+        verdict([20.0, 20.0], [19.9, 19.9], noise=0.2) == "not separable"
+    )  # apart, but by less than seeds differ
+    assert (
+        verdict([20.0], [10.0], noise=0.0) == "not separable"
+    )  # one seed says nothing about noise
 
 
 def test_a_claim_is_judged_against_the_spread_of_all_rows() -> None:
@@ -199,9 +246,22 @@ def test_cells() -> None:
 def test_the_page_of_two_recipes() -> None:
     tiny = Recipe(name="tiny", note="ours")
     both = suite(recipes=(Recipe(name="plain", note="the paper's"), tiny))
-    results = [result("a", 20.0, 20.0), result("b", 19.0, 19.0), result("a", recipe="tiny"), result("b", recipe="tiny")]
-    claims = [{"text": "a is better", "metric": "psnr", "verdicts": {"plain": "confirmed", "tiny": ""}}]
-    values = {"rows": results, "claims": claims, "frechet": "rfid", "notes": ["a note"], "original_features": {}}
+    results = [
+        result("a", 20.0, 20.0),
+        result("b", 19.0, 19.0),
+        result("a", recipe="tiny"),
+        result("b", recipe="tiny"),
+    ]
+    claims = [
+        {"text": "a is better", "metric": "psnr", "verdicts": {"plain": "confirmed", "tiny": ""}}
+    ]
+    values = {
+        "rows": results,
+        "claims": claims,
+        "frechet": "rfid",
+        "notes": ["a note"],
+        "original_features": {},
+    }
     assert markdown(values, both).splitlines() == [
         "# t",
         "",

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from vqrae.eval import features, locality, reconstruction
+from vqrae.eval.ablations import locality
+from vqrae.eval.features import evaluate as features
 from vqrae.eval.geneval.clip_colors import ClipColorClassifier
+from vqrae.eval.reconstruction import evaluate as reconstruction
 
 
 def copy(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -39,8 +41,14 @@ def test_tokenizers_are_refused(module: object, broken: Path, tmp_path: Path) ->
     assert not (tmp_path / "scores.json").exists()
 
 
-def test_original_encoders_are_refused(tokenizer_folder: Path, broken: Path, tmp_path: Path) -> None:
-    judged = [f"model={tokenizer_folder}", f"original_encoder={broken}", f"output={tmp_path / 'scores.json'}"]
+def test_original_encoders_are_refused(
+    tokenizer_folder: Path, broken: Path, tmp_path: Path
+) -> None:
+    judged = [
+        f"model={tokenizer_folder}",
+        f"original_encoder={broken}",
+        f"output={tmp_path / 'scores.json'}",
+    ]
     for module, more in ((reconstruction, ["frechet=[encoder]"]), (features, [])):
         with pytest.raises(ValueError, match=broken.name):
             module.main([*judged, *more])
@@ -48,9 +56,21 @@ def test_original_encoders_are_refused(tokenizer_folder: Path, broken: Path, tmp
 
 
 def test_a_clip_that_lacks_weights_names_no_colours(tmp_path: Path) -> None:
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(text_config={**small, "vocab_size": 64}, vision_config={**small, "image_size": 32, "patch_size": 16})
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": 64},
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+    )
     CLIPModel(config).save_pretrained(tmp_path / "whole")
-    folder = copy(tmp_path / "whole", tmp_path / "part", lambda weights: weights.pop("visual_projection.weight"))
+    folder = copy(
+        tmp_path / "whole",
+        tmp_path / "part",
+        lambda weights: weights.pop("visual_projection.weight"),
+    )
     with pytest.raises(ValueError, match="part lacks weights of a CLIPModel"):
         ClipColorClassifier.from_pretrained(str(folder))

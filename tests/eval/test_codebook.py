@@ -10,11 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from vqrae.common.pictures import save_picture, tensor_to_picture
+from vqrae.common.images import save_image, tensor_to_image
 from vqrae.data.scenes import SceneDataset
-from vqrae.eval import codebook
-from vqrae.eval.codebook import CodebookStatistics, describe_codes, measure_codebook, nearest_others
-from vqrae.eval.codebook_page import ranges
+from vqrae.eval.codebook import evaluate as codebook
+from vqrae.eval.codebook.evaluate import (
+    CodebookStatistics,
+    describe_codes,
+    measure_codebook,
+    nearest_others,
+)
+from vqrae.eval.codebook.page import ranges
 from vqrae.scripts.cli import main
 from vqrae.tokenizer import VQRAEModel
 
@@ -22,7 +27,10 @@ from vqrae.tokenizer import VQRAEModel
 def test_nearest_others_are_those_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebook, "BLOCK", 7)
     generator = torch.Generator().manual_seed(0)
-    table, features = torch.randn(20, 6, generator=generator), torch.randn(30, 6, generator=generator)
+    table, features = (
+        torch.randn(20, 6, generator=generator),
+        torch.randn(30, 6, generator=generator),
+    )
     expected = torch.cdist(features, table).topk(2, largest=False)
     codes, distances = nearest_others(features, table, expected.indices[:, 0])
     assert torch.equal(codes, expected.indices[:, 1])
@@ -36,7 +44,11 @@ def test_nearest_others_are_those_of_all_distances(monkeypatch: pytest.MonkeyPat
 def test_summary() -> None:
     """Four codes on a line at 0, 10, 20, 40; four tokens at 0, 0, 12 and 14."""
     statistics = CodebookStatistics(torch.tensor([[0.0], [10.0], [20.0], [40.0]]), patch_size=2)
-    statistics.update(torch.rand(1, 3, 4, 4), torch.tensor([[[0.0], [0.0], [12.0], [14.0]]]), torch.tensor([[0, 0, 1, 1]]))
+    statistics.update(
+        torch.rand(1, 3, 4, 4),
+        torch.tensor([[[0.0], [0.0], [12.0], [14.0]]]),
+        torch.tensor([[0, 0, 1, 1]]),
+    )
     values = statistics.summary()
     assert statistics.counts.tolist() == [2, 2, 0, 0]
     assert (values["used_codes"], values["dead_codes"], values["usage"]) == (2, 2, 0.5)
@@ -51,7 +63,7 @@ def test_summary() -> None:
     assert values["duplicates"] == 0
 
 
-def test_patches_are_cut_where_the_code_stands_and_from_different_pictures() -> None:
+def test_patches_are_cut_where_the_code_stands_and_from_different_images() -> None:
     statistics = CodebookStatistics(torch.tensor([[0.0], [1.0]]), patch_size=2)
     images = torch.arange(16).view(1, 1, 4, 4).expand(12, 3, 4, 4) / 255
     codes = torch.tensor([[0, 1, 1, 0]]).expand(12, -1)
@@ -75,11 +87,20 @@ def test_statistics_of_a_tokenizer(tokenizer_folder: Path) -> None:
     assert np.array_equal(code.patches[0], scenes.pixels(0)[:8, :8])
 
 
-def test_command(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scenes, out = SceneDataset("validation", 3), tmp_path / "out"
     for i in range(3):
-        save_picture(tensor_to_picture(scenes.image(i).float() / 255), tmp_path / "pictures" / f"{i}.png")
-    arguments = ["--model", str(tokenizer_folder), "--images", str(tmp_path / "pictures"), "--out", str(out)]
+        save_image(tensor_to_image(scenes.image(i).float() / 255), tmp_path / "images" / f"{i}.png")
+    arguments = [
+        "--model",
+        str(tokenizer_folder),
+        "--images",
+        str(tmp_path / "images"),
+        "--out",
+        str(out),
+    ]
     assert main(["codebook", *arguments]) == 0
     values = json.loads((out / "codebook.json").read_text())
     assert sum(values["counts"]) == values["tokens"] == 3 * 64

@@ -17,12 +17,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vqrae.common.files import read_json
-from vqrae.common.pictures import tile
-from vqrae.eval.dpg_bench import Item, Question, evaluate, is_yes, official_scores, read_questions, summarize, write_questions
+from vqrae.common.images import tile
+from vqrae.eval.dpg_bench import (
+    Item,
+    Question,
+    evaluate,
+    is_yes,
+    official_scores,
+    read_questions,
+    summarize,
+    write_questions,
+)
+from vqrae.eval.dpg_bench.grids import find_images, split_grid
 from vqrae.eval.dpg_bench.judges import EndpointVQA, JudgeError, ask_what_is_known, build_judge
-from vqrae.eval.dpg_bench.pictures import find_pictures, split_grid
-from vqrae.eval.dpg_bench.scenes import SceneVQA, scene_items, true_pictures
-from vqrae.eval.dpg_bench.scores import picture_score
+from vqrae.eval.dpg_bench.scenes import SceneVQA, scene_items, true_images
+from vqrae.eval.dpg_bench.scores import image_score
 
 CAR = Item(
     "car",
@@ -35,20 +44,29 @@ CAR = Item(
     ),
 )
 SKY = Item(
-    "sky", "a blue sky", (Question(1, "Is there a sky?", "entity - whole (sky)"), Question(2, "Is it blue?", "global ()", (1,)))
+    "sky",
+    "a blue sky",
+    (
+        Question(1, "Is there a sky?", "entity - whole (sky)"),
+        Question(2, "Is it blue?", "global ()", (1,)),
+    ),
 )
 YES, NO = "yes", "no"
 
 
 class TestScores:
     def test_a_question_counts_with_everything_that_it_depends_on(self) -> None:
-        assert picture_score(CAR, [YES, YES, YES, YES]) == 1
-        assert picture_score(CAR, [YES, YES, NO, YES]) == 0.5  # the relation falls with the tree
-        assert picture_score(CAR, [NO, YES, YES, YES]) == 0.25
+        assert image_score(CAR, [YES, YES, YES, YES]) == 1
+        assert image_score(CAR, [YES, YES, NO, YES]) == 0.5  # the relation falls with the tree
+        assert image_score(CAR, [NO, YES, YES, YES]) == 0.25
 
     def test_zeros_travel_along_a_chain_in_any_order(self) -> None:
-        chain = Item("x", "", (Question(3, "", "a ()", (2,)), Question(2, "", "a ()", (1,)), Question(1, "", "a ()")))
-        assert picture_score(chain, [YES, YES, NO]) == 0
+        chain = Item(
+            "x",
+            "",
+            (Question(3, "", "a ()", (2,)), Question(2, "", "a ()", (1,)), Question(1, "", "a ()")),
+        )
+        assert image_score(chain, [YES, YES, NO]) == 0
         # The published script walks the table in order: question 3 hears that 2 was answered with yes.
         other = Item("y", "", (Question(1, "", "a ()"),))
         answers = {"x": [[YES, YES, NO]]}
@@ -57,15 +75,22 @@ class TestScores:
 
     def test_golden(self) -> None:
         answers = {
-            "car": [[YES, YES, YES, YES], [YES, YES, NO, YES], [NO, YES, YES, YES], [YES, NO, YES, YES]],
+            "car": [
+                [YES, YES, YES, YES],
+                [YES, YES, NO, YES],
+                [NO, YES, YES, YES],
+                [YES, NO, YES, YES],
+            ],
             "sky": [[YES, YES], [YES, NO], [NO, YES], [NO, NO]],
         }
         values = summarize([CAR, SKY], answers)
         car, sky = (1 + 0.5 + 0.25 + 0.75) / 4, (1 + 0.5 + 0 + 0) / 4
         assert values["dpg"] == pytest.approx(100 * (car + sky) / 2)
-        # Categories take answers as given, of all pictures: entity 6 of 8 + 2 of 4.
+        # Categories take answers as given, of all images: entity 6 of 8 + 2 of 4.
         entity = 100 * (3 + 3 + 2) / 12
-        assert values["categories"] == pytest.approx({"attribute": 75, "entity": entity, "global": 50, "relation": 100})
+        assert values["categories"] == pytest.approx(
+            {"attribute": 75, "entity": entity, "global": 50, "relation": 100}
+        )
         assert set(values["categories_detailed"]) == {
             "attribute - color", "entity - whole", "global", "relation - spatial",
         }  # fmt: skip
@@ -90,10 +115,13 @@ class TestOfficialFaults:
 
     first = Item("first", "", (Question(1, "", "other ()"), Question(2, "", "other ()")))
 
-    def test_categories_hear_the_last_picture_only(self) -> None:
+    def test_categories_hear_the_last_image_only(self) -> None:
         answers = {"sky": [[YES, YES], [YES, NO]]}
         assert summarize([self.first, SKY], answers)["categories"] == {"entity": 100, "global": 50}
-        assert official_scores([self.first, SKY], answers)["categories"] == {"entity": 100, "global": 0}
+        assert official_scores([self.first, SKY], answers)["categories"] == {
+            "entity": 100,
+            "global": 0,
+        }
 
     def test_the_first_row_is_skipped(self) -> None:
         answers = {"first": [[NO, YES]], "sky": [[YES, YES]]}
@@ -112,7 +140,11 @@ class TestOfficialFaults:
 
     def test_unless_another_parent_is_heard_first(self) -> None:
         """The script stops at the first parent that counts 0, before it looks for the one that is gone."""
-        item = Item("i", "", (Question(1, "", "a ()"), Question(2, "", "a ()"), Question(3, "", "a ()", (2, 1))))
+        item = Item(
+            "i",
+            "",
+            (Question(1, "", "a ()"), Question(2, "", "a ()"), Question(3, "", "a ()", (2, 1))),
+        )
         assert official_scores([item], {"i": [[YES, NO, YES]]})["dpg"] == 0
         with pytest.raises(ValueError, match="none of 1 prompts"):
             official_scores([item], {"i": [[YES, YES, YES]]})
@@ -132,21 +164,29 @@ class TestTable:
         )
 
     def test_a_missing_table_says_where_it_is(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"github.com/TencentQQGYLab/ELLA.*questions=scenes"):
+        with pytest.raises(
+            FileNotFoundError, match=r"github.com/TencentQQGYLab/ELLA.*questions=scenes"
+        ):
             read_questions(tmp_path / "dpg_bench.csv")
 
     @pytest.mark.parametrize(
         ("rows", "message", "numbers"),
         [
             ("a,p,1,0,t,q\nb,p,1,0,t,q\na,p,2,0,t,q\n", "row 3: item a again", [1, 2]),
-            ("a,p,1,0,t,other\na,p,1,0,t,q\n", "row 2: question 1 of item a twice, the later one", [1]),
+            (
+                "a,p,1,0,t,other\na,p,1,0,t,q\n",
+                "row 2: question 1 of item a twice, the later one",
+                [1],
+            ),
             ("a,p,1,7,t,q\n", r"item a: question 1 depends on \[7\], which do not exist", [1]),
             ("a,p,1,2,t,q\na,p,2,1;,t,q\n", "row 2 is left out: invalid literal", [1]),
             ("a,p,1,1,t,q\n", "item a: question 1 depends on itself", [1]),
             ("a,p,1,0,t,q\na,p\n", "row 2 is left out", [1]),
         ],
     )
-    def test_what_is_odd_about_a_table_is_told(self, rows: str, message: str, numbers: list[int], tmp_path: Path) -> None:
+    def test_what_is_odd_about_a_table_is_told(
+        self, rows: str, message: str, numbers: list[int], tmp_path: Path
+    ) -> None:
         header = "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
         (tmp_path / "q.csv").write_text(header + rows)
         problems: list[str] = []
@@ -154,11 +194,13 @@ class TestTable:
         assert [question.number for question in item.questions] == numbers
         assert item.questions[-1].text == "q"
         assert re.match(message, problems[0])
-        assert picture_score(item, [YES] * len(numbers)) == 1
+        assert image_score(item, [YES] * len(numbers)) == 1
 
     def test_a_table_from_a_spreadsheet(self, tmp_path: Path) -> None:
         header = "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
-        (tmp_path / "q.csv").write_text(header + ",,,,,\na,p,1.0,0.0,t,q\n,,,,,\n\na,p,2,1.0,t,q\n,,,,,\n")
+        (tmp_path / "q.csv").write_text(
+            header + ",,,,,\na,p,1.0,0.0,t,q\n,,,,,\n\na,p,2,1.0,t,q\n,,,,,\n"
+        )
         [item] = read_questions(tmp_path / "q.csv", problems := [])
         assert [(q.number, q.parents) for q in item.questions] == [(1, ()), (2, (1,))]
         assert problems == []
@@ -168,15 +210,22 @@ class TestTable:
         with pytest.raises(ValueError, match="no columns proposition_id"):
             read_questions(tmp_path / "q.csv")
         header = "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
-        for rows, message in (("", "has no rows"), ("a,p,one,0,t,q\n", "row 1 is left out: invalid literal")):
+        for rows, message in (
+            ("", "has no rows"),
+            ("a,p,one,0,t,q\n", "row 1 is left out: invalid literal"),
+        ):
             (tmp_path / "q.csv").write_text(header + rows)
             with pytest.raises(ValueError, match=f"holds no questions: .*{message}"):
                 read_questions(tmp_path / "q.csv")
 
     def test_questions_in_a_circle_count_together(self) -> None:
-        circle = Item("x", "", (Question(1, "", "a ()", (2,)), Question(2, "", "a ()", (1,)), Question(3, "", "a ()")))
-        assert picture_score(circle, [YES, YES, YES]) == 1
-        assert picture_score(circle, [YES, NO, YES]) == pytest.approx(1 / 3)
+        circle = Item(
+            "x",
+            "",
+            (Question(1, "", "a ()", (2,)), Question(2, "", "a ()", (1,)), Question(3, "", "a ()")),
+        )
+        assert image_score(circle, [YES, YES, YES]) == 1
+        assert image_score(circle, [YES, NO, YES]) == pytest.approx(1 / 3)
 
 
 class TestGrids:
@@ -187,19 +236,19 @@ class TestGrids:
         assert [crop.getpixel((4, 4)) for crop in crops] == [
             Image.new("RGB", (1, 1), color).getpixel((0, 0)) for color in colors
         ]
-        assert list(find_pictures(tmp_path)) == ["a"]  # the name up to its first dot
+        assert list(find_images(tmp_path)) == ["a"]  # the name up to its first dot
         [whole] = split_grid(tmp_path / "a.b.png", 1)
         assert whole.size == (16, 16)
         with pytest.raises(ValueError, match="16 x 16 pixels, expected 20 x 20"):
             split_grid(tmp_path / "a.b.png", resolution=10)
 
     def test_folders(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="holds no pictures"):
-            find_pictures(tmp_path)
+        with pytest.raises(ValueError, match="holds no images"):
+            find_images(tmp_path)
         for name in ("a.png", "a.jpg", "results.txt"):
             Image.new("RGB", (2, 2)).save(tmp_path / name, format="PNG")
         with pytest.raises(ValueError, match="both belong to item a"):
-            find_pictures(tmp_path)
+            find_images(tmp_path)
 
 
 # ---- judges
@@ -208,18 +257,21 @@ class TestGrids:
 @pytest.mark.parametrize("sprites", ["shapes", "emoji"])
 def test_true_scenes_answer_every_question_with_yes_and_others_do_not(sprites: str) -> None:
     items, judge = scene_items(sprites, 24), SceneVQA(sprites)
-    pictures = true_pictures(sprites, 24)
+    images = true_images(sprites, 24)
 
     def answers(shift: int) -> dict[str, list[list[str]]]:
-        asked = zip(items, pictures[shift:] + pictures[:shift], strict=True)
-        return {item.id: [judge.answer([(picture, q.text) for q in item.questions])] for item, picture in asked}
+        asked = zip(items, images[shift:] + images[:shift], strict=True)
+        return {
+            item.id: [judge.answer([(image, q.text) for q in item.questions])]
+            for item, image in asked
+        }
 
     assert summarize(items, answers(0))["dpg"] == 100
     wrong = summarize(items, answers(5))
     assert wrong["dpg"] < 40
     assert {"attribute", "entity", "other", "relation"} == set(wrong["categories"])
     with pytest.raises(JudgeError, match="questions about scenes only"):
-        judge.answer([(pictures[0], "Is the mood sombre?")])
+        judge.answer([(images[0], "Is the mood sombre?")])
 
 
 class Server:
@@ -261,9 +313,14 @@ class TestEndpoint:
         assert judge.answer([(Image.new("RGB", (4, 4), "red"), "Is it red?")]) == ["Yes."]
         assert len(server.received) == 3
         path, key, body = server.received[-1]
-        assert (path, key, body["model"], body["temperature"]) == ("/v1/chat/completions", "Bearer secret", "m", 0)
-        picture, text = body["messages"][0]["content"]
-        assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+        assert (path, key, body["model"], body["temperature"]) == (
+            "/v1/chat/completions",
+            "Bearer secret",
+            "m",
+            0,
+        )
+        image, text = body["messages"][0]["content"]
+        assert image["image_url"]["url"].startswith("data:image/png;base64,")
         assert text["text"] == "Is it red? Answer with yes or no."
 
     def test_gives_up_with_the_reason(self) -> None:
@@ -272,7 +329,9 @@ class TestEndpoint:
             EndpointVQA(server.url, "m", workers=1).answer([(Image.new("RGB", (4, 4)), "?")])
         assert len(server.received) == 1  # asking again would not help
         with pytest.raises(JudgeError, match="gave no answer"):
-            EndpointVQA("http://127.0.0.1:9/v1", "m", attempts=2).answer([(Image.new("RGB", (4, 4)), "?")])
+            EndpointVQA("http://127.0.0.1:9/v1", "m", attempts=2).answer(
+                [(Image.new("RGB", (4, 4)), "?")]
+            )
 
 
 def test_judges_that_lack_something() -> None:
@@ -298,24 +357,50 @@ def test_models_of_transformers(kind: str, tmp_path: Path) -> None:
     )
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "it", "red", "yes", "no"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     text_tokenizer = BertTokenizerFast(tokenizer_object=tokenizer)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     if kind == "vilt":
-        config = ViltConfig(**small, vocab_size=16, image_size=32, patch_size=16, id2label={0: "no", 1: "yes"})
+        config = ViltConfig(
+            **small, vocab_size=16, image_size=32, patch_size=16, id2label={0: "no", 1: "yes"}
+        )
         ViltForQuestionAnswering(config).save_pretrained(tmp_path)
-        ViltProcessor(ViltImageProcessor(size={"shortest_edge": 32}), text_tokenizer).save_pretrained(tmp_path)
+        ViltProcessor(
+            ViltImageProcessor(size={"shortest_edge": 32}), text_tokenizer
+        ).save_pretrained(tmp_path)
     else:
-        text = {**small, "vocab_size": 16, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+        text = {
+            **small,
+            "vocab_size": 16,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "sep_token_id": 3,
+            "pad_token_id": 0,
+        }
         text |= {"encoder_hidden_size": 16, "max_position_embeddings": 32}
         vision = {**small, "image_size": 32, "patch_size": 16}
-        BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path)
-        BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), text_tokenizer).save_pretrained(tmp_path)
+        BlipForQuestionAnswering(
+            BlipConfig(text_config=text, vision_config=vision)
+        ).save_pretrained(tmp_path)
+        BlipProcessor(
+            BlipImageProcessor(size={"height": 32, "width": 32}), text_tokenizer
+        ).save_pretrained(tmp_path)
     judge = build_judge("vqa", model=str(tmp_path), batch_size=2)
     answers = judge.answer(
-        [(Image.new("RGB", (40, 30)), "is it red"), (Image.new("RGB", (32, 32)), "is it"), (Image.new("RGB", (9, 9)), "is")]
+        [
+            (Image.new("RGB", (40, 30)), "is it red"),
+            (Image.new("RGB", (32, 32)), "is it"),
+            (Image.new("RGB", (9, 9)), "is"),
+        ]
     )
     assert len(answers) == 3
     assert all(isinstance(answer, str) for answer in answers)
@@ -323,7 +408,11 @@ def test_models_of_transformers(kind: str, tmp_path: Path) -> None:
         assert set(answers) <= {"no", "yes"}
     assert len(judge.identity) == 64
     weights = load_file(tmp_path / "model.safetensors")
-    save_file({name: weights[name] for name in sorted(weights)[1:]}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: weights[name] for name in sorted(weights)[1:]},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match="lacks weights of"):
         build_judge("vqa", model=str(tmp_path))
 
@@ -363,8 +452,13 @@ def grids(folder: Path, *names: str) -> Path:
 class TestCommand:
     def arguments(self, tmp_path: Path, *more: str) -> list[str]:
         write_questions(tmp_path / "q.csv", [CAR, SKY])
-        given = [f"questions={tmp_path / 'q.csv'}", f"images={tmp_path / 'p'}", f"out={tmp_path / 'o'}", "judge=vqa"]
-        return [*given, "pictures_per_prompt=4", *more]
+        given = [
+            f"questions={tmp_path / 'q.csv'}",
+            f"images={tmp_path / 'p'}",
+            f"out={tmp_path / 'o'}",
+            "judge=vqa",
+        ]
+        return [*given, "images_per_prompt=4", *more]
 
     def test_failures_are_counted_and_answers_are_kept(
         self, tmp_path: Path, recorder: Recorder, capsys: pytest.CaptureFixture[str]
@@ -372,8 +466,13 @@ class TestCommand:
         grids(tmp_path / "p", "sky")
         evaluate.main(self.arguments(tmp_path))
         values = read_json(tmp_path / "o" / "scores.json")
-        assert (values["dpg"], values["num_prompts"], values["num_scored"], values["num_failed"]) == (100, 2, 1, 1)
-        assert values["failed"] == {"car": "no picture"}
+        assert (
+            values["dpg"],
+            values["num_prompts"],
+            values["num_scored"],
+            values["num_failed"],
+        ) == (100, 2, 1, 1)
+        assert values["failed"] == {"car": "no image"}
         assert values["benchmark"] == "DPG(recorder)"
         assert values["manifest"]["formulas"] == "corrected"
         assert values["self_test"]["passed"] is False  # says yes to everything
@@ -381,15 +480,21 @@ class TestCommand:
         asked = recorder.asked
         Image.new("RGB", (16, 16)).save(tmp_path / "p" / "car.png")
         evaluate.main(self.arguments(tmp_path, "official_compat=true"))
-        assert recorder.asked == asked + 2 + 4 * 4  # the self-test and the new picture
+        assert recorder.asked == asked + 2 + 4 * 4  # the self-test and the new image
         values = read_json(tmp_path / "o" / "scores.json")
-        assert (values["benchmark"], values["num_failed"], list(values["dropped"])) == ("DPG-official(recorder)", 0, ["car"])
+        assert (values["benchmark"], values["num_failed"], list(values["dropped"])) == (
+            "DPG-official(recorder)",
+            0,
+            ["car"],
+        )
         Image.new("RGB", (16, 16), "red").save(tmp_path / "p" / "sky.png")
         asked = recorder.asked
         evaluate.main(self.arguments(tmp_path))
-        assert recorder.asked == asked + 2 + 4 * 2  # another picture is asked about again
+        assert recorder.asked == asked + 2 + 4 * 2  # another image is asked about again
 
-    def test_wrong_sizes_and_silent_judges_are_failures(self, tmp_path: Path, recorder: Recorder) -> None:
+    def test_wrong_sizes_and_silent_judges_are_failures(
+        self, tmp_path: Path, recorder: Recorder
+    ) -> None:
         grids(tmp_path / "p", "car", "sky")
         Image.new("RGB", (16, 8)).save(tmp_path / "p" / "car.png")
         evaluate.main(self.arguments(tmp_path))
@@ -406,23 +511,31 @@ class TestCommand:
             evaluate.main(self.arguments(tmp_path))
 
     @pytest.mark.parametrize(
-        "arguments", [[], ["model=m", "images=."], ["images=.", "questions=q.csv"], ["images=.", "pictures_per_prompt=5"]]
+        "arguments",
+        [
+            [],
+            ["model=m", "images=."],
+            ["images=.", "questions=q.csv"],
+            ["images=.", "images_per_prompt=5"],
+        ],
     )
     def test_what_cannot_be_meant(self, arguments: list[str]) -> None:
         with pytest.raises(SystemExit):
             evaluate.main(["out=o", *arguments])
 
-    def test_images_of_unknown_layout_are_asked_about(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_images_of_unknown_layout_are_asked_about(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         grids(tmp_path / "p")
-        for item, picture in zip(scene_items("shapes", 3), true_pictures("shapes", 3), strict=True):
-            picture.save(tmp_path / "p" / f"{item.id}.png")
+        for item, image in zip(scene_items("shapes", 3), true_images("shapes", 3), strict=True):
+            image.save(tmp_path / "p" / f"{item.id}.png")
         arguments = [f"images={tmp_path / 'p'}", f"out={tmp_path / 'o'}", "num_prompts=3"]
         with pytest.raises(SystemExit):
             evaluate.main(arguments)
-        assert "single images or grids? Set pictures_per_prompt=1, or" in capsys.readouterr().err
+        assert "single images or grids? Set images_per_prompt=1, or" in capsys.readouterr().err
         with pytest.raises(SystemExit):  # not quarters of them
             evaluate.main([*arguments, "resolution=64"])
-        evaluate.main([*arguments, "pictures_per_prompt=1"])
+        evaluate.main([*arguments, "images_per_prompt=1"])
         assert read_json(tmp_path / "o" / "scores.json")["dpg"] == 100
 
     def test_problems_of_the_table_are_in_the_scores(
@@ -440,18 +553,21 @@ class TestCommand:
     def test_scenes_from_drawing_to_score(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from vqrae.common.pictures import picture_to_tensor
+        from vqrae.common.images import image_to_tensor
         from vqrae.generation.generator import Generator
 
         truth = {
-            item.prompt: picture for item, picture in zip(scene_items("shapes", 6), true_pictures("shapes", 6), strict=True)
+            item.prompt: image
+            for item, image in zip(scene_items("shapes", 6), true_images("shapes", 6), strict=True)
         }
         drawn = []
 
         class Perfect:
-            def images(self, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any) -> torch.Tensor:
+            def images(
+                self, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any
+            ) -> torch.Tensor:
                 drawn.extend(seeds)
-                return torch.stack([picture_to_tensor(truth[prompt]) for prompt in prompts])
+                return torch.stack([image_to_tensor(truth[prompt]) for prompt in prompts])
 
         monkeypatch.setattr(Generator, "from_pretrained", lambda *arguments, **options: Perfect())
         for function in ("model_fingerprint", "tokenizer_fingerprint"):
@@ -460,7 +576,7 @@ class TestCommand:
         evaluate.main(arguments)
         values = read_json(tmp_path / "scores.json")
         assert (values["dpg"], values["ceiling"], values["num_scored"]) == (100, {"truth": 100}, 6)
-        assert values["manifest"]["pictures"]["generator"] == "f" * 64
+        assert values["manifest"]["images"]["generator"] == "f" * 64
         assert values["self_test"]["passed"]
         assert len(drawn) == 24 == len(set(drawn))
         assert len(read_questions(tmp_path / "questions.csv")) == 6
@@ -471,15 +587,21 @@ class TestCommand:
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
-    """Shares of four and three, one of the first without its picture."""
+    """Shares of four and three, one of the first without its image."""
     (tmp_path / "p").mkdir()
-    for i, picture in enumerate(true_pictures("shapes", 7)):
+    for i, image in enumerate(true_images("shapes", 7)):
         if i != 2:
-            picture.save(tmp_path / "p" / f"scene{i}.png")
-    arguments = [f"images={tmp_path / 'p'}", "num_prompts=7", "pictures_per_prompt=1"]
+            image.save(tmp_path / "p" / f"scene{i}.png")
+    arguments = [f"images={tmp_path / 'p'}", "num_prompts=7", "images_per_prompt=1"]
     evaluate.main([*arguments, f"out={tmp_path / 'one'}"])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "vqrae.eval.dpg_bench.evaluate", *arguments, f"out={tmp_path / 'two'}"]
+    command = [
+        *launch,
+        "-m",
+        "vqrae.eval.dpg_bench.evaluate",
+        *arguments,
+        f"out={tmp_path / 'two'}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -487,7 +609,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     for values in (one, two):
         del values["manifest"]
     assert one == two
-    assert (one["dpg"], one["failed"]) == (100, {"scene2": "no picture"})
+    assert (one["dpg"], one["failed"]) == (100, {"scene2": "no image"})
 
 
 def test_self_test_of_a_judge_that_sees() -> None:

@@ -9,27 +9,36 @@ from transformers import LlavaForConditionalGeneration
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import weights_fingerprint
-from vqrae.eval import feature_quality
+from vqrae.eval.features import compare as feature_quality
+from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_training
 from vqrae.understanding.build import build_llava
 from vqrae.understanding.chat import Chat
 from vqrae.understanding.quantized import read_quantized_features
-from vqrae.understanding.train_llm import TinyLLMConfig, build_tiny_llm
 
 ENCODER = (
     "{model_type: siglip_vision_model, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2,"
     " image_size: 64, patch_size: 16, vision_use_head: false}"
 )
 STEPS = ["stage1.max_steps=1", "stage2.max_steps=2", "stage2.bypass_steps=1"]
-BATCH = [f"{stage}.{key}=4" for stage in ("stage1", "stage2") for key in ("global_batch_size", "micro_batch_size")]
+BATCH = [
+    f"{stage}.{key}=4"
+    for stage in ("stage1", "stage2")
+    for key in ("global_batch_size", "micro_batch_size")
+]
 
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llm")
-    small = [f"model.{key}" for key in ("hidden_size=32", "num_hidden_layers=1", "intermediate_size=64", "head_dim=8")]
-    for part in build_tiny_llm(load_config(TinyLLMConfig, shipped_config("vqrae.understanding", "tiny_llm"), small)):
+    small = [
+        f"model.{key}"
+        for key in ("hidden_size=32", "num_hidden_layers=1", "intermediate_size=64", "head_dim=8")
+    ]
+    for part in build_tiny_llm(
+        load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"), small)
+    ):
         part.save_pretrained(folder)
     return folder
 
@@ -38,20 +47,38 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both stages of a tokenizer, one or two steps each."""
     run = tmp_path_factory.mktemp("tokenizer")
-    model = ["model.encoder=", f"model.encoder_config={ENCODER}", "model.codebook_size=32", "model.codebook_dim=32"]
-    tokenizer_training.main(["tiny", f"output_dir={run}", *model, *STEPS, *BATCH, "sample_steps=100"])
+    model = [
+        "model.encoder=",
+        f"model.encoder_config={ENCODER}",
+        "model.codebook_size=32",
+        "model.codebook_dim=32",
+    ]
+    tokenizer_training.main(
+        ["tiny", f"output_dir={run}", *model, *STEPS, *BATCH, "sample_steps=100"]
+    )
     return run
 
 
 def test_all_four_kinds_in_one_command(
     tokenizer_run: Path, llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = [f"{s}.{k}" for s in ("pretrain", "sft") for k in ("max_steps=1", "global_batch_size=2", "micro_batch_size=2")]
-    command = [f"tokenizer={tokenizer_run}", f"llm={llm}", f"output={tmp_path}", f"training=[{', '.join(sizes)}]"]
+    sizes = [
+        f"{s}.{k}"
+        for s in ("pretrain", "sft")
+        for k in ("max_steps=1", "global_batch_size=2", "micro_batch_size=2")
+    ]
+    command = [
+        f"tokenizer={tokenizer_run}",
+        f"llm={llm}",
+        f"output={tmp_path}",
+        f"training=[{', '.join(sizes)}]",
+    ]
     feature_quality.main([*command, "num_images=2"])
     scores = json.loads((tmp_path / "scores.json").read_text())["kinds"]
     assert tuple(scores) == feature_quality.KINDS
-    stages = {name: weights_fingerprint(tokenizer_run / name / "model") for name in ("stage1", "stage2")}
+    stages = {
+        name: weights_fingerprint(tokenizer_run / name / "model") for name in ("stage1", "stage2")
+    }
     assert scores["original"]["tokenizer"] == stages["stage1"]
     assert scores["distilled"]["tokenizer"] == scores["quantized"]["tokenizer"] == stages["stage2"]
     assert scores["undistilled"]["tokenizer"] not in stages.values()
@@ -60,7 +87,10 @@ def test_all_four_kinds_in_one_command(
     assert all(f"| {kind} |" in table for kind in feature_quality.KINDS)
     # Same encoder and language model, other features.
     models = {kind: tmp_path / f"{kind}-0" / "model" for kind in feature_quality.KINDS}
-    assert json.loads((models["quantized"] / "config.json").read_text())["vqrae_features"] == "quantized"
+    assert (
+        json.loads((models["quantized"] / "config.json").read_text())["vqrae_features"]
+        == "quantized"
+    )
     with pytest.raises(ValueError, match="was trained on quantized features"):
         Chat.from_pretrained(models["quantized"])
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
@@ -76,7 +106,9 @@ def test_the_projector_reads_what_the_decoder_reads(tokenizer_folder: Path, llm:
     plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     read_quantized_features(model, tokenizer_folder)
     received: list[torch.Tensor] = []
-    model.model.multi_modal_projector.linear_1.register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    model.model.multi_modal_projector.linear_1.register_forward_pre_hook(
+        lambda module, args: received.append(args[0])
+    )
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         model.get_image_features(tokenizer.normalize(images))
@@ -88,7 +120,9 @@ def test_the_projector_reads_what_the_decoder_reads(tokenizer_folder: Path, llm:
 
 
 def test_a_run_without_both_stages_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"config.yaml does not exist: give the run directory"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config.yaml does not exist: give the run directory"
+    ):
         feature_quality.main([f"tokenizer={tmp_path}", "llm=l", f"output={tmp_path / 'out'}"])
 
 
@@ -103,6 +137,8 @@ def test_several_seeds_show_their_range() -> None:
             "blind_accuracy": 0.25,
         }
 
-    text = feature_quality.markdown({"original": {"psnr": 20.0, "seeds": {"0": seed(0.5), "1": seed(0.7)}}})
+    text = feature_quality.markdown(
+        {"original": {"psnr": 20.0, "seeds": {"0": seed(0.5), "1": seed(0.7)}}}
+    )
     assert "60.0% (50.0% to 70.0%)" in text
     assert "2 seeds (mean and range)" in text

@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqrae.common.pictures import save_picture, tensor_to_picture
+from vqrae.common.images import save_image, tensor_to_image
 from vqrae.data.scenes import SceneDataset, SceneObject
-from vqrae.eval import features
-from vqrae.eval.features import FeaturesConfig, evaluate_features, extract, teacher_cosines
-from vqrae.eval.labelled import LabelledScenes, cell_labels, folder_tasks, place_of, shape_of
-from vqrae.eval.probes import Samples, knn_accuracy, linear_accuracy, majority_share
+from vqrae.eval.features import evaluate as features
+from vqrae.eval.features.evaluate import FeaturesConfig, evaluate_features, extract, teacher_cosines
+from vqrae.eval.features.labelled import (
+    LabelledScenes,
+    cell_labels,
+    folder_tasks,
+    place_of,
+    shape_of,
+)
+from vqrae.eval.features.probes import Samples, knn_accuracy, linear_accuracy, majority_share
 from vqrae.tokenizer import VQRAEModel
 
 
@@ -27,8 +33,12 @@ def test_probes_tell_clusters_apart_and_know_nothing_of_noise() -> None:
     known, asked = clusters(120, seed=0), clusters(60, seed=1)
     assert knn_accuracy(known, asked, k=5) == 1
     assert linear_accuracy(known, asked) == 1
-    lost = Samples(torch.randn(600, 8, generator=torch.Generator().manual_seed(2)), torch.arange(600) % 3)
-    noise = Samples(torch.randn(600, 8, generator=torch.Generator().manual_seed(3)), torch.arange(600) % 3)
+    lost = Samples(
+        torch.randn(600, 8, generator=torch.Generator().manual_seed(2)), torch.arange(600) % 3
+    )
+    noise = Samples(
+        torch.randn(600, 8, generator=torch.Generator().manual_seed(3)), torch.arange(600) % 3
+    )
     assert linear_accuracy(lost, noise) == pytest.approx(1 / 3, abs=0.08)
     assert knn_accuracy(lost, noise) == pytest.approx(1 / 3, abs=0.08)
     assert majority_share(noise) == pytest.approx(1 / 3)
@@ -37,7 +47,10 @@ def test_probes_tell_clusters_apart_and_know_nothing_of_noise() -> None:
 def test_linear_probe_does_not_mind_scales_and_offsets() -> None:
     known, asked = clusters(120, seed=0, noise=0.5), clusters(60, seed=1, noise=0.5)
     scale, offset = torch.logspace(-3, 3, 8), 100 * torch.arange(8)
-    moved = [Samples(samples.features.double() * scale + offset, samples.labels) for samples in (known, asked)]
+    moved = [
+        Samples(samples.features.double() * scale + offset, samples.labels)
+        for samples in (known, asked)
+    ]
     assert linear_accuracy(*moved) == linear_accuracy(known, asked)
 
 
@@ -60,14 +73,19 @@ def test_cells_are_labelled_by_the_object_that_stands_there() -> None:
     for i in range(20):
         scene = scenes.scene(i)
         labels = cell_labels(scene, 8, 64, shape_of)
-        assert int((labels >= 0).sum()) == sum(round((item.size + 4) / 8) ** 2 for item in scene.objects)
+        assert int((labels >= 0).sum()) == sum(
+            round((item.size + 4) / 8) ** 2 for item in scene.objects
+        )
         for item in scene.objects:
             assert labels[int(item.center[1] // 8), int(item.center[0] // 8)] == item.name
     assert cell_labels(scenes.scene(0), 16, 64, shape_of).shape == (16, 16)
 
 
 def test_places_are_fields_of_a_board() -> None:
-    corners = [SceneObject(name=0, color=0, size=20, left=left, top=top) for left, top in ((0, 0), (42, 2), (20, 24), (44, 44))]
+    corners = [
+        SceneObject(name=0, color=0, size=20, left=left, top=top)
+        for left, top in ((0, 0), (42, 2), (20, 24), (44, 44))
+    ]
     assert [place_of(item, 64) for item in corners] == [0, 4, 12, 24]
 
 
@@ -82,23 +100,23 @@ def test_lone_objects_are_found() -> None:
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Dark and light pictures in two folders."""
+    """Dark and light images in two folders."""
     folder = tmp_path / "classes"
     for name, level in {"dark": 0.2, "light": 0.8}.items():
         for i in range(20):
             noise = torch.rand(3, 40, 48, generator=torch.Generator().manual_seed(i))
-            save_picture(tensor_to_picture(level + 0.1 * noise), folder / name / f"{i}.png")
+            save_image(tensor_to_image(level + 0.1 * noise), folder / name / f"{i}.png")
     return folder
 
 
 def test_folders_of_classes(classes: Path, tmp_path: Path) -> None:
-    known, asked = folder_tasks(str(classes), None, 64, 1000, 1000)["pictures"]
+    known, asked = folder_tasks(str(classes), None, 64, 1000, 1000)["images"]
     assert (len(known), len(asked)) == (32, 8)  # type: ignore[arg-type]
     assert asked[0]["image"].shape == (3, 64, 64)
     assert sorted(int(asked[i]["label"]) for i in range(8)) == [0] * 4 + [1] * 4
-    _, same = folder_tasks(str(classes), str(classes), 64, 10, 1000)["pictures"]
+    _, same = folder_tasks(str(classes), str(classes), 64, 10, 1000)["images"]
     assert len(same) == 40  # type: ignore[arg-type]
-    save_picture(tensor_to_picture(torch.rand(3, 8, 8)), tmp_path / "other" / "grey" / "1.png")
+    save_image(tensor_to_image(torch.rand(3, 8, 8)), tmp_path / "other" / "grey" / "1.png")
     with pytest.raises(ValueError, match=r"classes that .* does not: grey"):
         folder_tasks(str(classes), str(tmp_path / "other"), 64, 10, 10)
     with pytest.raises(ValueError, match="the class grey only"):
@@ -114,27 +132,37 @@ def test_quantized_features_are_the_vectors_of_the_codes(tokenizer_folder: Path)
     image = lone[2]["image"][None].float() / 255
     expected = model.code_vectors()[model.encode(image)].mean(1)
     torch.testing.assert_close(found["quantized"].features[2:], expected)
-    torch.testing.assert_close(found["continuous"].features[2:], model.encode_features(image).mean(1))
+    torch.testing.assert_close(
+        found["continuous"].features[2:], model.encode_features(image).mean(1)
+    )
 
 
 def test_too_few_images_for_the_neighbours_are_named_first(tokenizer_folder: Path) -> None:
     config = FeaturesConfig(model=str(tokenizer_folder), output="o", num_train=4, num_test=4)
-    with pytest.raises(ValueError, match="got 4 images to learn from, expected at least neighbors=20"):
+    with pytest.raises(
+        ValueError, match="got 4 images to learn from, expected at least neighbors=20"
+    ):
         evaluate_features(config)
 
 
 def test_one_image_has_no_other(tokenizer_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "features.json"
-    arguments = [f"model={tokenizer_folder}", f"original_encoder={tokenizer_folder}", f"output={output}"]
+    arguments = [
+        f"model={tokenizer_folder}",
+        f"original_encoder={tokenizer_folder}",
+        f"output={output}",
+    ]
     features.main([*arguments, "num_train=24", "num_test=1", "neighbors=5"])
     values = json.loads(output.read_text())
     assert values["stages"]["model"]["teacher_cosine"] == pytest.approx(1, abs=1e-6)
-    assert values["stages"]["model"]["teacher_cosine_other_picture"] is None
-    assert "one test image" in values["not_measured"]["teacher_cosine_other_picture"]
+    assert values["stages"]["model"]["teacher_cosine_other_image"] is None
+    assert "one test image" in values["not_measured"]["teacher_cosine_other_image"]
     assert "| 1.0000 (—) |" in output.with_suffix(".md").read_text()
 
 
-def test_every_stage_of_a_run_is_probed(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_of_a_run_is_probed(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     for stage in ("stage1", "stage2"):
         (run / stage).mkdir(parents=True)
@@ -145,31 +173,42 @@ def test_every_stage_of_a_run_is_probed(tokenizer_folder: Path, tmp_path: Path, 
     assert list(values["stages"]) == ["stage1", "stage2"]
     stage = values["stages"]["stage2"]
     assert stage["teacher_cosine"] == pytest.approx(1, abs=1e-6)
-    assert stage["teacher_cosine_other_picture"] < 1
-    assert set(stage["tasks"]) == {"cells", "places", "pictures"}
+    assert stage["teacher_cosine_other_image"] < 1
+    assert set(stage["tasks"]) == {"cells", "places", "images"}
     assert 0 <= stage["tasks"]["cells"]["quantized"]["linear"] <= 1
     assert "| stage2 | quantized |" in output.with_suffix(".md").read_text()
     assert "teacher cosine" in capsys.readouterr().out
 
 
-def test_a_lone_tokenizer_is_probed_without_its_teacher(tokenizer_folder: Path, classes: Path) -> None:
+def test_a_lone_tokenizer_is_probed_without_its_teacher(
+    tokenizer_folder: Path, classes: Path
+) -> None:
     config = FeaturesConfig(model=str(tokenizer_folder), output="o", data=str(classes), neighbors=3)
     values = evaluate_features(config)
     assert "original_encoder=" in values["not_measured"]["teacher_cosine"]
-    scores = values["stages"]["model"]["tasks"]["pictures"]
+    scores = values["stages"]["model"]["tasks"]["images"]
     assert scores["continuous"]["linear"] == 1  # brightness survives even a random encoder
     assert scores["chance"] == 0.5
 
 
 def test_an_image_is_never_its_own_other(tokenizer: VQRAEModel) -> None:
     size = tokenizer.config.image_size
-    images = torch.randint(256, (5, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        256, (5, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     samples = [{"image": image, "label": 0} for image in images]
     found = [
-        teacher_cosines(tokenizer, tokenizer, samples, FeaturesConfig(model="unused", output="unused", batch_size=count))
+        teacher_cosines(
+            tokenizer,
+            tokenizer,
+            samples,
+            FeaturesConfig(model="unused", output="unused", batch_size=count),
+        )
         for count in (5, 2, 1)
     ]
     for cosines in found:
         assert cosines["teacher_cosine"] == pytest.approx(1)
-        assert cosines["teacher_cosine_other_picture"] == pytest.approx(found[0]["teacher_cosine_other_picture"])
-    assert found[0]["teacher_cosine_other_picture"] < 0.999
+        assert cosines["teacher_cosine_other_image"] == pytest.approx(
+            found[0]["teacher_cosine_other_image"]
+        )
+    assert found[0]["teacher_cosine_other_image"] < 0.999

@@ -9,7 +9,7 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from vqrae.eval.frechet import FeatureStatistics, InceptionScore, frechet_distance
+from vqrae.eval.reconstruction.frechet import FeatureStatistics, InceptionScore, frechet_distance
 
 
 def statistics(features: np.ndarray, batch_size: int = 7) -> FeatureStatistics:
@@ -24,7 +24,9 @@ def draw(count: int, width: int, seed: int, offset: float = 0.0) -> np.ndarray:
     return rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + offset
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e4])  # about zero, sums of squares of the second would lose eight digits
+@pytest.mark.parametrize(
+    "offset", [0.0, 1e4]
+)  # about zero, sums of squares of the second would lose eight digits
 def test_statistics_are_those_of_numpy(offset: float) -> None:
     features = draw(100, 16, seed=0, offset=offset)
     ours = statistics(features)
@@ -46,13 +48,17 @@ def test_distance_is_that_of_the_matrix_square_root() -> None:
     a, b = draw(300, 12, seed=2), draw(300, 12, seed=3, offset=0.5)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     offset = a.mean(0) - b.mean(0)
-    expected = offset @ offset + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
+    expected = offset @ offset + np.trace(
+        cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real
+    )
     assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(expected, rel=1e-8)
 
 
-def test_distance_of_fewer_pictures_than_features() -> None:
+def test_distance_of_fewer_images_than_features() -> None:
     a, b = draw(10, 32, seed=4), draw(10, 32, seed=5)
-    assert frechet_distance(statistics(a), statistics(a)) == pytest.approx(0, abs=1e-4 * np.cov(a, rowvar=False).trace())
+    assert frechet_distance(statistics(a), statistics(a)) == pytest.approx(
+        0, abs=1e-4 * np.cov(a, rowvar=False).trace()
+    )
     distance = frechet_distance(statistics(a), statistics(b))
     assert np.isfinite(distance)
     assert distance == pytest.approx(frechet_distance(statistics(b), statistics(a)), rel=1e-6)
@@ -74,7 +80,10 @@ def test_distance_of_known_gaussians() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    path, identity = tmp_path / "reference.npz", {"data": "scenes", "protocol": {"rounding": "round"}}
+    path, identity = (
+        tmp_path / "reference.npz",
+        {"data": "scenes", "protocol": {"rounding": "round"}},
+    )
     original = statistics(draw(50, 4, seed=6))
     original.save(path, identity)
     loaded = FeatureStatistics.load(path, identity)
@@ -93,11 +102,11 @@ def test_files(tmp_path: Path) -> None:
 def test_inception_score() -> None:
     score = InceptionScore(4)
     score.update(torch.zeros(8, 4))
-    assert score.compute() == pytest.approx(1)  # no picture is of any class
+    assert score.compute() == pytest.approx(1)  # no image is of any class
     score = InceptionScore(4)
     for batch in (100 * torch.eye(4)).split(3):
         score.update(batch)
-    assert score.compute() == pytest.approx(4)  # every picture is of one class, all classes alike
+    assert score.compute() == pytest.approx(4)  # every image is of one class, all classes alike
 
 
 def test_inception_score_is_that_of_torch_fidelity() -> None:
@@ -112,5 +121,9 @@ def test_inception_score_is_that_of_torch_fidelity() -> None:
 @pytest.mark.parametrize(("first", "second", "width"), [(200, 150, 16), (10, 14, 16)])
 def test_distance_is_that_of_torch_fidelity(first: int, second: int, width: int) -> None:
     a, b = draw(first, width, seed=7), draw(second, width, seed=8, offset=0.3)
-    theirs = fid_statistics_to_metric(*(fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)), verbose=False)
-    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    theirs = fid_statistics_to_metric(
+        *(fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)), verbose=False
+    )
+    assert frechet_distance(statistics(a), statistics(b)) == pytest.approx(
+        theirs["frechet_inception_distance"], rel=1e-6
+    )

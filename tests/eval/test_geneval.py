@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from vqrae.data.scenes import COLORS as COLOR_VALUES
-from vqrae.eval.generation import SceneBenchmark, satisfying_pictures
 from vqrae.eval.geneval import (
     MAX_OBJECTS,
     Detection,
@@ -33,12 +32,13 @@ from vqrae.eval.geneval import (
 )
 from vqrae.eval.geneval.clip_colors import crop_object
 from vqrae.eval.geneval.judges import mistaken_colors, sample_photograph
+from vqrae.eval.geneval.scenes import SceneBenchmark, satisfying_images
 
-PICTURE = Image.new("RGB", (100, 100))
+IMAGE = Image.new("RGB", (100, 100))
 
 
 class FakeDetector:
-    """Sees the same objects in every picture."""
+    """Sees the same objects in every image."""
 
     name, threshold, counting_threshold = "fake", 0.3, 0.9
 
@@ -55,7 +55,9 @@ class FakeColors:
     def __init__(self, colors: dict[float, str] | None = None) -> None:
         self.colors, self.asked = colors or {}, []
 
-    def classify(self, image: Image.Image, detections: Sequence[Detection], class_name: str) -> list[str]:
+    def classify(
+        self, image: Image.Image, detections: Sequence[Detection], class_name: str
+    ) -> list[str]:
         self.asked.append((class_name, len(detections)))
         return [self.colors[detection.score] for detection in detections]
 
@@ -65,13 +67,17 @@ def at(name: str, x: float, y: float, *, size: float = 10, score: float = 0.95) 
     return Detection(name, score, (x - size / 2, y - size / 2, x + size / 2, y + size / 2))
 
 
-def record(tag: str, *include: dict[str, Any], exclude: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def record(
+    tag: str, *include: dict[str, Any], exclude: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
     values = {"tag": tag, "include": list(include), "prompt": f"a photo of {tag}"}
     return {**values, "exclude": list(exclude)} if exclude else values
 
 
-def verdict(metadata: dict[str, Any], *detections: Detection, colors: FakeColors | None = None) -> tuple[bool, str]:
-    row = evaluate_image(PICTURE, metadata, FakeDetector(*detections), colors or FakeColors())
+def verdict(
+    metadata: dict[str, Any], *detections: Detection, colors: FakeColors | None = None
+) -> tuple[bool, str]:
+    row = evaluate_image(IMAGE, metadata, FakeDetector(*detections), colors or FakeColors())
     return row["correct"], row["reason"]
 
 
@@ -87,7 +93,9 @@ class TestCounts:
         )
 
     def test_exclude_forbids_one_more(self) -> None:
-        two = record("counting", {"class": "cat", "count": 2}, exclude=[{"class": "cat", "count": 3}])
+        two = record(
+            "counting", {"class": "cat", "count": 2}, exclude=[{"class": "cat", "count": 3}]
+        )
         cats = [at("cat", x, 50) for x in (10, 40, 70)]
         assert verdict(two, *cats[:2]) == (True, "")
         assert verdict(two, *cats) == (False, "expected cat<3, found 3")
@@ -106,7 +114,9 @@ class TestThresholds:
         assert verdict(record("counting", cat), at("cat", 5, 5, score=0.91))[0]
 
     def test_best_first_and_at_most_sixteen(self) -> None:
-        found = confident_objects([at("cat", 5, 5, score=0.5 + i / 100) for i in range(20)], 0.3)["cat"]
+        found = confident_objects([at("cat", 5, 5, score=0.5 + i / 100) for i in range(20)], 0.3)[
+            "cat"
+        ]
         assert len(found) == MAX_OBJECTS == 16
         assert [d.score for d in found] == sorted((d.score for d in found), reverse=True)
         assert found[0].score == pytest.approx(0.69)
@@ -118,7 +128,10 @@ class TestColors:
     def test_only_the_most_confident_are_looked_at(self) -> None:
         colors = FakeColors({0.9: "blue", 0.8: "red"})
         cats = (at("cat", 20, 20, score=0.8), at("cat", 60, 60, score=0.9))
-        assert verdict(self.red_cat, *cats, colors=colors) == (False, "expected red cat>=1, found 0 red; and 1 blue")
+        assert verdict(self.red_cat, *cats, colors=colors) == (
+            False,
+            "expected red cat>=1, found 0 red; and 1 blue",
+        )
         assert colors.asked == [("cat", 1)]
 
     def test_every_one_of_count_must_match(self) -> None:
@@ -135,7 +148,11 @@ class TestColors:
 
 
 class TestPositions:
-    prompt = record("position", {"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]})
+    prompt = record(
+        "position",
+        {"class": "dog", "count": 1},
+        {"class": "cat", "count": 1, "position": ["left of", 0]},
+    )
 
     @pytest.mark.parametrize(
         ("offset", "expected"),
@@ -159,7 +176,9 @@ class TestPositions:
 
     def test_direction_is_measured_against_the_unrevised_offset(self) -> None:
         """A diagonal offset (20, 20) of large objects: revised 8 on both axes, 0.28 of the offset each."""
-        assert relative_position(at("a", 70, 70, size=60).box, at("b", 50, 50, size=60).box) == set()
+        assert (
+            relative_position(at("a", 70, 70, size=60).box, at("b", 50, 50, size=60).box) == set()
+        )
 
     def test_clause(self) -> None:
         assert verdict(self.prompt, at("cat", 20, 50), at("dog", 80, 50))[0]
@@ -175,13 +194,19 @@ class TestPositions:
         )
 
     def test_target_that_violates_its_own_clause_is_no_target(self) -> None:
-        prompt = record("position", {"class": "dog", "count": 1, "color": "red"}, self.prompt["include"][1])
+        prompt = record(
+            "position", {"class": "dog", "count": 1, "color": "red"}, self.prompt["include"][1]
+        )
         objects = confident_objects([at("cat", 20, 50), at("dog", 80, 50, score=0.8)], 0.3)
-        result = judge(PICTURE, objects, prompt, FakeColors({0.8: "blue"}))
+        result = judge(IMAGE, objects, prompt, FakeColors({0.8: "blue"}))
         assert result.reason.endswith("no target for cat to be left of")
 
     def test_every_pair_must_hold(self) -> None:
-        prompt = record("position", {"class": "dog", "count": 2}, {"class": "cat", "count": 1, "position": ["left of", 0]})
+        prompt = record(
+            "position",
+            {"class": "dog", "count": 2},
+            {"class": "cat", "count": 1, "position": ["left of", 0]},
+        )
         assert verdict(prompt, at("cat", 20, 50), at("dog", 80, 40), at("dog", 80, 60))[0]
         assert not verdict(prompt, at("cat", 50, 50), at("dog", 80, 50), at("dog", 20, 50))[0]
 
@@ -200,7 +225,7 @@ class TestFolders:
     )
 
     def known(self) -> list[tuple[Image.Image, dict[str, Any]]]:
-        return [(PICTURE, self.records[0])]
+        return [(IMAGE, self.records[0])]
 
     def fill(self, folder: Path, samples: int = 2) -> None:
         write_prompts(folder, self.records)
@@ -208,7 +233,7 @@ class TestFolders:
             for sample in range(samples):
                 path = sample_path(folder, i, sample)
                 path.parent.mkdir(exist_ok=True)
-                PICTURE.save(path)
+                IMAGE.save(path)
 
     def test_layout_and_rows(self, tmp_path: Path) -> None:
         self.fill(tmp_path)
@@ -217,11 +242,21 @@ class TestFolders:
         detector = FakeDetector(at("cat", 20, 20, score=0.95))
         rows = score_folder(tmp_path, detector, FakeColors(), known=self.known())
         assert [row["correct"] for row in rows] == [True, True, False, False]
-        assert list(rows[0]) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+        assert list(rows[0]) == [
+            "filename",
+            "tag",
+            "prompt",
+            "correct",
+            "reason",
+            "metadata",
+            "details",
+        ]
         assert json.loads(rows[0]["metadata"]) == self.records[0]
         assert json.loads(rows[0]["details"]) == {"cat": [[15, 15, 25, 25, 0.95]]}
         write_rows(tmp_path / "results.jsonl", rows)
-        assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == rows
+        assert [
+            json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()
+        ] == rows
 
     def test_only_digits_count(self, tmp_path: Path) -> None:
         self.fill(tmp_path, samples=1)
@@ -231,7 +266,7 @@ class TestFolders:
         (tmp_path / "7").mkdir()  # any number of digits
         (tmp_path / "7" / "metadata.jsonl").write_text(json.dumps(self.records[0]))
         (tmp_path / "7" / "samples").mkdir()
-        PICTURE.save(tmp_path / "7" / "samples" / "3.png")
+        IMAGE.save(tmp_path / "7" / "samples" / "3.png")
         names = [str(path.relative_to(tmp_path)) for path, _ in list_samples(tmp_path)]
         assert names == ["00000/samples/00000.png", "00001/samples/00000.png", "7/samples/3.png"]
 
@@ -240,13 +275,20 @@ class TestFolders:
             (tmp_path / prompt / "samples").mkdir(parents=True)
             (tmp_path / prompt / "metadata.jsonl").write_text(json.dumps(self.records[0]))
             for name in ("10.jpg", "9.WEBP"):
-                PICTURE.save(tmp_path / prompt / "samples" / name)
+                IMAGE.save(tmp_path / prompt / "samples" / name)
         names = [str(path.relative_to(tmp_path)) for path, _ in list_samples(tmp_path)]
-        assert names == ["9/samples/9.WEBP", "9/samples/10.jpg", "10/samples/9.WEBP", "10/samples/10.jpg"]
+        assert names == [
+            "9/samples/9.WEBP",
+            "9/samples/10.jpg",
+            "10/samples/9.WEBP",
+            "10/samples/10.jpg",
+        ]
         write_grids(tmp_path)
         assert (tmp_path / "9" / "grid.png").is_file()
-        PICTURE.save(tmp_path / "9" / "samples" / "010.png")
-        with pytest.raises(ValueError, match=r"010\.png and .*10\.jpg are both sample 10: keep one"):
+        IMAGE.save(tmp_path / "9" / "samples" / "010.png")
+        with pytest.raises(
+            ValueError, match=r"010\.png and .*10\.jpg are both sample 10: keep one"
+        ):
             list(list_samples(tmp_path))
 
     def test_another_benchmark_is_refused(self, tmp_path: Path) -> None:
@@ -264,10 +306,12 @@ class TestFolders:
         cut.write_bytes(cut.read_bytes()[:40])
         rows = score_folder(tmp_path, detector, FakeColors(), known=self.known(), broken=broken)
         assert (len(rows), list(broken)) == (3, [str(cut)])
-        assert "not a readable picture" in broken[str(cut)]
+        assert "not a readable image" in broken[str(cut)]
         for path, _ in list_samples(tmp_path):
             path.write_bytes(b"")
-        with pytest.raises(ValueError, match=r"none of 4 images can be read; the first: .*00000\.png"):
+        with pytest.raises(
+            ValueError, match=r"none of 4 images can be read; the first: .*00000\.png"
+        ):
             score_folder(tmp_path, detector, FakeColors(), known=self.known())
         (tmp_path / "00000" / "metadata.jsonl").write_text("{")
         with pytest.raises(ValueError, match="not valid JSON"):
@@ -292,17 +336,26 @@ class TestFolders:
         rows = score_folder(tmp_path / "p", second, FakeColors(), **options)
         assert second.seen == 3
         assert [json.loads(row["details"])["cat"][0][0] for row in rows] == [15, 15, 55, 55]
-        assert [row["filename"] for row in rows] == [str(path) for path, _ in list_samples(tmp_path / "p")]
+        assert [row["filename"] for row in rows] == [
+            str(path) for path, _ in list_samples(tmp_path / "p")
+        ]
         Image.new("RGB", (8, 8), "red").save(sample_path(tmp_path / "p", 0, 0))
         third = Counting(at("cat", 60, 60))
         score_folder(tmp_path / "p", third, FakeColors(), **options)
         assert third.seen == 2  # a new image is scored, and so are all by other weights
         with pytest.raises(KeyboardInterrupt):
-            score_folder(tmp_path / "p", Counting(at("cat", 1, 1)), FakeColors(), **options | {"identity": {"detector": "2"}})
+            score_folder(
+                tmp_path / "p",
+                Counting(at("cat", 1, 1)),
+                FakeColors(),
+                **options | {"identity": {"detector": "2"}},
+            )
 
     def test_blind_detector_is_refused(self, tmp_path: Path) -> None:
         self.fill(tmp_path)
-        with pytest.raises(RuntimeError, match=r"fake fails on a known picture.*expected cat>=1, found 0"):
+        with pytest.raises(
+            RuntimeError, match=r"fake fails on a known image.*expected cat>=1, found 0"
+        ):
             score_folder(tmp_path, FakeDetector(), FakeColors(), known=self.known())
         require_sight(FakeDetector(at("cat", 20, 20)), FakeColors(), self.known())
 
@@ -310,7 +363,8 @@ class TestFolders:
 class TestSummary:
     def test_overall_is_the_unweighted_mean_of_tasks(self) -> None:
         rows = [
-            {"tag": "colors", "correct": c, "metadata": m} for c, m in [(True, "a"), (False, "a"), (False, "b"), (False, "b")]
+            {"tag": "colors", "correct": c, "metadata": m}
+            for c, m in [(True, "a"), (False, "a"), (False, "b"), (False, "b")]
         ]
         rows += [{"tag": "position", "correct": True, "metadata": "c"}]
         summary = summarize(rows)
@@ -324,8 +378,12 @@ class TestSummary:
             summarize([])
 
     def test_intervals_take_prompts_as_trials(self) -> None:
-        """Four pictures of each of ten prompts, all alike within a prompt, are ten observations."""
-        rows = [{"tag": "colors", "correct": p < 5, "metadata": str(p)} for p in range(10) for _ in range(4)]
+        """Four images of each of ten prompts, all alike within a prompt, are ten observations."""
+        rows = [
+            {"tag": "colors", "correct": p < 5, "metadata": str(p)}
+            for p in range(10)
+            for _ in range(4)
+        ]
         summary = summarize(rows)
         assert summary["intervals"]["colors"] == wilson_interval(5, 10)
         assert summary["intervals"]["overall"] == pytest.approx(wilson_interval(5, 10))
@@ -333,9 +391,16 @@ class TestSummary:
 
     def test_overall_is_surer_than_a_task_and_never_certain(self) -> None:
         tags = ("colors", "position", "counting", "two_object")
-        rows = [{"tag": tag, "correct": True, "metadata": f"{tag}{i}"} for tag in tags for i in range(10)]
+        rows = [
+            {"tag": tag, "correct": True, "metadata": f"{tag}{i}"}
+            for tag in tags
+            for i in range(10)
+        ]
         low, high = summarize(rows)["intervals"]["overall"]
-        assert (low, high) == (pytest.approx(1 - (1 - wilson_interval(10, 10)[0]) / 2), 1)  # sqrt(4) / 4
+        assert (low, high) == (
+            pytest.approx(1 - (1 - wilson_interval(10, 10)[0]) / 2),
+            1,
+        )  # sqrt(4) / 4
 
     def test_wilson_interval(self) -> None:
         low, high = wilson_interval(5, 10)
@@ -350,20 +415,34 @@ class TestCommand:
     def folder(self, tmp_path: Path, per_prompt: int = 2) -> Path:
         benchmark = SceneBenchmark(per_family=2, images_per_prompt=1)
         write_prompts(tmp_path / "p", benchmark.records)
-        pictures = satisfying_pictures(benchmark.records, benchmark.sprites, image_size=64, per_prompt=per_prompt)
-        for i, (picture, _) in enumerate(pictures):
+        images = satisfying_images(
+            benchmark.records, benchmark.sprites, image_size=64, per_prompt=per_prompt
+        )
+        for i, (image, _) in enumerate(images):
             path = sample_path(tmp_path / "p", i // per_prompt, i % per_prompt)
             path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            image.save(path)
         return tmp_path / "p"
 
     def test_scores_and_manifest(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = self.folder(tmp_path)
         sample_path(folder, 3, 1).write_bytes(sample_path(folder, 3, 1).read_bytes()[:-30])
-        evaluate.main([f"images={folder}", f"out={tmp_path / 'o'}", "detector=scenes", "captions=scenes", "num_captions=50"])
+        evaluate.main(
+            [
+                f"images={folder}",
+                f"out={tmp_path / 'o'}",
+                "detector=scenes",
+                "captions=scenes",
+                "num_captions=50",
+            ]
+        )
         values = json.loads((tmp_path / "o" / "scores.json").read_text())
-        assert (values["benchmark"], values["overall"], values["num_images"]) == ("GenEval-scenes", 1, 23)
-        assert values["incomplete"] == ["00003 has 1 of 2 pictures"]
+        assert (values["benchmark"], values["overall"], values["num_images"]) == (
+            "GenEval-scenes",
+            1,
+            23,
+        )
+        assert values["incomplete"] == ["00003 has 1 of 2 images"]
         assert list(values["broken"]) == [str(sample_path(folder, 3, 1))]
         assert values["manifest"]["detector"] == "scene-detector(shapes)"
         assert values["manifest"]["suite"].startswith("md5:")
@@ -406,25 +485,38 @@ class TestCommand:
 class TestSight:
     def test_a_classifier_that_names_one_colour_is_reported(self) -> None:
         class OneColor:
-            def classify(self, image: Image.Image, detections: Sequence[Detection], class_name: str) -> list[str]:
+            def classify(
+                self, image: Image.Image, detections: Sequence[Detection], class_name: str
+            ) -> list[str]:
                 return ["red"] * len(detections)
 
         mistaken = mistaken_colors(OneColor())
         assert mistaken == dict.fromkeys(("yellow", "green", "blue", "black", "white"), "red")
         found = {"num_broken": 0, "incomplete": [], "mistaken_colors": mistaken}
-        text = evaluate.text_table({"benchmark": "GenEval", "manifest": {"detector": "d", "suite": "official"}, **found})
+        text = evaluate.text_table(
+            {"benchmark": "GenEval", "manifest": {"detector": "d", "suite": "official"}, **found}
+        )
         assert "WARNING: the colour classifier fails on plain balls: {'yellow': 'red'" in text
 
     def test_a_classifier_that_sees_passes(self) -> None:
         """The nearest of the ten colours at the centre of the crop."""
 
         class Nearest:
-            def classify(self, image: Image.Image, detections: Sequence[Detection], class_name: str) -> list[str]:
+            def classify(
+                self, image: Image.Image, detections: Sequence[Detection], class_name: str
+            ) -> list[str]:
                 pixel = np.array(crop_object(image, detections[0]).getpixel((80, 80))) / 255
-                return [min(COLOR_VALUES, key=lambda name: float(np.square(np.array(COLOR_VALUES[name]) - pixel).sum()))]
+                return [
+                    min(
+                        COLOR_VALUES,
+                        key=lambda name: float(
+                            np.square(np.array(COLOR_VALUES[name]) - pixel).sum()
+                        ),
+                    )
+                ]
 
         assert mistaken_colors(Nearest()) == {}
 
     def test_the_photograph_is_one_of_a_person(self) -> None:
-        with Image.open(sample_photograph()) as picture:
-            assert min(picture.size) > 400
+        with Image.open(sample_photograph()) as image:
+            assert min(image.size) > 400

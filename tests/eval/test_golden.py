@@ -19,7 +19,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def load(name: str) -> tuple[dict[str, Any], Any]:
     """The functions of the script, and its numbers."""
-    return runpy.run_path(str(GOLDEN / f"{name}.py")), json.loads((GOLDEN / f"{name}.json").read_text())
+    return runpy.run_path(str(GOLDEN / f"{name}.py")), json.loads(
+        (GOLDEN / f"{name}.json").read_text()
+    )
 
 
 def test_geneval_judges_as_its_own_script() -> None:
@@ -45,18 +47,28 @@ class TestDetector:
             assert (list(covered), list(pixels.shape[2:])) == (case["covered"], case["padded"])
             if list(covered) != case["padded"]:
                 assert pixels[0, :, -1, -1].tolist() == pytest.approx(case["margin"], abs=1e-5)
-            levels = pixels[0, :, : covered[0], : covered[1]].permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(GREY)
-            difference = levels.round().flatten()[:: self.script["STRIDE"]] - torch.tensor(case["levels"])
+            levels = pixels[0, :, : covered[0], : covered[1]].permute(1, 2, 0) * torch.tensor(
+                STD
+            ) + torch.tensor(GREY)
+            difference = levels.round().flatten()[:: self.script["STRIDE"]] - torch.tensor(
+                case["levels"]
+            )
             assert difference.abs().max() <= 1
             assert difference.abs().mean() < 0.2
 
     def test_network_with_converted_weights(self) -> None:
-        shapes = runpy.run_path(str(Path(__file__).parent / "test_mask2former.py"))["mmdet_shapes"]()
+        shapes = runpy.run_path(str(Path(__file__).parent / "test_mask2former.py"))[
+            "mmdet_shapes"
+        ]()
         model = Mask2FormerForUniversalSegmentation(swin_small_config()).eval()
-        model.load_state_dict(from_mmdet(self.script["weights"](shapes), model.state_dict()), strict=False)
+        model.load_state_dict(
+            from_mmdet(self.script["weights"](shapes), model.state_dict()), strict=False
+        )
         with torch.inference_mode():
             output = model(pixel_values=self.script["pixels"]())
-        found = self.script["sample"](output.class_queries_logits[0], output.masks_queries_logits[0])
+        found = self.script["sample"](
+            output.class_queries_logits[0], output.masks_queries_logits[0]
+        )
         for name, values in self.expected["network"].items():
             difference = (torch.tensor(found[name]) - torch.tensor(values)).abs()
             # Attention is masked where a logit is below zero: rounding may turn a few around.

@@ -11,8 +11,8 @@ from torch import Tensor
 from vqrae.common.files import read_json
 from vqrae.data.scenes import SceneDataset
 from vqrae.data.scenes.scene import COLOR_VALUES
-from vqrae.eval import locality
-from vqrae.eval.locality import conditional_entropy, object_knowledge, plain_patches
+from vqrae.eval.ablations import locality
+from vqrae.eval.ablations.locality import conditional_entropy, object_knowledge, plain_patches
 
 
 class Codes:
@@ -47,7 +47,10 @@ def test_plain_patches_show_nothing_but_their_paint() -> None:
     scenes = SceneDataset(size=100)
     found = 0
     for index in range(100):
-        pixels, objects = scenes.pixels(index) / 255, {(o.name, o.color) for o in scenes.scene(index).objects}
+        pixels, objects = (
+            scenes.pixels(index) / 255,
+            {(o.name, o.color) for o in scenes.scene(index).objects},
+        )
         for patch, name, color in plain_patches(scenes, index, 8):
             y, x = divmod(patch, 8)
             shown = pixels[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
@@ -71,7 +74,10 @@ def test_what_codes_know_of_the_thing_around_their_patch() -> None:
 
 
 def test_the_command(
-    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(locality, "PROMPTS", 4)
     locality.main([f"model={tokenizer_folder}", f"output={tmp_path / 'out.json'}", "num_images=40"])

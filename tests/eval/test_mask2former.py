@@ -13,9 +13,16 @@ from transformers.models.swin.modeling_swin import SwinPatchMerging, SwinRelativ
 
 from vqrae.eval.geneval import COLORS, OBJECT_NAMES, Detection
 from vqrae.eval.geneval.clip_colors import TEMPLATES, ClipColorClassifier, crop_object
-from vqrae.eval.geneval.mask2former import MMDET_URL, Mask2FormerDetector, instances, mask_box, prepare, swin_small_config
+from vqrae.eval.geneval.mask2former import (
+    MMDET_URL,
+    Mask2FormerDetector,
+    instances,
+    mask_box,
+    prepare,
+    swin_small_config,
+)
 from vqrae.eval.geneval.mmdet_keys import NOT_IN_MMDET, RULES, from_mmdet
-from vqrae.eval.networks import NotMeasured
+from vqrae.eval.reconstruction.networks import NotMeasured
 
 WIDTHS, DEPTHS, HEADS = (96, 192, 384, 768), (2, 2, 18, 2), (3, 6, 12, 24)
 
@@ -98,13 +105,20 @@ class TestKeyMap:
         assert sum(p.numel() for p in model.parameters()) == 68_741_083
         converted = from_mmdet(checkpoint, model.state_dict())
         assert converted.keys() == model.state_dict().keys() - NOT_IN_MMDET
-        dropped = sum(t.numel() for name, t in checkpoint.items() if name.endswith("relative_position_index"))
-        assert sum(t.numel() for t in converted.values()) == sum(t.numel() for t in checkpoint.values()) - dropped
+        dropped = sum(
+            t.numel() for name, t in checkpoint.items() if name.endswith("relative_position_index")
+        )
+        assert (
+            sum(t.numel() for t in converted.values())
+            == sum(t.numel() for t in checkpoint.values()) - dropped
+        )
         assert len({rule.pattern for rule in RULES}) == len(RULES)
 
     def test_leftover_missing_and_misshapen_keys_are_refused(self, model, checkpoint) -> None:
         checkpoint["panoptic_head.extra"] = checkpoint.pop("panoptic_head.level_embed.weight")
-        checkpoint["panoptic_head.cls_embed.bias"] = torch.empty(134, device="meta")  # the panoptic checkpoint
+        checkpoint["panoptic_head.cls_embed.bias"] = torch.empty(
+            134, device="meta"
+        )  # the panoptic checkpoint
         with pytest.raises(ValueError, match="3 problems") as error:
             from_mmdet(checkpoint, model.state_dict())
         assert "class_predictor.bias: shape (134,), expected (81,)" in str(error.value)
@@ -129,7 +143,9 @@ class TestKeyMap:
         converted = from_mmdet(checkpoint, model.state_dict())
         place = "model.pixel_level_module.encoder.swin.encoder.layers.0.downsample."
         merging = SwinPatchMerging(96)
-        merging.load_state_dict({key.removeprefix(place): v for key, v in converted.items() if key.startswith(place)})
+        merging.load_state_dict(
+            {key.removeprefix(place): v for key, v in converted.items() if key.startswith(place)}
+        )
         images = torch.randn(1, 96, 4, 6)
         expected = reduction(norm(nn.functional.unfold(images, 2, stride=2).transpose(1, 2)))
         torch.testing.assert_close(merging(images.flatten(2).transpose(1, 2), (4, 6)), expected)
@@ -137,7 +153,9 @@ class TestKeyMap:
     def test_the_dropped_index_is_the_one_that_transformers_computes(self) -> None:
         rows = (torch.arange(0, 13 * 7, 13)[:, None] + torch.arange(7)[None]).reshape(1, -1)
         mmdet = (rows + rows.T).flip(1)
-        assert torch.equal(SwinRelativePositionBias(3, (7, 7)).relative_position_index.view(49, 49), mmdet)
+        assert torch.equal(
+            SwinRelativePositionBias(3, (7, 7)).relative_position_index.view(49, 49), mmdet
+        )
 
 
 class TestInstances:
@@ -160,14 +178,20 @@ class TestInstances:
     def test_scores_masks_and_boxes(self) -> None:
         """Two queries on a network grid of 4 x 4; the right half of the input is padding."""
         class_logits = torch.full((2, 81), -20.0)
-        class_logits[0, 15], class_logits[1, 16], class_logits[1, 80] = 20.0, 0.0, 0.0  # cat; dog or nothing
+        class_logits[0, 15], class_logits[1, 16], class_logits[1, 80] = (
+            20.0,
+            0.0,
+            0.0,
+        )  # cat; dog or nothing
         mask_logits = torch.full((2, 4, 4), -8.0)
         mask_logits[0, :2, :2] = 3.0
         mask_logits[1, :, 2:] = 5.0  # in the padding only
         found = instances(class_logits, mask_logits, padded=(4, 4), resized=(4, 2), size=(8, 4))
         assert len(found) == 100
         cat = found[0]
-        inside = torch.nn.functional.interpolate(mask_logits[None, :1, :, :2], (8, 4), mode="bilinear")[0, 0]
+        inside = torch.nn.functional.interpolate(
+            mask_logits[None, :1, :, :2], (8, 4), mode="bilinear"
+        )[0, 0]
         certainty = inside[inside > 0].sigmoid().mean().item()
         assert (cat.name, cat.score) == ("cat", pytest.approx(certainty, abs=1e-4))
         assert cat.box == (0, 0, 4, int((inside > 0).sum() / 4))
@@ -193,14 +217,20 @@ class TestInstances:
             encoder_layers=1, decoder_layers=2, num_attention_heads=2, encoder_feedforward_dim=32, dim_feedforward=32,
         )  # fmt: skip
         torch.manual_seed(0)
-        detector = Mask2FormerDetector(Mask2FormerForUniversalSegmentation(config), "random", "none")
+        detector = Mask2FormerDetector(
+            Mask2FormerForUniversalSegmentation(config), "random", "none"
+        )
         found = detector.detect(Image.new("RGB", (40, 30)))
         assert len(found) == 100
-        assert all(d.name in OBJECT_NAMES and 0 <= d.score <= 1 and d.mask is not None for d in found)
+        assert all(
+            d.name in OBJECT_NAMES and 0 <= d.score <= 1 and d.mask is not None for d in found
+        )
         assert {d.mask.shape for d in found if d.mask is not None} == {(30, 40)}
 
 
-def test_missing_weights_say_where_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_say_where_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(NotMeasured, match=MMDET_URL):
         Mask2FormerDetector.from_mmdet()
@@ -223,7 +253,12 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> ClipColorClassifier:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("clip")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder)
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = CLIPConfig(
         text_config={**small, "vocab_size": 64, "eos_token_id": 63},
         vision_config={**small, "image_size": 32, "patch_size": 16},
@@ -243,27 +278,41 @@ class TestColors:
         assert crop.size == (6, 4)  # edges are rounded
         assert crop.getpixel((0, 0)) == (153, 153, 153)
         assert crop.getpixel((1, 0)) == (255, 0, 0)
-        assert crop_object(image, Detection("cat", 1, (0, 0, 20, 10))).getpixel((0, 0)) == (255, 0, 0)
+        assert crop_object(image, Detection("cat", 1, (0, 0, 20, 10))).getpixel((0, 0)) == (
+            255,
+            0,
+            0,
+        )
         with pytest.raises(ValueError, match="expected the same size"):
             crop_object(image, Detection("cat", 1, (0, 0, 1, 1), np.zeros((3, 3), dtype=bool)))
 
     def test_a_colour_is_the_mean_of_three_templates(self, clip: ClipColorClassifier) -> None:
         vectors = clip._color_vectors("cat")
         assert vectors.shape == (10, 16)
-        texts = ["a photo of a green cat", "a photo of a green-colored cat", "a photo of a green object"]
+        texts = [
+            "a photo of a green cat",
+            "a photo of a green-colored cat",
+            "a photo of a green object",
+        ]
         rows = []
         for text in texts:
-            pooled = clip.model.text_model(**clip.text_tokenizer(text, return_tensors="pt")).pooler_output
+            pooled = clip.model.text_model(
+                **clip.text_tokenizer(text, return_tensors="pt")
+            ).pooler_output
             rows.append(nn.functional.normalize(clip.model.text_projection(pooled), dim=-1))
         expected = nn.functional.normalize(torch.cat(rows).mean(0), dim=-1)
         torch.testing.assert_close(vectors[COLORS.index("green")], expected, atol=1e-5, rtol=0)
 
     def test_the_most_similar_colour_wins(self, clip: ClipColorClassifier) -> None:
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+        image = Image.fromarray(
+            np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        )
         objects = [Detection("cat", 1, (0, 0, 30, 20)), Detection("cat", 1, (5, 5, 60, 40))]
         pixels = torch.stack([clip._transform(crop_object(image, d)) for d in objects])
         pooled = clip.model.vision_model(pixel_values=pixels).pooler_output
-        clip._colors["dog"] = torch.eye(16)[:10]  # the colours of a random text tower nearly coincide
+        clip._colors["dog"] = torch.eye(16)[
+            :10
+        ]  # the colours of a random text tower nearly coincide
         similarity = clip.model.visual_projection(pooled)[:, :10]
         assert clip.classify(image, objects, "dog") == [COLORS[i] for i in similarity.argmax(-1)]
 

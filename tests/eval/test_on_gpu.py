@@ -7,11 +7,11 @@ import pytest
 from fake_gpu import fake_gpu
 
 from vqrae.data.scenes import SceneDataset
-from vqrae.eval.features import FeaturesConfig, extract, teacher_cosines
-from vqrae.eval.metrics import FrechetMetric
-from vqrae.eval.networks import OriginalEncoder
-from vqrae.eval.protocols import PROTOCOLS
-from vqrae.eval.reconstruction import evaluate_reconstruction
+from vqrae.eval.features.evaluate import FeaturesConfig, extract, teacher_cosines
+from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
+from vqrae.eval.reconstruction.metrics import FrechetMetric
+from vqrae.eval.reconstruction.networks import OriginalEncoder
+from vqrae.eval.reconstruction.protocols import PROTOCOLS
 from vqrae.tokenizer import VQRAEModel
 
 
@@ -48,5 +48,5 @@ def test_features_are_compared(tokenizer_folder: Path) -> None:
         scenes = Labelled("validation", 6)
         cosines = teacher_cosines(model, model, scenes, config)
         samples = extract(model, scenes, config)
-    assert cosines == {"teacher_cosine": 1, "teacher_cosine_other_picture": 1}
+    assert cosines == {"teacher_cosine": 1, "teacher_cosine_other_image": 1}
     assert all(kind.features.device.type == "cuda" for kind in samples.values())

@@ -12,14 +12,14 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vqrae.eval.metrics import FrechetMetric, ReconstructionMetrics
-from vqrae.eval.protocols import (
+from vqrae.eval.reconstruction.metrics import FrechetMetric, ReconstructionMetrics
+from vqrae.eval.reconstruction.protocols import (
     PROTOCOLS,
     RESIZES,
     Protocol,
     SSIMWindow,
     get_protocol,
-    resize_picture,
+    resize_image,
     round_levels,
     ssim,
 )
@@ -35,7 +35,9 @@ GOLDEN = Path(__file__).parent / "golden" / "evaluators.json"
     ],
 )
 @pytest.mark.parametrize("data_range", [1.0, 2.0])
-def test_ssim_is_that_of_scikit_image(window: SSIMWindow, options: dict[str, Any], data_range: float) -> None:
+def test_ssim_is_that_of_scikit_image(
+    window: SSIMWindow, options: dict[str, Any], data_range: float
+) -> None:
     rng = np.random.default_rng(0)
     images = rng.random((2, 3, 20, 32))
     copies = (images + 0.2 * rng.normal(size=images.shape)).clip(0, 1)
@@ -51,9 +53,13 @@ def test_padded_ssim_is_that_of_torchmetrics() -> None:
     """RAE's evaluator calls this function, MaskBit's does the same by hand."""
     images = torch.rand(2, 3, 20, 32, generator=torch.Generator().manual_seed(0))
     copies = (images + 0.2 * torch.rand_like(images)).clamp(0, 1)
-    theirs = structural_similarity_index_measure(copies.double(), images.double(), data_range=1.0, reduction="none")
+    theirs = structural_similarity_index_measure(
+        copies.double(), images.double(), data_range=1.0, reduction="none"
+    )
     assert isinstance(theirs, torch.Tensor)
-    assert ssim(images, copies, "gaussian_11_padded", 1.0).tolist() == pytest.approx(theirs.tolist(), rel=1e-12)
+    assert ssim(images, copies, "gaussian_11_padded", 1.0).tolist() == pytest.approx(
+        theirs.tolist(), rel=1e-12
+    )
 
 
 def test_ssim_needs_one_window() -> None:
@@ -85,10 +91,14 @@ class Shown(torch.nn.Module):
 def test_protocols_give_the_numbers_of_the_code_that_they_cite(name: str) -> None:
     expected, network = json.loads(GOLDEN.read_text())[name], Shown()
     images, copies = runpy.run_path(str(GOLDEN.with_suffix(".py")))["images_and_copies"]()
-    metrics = ReconstructionMetrics(8, protocol=get_protocol(name), frechet=(FrechetMetric(network, None, "cpu"),))
+    metrics = ReconstructionMetrics(
+        8, protocol=get_protocol(name), frechet=(FrechetMetric(network, None, "cpu"),)
+    )
     metrics.update(images, copies, torch.zeros(2, 4, dtype=torch.int64))
     levels = (network.images.double() * 255).round().sum((1, 2, 3)).tolist()
-    assert levels == pytest.approx(expected.pop("levels"), abs=5)  # VGT's way to [-1, 1] and back costs one
+    assert levels == pytest.approx(
+        expected.pop("levels"), abs=5
+    )  # VGT's way to [-1, 1] and back costs one
     values = metrics.compute()
     assert {key: values[key] for key in expected} == pytest.approx(expected, rel=1e-4)  # of float32
 
@@ -97,7 +107,10 @@ def test_llamagen_rounds() -> None:
     """`127.5 x + 128`, clamped and cut to whole levels, of x in [-1, 1], as its evaluator saves reconstructions."""
     decoded = 2.2 * torch.rand(1000, generator=torch.Generator().manual_seed(0)) - 1.1
     levels = torch.clamp(127.5 * decoded + 128.0, 0, 255).to(torch.uint8)
-    assert torch.equal((round_levels((decoded + 1) / 2, get_protocol("llamagen").rounding) * 255).round(), levels.float())
+    assert torch.equal(
+        (round_levels((decoded + 1) / 2, get_protocol("llamagen").rounding) * 255).round(),
+        levels.float(),
+    )
 
 
 def test_a_wider_data_range_inflates_and_never_takes_the_name() -> None:
@@ -116,7 +129,9 @@ def test_a_wider_data_range_inflates_and_never_takes_the_name() -> None:
 def test_rounding_and_truncation() -> None:
     levels = torch.arange(256) / 255
     for rule in ("round", "truncate"):
-        assert torch.equal((round_levels(levels, rule) * 255).round(), torch.arange(256).float())  # whole levels survive
+        assert torch.equal(
+            (round_levels(levels, rule) * 255).round(), torch.arange(256).float()
+        )  # whole levels survive
     almost = torch.tensor([0.999, 1.2, -0.1])
     assert (round_levels(almost, "round") * 255).tolist() == pytest.approx([255, 255, 0])
     assert (round_levels(almost, "truncate") * 255).tolist() == pytest.approx([254, 255, 0])
@@ -127,8 +142,8 @@ def test_rounding_and_truncation() -> None:
 @pytest.mark.parametrize("size", [(300, 200), (90, 140), (40, 40), (64, 65)])
 def test_every_resize_gives_the_square(resize: str, size: tuple[int, int]) -> None:
     ramp = np.linspace(0, 255, size[0], dtype=np.uint8)
-    picture = Image.fromarray(np.broadcast_to(ramp[None, :, None], (size[1], size[0], 3)).copy())
-    resized = np.asarray(resize_picture(picture, 64, resize), dtype=int)  # type: ignore[arg-type]
+    image = Image.fromarray(np.broadcast_to(ramp[None, :, None], (size[1], size[0], 3)).copy())
+    resized = np.asarray(resize_image(image, 64, resize), dtype=int)  # type: ignore[arg-type]
     assert resized.shape == (64, 64, 3)
     assert (np.diff(resized[0, :, 0]) >= 0).all()
     middle = (resized[:, 31, 0] + resized[:, 32, 0]) / 2
@@ -136,10 +151,10 @@ def test_every_resize_gives_the_square(resize: str, size: tuple[int, int]) -> No
     assert (resized[0, -1, 0] - resized[0, 0, 0] > 240) == (size[0] <= size[1])
 
 
-def test_a_picture_of_the_right_size_is_not_touched() -> None:
+def test_a_image_of_the_right_size_is_not_touched() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     for resize in RESIZES:
-        assert np.array_equal(np.asarray(resize_picture(noise, 64, resize)), np.asarray(noise))
+        assert np.array_equal(np.asarray(resize_image(noise, 64, resize)), np.asarray(noise))
 
 
 @pytest.mark.parametrize(("score_size", "psnr"), [(None, 6.02), (16, 100.0)])
@@ -154,7 +169,11 @@ def test_score_size_is_that_of_the_comparison(score_size: int | None, psnr: floa
 
 def test_another_size_of_the_reconstruction_is_resized() -> None:
     metrics = ReconstructionMetrics(8)
-    metrics.update(torch.full((1, 3, 32, 32), 0.4), torch.full((1, 3, 40, 40), 0.4), torch.zeros(1, 4, dtype=torch.int64))
+    metrics.update(
+        torch.full((1, 3, 32, 32), 0.4),
+        torch.full((1, 3, 40, 40), 0.4),
+        torch.zeros(1, 4, dtype=torch.int64),
+    )
     assert metrics.compute()["psnr"] == pytest.approx(100)
 
 

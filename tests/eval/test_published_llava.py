@@ -4,7 +4,7 @@ import pytest
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import fit_batch
-from vqrae.eval.empty_models import empty_llava
+from vqrae.planning.empty_models import empty_llava
 from vqrae.understanding.train import TrainConfig, freeze
 
 VISION = 1152, 4304, 27  # SigLIP2-so400m: width, MLP, layers
@@ -26,7 +26,13 @@ def vision_parameters():
 
 
 def llm_parameters(width, mlp, layers, key_value, words, biases):
-    block = 2 * width * width + width * key_value + 3 * width * mlp + 2 * width + biases * (width + key_value)
+    block = (
+        2 * width * width
+        + width * key_value
+        + 3 * width * mlp
+        + 2 * width
+        + biases * (width + key_value)
+    )
     return layers * block + 2 * words * width + width
 
 
@@ -51,17 +57,30 @@ def test_parameters_add_up(full_size):
     }
     assert sizes["vision_tower"] == expected["encoder"]
     assert sizes["multi_modal_projector"] == expected["projector"]
-    assert sizes["language_model"] + model.lm_head.weight.numel() == expected["llm"] == PUBLISHED[name]
+    assert (
+        sizes["language_model"] + model.lm_head.weight.numel() == expected["llm"] == PUBLISHED[name]
+    )
     freeze(model, "pretrain")
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected["projector"]
     freeze(model, "sft")
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected["projector"] + expected["llm"]
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad)
+        == expected["projector"] + expected["llm"]
+    )
 
 
 def test_table_8(full_size):
     _, config, model = full_size
     given = {
-        stage: (o.learning_rate, o.global_batch_size, o.zero, o.lr_scheduler_type, o.warmup_steps, o.bf16, o.weight_decay)
+        stage: (
+            o.learning_rate,
+            o.global_batch_size,
+            o.zero,
+            o.lr_scheduler_type,
+            o.warmup_steps,
+            o.bf16,
+            o.weight_decay,
+        )
         for stage, o in (("pretrain", config.pretrain), ("sft", config.sft))
     }
     assert given == {
@@ -71,7 +90,9 @@ def test_table_8(full_size):
     for stage in (config.pretrain, config.sft):
         assert (stage.adam_beta1, stage.adam_beta2, stage.max_grad_norm) == (0.9, 0.999, 1.0)
         for gpus in (1, 2, 4, 8, 16):  # accumulation keeps the global batch
-            micro_batch_size, steps = fit_batch(stage.global_batch_size, stage.micro_batch_size, gpus)
+            micro_batch_size, steps = fit_batch(
+                stage.global_batch_size, stage.micro_batch_size, gpus
+            )
             assert steps * gpus * micro_batch_size == stage.global_batch_size
     assert config.max_length == 2048
     assert (model.config.vision_feature_layer, model.config.projector_hidden_act) == (-1, "gelu")

@@ -7,20 +7,33 @@ from typing import Any
 import pytest
 
 from vqrae.common.files import read_json, write_json
-from vqrae.eval import results
 from vqrae.eval.geneval import summarize
-from vqrae.eval.paper_tables import GENERATION, RECONSTRUCTION, UNDERSTANDING
-from vqrae.eval.results import GENEVAL_COLUMNS, read_score
+from vqrae.eval.results import evaluate as results
+from vqrae.eval.results.evaluate import GENEVAL_COLUMNS, read_score
+from vqrae.eval.results.paper_tables import GENERATION, RECONSTRUCTION, UNDERSTANDING
 
 
 def geneval(benchmark: str = "GenEval", suite: str = "official", **more: Any) -> dict[str, Any]:
     tags = list(GENEVAL_COLUMNS)[:-1]
     rows = [{"tag": tag, "metadata": tag, "correct": i == 0} for tag in tags for i in range(4)]
-    manifest = {"detector": "d", "suite": suite, "pictures": {"sampling": {"guidance_scale": 4.5}}, "packages": {"torch": "2"}}
-    return {"benchmark": benchmark, **summarize(rows), "incomplete": [], "manifest": manifest, **more}
+    manifest = {
+        "detector": "d",
+        "suite": suite,
+        "images": {"sampling": {"guidance_scale": 4.5}},
+        "packages": {"torch": "2"},
+    }
+    return {
+        "benchmark": benchmark,
+        **summarize(rows),
+        "incomplete": [],
+        "manifest": manifest,
+        **more,
+    }
 
 
-def dpg(judge: str = "mplug", questions: str = "abc", formulas: str = "published script") -> dict[str, Any]:
+def dpg(
+    judge: str = "mplug", questions: str = "abc", formulas: str = "published script"
+) -> dict[str, Any]:
     manifest = {"judge": judge, "questions": questions, "formulas": formulas}
     counts = {"num_prompts": 1065, "num_scored": 1065}
     values = {"dpg": 71.236, "categories": {"entity": 80.0}, **counts, "manifest": manifest}
@@ -28,7 +41,7 @@ def dpg(judge: str = "mplug", questions: str = "abc", formulas: str = "published
 
 
 RECONSTRUCTED = {
-    "psnr": 22.5, "ssim": 0.7, "rfid": 1.0, "not_measured": {}, "num_images": 50_000, "data": "val: 50000 pictures",
+    "psnr": 22.5, "ssim": 0.7, "rfid": 1.0, "not_measured": {}, "num_images": 50_000, "data": "val: 50000 images",
     "imagenet_validation": True, "image_size": 256, "protocol": {"name": "titok"}, "tokenizer": "f" * 64,
 }  # fmt: skip
 
@@ -52,16 +65,29 @@ def test_the_papers_numbers() -> None:
 def test_cells_of_each_kind(tmp_path: Path) -> None:
     write_json(tmp_path / "g.json", geneval())
     score = read_score(tmp_path / "g.json")
-    assert (score.table, score.values["Sgl"], score.values["GenEval"], score.reservations) == (GENERATION, 0.25, 0.25, ())
+    assert (score.table, score.values["Sgl"], score.values["GenEval"], score.reservations) == (
+        GENERATION,
+        0.25,
+        0.25,
+        (),
+    )
     write_json(tmp_path / "d.json", dpg())
     score = read_score(tmp_path / "d.json")
-    assert (score.values["DPG"], score.values["Ent"], score.values["Glob"], score.reservations) == (71.236, 80, None, ())
+    assert (score.values["DPG"], score.values["Ent"], score.values["Glob"], score.reservations) == (
+        71.236,
+        80,
+        None,
+        (),
+    )
     write_json(tmp_path / "r.json", RECONSTRUCTED)
     score = read_score(tmp_path / "r.json")
     assert (score.table, score.values) == (RECONSTRUCTION, {"rFID": 1.0, "PSNR": 22.5, "SSIM": 0.7})
     assert score.reservations == ()
     folder = tmp_path / "understanding"
-    write_json(folder / "pope.json", {"score": 88.0, "manifest": {"git_commit": "c"}, "settings": {"limit": 10}})
+    write_json(
+        folder / "pope.json",
+        {"score": 88.0, "manifest": {"git_commit": "c"}, "settings": {"limit": 10}},
+    )
     write_json(folder / "scores.json", {"pope": 88.0})
     score = read_score(folder)
     assert (score.table, score.values, score.reservations) == (
@@ -76,7 +102,7 @@ def test_cells_of_each_kind(tmp_path: Path) -> None:
     [
         (geneval("GenEval-HF"), "detector d instead"),
         (geneval(suite="md5:12345678"), "not the official 553"),
-        (geneval(incomplete=["00003 has 1 of 4 pictures"]), "1 prompts lack pictures"),
+        (geneval(incomplete=["00003 has 1 of 4 images"]), "1 prompts lack images"),
         (geneval(leakage={"normalized": 7}), "7 prompts are among the training captions"),
         (dpg("vqa:blip"), "instead of mPLUG"),
         (dpg(questions="scenes"), "embedded scenes"),
@@ -84,20 +110,30 @@ def test_cells_of_each_kind(tmp_path: Path) -> None:
         ({**dpg(), "num_scored": 1063}, "2 of 1065 prompts"),
         ({**dpg(), "num_prompts": 9, "num_scored": 9}, "9 of DPG-Bench's 1,065 prompts"),
         ({**geneval(), "num_images": 6}, "6 images of 6 prompts"),
-        ({**RECONSTRUCTED, "imagenet_validation": False}, "50000 images of val: 50000 pictures"),
+        ({**RECONSTRUCTED, "imagenet_validation": False}, "50000 images of val: 50000 images"),
         ({**RECONSTRUCTED, "num_images": 49_999}, "49999 images"),
         ({**RECONSTRUCTED, "image_size": 512}, "compared at 512 px"),
-        ({**RECONSTRUCTED, "protocol": {"name": "vgt", "score_size": 256}, "image_size": 448}, "protocol vgt"),
-        ({**RECONSTRUCTED, "rfid": None, "not_measured": {"rfid": "no weights"}}, "rFID not measured: no weights"),
+        (
+            {**RECONSTRUCTED, "protocol": {"name": "vgt", "score_size": 256}, "image_size": 448},
+            "protocol vgt",
+        ),
+        (
+            {**RECONSTRUCTED, "rfid": None, "not_measured": {"rfid": "no weights"}},
+            "rFID not measured: no weights",
+        ),
     ],
 )
-def test_what_does_not_compare_says_so(stored: dict[str, Any], reservation: str, tmp_path: Path) -> None:
+def test_what_does_not_compare_says_so(
+    stored: dict[str, Any], reservation: str, tmp_path: Path
+) -> None:
     write_json(tmp_path / "s.json", stored)
     [found] = read_score(tmp_path / "s.json").reservations
     assert reservation in found
 
 
-@pytest.mark.parametrize("stored", [7, {"dpg": 1}, {"benchmark": "GenEval"}, {"psnr": 1, "protocol": "x"}])
+@pytest.mark.parametrize(
+    "stored", [7, {"dpg": 1}, {"benchmark": "GenEval"}, {"psnr": 1, "protocol": "x"}]
+)
 def test_files_that_no_evaluation_wrote_are_named(stored: Any, tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", stored)
     with pytest.raises(ValueError, match=r"x\.json is no score as an evaluation writes it"):
@@ -114,7 +150,12 @@ def test_unknown_scores_are_refused(tmp_path: Path) -> None:
 def test_command(tmp_path: Path) -> None:
     write_json(tmp_path / "g.json", geneval("GenEval-HF"))
     write_json(tmp_path / "r.json", RECONSTRUCTED)
-    results.main([f"scores=[{tmp_path / 'g.json'},{tmp_path / 'r.json'}]", f"output={tmp_path / 'results.md'}"])
+    results.main(
+        [
+            f"scores=[{tmp_path / 'g.json'},{tmp_path / 'r.json'}]",
+            f"output={tmp_path / 'results.md'}",
+        ]
+    )
     text = (tmp_path / "results.md").read_text()
     assert "| VQRAE | 0.6B | 0.96 | 0.82 | 0.64 | 0.80 | 0.73 | 0.58 | 0.76 | 89.78 |" in text
     assert "| **ours: GenEval-HF** [1] ≠ | — | 0.25 |" in text

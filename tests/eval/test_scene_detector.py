@@ -10,7 +10,7 @@ from scipy import fft, ndimage
 from vqrae.data.scenes import COLORS, SceneDataset, load_sprites, render
 from vqrae.data.scenes.scene import COLOR_NAMES, COLOR_VALUES, Background, Scene, SceneObject
 from vqrae.eval.geneval import Detection
-from vqrae.eval.scene_detector import SceneColorClassifier, SceneDetector
+from vqrae.eval.geneval.scene_detector import SceneColorClassifier, SceneDetector
 
 SETS = ("shapes", "emoji")
 
@@ -41,25 +41,30 @@ def quantised(pixels: np.ndarray) -> np.ndarray:
     """8 x 8 block DCT with coarse steps, about 31 dB."""
     blocks = fft.dctn(pixels.astype(float).reshape(8, 8, 8, 8, 3), axes=(1, 3), norm="ortho")
     steps = 16 * (1 + np.arange(8)[:, None, None, None] + np.arange(8)[:, None])
-    return to_bytes(fft.idctn(np.round(blocks / steps) * steps, axes=(1, 3), norm="ortho").reshape(64, 64, 3))
+    return to_bytes(
+        fft.idctn(np.round(blocks / steps) * steps, axes=(1, 3), norm="ortho").reshape(64, 64, 3)
+    )
 
 
-def seen(sprites: str, picture: Image.Image) -> list[tuple[str, str, Detection]]:
+def seen(sprites: str, image: Image.Image) -> list[tuple[str, str, Detection]]:
     """Name, colour and detection of all things above the threshold."""
-    found = [d for d in detector(sprites).detect(picture) if d.score > detector(sprites).threshold]
-    colors = SceneColorClassifier().classify(picture, found, "")
+    found = [d for d in detector(sprites).detect(image) if d.score > detector(sprites).threshold]
+    colors = SceneColorClassifier().classify(image, found, "")
     return [(d.name, color, d) for d, color in zip(found, colors, strict=True)]
 
 
-def hits(sprites: str, scene: Scene, picture: Image.Image) -> tuple[int, int]:
+def hits(sprites: str, scene: Scene, image: Image.Image) -> tuple[int, int]:
     """Objects that were found with name, colour and place; things found that are none of them."""
     left, right = list(scene.objects), 0
-    found = seen(sprites, picture)
+    found = seen(sprites, image)
     for name, color, detection in found:
         x0, y0, x1, y1 = detection.box
         for item in left:
             near = max(abs((x0 + x1) / 2 - item.center[0]), abs((y0 + y1) / 2 - item.center[1])) < 4
-            if near and (name, color) == (load_sprites(sprites).names[item.name], COLOR_NAMES[item.color]):
+            if near and (name, color) == (
+                load_sprites(sprites).names[item.name],
+                COLOR_NAMES[item.color],
+            ):
                 left.remove(item)
                 right += 1
                 break
@@ -72,7 +77,10 @@ def test_true_scenes_are_read_without_error(sprites: str, split: str) -> None:
     scenes = SceneDataset(split, sprites=sprites)
     for i in range(60):
         scene = scenes.scene(i)
-        assert hits(sprites, scene, Image.fromarray(scenes.pixels(i))) == (len(scene.objects), 0), (split, i)
+        assert hits(sprites, scene, Image.fromarray(scenes.pixels(i))) == (len(scene.objects), 0), (
+            split,
+            i,
+        )
 
 
 @pytest.mark.parametrize("degrade", [blurred, noisy, halved, quantised])
@@ -91,23 +99,27 @@ def test_degraded_scenes_are_still_read(sprites: str, degrade) -> None:
 def test_every_name_in_every_colour_on_every_background(sprites: str, color: str) -> None:
     names = load_sprites(sprites).names
     for number, name in enumerate(names):
-        background = Background(number % 5, "dots", 1.0 if number % 2 else -1.0, 0.0, 16 if number % 3 else 8)
+        background = Background(
+            number % 5, "dots", 1.0 if number % 2 else -1.0, 0.0, 16 if number % 3 else 8
+        )
         scene = Scene((SceneObject(number, COLOR_NAMES.index(color), 20, 17, 25),), background)
-        [(found, found_color, detection)] = seen(sprites, Image.fromarray(render(scene, load_sprites(sprites))))
+        [(found, found_color, detection)] = seen(
+            sprites, Image.fromarray(render(scene, load_sprites(sprites)))
+        )
         assert (found, found_color) == (name, color)
         x0, y0, x1, y1 = detection.box
         assert 16 <= x0 < x1 <= 38
         assert 24 <= y0 < y1 <= 46
 
 
-def test_pictures_of_other_sizes() -> None:
+def test_images_of_other_sizes() -> None:
     scenes = SceneDataset("validation", image_size=256)
-    picture = Image.fromarray(scenes.pixels(3))
-    found = sorted((name, color) for name, color, _ in seen("shapes", picture))
+    image = Image.fromarray(scenes.pixels(3))
+    found = sorted((name, color) for name, color, _ in seen("shapes", image))
     names = scenes.sprites.names
     assert found == sorted((names[o.name], COLOR_NAMES[o.color]) for o in scenes.scene(3).objects)
-    boxes = [detection.box for _, _, detection in seen("shapes", picture)]
-    assert max(edge for box in boxes for edge in box) > 64  # in pixels of the picture
+    boxes = [detection.box for _, _, detection in seen("shapes", image)]
+    assert max(edge for box in boxes for edge in box) > 64  # in pixels of the image
 
 
 def draw_mask(draw_on) -> np.ndarray:
@@ -126,10 +138,13 @@ NAMELESS = {
     "bar": lambda d: d.rectangle((160, 160, 352, 216), fill=255),
     "flat ellipse": lambda d: d.ellipse((160, 160, 352, 250), fill=255),
     "half disc": lambda d: d.pieslice((160, 160, 352, 352), 180, 360, fill=255),
-    "letter L": lambda d: (d.rectangle((160, 160, 224, 352), fill=255), d.rectangle((160, 288, 352, 352), fill=255)),
+    "letter L": lambda d: (
+        d.rectangle((160, 160, 224, 352), fill=255),
+        d.rectangle((160, 288, 352, 352), fill=255),
+    ),
     "oblong": lambda d: d.rectangle((160, 160, 352, 280), fill=255),
     "speck": lambda d: d.rectangle((160, 160, 192, 192), fill=255),
-    "whole picture": lambda d: d.rectangle((0, 0, 512, 512), fill=255),
+    "whole image": lambda d: d.rectangle((0, 0, 512, 512), fill=255),
 }
 
 
@@ -142,14 +157,26 @@ def test_blobs_are_rarely_taken_for_shapes() -> None:
     rng, named = np.random.default_rng(0), 0
     for _ in range(40):
         field = ndimage.gaussian_filter(rng.normal(size=(64, 64)), 3)
-        named += len(seen("shapes", paint(ndimage.gaussian_filter((field > np.quantile(field, 0.9)).astype(float), 0.6))))
+        named += len(
+            seen(
+                "shapes",
+                paint(
+                    ndimage.gaussian_filter((field > np.quantile(field, 0.9)).astype(float), 0.6)
+                ),
+            )
+        )
     assert named <= 8  # of some 200 blobs
 
 
 @pytest.mark.parametrize(
-    "pixels", [np.zeros((64, 64, 3)), np.full((64, 64, 3), 255.0), np.random.default_rng(0).random((64, 64, 3)) * 255]
+    "pixels",
+    [
+        np.zeros((64, 64, 3)),
+        np.full((64, 64, 3), 255.0),
+        np.random.default_rng(0).random((64, 64, 3)) * 255,
+    ],
 )
-def test_pictures_of_nothing(pixels: np.ndarray) -> None:
+def test_images_of_nothing(pixels: np.ndarray) -> None:
     assert seen("shapes", Image.fromarray(to_bytes(pixels))) == []
 
 
@@ -159,7 +186,9 @@ def test_things_of_two_colours_that_touch_are_told_apart() -> None:
     for mask, color, x in ((left, "red", 12), (right, "blue", 31)):
         region = pixels[20:40, x : x + 20]
         region += mask[..., None] * (COLOR_VALUES[COLOR_NAMES.index(color)] - region)
-    found = sorted((name, color) for name, color, _ in seen("shapes", Image.fromarray(to_bytes(pixels * 255))))
+    found = sorted(
+        (name, color) for name, color, _ in seen("shapes", Image.fromarray(to_bytes(pixels * 255)))
+    )
     assert found == [("circle", "blue"), ("square", "red")]
 
 

@@ -1,4 +1,4 @@
-"""Questions about scenes: scoring, the blind guesser, the grey picture."""
+"""Questions about scenes: scoring, the blind guesser, the grey image."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,16 @@ from PIL import Image
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.data.scenes import Question, SceneDataset
-from vqrae.eval import scene_questions
-from vqrae.eval.scene_questions import BlindGuesser, accuracies, evaluate_questions, is_correct, validation_questions
+from vqrae.eval.understanding import scene_questions
+from vqrae.eval.understanding.scene_questions import (
+    BlindGuesser,
+    accuracies,
+    evaluate_questions,
+    is_correct,
+    validation_questions,
+)
+from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.understanding.build import build_llava
-from vqrae.understanding.train_llm import TinyLLMConfig, build_tiny_llm
 
 
 def test_exact_match_aside_from_case_and_space() -> None:
@@ -32,18 +38,22 @@ def test_guesser_prefers_the_question_to_its_kind() -> None:
 
 
 def oracle(scenes: SceneDataset, num_images: int):
-    """A model that knows the answers by heart, as long as it sees the picture."""
+    """A model that knows the answers by heart, as long as it sees the image."""
     known = {
         (scenes.pixels(item.index).tobytes(), item.question.text): item.question.answer
         for item in validation_questions(scenes, num_images)
     }
-    return lambda pairs: [known.get((np.asarray(picture).tobytes(), text), "yes") for picture, text in pairs]
+    return lambda pairs: [
+        known.get((np.asarray(image).tobytes(), text), "yes") for image, text in pairs
+    ]
 
 
 def test_seeing_beats_guessing() -> None:
     scenes = SceneDataset("validation", 40)
     calls: list[tuple[int, int]] = []
-    result = evaluate_questions(oracle(scenes, 40), num_images=40, progress=lambda *call: calls.append(call))
+    result = evaluate_questions(
+        oracle(scenes, 40), num_images=40, progress=lambda *call: calls.append(call)
+    )
     assert result["accuracy"] == result["held_out"] == result["seen"] == 1
     assert set(result["kinds"]) == {"shape", "color", "count", "relation", "yes_no"}
     assert set(result["kinds"].values()) == {1}
@@ -66,11 +76,11 @@ def test_a_model_that_loses_answers_is_refused() -> None:
         evaluate_questions(lambda pairs: ["yes"], num_images=3)
 
 
-def test_the_grey_picture_has_the_size_of_the_scenes() -> None:
+def test_the_grey_image_has_the_size_of_the_scenes() -> None:
     sizes = set()
 
     def answer(pairs: list[tuple[Image.Image, str]]) -> list[str]:
-        sizes.update(picture.size for picture, _ in pairs)
+        sizes.update(image.size for image, _ in pairs)
         return ["yes"] * len(pairs)
 
     evaluate_questions(answer, num_images=2, image_size=128)
@@ -78,15 +88,24 @@ def test_the_grey_picture_has_the_size_of_the_scenes() -> None:
 
 
 def test_command_with_a_random_model(tokenizer_folder: Path, tmp_path: Path) -> None:
-    small = [f"model.{key}" for key in ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")]
+    small = [
+        f"model.{key}"
+        for key in ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")
+    ]
     torch.manual_seed(0)
-    llm, text_tokenizer = build_tiny_llm(load_config(TinyLLMConfig, shipped_config("vqrae.understanding", "tiny_llm"), small))
+    llm, text_tokenizer = build_tiny_llm(
+        load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"), small)
+    )
     for part in (llm, text_tokenizer):
         part.save_pretrained(tmp_path / "llm")
     for part in build_llava(tokenizer_folder, tmp_path / "llm"):
         part.save_pretrained(tmp_path / "llava")
     output = tmp_path / "questions.json"
-    scene_questions.main([f"model={tmp_path / 'llava'}", "num_images=2", "max_new_tokens=2", f"output={output}"])
+    scene_questions.main(
+        [f"model={tmp_path / 'llava'}", "num_images=2", "max_new_tokens=2", f"output={output}"]
+    )
     values = json.loads(output.read_text())
     assert 0 <= values["accuracy"] <= 1
-    assert {"blind_accuracy", "no_image_accuracy", "kinds", "held_out", "seen", "examples"} <= set(values)
+    assert {"blind_accuracy", "no_image_accuracy", "kinds", "held_out", "seen", "examples"} <= set(
+        values
+    )

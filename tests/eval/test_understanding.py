@@ -16,11 +16,16 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from vqrae.data.scenes import SceneDataset
-from vqrae.eval import understanding
-from vqrae.eval.benchmarks import BENCHMARKS, paper_row
-from vqrae.eval.lmms_tasks.gqa import FOLDER_VARIABLE, join_local_images
-from vqrae.eval.lmms_tasks.scenes import SceneTaskConfig, mean_of_known, process_results, write_task
-from vqrae.eval.scene_questions import validation_questions
+from vqrae.eval.understanding import evaluate as understanding
+from vqrae.eval.understanding.benchmarks import BENCHMARKS, paper_row
+from vqrae.eval.understanding.lmms_tasks.gqa import FOLDER_VARIABLE, join_local_images
+from vqrae.eval.understanding.lmms_tasks.scenes import (
+    SceneTaskConfig,
+    mean_of_known,
+    process_results,
+    write_task,
+)
+from vqrae.eval.understanding.scene_questions import validation_questions
 from vqrae.understanding.chat import Chat
 
 # ---- the plug-in
@@ -30,10 +35,12 @@ def request(doc_id: int, **options: Any) -> types.SimpleNamespace:
     """A chat request as lmms-eval 0.7.3 makes it: six fields."""
 
     def doc_to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
-        content = [{"type": "image", "url": picture} for picture in doc["pictures"]]
+        content = [{"type": "image", "url": image} for image in doc["images"]]
         return [{"role": "user", "content": [*content, {"type": "text", "text": doc["question"]}]}]
 
-    return types.SimpleNamespace(args=("text " * doc_id, doc_to_messages, options, doc_id, "task", "test"))
+    return types.SimpleNamespace(
+        args=("text " * doc_id, doc_to_messages, options, doc_id, "task", "test")
+    )
 
 
 class Messages:
@@ -48,9 +55,16 @@ class Messages:
 
     def to_hf_messages(self) -> list[dict[str, Any]]:
         def part(content: dict[str, Any]) -> dict[str, Any]:
-            return {"type": "image", "image": content["url"]} if content["type"] == "image" else content
+            return (
+                {"type": "image", "image": content["url"]}
+                if content["type"] == "image"
+                else content
+            )
 
-        return [{**message, "content": [part(content) for content in message["content"]]} for message in self.messages]
+        return [
+            {**message, "content": [part(content) for content in message["content"]]}
+            for message in self.messages
+        ]
 
 
 @pytest.fixture
@@ -65,22 +79,22 @@ def model_class(monkeypatch: pytest.MonkeyPatch) -> Any:
         base = type("lmms", (), {"__init__": lambda self: setattr(self, "task_dict", {})})
         sys.modules["lmms_eval.api.model"].lmms = base  # type: ignore[attr-defined]
         sys.modules["lmms_eval.protocol"].ChatMessages = Messages  # type: ignore[attr-defined]
-        monkeypatch.delitem(sys.modules, "vqrae.eval.lmms_eval_model", raising=False)
-    from vqrae.eval.lmms_eval_model import LMMSEvalModel
+        monkeypatch.delitem(sys.modules, "vqrae.eval.understanding.lmms_eval_model", raising=False)
+    from vqrae.eval.understanding.lmms_eval_model import LMMSEvalModel
 
     yield LMMSEvalModel
-    sys.modules.pop("vqrae.eval.lmms_eval_model", None)
+    sys.modules.pop("vqrae.eval.understanding.lmms_eval_model", None)
 
 
 def documents() -> list[dict[str, Any]]:
     scenes = SceneDataset(item="conversation")
-    pictures = [scenes[i]["image"] for i in range(4)]
+    images = [scenes[i]["image"] for i in range(4)]
     return [
-        {"pictures": [pictures[0]], "question": "what color is the circle ?"},
-        {"pictures": [], "question": "how many things are there ?"},
-        {"pictures": [pictures[1]], "question": "is there a red star left of the blue heart ?"},
-        {"pictures": [pictures[2], pictures[3]], "question": "what ?"},
-        {"pictures": [pictures[3].resize((90, 50))], "question": "what color is the circle ?"},
+        {"images": [images[0]], "question": "what color is the circle ?"},
+        {"images": [], "question": "how many things are there ?"},
+        {"images": [images[1]], "question": "is there a red star left of the blue heart ?"},
+        {"images": [images[2], images[3]], "question": "what ?"},
+        {"images": [images[3].resize((90, 50))], "question": "what color is the circle ?"},
     ]
 
 
@@ -89,13 +103,15 @@ def test_batches_give_the_answers_of_single_questions(model_class: Any, llava: P
     for batch_size in (1, 3, "5"):
         model = model_class(str(llava), batch_size=batch_size, device="cpu")
         model.task_dict["task"] = {"test": documents()}
-        requests = [request(i, max_new_tokens=3 + i % 2, temperature=0, top_p=None) for i in range(5)]
+        requests = [
+            request(i, max_new_tokens=3 + i % 2, temperature=0, top_p=None) for i in range(5)
+        ]
         answers[batch_size] = model.generate_until(requests)
     assert answers[1] == answers[3] == answers["5"]
     assert len(set(answers[1])) > 2
     chat = Chat.from_pretrained(llava, max_new_tokens=4)
     doc = documents()[3]
-    assert chat.answer([(doc["pictures"], doc["question"])]) == [answers[1][3]]
+    assert chat.answer([(doc["images"], doc["question"])]) == [answers[1][3]]
 
 
 def test_options_of_a_task(model_class: Any, llava: Path) -> None:
@@ -106,7 +122,9 @@ def test_options_of_a_task(model_class: Any, llava: Path) -> None:
     [cut] = model.generate_until([request(0, max_new_tokens=12, until=last)])
     assert cut == whole[: whole.index(last)].strip()
     torch.manual_seed(0)
-    assert model.generate_until([request(0, max_new_tokens=12, temperature=5.0, do_sample=True)]) != [whole]
+    assert model.generate_until(
+        [request(0, max_new_tokens=12, temperature=5.0, do_sample=True)]
+    ) != [whole]
     [short] = model.generate_until([request(0, max_new_tokens=2)])
     assert whole.startswith(short)
     assert len(short) < len(whole)
@@ -126,7 +144,11 @@ def test_scene_task_asks_what_our_own_evaluation_asks(tmp_path: Path) -> None:
         (item.question.text, item.question.answer, item.held_out) for item in asked
     ]
     assert rows[0]["image"].tobytes() == SceneDataset("validation", 4).pixels(0).tobytes()
-    assert process_results(rows[0], [f" {rows[0]['answer'].upper()}\n"]) == {"accuracy": 1.0, "held_out": None, "seen": 1.0}
+    assert process_results(rows[0], [f" {rows[0]['answer'].upper()}\n"]) == {
+        "accuracy": 1.0,
+        "held_out": None,
+        "seen": 1.0,
+    }
     assert mean_of_known([1.0, None, 0.0]) == 0.5
     assert math.isnan(mean_of_known([None]))
 
@@ -135,9 +157,16 @@ def test_scene_task_asks_what_our_own_evaluation_asks(tmp_path: Path) -> None:
 
 
 def test_the_papers_row_is_found_by_the_models_shapes() -> None:
-    config = {"vision_config": {"model_type": "siglip_vision_model", "image_size": 512}, "text_config": {"hidden_size": 5120}}
+    config = {
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 512},
+        "text_config": {"hidden_size": 5120},
+    }
     name, scores = paper_row(config)
-    assert (name, scores["MME-P"], scores["AI2D"]) == ("paper, SigLIP2-512, Vicuna-13B", 1543.3, 59.8)
+    assert (name, scores["MME-P"], scores["AI2D"]) == (
+        "paper, SigLIP2-512, Vicuna-13B",
+        1543.3,
+        59.8,
+    )
     config = {
         "vision_config": {"model_type": "internvl_vision", "image_size": [448, 448]},
         "text_config": {"hidden_size": 3584},
@@ -146,7 +175,9 @@ def test_the_papers_row_is_found_by_the_models_shapes() -> None:
     assert "another model" in paper_row({})[0]
 
 
-@pytest.mark.parametrize("results", [None, {"results": {}}, {"results": {"pope": {"pope_f1_score,none": float("nan")}}}])
+@pytest.mark.parametrize(
+    "results", [None, {"results": {}}, {"results": {"pope": {"pope_f1_score,none": float("nan")}}}]
+)
 def test_a_benchmark_without_a_score_has_failed(results: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the benchmark has failed"):
         understanding._store(tmp_path / "pope.json", "pope", "pope", results, {})
@@ -162,7 +193,9 @@ def test_both_textvqa_columns_are_named() -> None:
 
 
 def test_unknown_benchmarks_are_refused() -> None:
-    assert understanding.UnderstandingConfig(model="m", output="o", benchmark="paper").names() == list(BENCHMARKS)
+    assert understanding.UnderstandingConfig(
+        model="m", output="o", benchmark="paper"
+    ).names() == list(BENCHMARKS)
     with pytest.raises(ValueError, match="Did you mean 'pope'"):
         understanding.UnderstandingConfig(model="m", output="o", benchmark="pop")
 
@@ -174,8 +207,8 @@ def local_benchmarks(folder: Path) -> Path:
     """Four invented documents of each benchmark, in the columns of the real data sets."""
     stream = io.BytesIO()
     Image.new("RGB", (40, 30), "red").save(stream, format="PNG")
-    picture = {"bytes": stream.getvalue(), "path": None}
-    plain = {"image": picture, "question": "what color is it ?", "question_id": "1"}
+    image = {"bytes": stream.getvalue(), "path": None}
+    plain = {"image": image, "question": "what color is it ?", "question_id": "1"}
     yes_no = plain | {"answer": "yes", "category": "existence"}
     four = {"A": "red", "B": "blue", "C": "green", "D": "black"}
     choices = {f"choice_{letter.lower()}": text for letter, text in four.items()}
@@ -186,15 +219,27 @@ def local_benchmarks(folder: Path) -> Path:
             "gqa/testdev_balanced_instructions/a.parquet",
             {"id": "1", "imageId": "n7", "question": "what ?", "answer": "red"},
         ),
-        "gqa_images": ("gqa/testdev_balanced_images/a.parquet", {"id": "n7", "image": picture}),
-        "textvqa": ("textvqa/validation-0.parquet", plain | {"answers": ["red"] * 10, "ocr_tokens": ["STOP", "ROAD"]}),
+        "gqa_images": ("gqa/testdev_balanced_images/a.parquet", {"id": "n7", "image": image}),
+        "textvqa": (
+            "textvqa/validation-0.parquet",
+            plain | {"answers": ["red"] * 10, "ocr_tokens": ["STOP", "ROAD"]},
+        ),
         "mmbench": (
             "mmbench/en/dev-0.parquet",
-            plain | four | {"answer": "A", "hint": "nan", "source": "s", "split": "dev", "category": "c", "L2-category": "l"},
+            plain
+            | four
+            | {
+                "answer": "A",
+                "hint": "nan",
+                "source": "s",
+                "split": "dev",
+                "category": "c",
+                "L2-category": "l",
+            },
         ),
         "seedbench": (
             "seedbench/test-0.parquet",
-            plain | choices | {"image": [picture], "answer": "A", "data_type": "image"},
+            plain | choices | {"image": [image], "answer": "A", "data_type": "image"},
         ),
         "mmmu": (
             "mmmu/validation-0.parquet",
@@ -204,13 +249,16 @@ def local_benchmarks(folder: Path) -> Path:
                 "options": str(list(four.values())),
                 "question_type": "multiple-choice",
                 "answer": "A",
-                "image_1": picture,
+                "image_1": image,
             },
         ),
         "ai2d": ("ai2d/test-0.parquet", plain | {"options": list(four.values()), "answer": "0"}),
     }
     for name, row in rows.values():
-        kinds = {key: Sequence(Value("string")) if isinstance(value, list) else Value("string") for key, value in row.items()}
+        kinds = {
+            key: Sequence(Value("string")) if isinstance(value, list) else Value("string")
+            for key, value in row.items()
+        }
         kinds |= {key: ImageFeature() for key in ("image", "image_1") if key in row}
         if "choice_a" in row:
             kinds["image"] = Sequence(ImageFeature())
@@ -228,15 +276,18 @@ def test_gqa_keeps_the_bytes_of_its_images(tmp_path: Path, monkeypatch: pytest.M
     stream = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
     Image.fromarray(noise).save(stream, format="JPEG", quality=95)
-    picture = {"bytes": stream.getvalue(), "path": None}
+    image = {"bytes": stream.getvalue(), "path": None}
     kinds = Features({"id": Value("string"), "image": ImageFeature()})
     (tmp_path / "gqa" / "testdev_balanced_images").mkdir(parents=True)
-    images = Dataset.from_list([{"id": "n7", "image": picture}], features=kinds)
+    images = Dataset.from_list([{"id": "n7", "image": image}], features=kinds)
     images.to_parquet(tmp_path / "gqa" / "testdev_balanced_images" / "a.parquet")
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     joined = join_local_images(Dataset.from_list([{"imageId": "n7", "question": "what ?"}]))
     assert np.array_equal(np.asarray(joined[0]["image"]), np.asarray(Image.open(stream)))
-    assert joined.cast_column("image", ImageFeature(decode=False))[0]["image"]["bytes"] == stream.getvalue()
+    assert (
+        joined.cast_column("image", ImageFeature(decode=False))[0]["image"]["bytes"]
+        == stream.getvalue()
+    )
 
 
 def test_mmbench_takes_the_english_questions_alone(tmp_path: Path) -> None:
@@ -248,16 +299,28 @@ def test_mmbench_takes_the_english_questions_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_benchmark_runs_over_local_files(llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_benchmark_runs_over_local_files(
+    llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lmms_eval")
     data = local_benchmarks(tmp_path / "data")
     names = ",".join(["scenes", *BENCHMARKS])
-    command = [f"model={llava}", f"data={data}", f"output={tmp_path / 'out'}", "num_images=2", "device=cpu", "limit=2"]
+    command = [
+        f"model={llava}",
+        f"data={data}",
+        f"output={tmp_path / 'out'}",
+        "num_images=2",
+        "device=cpu",
+        "limit=2",
+    ]
     understanding.main([*command, f"benchmark={names}", "batch_size=2"])
     first = capsys.readouterr().out
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert list(scores) == ["scenes", *BENCHMARKS]
-    with_tokens, without = ((tmp_path / "out" / f"{name}.samples.jsonl").read_text() for name in ("textvqa_ocr", "textvqa"))
+    with_tokens, without = (
+        (tmp_path / "out" / f"{name}.samples.jsonl").read_text()
+        for name in ("textvqa_ocr", "textvqa")
+    )
     assert "STOP, ROAD" in with_tokens.split('"arguments"')[1]
     assert "Reference OCR" not in without
     written = json.loads((tmp_path / "out" / "pope.json").read_text())
@@ -267,29 +330,49 @@ def test_every_benchmark_runs_over_local_files(llava: Path, tmp_path: Path, caps
     understanding.main([*command, f"benchmark={names}"])  # everything is there
     assert "task vqrae_pope" in first
     assert "task vqrae_pope" not in capsys.readouterr().out
-    understanding.main([*command[:-1], "limit=1", "benchmark=pope"])  # another limit is another score
+    understanding.main(
+        [*command[:-1], "limit=1", "benchmark=pope"]
+    )  # another limit is another score
     assert json.loads((tmp_path / "out" / "pope.json").read_text())["num_samples"] == 1
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_the_wrapper_in_lmms_eval(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_those_of_the_wrapper_in_lmms_eval(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ours in batches, lmms-eval's own `llava_hf` one by one, on the same folder."""
     pytest.importorskip("lmms_eval")
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 
-    from vqrae.eval.lmms_eval_model import LMMSEvalModel
+    from vqrae.eval.understanding.lmms_eval_model import LMMSEvalModel
 
-    monkeypatch.setitem(sys.modules, "decord", types.SimpleNamespace(VideoReader=None, cpu=None))  # it reads videos only
-    tasks = TaskManager("WARNING", str(write_task(SceneTaskConfig(output=str(tmp_path), num_images=2))), include_defaults=False)
+    monkeypatch.setitem(
+        sys.modules, "decord", types.SimpleNamespace(VideoReader=None, cpu=None)
+    )  # it reads videos only
+    tasks = TaskManager(
+        "WARNING",
+        str(write_task(SceneTaskConfig(output=str(tmp_path), num_images=2))),
+        include_defaults=False,
+    )
     places = types.SimpleNamespace(output_path=str(tmp_path), process_with_media=False)
-    options = {"tasks": ["vqrae_scenes"], "task_manager": tasks, "device": "cpu", "cli_args": places}
+    options = {
+        "tasks": ["vqrae_scenes"],
+        "task_manager": tasks,
+        "device": "cpu",
+        "cli_args": places,
+    }
     stock = f"pretrained={llava},device_map=cpu,dtype=float32,attn_implementation=eager"
     results = [
-        evaluator.simple_evaluate(model=LMMSEvalModel(str(llava), batch_size=5, device="cpu"), **options),
+        evaluator.simple_evaluate(
+            model=LMMSEvalModel(str(llava), batch_size=5, device="cpu"), **options
+        ),
         evaluator.simple_evaluate(model="llava_hf", model_args=stock, batch_size=1, **options),
     ]
-    ours, theirs = ({sample["doc_id"]: sample["resps"] for sample in result["samples"]["vqrae_scenes"]} for result in results)
+    ours, theirs = (
+        {sample["doc_id"]: sample["resps"] for sample in result["samples"]["vqrae_scenes"]}
+        for result in results
+    )
     assert ours == theirs
     assert len({str(answer) for answer in ours.values()}) == len(ours) > 5
 
@@ -301,7 +384,7 @@ def test_what_fails_in_lmms_eval_fails_here(llava: Path, tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError, match=r"holds no pope/\*\*/test\*.parquet"):
         understanding.main([*command, "benchmark=pope"])
     (tmp_path / "pope").mkdir()
-    Dataset.from_list([{"question": "no picture ?"}]).to_parquet(tmp_path / "pope" / "test.parquet")
+    Dataset.from_list([{"question": "no image ?"}]).to_parquet(tmp_path / "pope" / "test.parquet")
     with pytest.raises(KeyError):
         understanding.main([*command, "benchmark=pope"])
     assert not (tmp_path / "out" / "scores.json").exists()
@@ -312,7 +395,7 @@ def test_lmms_eval_finds_the_model() -> None:
     pytest.importorskip("lmms_eval")
     from lmms_eval.models.registry_v2 import ModelRegistryV2
 
-    from vqrae.eval.lmms_eval_plugin import manifest
+    from vqrae.eval.understanding.lmms_eval_plugin import manifest
 
     registry = ModelRegistryV2()
     registry.register_manifest(manifest())

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import GotOcr2ImageProcessor
 
-from vqrae.eval import vlmevalkit
+from vqrae.eval.understanding import vlmevalkit
 from vqrae.understanding.chat import Chat
 
 RUN = """
@@ -73,9 +73,15 @@ class BaseModel:
 class InternVLChat(BaseModel):
     """What the launcher inherits: prompts, and the number of tiles."""
 
-    def __init__(self, model_path: str, use_custom_prompt: bool = True, version: str = "V1.0", **options: Any) -> None:
+    def __init__(
+        self, model_path: str, use_custom_prompt: bool = True, version: str = "V1.0", **options: Any
+    ) -> None:
         module = sys.modules[InternVLChat.__module__]
-        self._use_custom_prompt, self.use_mpo_prompt, self.screen_parse = use_custom_prompt, False, True
+        self._use_custom_prompt, self.use_mpo_prompt, self.screen_parse = (
+            use_custom_prompt,
+            False,
+            True,
+        )
         self.tokenizer = module.AutoTokenizer.from_pretrained(model_path, trust_remote_code=True)
         self.model = module.AutoModel.from_pretrained(model_path, device_map="auto").eval()
         self.version, self.kwargs = version, {"do_sample": False, "max_new_tokens": 4096} | options
@@ -87,18 +93,29 @@ class InternVLChat(BaseModel):
         assert self.screen_parse
         assert self.kwargs["max_new_tokens"]
         paths = self.dump_image(line, dataset)
-        text = line["question"] + "\nAnswer with the option's letter from the given choices directly."
-        return [{"type": "text", "value": text}, *({"type": "image", "value": path} for path in paths)]
+        text = (
+            line["question"] + "\nAnswer with the option's letter from the given choices directly."
+        )
+        return [
+            {"type": "text", "value": text},
+            *({"type": "image", "value": path} for path in paths),
+        ]
 
     def set_max_num(self, dataset: str | None) -> None:
         self.max_num, self.total_max_num = 12 if dataset == "MMMU_DEV_VAL" else 6, 64
 
 
-def reorganize_prompt(message: list[dict[str, str]], image_num: int, dataset: str | None = None) -> str:
+def reorganize_prompt(
+    message: list[dict[str, str]], image_num: int, dataset: str | None = None
+) -> str:
     text = "\n".join(part["value"] for part in message if part["type"] == "text")
     if dataset == "BMMR":
         return text
-    return f"<image>\n{text}" if image_num == 1 else "".join(f"Image-{i + 1}: <image>\n" for i in range(image_num)) + text
+    return (
+        f"<image>\n{text}"
+        if image_num == 1
+        else "".join(f"Image-{i + 1}: <image>\n" for i in range(image_num)) + text
+    )
 
 
 @pytest.fixture
@@ -144,33 +161,51 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def launch(tmp_path: Path, llava: Path) -> None:
-    options = ["data=[tiny_mcq]", f"output={tmp_path / 'out'}", "options=[--judge, exact_matching]", "max_new_tokens=4"]
+    options = [
+        "data=[tiny_mcq]",
+        f"output={tmp_path / 'out'}",
+        "options=[--judge, exact_matching]",
+        "max_new_tokens=4",
+    ]
     vlmevalkit.main([f"root={tmp_path}", f"model={llava}", *options])
 
 
-def test_run_py_gets_an_answer_to_its_prompt(kit: Any, asked: list[Any], llava: Path, tmp_path: Path) -> None:
+def test_run_py_gets_an_answer_to_its_prompt(
+    kit: Any, asked: list[Any], llava: Path, tmp_path: Path
+) -> None:
     launch(tmp_path, llava)
     [answer] = kit.answers
     assert isinstance(answer, str)
     [[turn]] = asked
     assert [part["type"] for part in turn["content"]] == ["image", "text"]
     assert turn["content"][0]["image"].size == (10, 8)
-    question = "what color is it ?\nAnswer with the option's letter from the given choices directly."
+    question = (
+        "what color is it ?\nAnswer with the option's letter from the given choices directly."
+    )
     assert turn["content"][1]["text"] == question
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["fingerprints"]["model"]
 
 
-def test_an_error_that_run_py_passes_over_ends_the_launch(kit: Any, llava: Path, tmp_path: Path) -> None:
+def test_an_error_that_run_py_passes_over_ends_the_launch(
+    kit: Any, llava: Path, tmp_path: Path
+) -> None:
     kit.dump_image = lambda line: [str(tmp_path / "missing.png")]
     with pytest.raises(SystemExit, match=r"^tiny_mcq failed: .*missing\.png: no such file"):
         launch(tmp_path, llava)
-    invalid = {"datasets": {"MMEE": {"skip_reason": "invalid_dataset"}, "MME": {"skip_reason": "mode_infer"}}}
+    invalid = {
+        "datasets": {
+            "MMEE": {"skip_reason": "invalid_dataset"},
+            "MME": {"skip_reason": "mode_infer"},
+        }
+    }
     (tmp_path / "out" / "vqrae" / "U").mkdir()
     (tmp_path / "out" / "vqrae" / "U" / "status.json").write_text(json.dumps(invalid))
     assert vlmevalkit.failed_benchmarks(tmp_path / "out", "vqrae") == {"MMEE": "unknown"}
 
 
-def test_several_images_keep_their_labels_and_share_the_tiles(kit: Any, asked: list[Any], llava: Path, tmp_path: Path) -> None:
+def test_several_images_keep_their_labels_and_share_the_tiles(
+    kit: Any, asked: list[Any], llava: Path, tmp_path: Path
+) -> None:
     model = vlmevalkit.model_class()(str(llava), max_new_tokens=2)
     processor = model.chat_model.processor.image_processor
     processor.max_patches = 1  # as InternVL's
@@ -199,14 +234,22 @@ def test_the_processor_of_transformers_makes_as_many_tiles() -> None:
     processor = GotOcr2ImageProcessor(size={"height": 448, "width": 448}, crop_to_patches=True)
     for width, height, most, expected in TILES:
         processor.max_patches = most  # as `generate_inner` sets it
-        pixel_values = processor(Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"]
+        pixel_values = processor(Image.new("RGB", (width, height)), return_tensors="pt")[
+            "pixel_values"
+        ]
         assert len(pixel_values) == expected, (width, height, most)
 
 
-def test_each_process_takes_its_own_gpu(kit: Any, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_takes_its_own_gpu(
+    kit: Any, llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen: list[int] = []
     (tmp_path / "run.py").write_text("")
-    for name, value in (("is_available", lambda: True), ("device_count", lambda: 8), ("set_device", chosen.append)):
+    for name, value in (
+        ("is_available", lambda: True),
+        ("device_count", lambda: 8),
+        ("set_device", chosen.append),
+    ):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -215,7 +258,9 @@ def test_each_process_takes_its_own_gpu(kit: Any, llava: Path, tmp_path: Path, m
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"set root to a clone of github.com/open-compass/VLMEvalKit"):
+    with pytest.raises(
+        SystemExit, match=r"set root to a clone of github.com/open-compass/VLMEvalKit"
+    ):
         vlmevalkit.main([f"root={tmp_path}", "model=m", "output=o"])
     (tmp_path / "run.py").write_text("")
     with pytest.raises(SystemExit, match="pip install -e"):

@@ -29,7 +29,10 @@ def run(name: str, settings: str, *arguments: str) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     context = get_context("fork")
-    pair = [context.Process(target=work, args=(module, list(arguments), rank, port)) for rank in range(2)]
+    pair = [
+        context.Process(target=work, args=(module, list(arguments), rank, port))
+        for rank in range(2)
+    ]
     for process in pair:
         process.start()
     for process in pair:

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from vqrae.generation import extract_codes
-from vqrae.generation.model import build_generator
+from vqrae.generation.modeling import build_generator
 from vqrae.generation.vocabulary import VisualVocabulary
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
 
@@ -34,7 +34,9 @@ def make_tokenizer(folder: Path, seed: int) -> Path:
         "patch_size": 8,
         "vision_use_head": False,
     }
-    VQRAEModel(VQRAEConfig(encoder_config=encoder, codebook_size=64, codebook_dim=32)).save_pretrained(folder)
+    VQRAEModel(
+        VQRAEConfig(encoder_config=encoder, codebook_size=64, codebook_dim=32)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -52,7 +54,14 @@ def other_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def codes_path(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("codes") / "set"
     extract_codes.main(
-        ["tiny", f"tokenizer={tokenizer_path}", "size=20", "shard_size=8", "captions_per_image=3", f"output_dir={folder}"]
+        [
+            "tiny",
+            f"tokenizer={tokenizer_path}",
+            "size=20",
+            "shard_size=8",
+            "captions_per_image=3",
+            f"output_dir={folder}",
+        ]
     )
     return folder
 
@@ -61,7 +70,13 @@ def codes_path(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -
 def train_arguments(tokenizer_path: Path, codes_path: Path) -> list[str]:
     """Command line of a run of a few steps, without `output_dir`."""
     model = [f"model.llm_config.{key}={value}" for key, value in LLM_CONFIG.items()]
-    optimization = {"max_steps": 4, "global_batch_size": 8, "micro_batch_size": 4, "logging_steps": 1, "save_steps": 2}
+    optimization = {
+        "max_steps": 4,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "logging_steps": 1,
+        "save_steps": 2,
+    }
     steps = [f"optimization.{key}={value}" for key, value in optimization.items()]
     return ["tiny", f"tokenizer={tokenizer_path}", f"data={codes_path}", *model, *steps]
 

@@ -10,12 +10,19 @@ from vqrae.common.files import weights_fingerprint
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.scenes import SceneDataset
 from vqrae.generation import extract_codes
-from vqrae.generation.extract_codes import CaptionedPictures
+from vqrae.generation.extract_codes import CaptionedImages
 from vqrae.tokenizer import VQRAEModel
 
 
 def arguments(tokenizer: Path, output: Path, *more: str) -> list[str]:
-    return ["tiny", f"tokenizer={tokenizer}", "size=20", "shard_size=8", f"output_dir={output}", *more]
+    return [
+        "tiny",
+        f"tokenizer={tokenizer}",
+        "size=20",
+        "shard_size=8",
+        f"output_dir={output}",
+        *more,
+    ]
 
 
 def test_codes_are_those_of_the_tokenizer(tokenizer_path: Path, codes_path: Path) -> None:
@@ -24,15 +31,25 @@ def test_codes_are_those_of_the_tokenizer(tokenizer_path: Path, codes_path: Path
     with torch.inference_mode():
         expected = VQRAEModel.from_pretrained(tokenizer_path).eval().encode(images.float() / 255)
     assert torch.equal(torch.stack([codes[i]["codes"] for i in range(20)]), expected)
-    assert all(len(codes.captions(i)) == 3 and codes.captions(i)[0].startswith("a photo of") for i in range(20))
+    assert all(
+        len(codes.captions(i)) == 3 and codes.captions(i)[0].startswith("a photo of")
+        for i in range(20)
+    )
 
 
 def test_processes_share_the_shards(
-    tokenizer_path: Path, codes_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tokenizer_path: Path,
+    codes_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     command = arguments(tokenizer_path, tmp_path, "captions_per_image=3")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, shards in (("1", ["shard-00001.npy"]), ("0", [f"shard-0000{i}.npy" for i in range(3)])):
+    for rank, shards in (
+        ("1", ["shard-00001.npy"]),
+        ("0", [f"shard-0000{i}.npy" for i in range(3)]),
+    ):
         monkeypatch.setenv("RANK", rank)
         extract_codes.main(command)
         assert sorted(path.name for path in tmp_path.glob("shard-*.npy")) == shards
@@ -51,7 +68,9 @@ def test_relaunch_writes_only_what_is_missing(tokenizer_path: Path, tmp_path: Pa
     assert lost.read_bytes() == content
 
 
-def test_other_settings_do_not_mix(tokenizer_path: Path, other_tokenizer_path: Path, tmp_path: Path) -> None:
+def test_other_settings_do_not_mix(
+    tokenizer_path: Path, other_tokenizer_path: Path, tmp_path: Path
+) -> None:
     extract_codes.main(arguments(tokenizer_path, tmp_path))
     with pytest.raises(ValueError, match="shard_size 8 -> 10"):
         extract_codes.main(arguments(tokenizer_path, tmp_path, "shard_size=10"))
@@ -67,7 +86,9 @@ def test_files_carry_one_caption(tmp_path: Path) -> None:
     lines = [json.dumps({"image": f"{i}.png", "caption": f"number {i}"}) for i in range(3)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     pairs = extract_codes.open_pairs(str(tmp_path / "pairs.jsonl"), image_size=32, split="all")
-    sample = CaptionedPictures(pairs, captions_per_image=2)[2]  # of scenes; as the bare command with `data=FILE` asks
+    sample = CaptionedImages(pairs, captions_per_image=2)[
+        2
+    ]  # of scenes; as the bare command with `data=FILE` asks
     assert sample["captions"] == ["number 2"]
     assert sample["image"].shape == (3, 32, 32)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from vqrae.generation import Generator, extract_codes, train
 
 
-def test_a_run_on_pictures_and_its_samples(
+def test_a_run_on_images_and_its_samples(
     flash_attention: str, train_arguments: list[str], tokenizer_path: Path, tmp_path: Path
 ) -> None:
     lines = []
@@ -17,15 +17,34 @@ def test_a_run_on_pictures_and_its_samples(
         Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
         lines.append(json.dumps({"image": f"{color}.png", "caption": f"all {color}"}))
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    options = [f"model.attention={flash_attention}", "optimization.max_steps=1", f"output_dir={tmp_path}"]
+    options = [
+        f"model.attention={flash_attention}",
+        "optimization.max_steps=1",
+        f"output_dir={tmp_path}",
+    ]
     train.main([*train_arguments, f"data={tmp_path / 'pairs.jsonl'}", *options])
-    assert Generator.from_pretrained(tmp_path).images(["a red circle"], seeds=[0]).shape == (1, 3, 32, 32)
-    source = [f"tokenizer={tokenizer_path}", f"source={tmp_path / 'pairs.jsonl'}", f"output_dir={tmp_path / 'codes'}"]
+    assert Generator.from_pretrained(tmp_path).images(["a red circle"], seeds=[0]).shape == (
+        1,
+        3,
+        32,
+        32,
+    )
+    source = [
+        f"tokenizer={tokenizer_path}",
+        f"source={tmp_path / 'pairs.jsonl'}",
+        f"output_dir={tmp_path / 'codes'}",
+    ]
     extract_codes.main(["tiny", *source])
     assert (tmp_path / "codes" / "manifest.json").is_file()
 
 
-def test_fp32_training_is_refused(flash_attention: str, train_arguments: list[str], tmp_path: Path) -> None:
-    options = [f"model.attention={flash_attention}", "optimization.bf16=false", f"output_dir={tmp_path}"]
+def test_fp32_training_is_refused(
+    flash_attention: str, train_arguments: list[str], tmp_path: Path
+) -> None:
+    options = [
+        f"model.attention={flash_attention}",
+        "optimization.bf16=false",
+        f"output_dir={tmp_path}",
+    ]
     with pytest.raises(ValueError, match="expected fp16 or bf16: set bf16=true"):
         train.main([*train_arguments, *options])

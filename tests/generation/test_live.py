@@ -14,11 +14,18 @@ from safetensors.torch import load_file
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.run import read_metrics
 from vqrae.data.code_shards import CodeDataset
-from vqrae.data.sources import fingerprint, is_encoded, open_images, open_pairs, open_pairs_or_codes, some_captions
+from vqrae.data.sources import (
+    fingerprint,
+    is_encoded,
+    open_images,
+    open_pairs,
+    open_pairs_or_codes,
+    some_captions,
+)
 from vqrae.data.word_tokenizer import build_word_tokenizer, fit_word_tokenizer
 from vqrae.generation import extract_codes, train
-from vqrae.generation.encoding import encode_pictures, load_encoder
-from vqrae.generation.stream import GenerationCollator, TrainingStream, fill_codes
+from vqrae.generation.data import GenerationCollator, TrainingStream, fill_codes
+from vqrae.generation.encoding import encode_images, load_encoder
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
 
 
@@ -32,7 +39,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = np.random.default_rng(i).integers(0, 256, (36 + i, 50, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
             text = f"a zebra and {i} unicorns"
-            tar.write({"__key__": f"{i:05d}", "png": (folder / f"{i}.png").read_bytes(), "txt": text})
+            tar.write(
+                {"__key__": f"{i:05d}", "png": (folder / f"{i}.png").read_bytes(), "txt": text}
+            )
             lines.append(json.dumps({"image": f"{i}.png", "caption": text}))
     (folder / "pairs.jsonl").write_text("\n".join(lines))
     return folder
@@ -40,8 +49,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def jsonl_codes(pairs: Path, tokenizer_path: Path) -> Path:
-    source = [f"source={pairs / 'pairs.jsonl'}", "captions_per_image=2"]  # of scenes: a file has one
-    extract_codes.main(["tiny", f"tokenizer={tokenizer_path}", *source, f"output_dir={pairs / 'codes'}"])
+    source = [
+        f"source={pairs / 'pairs.jsonl'}",
+        "captions_per_image=2",
+    ]  # of scenes: a file has one
+    extract_codes.main(
+        ["tiny", f"tokenizer={tokenizer_path}", *source, f"output_dir={pairs / 'codes'}"]
+    )
     return pairs / "codes"
 
 
@@ -57,16 +71,20 @@ def test_a_code_set_is_a_source(jsonl_codes: Path, pairs: Path, tokenizer_path: 
     encoder = load_encoder(tokenizer_path)
     for i in range(11):
         assert codes[i]["caption"] == live[i]["caption"]
-        assert torch.equal(codes[i]["codes"], encode_pictures(encoder, live[i]["image"][None])[0])
+        assert torch.equal(codes[i]["codes"], encode_images(encoder, live[i]["image"][None])[0])
     assert "manifest sha256" in fingerprint(str(jsonl_codes))
     for open_source in (open_images, open_pairs):
-        with pytest.raises(ValueError, match=r"holds codes|has no pictures"):
+        with pytest.raises(ValueError, match=r"holds codes|has no images"):
             open_source(str(jsonl_codes), image_size=32)
     with pytest.raises(ValueError, match="was made with tokenizer"):
-        open_pairs_or_codes(f"{jsonl_codes}*1+scenes*1", image_size=32, tokenizer_fingerprint="0" * 64)
+        open_pairs_or_codes(
+            f"{jsonl_codes}*1+scenes*1", image_size=32, tokenizer_fingerprint="0" * 64
+        )
 
 
-def test_several_crops_are_entries_of_their_own(pairs: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+def test_several_crops_are_entries_of_their_own(
+    pairs: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
     source = [f"source={pairs / 'pairs.tar'}", "crop=random", "crops_per_image=2"]
     extract_codes.main(["tiny", f"tokenizer={tokenizer_path}", *source, f"output_dir={tmp_path}"])
     codes = CodeDataset(tmp_path)
@@ -76,15 +94,22 @@ def test_several_crops_are_entries_of_their_own(pairs: Path, tokenizer_path: Pat
     with pytest.raises(ValueError, match="set crop=random or zoom"):
         extract_codes.main(["tiny", "crops_per_image=2"])
     with pytest.raises(ValueError, match="scenes are square"):
-        extract_codes.CaptionedPictures(open_pairs("scenes", image_size=32, size=4), crops_per_image=2)
+        extract_codes.CaptionedImages(
+            open_pairs("scenes", image_size=32, size=4), crops_per_image=2
+        )
 
 
 def test_some_captions_of_every_kind(jsonl_codes: Path, pairs: Path) -> None:
-    options = {"image_size": 32, "tokenizer_fingerprint": CodeDataset(jsonl_codes).manifest.tokenizer_fingerprint}
+    options = {
+        "image_size": 32,
+        "tokenizer_fingerprint": CodeDataset(jsonl_codes).manifest.tokenizer_fingerprint,
+    }
     texts = sorted(CodeDataset(jsonl_codes).captions(i)[0] for i in range(11))
     for source in (jsonl_codes, pairs / "pairs.jsonl"):
         assert sorted(some_captions(open_pairs_or_codes(str(source), **options))) == texts
-    mixture = open_pairs_or_codes(f"{jsonl_codes}*1+{pairs / 'pairs.tar'}*1+scenes*1+emoji*1", **options)
+    mixture = open_pairs_or_codes(
+        f"{jsonl_codes}*1+{pairs / 'pairs.tar'}*1+scenes*1+emoji*1", **options
+    )
     found = some_captions(mixture, limit=5)
     assert len(found) == 20
     assert sum("background" in text for text in found) == 5
@@ -105,18 +130,23 @@ def test_frequent_words_get_ids_as_far_as_they_fit(capsys: pytest.CaptureFixture
 # ---- batches
 
 
-def test_pictures_become_codes_in_their_rows(
+def test_images_become_codes_in_their_rows(
     jsonl_codes: Path, pairs: Path, tokenizer_path: Path, vocabulary: VisualVocabulary
 ) -> None:
     """A mixed batch equals the batch of the same samples from shards; what the mixture gives is both kinds."""
     options = {"image_size": 32, "tokenizer_fingerprint": weights_fingerprint(tokenizer_path)}
-    codes, live = (open_pairs_or_codes(str(source), **options) for source in (jsonl_codes, pairs / "pairs.jsonl"))
+    codes, live = (
+        open_pairs_or_codes(str(source), **options)
+        for source in (jsonl_codes, pairs / "pairs.jsonl")
+    )
     encoder = load_encoder(tokenizer_path)
-    collate = GenerationCollator(PromptEncoder(build_word_tokenizer(["a zebra and unicorns"]), vocabulary), vocabulary)
+    collate = GenerationCollator(
+        PromptEncoder(build_word_tokenizer(["a zebra and unicorns"]), vocabulary), vocabulary
+    )
     expected = collate([codes[i] for i in range(5)])
     mixed = collate([(live if i in (1, 4) else codes)[i] for i in range(5)])
     assert mixed["image_rows"].tolist() == [1, 4]
-    filled = fill_codes(mixed, lambda images: encode_pictures(encoder, images), vocabulary)
+    filled = fill_codes(mixed, lambda images: encode_images(encoder, images), vocabulary)
     assert filled.keys() == expected.keys()
     assert all(torch.equal(filled[name], expected[name]) for name in expected)
 
@@ -132,7 +162,9 @@ def test_pictures_become_codes_in_their_rows(
 
 
 @pytest.fixture(scope="module")
-def live_run(train_arguments: list[str], pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def live_run(
+    train_arguments: list[str], pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("live")
     options = ["optimization.save_total_limit=2", f"data={pairs / 'pairs.jsonl'}"]
     train.main([*train_arguments, *options, f"output_dir={folder}"])
@@ -143,15 +175,24 @@ def test_live_training_takes_the_steps_of_training_on_shards(
     live_run: Path, jsonl_codes: Path, train_arguments: list[str], tmp_path: Path
 ) -> None:
     train.main([*train_arguments, f"data={jsonl_codes}", f"output_dir={tmp_path}"])
-    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (live_run, tmp_path))
+    ours, theirs = (
+        load_file(folder / "model" / "model.safetensors") for folder in (live_run, tmp_path)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert "pairs.jsonl" in json.loads((live_run / "manifest.json").read_text())["fingerprints"]["data"]
+    assert (
+        "pairs.jsonl"
+        in json.loads((live_run / "manifest.json").read_text())["fingerprints"]["data"]
+    )
 
 
-def test_a_live_run_resumes_exactly(live_run: Path, pairs: Path, train_arguments: list[str], tmp_path: Path) -> None:
+def test_a_live_run_resumes_exactly(
+    live_run: Path, pairs: Path, train_arguments: list[str], tmp_path: Path
+) -> None:
     (live_run / "checkpoint-2").rename(tmp_path / "checkpoint-2")
     train.main([*train_arguments, f"data={pairs / 'pairs.jsonl'}", f"output_dir={tmp_path}"])
-    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, live_run))
+    ours, theirs = (
+        load_file(folder / "model" / "model.safetensors") for folder in (tmp_path, live_run)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     losses = {row["step"]: row["loss"] for row in read_metrics(live_run)}
     assert [row["loss"] for row in read_metrics(tmp_path)] == [losses[3], losses[4]]

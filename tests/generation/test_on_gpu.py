@@ -20,7 +20,11 @@ def test_the_host_waits_for_no_step(
 ) -> None:
     """From code shards; and with images that are encoded while it trains, whose search settles near ties."""
     waits = WAITS if data == "codes" else (*WAITS, "quantizers/search.py")
-    given = [argument for argument in train_arguments if data == "codes" or not argument.startswith("data=")]
+    given = [
+        argument
+        for argument in train_arguments
+        if data == "codes" or not argument.startswith("data=")
+    ]
     options = [f"output_dir={tmp_path}", "optimization.logging_steps=10", "model.attention=sdpa"]
     options += [] if data == "codes" else ["data=scenes"]
     with fake_gpu() as gpu:
@@ -40,7 +44,9 @@ def test_the_host_waits_for_no_step(
         {"temperature": 0.0, "window": 2, "guidance_start": 0.25, "guidance_end": 0.5},
     ],
 )
-def test_every_option_of_sampling_runs_on_the_gpu(options: dict, model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_every_option_of_sampling_runs_on_the_gpu(
+    options: dict, model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     model.set_attn_implementation("sdpa")
     boi = vocabulary.begin_of_image
     prompts = [[1, 2, boi], [3, boi], [3, boi]]
@@ -50,11 +56,15 @@ def test_every_option_of_sampling_runs_on_the_gpu(options: dict, model: Qwen3For
 
         def watch(done: int, total: int) -> None:
             if progress and len(progress) < 3:
-                gpu.check(("copy (2,)",))  # where guidance begins late: the places that were missed, once
+                gpu.check(
+                    ("copy (2,)",)
+                )  # where guidance begins late: the places that were missed, once
             progress.append(done)
             gpu.waits.clear()
 
-        codes = sample_codes(model, prompts, [boi], vocabulary, SamplingConfig(**options), [0, 1, 2], progress=watch)
+        codes = sample_codes(
+            model, prompts, [boi], vocabulary, SamplingConfig(**options), [0, 1, 2], progress=watch
+        )
     assert codes.shape == (3, vocabulary.num_codes)
     assert codes.device.type == "cpu"
     assert progress[-1] == vocabulary.num_codes

@@ -8,7 +8,9 @@ from transformers import Qwen3ForCausalLM
 from vqrae.generation import prepacking
 from vqrae.generation.prepacking import PrepackedLinear, prepacked_linears
 
-needs_bf16 = pytest.mark.skipif(not prepacking.can_prepack(), reason="oneDNN computes no bfloat16 on this processor")
+needs_bf16 = pytest.mark.skipif(
+    not prepacking.can_prepack(), reason="oneDNN computes no bfloat16 on this processor"
+)
 
 
 def types(model: nn.Module) -> list[type]:
@@ -42,7 +44,9 @@ def test_model_equals_itself_and_is_restored(model: Qwen3ForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_other_layers_stay(model: Qwen3ForCausalLM, missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_layers_stay(
+    model: Qwen3ForCausalLM, missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Float32, and machines where the operators are not found."""
     if missing:
         model = model.to(torch.bfloat16)

@@ -14,7 +14,7 @@ from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import train
 from vqrae.generation.config import GenerationConfig, TrainingConfig
 from vqrae.generation.dry_run import expected_vocabulary, rehearsal
-from vqrae.generation.model import build_generator, fit_projection
+from vqrae.generation.modeling import build_generator, fit_projection
 from vqrae.generation.trainer import fit_prompts
 
 # fmt: off
@@ -34,14 +34,21 @@ def config() -> GenerationConfig:
 def test_every_value_of_table_9(config: GenerationConfig) -> None:
     training = config.training
     assert {name: getattr(training.optimization, name) for name in TABLE_9} == TABLE_9
-    assert training.optimization.global_batch_size % (8 * training.optimization.micro_batch_size) == 0  # the header's hardware
+    assert (
+        training.optimization.global_batch_size % (8 * training.optimization.micro_batch_size) == 0
+    )  # the header's hardware
     assert config.extraction.crop == "center"
     assert (training.model.llm, training.model.offset) == ("Qwen/Qwen3-0.6B", QWEN3_ROWS)
-    assert (training.model.max_length, training.model.caption_dropout) == (1536, 0.1)  # the dropout is ours: guidance needs it
+    assert (training.model.max_length, training.model.caption_dropout) == (
+        1536,
+        0.1,
+    )  # the dropout is ours: guidance needs it
 
 
 def test_the_trainer_gets_these_values(config: GenerationConfig, tmp_path: Path) -> None:
-    plain = dataclasses.replace(config.training.optimization, zero=0)  # DeepSpeed reads its values from these
+    plain = dataclasses.replace(
+        config.training.optimization, zero=0
+    )  # DeepSpeed reads its values from these
     arguments = training_arguments(plain, tmp_path, seed=0)
     for name in set(TABLE_9) - {"global_batch_size", "zero"}:
         assert getattr(arguments, name) == TABLE_9[name], name
@@ -61,10 +68,16 @@ def test_the_longest_sequence_has_1536_ids(config: GenerationConfig) -> None:
 
 def test_the_model_is_qwen3_and_its_codes(config: GenerationConfig) -> None:
     vocabulary = expected_vocabulary(config.training)
-    assert (vocabulary.offset, vocabulary.codebook_size, vocabulary.num_codes) == (QWEN3_ROWS, 16_384, 1024)
+    assert (vocabulary.offset, vocabulary.codebook_size, vocabulary.num_codes) == (
+        QWEN3_ROWS,
+        16_384,
+        1024,
+    )
     with torch.device("meta"):
         model = build_generator(vocabulary, llm_config=config.training.model.llm_config)
-        tied = Qwen3ForCausalLM(type(model.config)(**{**config.training.model.llm_config, "vocab_size": QWEN3_ROWS}))
+        tied = Qwen3ForCausalLM(
+            type(model.config)(**{**config.training.model.llm_config, "vocab_size": QWEN3_ROWS})
+        )
     assert count_parameters(tied) == (QWEN3_PARAMETERS, QWEN3_PARAMETERS)
     added = (vocabulary.num_rows - QWEN3_ROWS) * 1024
     assert count_parameters(model)[0] == QWEN3_PARAMETERS + added == 612_958_208
@@ -76,10 +89,14 @@ def test_the_model_is_qwen3_and_its_codes(config: GenerationConfig) -> None:
 
 
 @pytest.mark.parametrize(("codebook_dim", "width"), [(1536, 1024), (48, 96)])
-def test_projected_codes_look_like_text_rows_and_keep_their_distances(codebook_dim: int, width: int) -> None:
+def test_projected_codes_look_like_text_rows_and_keep_their_distances(
+    codebook_dim: int, width: int
+) -> None:
     """At real size, E 1536 to D 1024, and where the model is wider than the codebook."""
     torch.manual_seed(0)
-    scales = torch.logspace(0, -2, codebook_dim)  # features of an encoder: few directions carry most
+    scales = torch.logspace(
+        0, -2, codebook_dim
+    )  # features of an encoder: few directions carry most
     vectors = 3 + torch.randn(2048, codebook_dim) * scales
     text = 0.03 * torch.randn(4096, width) + 0.01 * torch.randn(width)
     rows = fit_projection(vectors, text)
@@ -97,11 +114,24 @@ def test_projected_codes_look_like_text_rows_and_keep_their_distances(codebook_d
 # ---- the dry run
 
 
-def test_a_dry_run_reports_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+def test_a_dry_run_reports_and_keeps_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     options |= {"num_key_value_heads": 1, "head_dim": 16}
     small = [f"model.llm_config.{key}={value}" for key, value in options.items()]
-    arguments = ["optimization.zero=0", "model.llm=nobody/has-this", "model.offset=512", "model.max_length=1100", *small]
+    arguments = [
+        "optimization.zero=0",
+        "model.llm=nobody/has-this",
+        "model.offset=512",
+        "model.max_length=1100",
+        *small,
+    ]
     train.main(["qwen3_0_6b", "dry_run=2", f"output_dir={tmp_path / 'run'}", *arguments])
     printed = capsys.readouterr().out
     rows = 512 + 16_384 + 128
@@ -117,7 +147,9 @@ def test_a_dry_run_reports_and_keeps_nothing(tmp_path: Path, capsys: pytest.Capt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rehearsal_is_the_configuration_with_one_sequence_a_step(config: GenerationConfig) -> None:
+def test_a_rehearsal_is_the_configuration_with_one_sequence_a_step(
+    config: GenerationConfig,
+) -> None:
     given = dataclasses.replace(config.training, dry_run=1)
     training: TrainingConfig = rehearsal(given)
     assert training.model.llm is None  # known by its configuration
@@ -127,5 +159,7 @@ def test_a_rehearsal_is_the_configuration_with_one_sequence_a_step(config: Gener
     for name in set(TABLE_9) - {"global_batch_size"}:
         assert getattr(optimization, name) == TABLE_9[name]
     unknown = dataclasses.replace(config.training.model, llm_config=None)
-    with pytest.raises(ValueError, match=r"is not on this machine: describe it in model\.llm_config"):
+    with pytest.raises(
+        ValueError, match=r"is not on this machine: describe it in model\.llm_config"
+    ):
         rehearsal(dataclasses.replace(given, model=unknown))

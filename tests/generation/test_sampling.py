@@ -34,14 +34,24 @@ SAMPLED = SamplingConfig(guidance_scale=3.0, top_k=40, top_p=0.95, min_p=0.01, t
 GREEDY = SamplingConfig(guidance_scale=3.0, temperature=0)
 
 
-def sample(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig, rows: list[int], **options: Any):
+def sample(
+    model: Qwen3ForCausalLM,
+    vocabulary: VisualVocabulary,
+    config: SamplingConfig,
+    rows: list[int],
+    **options: Any,
+):
     prompts = [PROMPTS[i % 4] for i in rows]
-    return sample_codes(model, prompts, UNCONDITIONAL, vocabulary, config, [100 + i for i in rows], **options)
+    return sample_codes(
+        model, prompts, UNCONDITIONAL, vocabulary, config, [100 + i for i in rows], **options
+    )
 
 
 @torch.no_grad()
-def uncached(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig, row: int) -> Tensor:
-    """What `sample` must give, as plainly as it can be said: one picture, no cache, no padding, every row at every code."""
+def uncached(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig, row: int
+) -> Tensor:
+    """What `sample` must give, as plainly as it can be said: one image, no cache, no padding, every row at every code."""
     uniforms = image_uniforms([100 + row], vocabulary.num_codes)
     codes: list[int] = []
     for i, scale in enumerate(guidance_scales(config, vocabulary.num_codes)):
@@ -50,7 +60,9 @@ def uncached(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: Samp
             model(input_ids=torch.tensor([prompt + ids])).logits[:, -1, vocabulary.code_rows]
             for prompt in (PROMPTS[row % 4], UNCONDITIONAL)
         )
-        codes += draw_codes(without + scale * (with_caption - without), uniforms[:, i], config).tolist()
+        codes += draw_codes(
+            without + scale * (with_caption - without), uniforms[:, i], config
+        ).tolist()
     return torch.tensor(codes)
 
 
@@ -61,32 +73,42 @@ def uncached(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: Samp
         SAMPLED,
         SamplingConfig(guidance_scale=1),
         SamplingConfig(guidance_scale=3, guidance_schedule="linear"),
-        SamplingConfig(guidance_scale=3, guidance_schedule="cosine", guidance_start=0.25, guidance_end=0.75),
+        SamplingConfig(
+            guidance_scale=3, guidance_schedule="cosine", guidance_start=0.25, guidance_end=0.75
+        ),
         SamplingConfig(guidance_scale=3, guidance_end=0.5),
         SamplingConfig(guidance_scale=3, guidance_start=0.5),
     ],
 )
-def test_cached_equals_uncached(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig) -> None:
+def test_cached_equals_uncached(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig
+) -> None:
     """Prompts of different lengths, some of them equal, side by side."""
     rows = [0, 1, 2, 3, 4]
     cached = sample(model, vocabulary, config, rows)
     assert cached.shape == (5, 16)
     assert 0 <= cached.min() <= cached.max() < 64
-    assert torch.equal(cached, torch.stack([uncached(model, vocabulary, config, row) for row in rows]))
+    assert torch.equal(
+        cached, torch.stack([uncached(model, vocabulary, config, row) for row in rows])
+    )
 
 
 @pytest.fixture
 def shapes(model: Qwen3ForCausalLM) -> list[tuple[int, int]]:
     """(rows, tokens) of every forward pass from here on."""
     seen: list[tuple[int, int]] = []
-    model.model.register_forward_pre_hook(lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True)
+    model.model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
     return seen
 
 
 def test_prompts_are_computed_once_and_guidance_in_the_same_pass(
     model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, shapes: list[tuple[int, int]]
 ) -> None:
-    sample_codes(model, [PROMPTS[0], PROMPTS[2], PROMPTS[0]], UNCONDITIONAL, vocabulary, SAMPLED, [0, 1, 2])
+    sample_codes(
+        model, [PROMPTS[0], PROMPTS[2], PROMPTS[0]], UNCONDITIONAL, vocabulary, SAMPLED, [0, 1, 2]
+    )
     assert shapes == [(3, 5)] + 16 * [(6, 1)]  # two captions and none, without BOI
 
 
@@ -94,13 +116,17 @@ def test_rows_without_caption_run_inside_the_interval_only(
     model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, shapes: list[tuple[int, int]]
 ) -> None:
     sample(model, vocabulary, SamplingConfig(guidance_start=0.25, guidance_end=0.5), [0, 1])
-    assert shapes == [(3, 3)] + 4 * [(2, 1)] + [(2, 4)] + 4 * [(4, 1)] + 8 * [(2, 1)]  # (2, 4): reading what they missed
+    assert shapes == [(3, 3)] + 4 * [(2, 1)] + [(2, 4)] + 4 * [(4, 1)] + 8 * [
+        (2, 1)
+    ]  # (2, 4): reading what they missed
     shapes.clear()
     sample(model, vocabulary, SamplingConfig(guidance_scale=1), [0, 1])
     assert shapes == [(2, 3)] + 16 * [(2, 1)]
 
 
-def test_only_the_rows_of_the_codes_become_logits(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_only_the_rows_of_the_codes_become_logits(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     """Whatever the other rows of the head hold, they are not read."""
     expected = sample(model, vocabulary, SAMPLED, [0, 1])
     head = torch.full_like(model.lm_head.weight, torch.nan)
@@ -110,7 +136,7 @@ def test_only_the_rows_of_the_codes_become_logits(model: Qwen3ForCausalLM, vocab
 
 
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED])
-def test_a_picture_does_not_depend_on_its_neighbours(
+def test_a_image_does_not_depend_on_its_neighbours(
     model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig
 ) -> None:
     together = sample(model, vocabulary, config, [0, 1, 2, 3, 4, 5])
@@ -124,24 +150,33 @@ def test_seeds_differ(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> 
     assert not torch.equal(codes[0], codes[1])
 
 
-def test_guidance_1_is_the_conditional_row_alone(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_guidance_1_is_the_conditional_row_alone(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     rows = [0, 1, 2, 3]
     alone = sample(model, vocabulary, SamplingConfig(guidance_scale=1), rows)
-    nearly = sample(model, vocabulary, SamplingConfig(guidance_scale=1 + 1e-6), rows)  # runs the unconditional rows too
+    nearly = sample(
+        model, vocabulary, SamplingConfig(guidance_scale=1 + 1e-6), rows
+    )  # runs the unconditional rows too
     assert torch.equal(alone, nearly)
     assert not torch.equal(alone, sample(model, vocabulary, SamplingConfig(guidance_scale=5), rows))
 
 
 @torch.no_grad()
-def test_guidance_extrapolates_raw_logits(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_guidance_extrapolates_raw_logits(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     code = sample_codes(model, [PROMPTS[0]], UNCONDITIONAL, vocabulary, GREEDY, [0])[0, 0]
     conditional, unconditional = (
-        model(input_ids=torch.tensor([prompt])).logits[0, -1, vocabulary.code_rows] for prompt in (PROMPTS[0], UNCONDITIONAL)
+        model(input_ids=torch.tensor([prompt])).logits[0, -1, vocabulary.code_rows]
+        for prompt in (PROMPTS[0], UNCONDITIONAL)
     )
     assert code == (unconditional + 3 * (conditional - unconditional)).argmax()
 
 
-def test_guidance_without_caption_dropout_is_refused(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_guidance_without_caption_dropout_is_refused(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     model.config.caption_dropout = 0
     with pytest.raises(ValueError, match=r"caption_dropout 0.*guidance_scale=1"):
         sample(model, vocabulary, GREEDY, [0])
@@ -151,17 +186,41 @@ def test_guidance_without_caption_dropout_is_refused(model: Qwen3ForCausalLM, vo
 def test_guidance_scales() -> None:
     config = functools.partial(SamplingConfig, guidance_scale=5.0)
     assert guidance_scales(config(), 4) == [5, 5, 5, 5]
-    assert guidance_scales(config(guidance_start=0.25, guidance_end=0.5), 8) == [1, 1, 5, 5, 1, 1, 1, 1]
+    assert guidance_scales(config(guidance_start=0.25, guidance_end=0.5), 8) == [
+        1,
+        1,
+        5,
+        5,
+        1,
+        1,
+        1,
+        1,
+    ]
     assert guidance_scales(config(guidance_schedule="linear"), 5) == [1, 2, 3, 4, 5]
-    assert guidance_scales(config(guidance_schedule="linear", guidance_end=0.5), 6) == [1, 3, 5, 1, 1, 1]
+    assert guidance_scales(config(guidance_schedule="linear", guidance_end=0.5), 6) == [
+        1,
+        3,
+        5,
+        1,
+        1,
+        1,
+    ]
     cosine = guidance_scales(config(guidance_schedule="cosine"), 5)
     assert cosine == pytest.approx([1, 1 + 2 * (1 - 0.5**0.5), 3, 1 + 2 * (1 + 0.5**0.5), 5])
-    assert guidance_scales(SamplingConfig(guidance_scale=1, guidance_schedule="linear"), 3) == [1, 1, 1]
+    assert guidance_scales(SamplingConfig(guidance_scale=1, guidance_schedule="linear"), 3) == [
+        1,
+        1,
+        1,
+    ]
 
 
-def test_a_window_of_a_row_is_the_plain_order(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_a_window_of_a_row_is_the_plain_order(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     def windowed(window: int, **options: float) -> Tensor:
-        return sample(model, vocabulary, dataclasses.replace(SAMPLED, window=window, **options), [0, 1, 2])
+        return sample(
+            model, vocabulary, dataclasses.replace(SAMPLED, window=window, **options), [0, 1, 2]
+        )
 
     for options in ({}, {"guidance_start": 0.5}):
         assert torch.equal(windowed(0, **options), windowed(4, **options))
@@ -191,14 +250,20 @@ def test_a_window_draws_each_code_from_the_codes_before_it_that_are_there(
     model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
 ) -> None:
     """Window 3 of 4 columns, first two rows."""
-    codes = sample(model, vocabulary, SamplingConfig(guidance_scale=1, temperature=0, window=3), [0])[0].tolist()
+    codes = sample(
+        model, vocabulary, SamplingConfig(guidance_scale=1, temperature=0, window=3), [0]
+    )[0].tolist()
 
     def greedy(codes: list[int]) -> int:
         ids = [*PROMPTS[0], *(vocabulary.offset + code for code in codes)]
-        return int(model(input_ids=torch.tensor([ids])).logits[0, -1, vocabulary.code_rows].argmax())
+        return int(
+            model(input_ids=torch.tensor([ids])).logits[0, -1, vocabulary.code_rows].argmax()
+        )
 
     assert codes[:4] == [greedy(codes[:i]) for i in range(4)]
-    assert codes[4] == greedy([*codes[:3], codes[2]])  # the newest code stands where code 3 is not known yet
+    assert codes[4] == greedy(
+        [*codes[:3], codes[2]]
+    )  # the newest code stands where code 3 is not known yet
     assert codes[5:8] == [greedy(codes[:i]) for i in range(5, 8)]  # code 3 has taken its place
 
 
@@ -213,12 +278,16 @@ def test_a_compiled_pass_draws_the_same(
 ) -> None:
     """Tracing the whole model without a break; generating machine code is left out, it takes a minute on a CPU."""
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, mode: compile(module, backend="eager", fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", lambda module, mode: compile(module, backend="eager", fullgraph=True)
+    )
     plain = sample(model, vocabulary, SAMPLED, [0, 1, 2])
     assert torch.equal(plain, sample(model, vocabulary, SAMPLED, [0, 1, 2], compile=True))
 
 
-def test_attention_takes_a_mask_or_is_refused(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_attention_takes_a_mask_or_is_refused(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     expected = sample(model, vocabulary, SAMPLED, [0, 1, 2])
     model.set_attn_implementation("eager")
     assert torch.equal(expected, sample(model, vocabulary, SAMPLED, [0, 1, 2]))
@@ -267,33 +336,51 @@ def test_draws_follow_the_distribution() -> None:
     torch.testing.assert_close(shares, probabilities, atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}]
+)
 def test_bad_options(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected temperature >= 0"):
         SamplingConfig(**options)
 
 
-@pytest.mark.parametrize("options", [{"guidance_start": 0.5, "guidance_end": 0.5}, {"guidance_end": 1.1}, {"window": -1}])
+@pytest.mark.parametrize(
+    "options", [{"guidance_start": 0.5, "guidance_end": 0.5}, {"guidance_end": 1.1}, {"window": -1}]
+)
 def test_bad_interval_or_window(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected 0 <= guidance_start"):
         SamplingConfig(**options)
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": float("nan")}, {"temperature": 1e7}, {"guidance_scale": float("nan")}, {"guidance_scale": 1e30}]
+    "options",
+    [
+        {"temperature": float("nan")},
+        {"temperature": 1e7},
+        {"guidance_scale": float("nan")},
+        {"guidance_scale": 1e30},
+    ],
 )
 def test_numbers_that_logits_do_not_survive(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"expected a guidance_scale and a temperature between -1e\+06 and 1e\+06"):
+    with pytest.raises(
+        ValueError, match=r"expected a guidance_scale and a temperature between -1e\+06 and 1e\+06"
+    ):
         SamplingConfig(**options)
 
 
-def test_next_to_no_temperature_is_greedy(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_next_to_no_temperature_is_greedy(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     cold = dataclasses.replace(GREEDY, temperature=1e-40)
-    assert torch.equal(sample(model, vocabulary, cold, [0, 1]), sample(model, vocabulary, GREEDY, [0, 1]))
+    assert torch.equal(
+        sample(model, vocabulary, cold, [0, 1]), sample(model, vocabulary, GREEDY, [0, 1])
+    )
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
 def test_seeds_have_64_bits(seed: int) -> None:
     assert image_uniforms([2**64 - 1, -(2**63)], 4).shape == (2, 4)
-    with pytest.raises(ValueError, match=f"got seed {seed}, expected -9223372036854775808 to 18446744073709551615"):
+    with pytest.raises(
+        ValueError, match=f"got seed {seed}, expected -9223372036854775808 to 18446744073709551615"
+    ):
         image_uniforms([seed], 4)

@@ -1,4 +1,4 @@
-"""Training: loss on codes only, exact resume, a plain folder, pictures at the end."""
+"""Training: loss on codes only, exact resume, a plain folder, images at the end."""
 
 import os
 import shutil
@@ -18,9 +18,9 @@ from vqrae.data.code_shards import CodeDataset
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import Generator, SamplingConfig, train
 from vqrae.generation.config import GenerationConfig
-from vqrae.generation.model import VisualHead, build_generator, find_tokenizer
+from vqrae.generation.data import GenerationCollator, TrainingStream
+from vqrae.generation.modeling import VisualHead, build_generator, find_tokenizer
 from vqrae.generation.prepacking import PrepackedLinear, can_prepack
-from vqrae.generation.stream import GenerationCollator, TrainingStream
 from vqrae.generation.trainer import visual_loss
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
 
@@ -58,12 +58,16 @@ def test_labels_are_the_codes_only(vocabulary: VisualVocabulary) -> None:
     assert batch["position_ids"][:, -1].tolist() == [19, 16, 22]
 
 
-def test_visual_loss_is_the_full_loss_with_other_logits_masked(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_visual_loss_is_the_full_loss_with_other_logits_masked(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     batch = make_batch(vocabulary)
     plain = model(**batch)
     masked = torch.full_like(plain.logits, -torch.inf)
     masked[..., vocabulary.code_rows] = plain.logits[..., vocabulary.code_rows]
-    expected = model.loss_function(logits=masked, labels=batch["labels"], vocab_size=model.config.vocab_size)
+    expected = model.loss_function(
+        logits=masked, labels=batch["labels"], vocab_size=model.config.vocab_size
+    )
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -76,7 +80,9 @@ def test_visual_loss_is_the_full_loss_with_other_logits_masked(model: Qwen3ForCa
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
 
 
-def test_the_full_softmax_is_that_of_transformers(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
+def test_the_full_softmax_is_that_of_transformers(
+    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+) -> None:
     batch = make_batch(vocabulary)
     expected = model(**batch).loss
     expected.backward()
@@ -92,7 +98,9 @@ def test_the_full_softmax_is_that_of_transformers(model: Qwen3ForCausalLM, vocab
 def test_padding_changes_no_loss(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
     model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
     alone = [visual_loss(model, make_batch(vocabulary, [sample]), vocabulary) for sample in SAMPLES]
-    torch.testing.assert_close(visual_loss(model, make_batch(vocabulary), vocabulary), torch.stack(alone).mean())
+    torch.testing.assert_close(
+        visual_loss(model, make_batch(vocabulary), vocabulary), torch.stack(alone).mean()
+    )
 
 
 # ---- the stream
@@ -107,12 +115,17 @@ def test_stream_is_a_function_of_position(codes_path: Path) -> None:
         assert again[i]["caption"] == in_order[i]["caption"]
         assert torch.equal(again[i]["codes"], in_order[i]["codes"])
     for epoch in range(5):
-        seen = Counter(tuple(sample["codes"].tolist()) for sample in in_order[20 * epoch : 20 * epoch + 20])
+        seen = Counter(
+            tuple(sample["codes"].tolist()) for sample in in_order[20 * epoch : 20 * epoch + 20]
+        )
         assert seen == Counter(tuple(codes[i]["codes"].tolist()) for i in range(20))
     dropped = [sample["caption"] == "" for sample in in_order]
     assert 15 < sum(dropped) < 45
     assert dropped[:20] != dropped[20:40]
-    assert all(sample["caption"] for sample in map(TrainingStream(codes, 50, caption_dropout=0).__getitem__, range(50)))
+    assert all(
+        sample["caption"]
+        for sample in map(TrainingStream(codes, 50, caption_dropout=0).__getitem__, range(50))
+    )
 
 
 # ---- runs
@@ -145,7 +158,9 @@ def test_a_checkpoint_of_another_tokenizer_is_not_resumed(
 ) -> None:
     shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match=r"checkpoint-4 was made with tokenizer"):
-        train.main([*train_arguments, f"output_dir={tmp_path}", f"tokenizer={other_tokenizer_path}"])
+        train.main(
+            [*train_arguments, f"output_dir={tmp_path}", f"tokenizer={other_tokenizer_path}"]
+        )
 
 
 def test_folder_loads_in_plain_transformers(run: Path) -> None:
@@ -155,17 +170,29 @@ def test_folder_loads_in_plain_transformers(run: Path) -> None:
     assert model.config.use_cache
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.visual_vocabulary == {"offset": 512, "codebook_size": 64, "num_codes": 16}
-    ids = AutoTokenizer.from_pretrained(run / "model")("a photo of a red circle", return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(run / "model")(
+        "a photo of a red circle", return_tensors="pt"
+    )["input_ids"]
     assert "<|unk|>" not in AutoTokenizer.from_pretrained(run / "model").decode(ids[0])
-    assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, ids.shape[1] + 4)
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (
+        1,
+        ids.shape[1] + 4,
+    )
     assert not list((run / "model").glob("*.bin"))
 
 
-def test_generator_draws_pictures(run: Path, tokenizer_path: Path) -> None:
+def test_generator_draws_images(run: Path, tokenizer_path: Path) -> None:
     generator = Generator.from_pretrained(run)
     steps: list[tuple[int, int]] = []
-    prompts = ["a photo of a red circle", "a photo of two stars", "", "a photo of an unheard-of thing"]
-    images = generator.images(prompts, seeds=[1, 2, 3, 4], batch_size=3, progress=lambda *step: steps.append(step))
+    prompts = [
+        "a photo of a red circle",
+        "a photo of two stars",
+        "",
+        "a photo of an unheard-of thing",
+    ]
+    images = generator.images(
+        prompts, seeds=[1, 2, 3, 4], batch_size=3, progress=lambda *step: steps.append(step)
+    )
     assert images.shape == (4, 3, 32, 32)
     assert 0 <= images.min() <= images.max() <= 1
     assert [steps[0], steps[-1], len(steps)] == [(3, 64), (64, 64), 32]
@@ -177,20 +204,26 @@ def test_generator_draws_pictures(run: Path, tokenizer_path: Path) -> None:
 
 @pytest.mark.skipif(not can_prepack(), reason="oneDNN computes no bfloat16 on this processor")
 @pytest.mark.parametrize("compile", [False, True])
-def test_bfloat16_on_cpu_samples_with_packed_weights(run: Path, compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_on_cpu_samples_with_packed_weights(
+    run: Path, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Unless compiled: inductor fails on packed layers."""
     monkeypatch.setattr(torch, "compile", lambda module, mode: module)
     generator = Generator.from_pretrained(run, dtype=torch.bfloat16, compile=compile)
     packed: list[bool] = []
 
     def look(*_: int) -> None:
-        packed.append(any(isinstance(module, PrepackedLinear) for module in generator.model.modules()))
+        packed.append(
+            any(isinstance(module, PrepackedLinear) for module in generator.model.modules())
+        )
 
     assert generator.codes(["a photo of a red circle"], seeds=[1], progress=look).shape == (1, 16)
     assert packed == [not compile] * 16
 
 
-def test_a_tree_of_generator_and_tokenizer_may_be_moved(run: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+def test_a_tree_of_generator_and_tokenizer_may_be_moved(
+    run: Path, tokenizer_path: Path, tmp_path: Path
+) -> None:
     recorded = read_json(run / "model" / "config.json")["vqrae_tokenizer"]
     assert recorded == os.path.relpath(tokenizer_path, run / "model")
     moved = tmp_path / "a" / "b"  # as deep as the tokenizer's way from the model asks for
@@ -198,14 +231,26 @@ def test_a_tree_of_generator_and_tokenizer_may_be_moved(run: Path, tokenizer_pat
     shutil.copytree(tokenizer_path, (moved / run.name / "model" / recorded).resolve())
     found = find_tokenizer(recorded, str(moved / run.name / "model"))
     assert found.is_relative_to(tmp_path)
-    assert Generator.from_pretrained(moved / run.name).images([""], seeds=[0]).shape == (1, 3, 32, 32)
-    assert find_tokenizer(str(tokenizer_path), str(run / "model")) == tokenizer_path  # as older generators recorded it
+    assert Generator.from_pretrained(moved / run.name).images([""], seeds=[0]).shape == (
+        1,
+        3,
+        32,
+        32,
+    )
+    assert (
+        find_tokenizer(str(tokenizer_path), str(run / "model")) == tokenizer_path
+    )  # as older generators recorded it
     shutil.rmtree(found)
-    with pytest.raises(FileNotFoundError, match=rf"needs the visual tokenizer {recorded} \(weights [0-9a-f]{{16}}\)"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"needs the visual tokenizer {recorded} \(weights [0-9a-f]{{16}}\)",
+    ):
         Generator.from_pretrained(moved / run.name)
 
 
-def test_generator_needs_its_own_tokenizer(run: Path, other_tokenizer_path: Path, tmp_path: Path) -> None:
+def test_generator_needs_its_own_tokenizer(
+    run: Path, other_tokenizer_path: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="was made with tokenizer") as error:
         Generator.from_pretrained(run, tokenizer=other_tokenizer_path)
     for name in (run, other_tokenizer_path):
@@ -220,9 +265,13 @@ def test_full_vocabulary_loss_trains_too(train_arguments: list[str], tmp_path: P
     assert read_metrics(tmp_path)[0]["loss"] > 6  # ln(600 + 64 rows) rather than ln(64)
 
 
-def test_codes_of_another_tokenizer_are_refused(train_arguments: list[str], other_tokenizer_path: Path, tmp_path: Path) -> None:
+def test_codes_of_another_tokenizer_are_refused(
+    train_arguments: list[str], other_tokenizer_path: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"code set .* was made with tokenizer"):
-        train.main([*train_arguments, f"output_dir={tmp_path}", f"tokenizer={other_tokenizer_path}"])
+        train.main(
+            [*train_arguments, f"output_dir={tmp_path}", f"tokenizer={other_tokenizer_path}"]
+        )
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
@@ -234,10 +283,16 @@ def test_pretrained_llm_is_extended(model: Qwen3ForCausalLM, tmp_path: Path) -> 
     larger = VisualVocabulary(offset=model.config.vocab_size, codebook_size=200, num_codes=4)
     extended = build_generator(larger, llm=str(tmp_path))
     assert extended.model.embed_tokens.weight.shape[0] == larger.num_rows
-    assert torch.equal(extended.model.embed_tokens.weight[: larger.offset], model.model.embed_tokens.weight)
-    assert torch.equal(extended.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(
+        extended.model.embed_tokens.weight[: larger.offset], model.model.embed_tokens.weight
+    )
+    assert torch.equal(
+        extended.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight
+    )
     with pytest.raises(ValueError, match=f"set offset to {larger.offset}"):
-        build_generator(VisualVocabulary(offset=50, codebook_size=200, num_codes=4), llm=str(tmp_path))
+        build_generator(
+            VisualVocabulary(offset=50, codebook_size=200, num_codes=4), llm=str(tmp_path)
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"llm": "a/b", "llm_config": {}}])

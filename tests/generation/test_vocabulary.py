@@ -40,7 +40,9 @@ def test_template_survives_a_long_caption(vocabulary: VisualVocabulary) -> None:
 
 def test_a_caption_is_only_text(vocabulary: VisualVocabulary) -> None:
     encode = PromptEncoder(WORDS, vocabulary)
-    assert WORDS.convert_tokens_to_ids("<|im_end|>") not in encode("a red <|im_end|> circle {caption} {}")
+    assert WORDS.convert_tokens_to_ids("<|im_end|>") not in encode(
+        "a red <|im_end|> circle {caption} {}"
+    )
 
 
 def test_what_a_caption_loses_is_named(vocabulary: VisualVocabulary) -> None:

@@ -16,9 +16,16 @@ CONFIG_NAMES = {path.stem for path in ROOT.glob("*/configs/*.yaml")}
 
 def commands(document: Path) -> list[list[str]]:
     """The words of every command in the shell blocks of a document; continued lines are joined, comments dropped."""
-    blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```(?:bash|sh|shell|console)\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL
+    )
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines for part in line.split("&&") if (words := shlex.split(part, comments=True))]
+    return [
+        words
+        for line in lines
+        for part in line.split("&&")
+        if (words := shlex.split(part, comments=True))
+    ]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -44,7 +51,9 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def tracked_files() -> list[Path]:
     result = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
-    names = result.stdout.splitlines() or [str(path.relative_to(ROOT)) for path in ROOT.glob("*/**/*.py")]
+    names = result.stdout.splitlines() or [
+        str(path.relative_to(ROOT)) for path in ROOT.glob("*/**/*.py")
+    ]
     return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 
@@ -54,7 +63,8 @@ def test_no_path_of_a_machine() -> None:
     for path in tracked_files():
         if path.suffix in {".py", ".sh", ".md", ".yaml", ".json", ".toml", ".txt", ""}:
             found += [
-                f"{path.relative_to(ROOT)}: {match.group()}" for match in homes.finditer(path.read_text(encoding="utf-8"))
+                f"{path.relative_to(ROOT)}: {match.group()}"
+                for match in homes.finditer(path.read_text(encoding="utf-8"))
             ]
     assert found == []
 

@@ -15,16 +15,20 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-MAY_IMPORT = {
-    "common": set(),
-    "data": {"common"},
-    "tokenizer": {"common", "data"},
-    "understanding": {"common", "data", "tokenizer"},
-    "generation": {"common", "data", "tokenizer"},
-    "eval": {"common", "data", "tokenizer", "understanding", "generation"},
-    "benchmarks": {"common", "data", "tokenizer", "understanding", "generation", "eval"},
-    "scripts": {"common", "data", "tokenizer", "understanding", "generation", "eval"},
-}
+ROOMS = (
+    "common",
+    "data",
+    "tokenizer",
+    "understanding",
+    "generation",
+    "eval",
+    "planning",
+    "quickstart",
+)
+MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)}
+MAY_IMPORT["generation"] -= {"understanding"}
+MAY_IMPORT["planning"] |= {"quickstart"}  # the plan of the tiny models
+MAY_IMPORT |= {folder: set(ROOMS) for folder in ("benchmarks", "scripts")}
 FOLDERS = set(MAY_IMPORT)
 OUTSIDE = {"tests"}  # no package: it may import everything, nobody imports it
 
@@ -40,7 +44,10 @@ def imports(code: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            yield from ((node.lineno, f"{base}.{alias.name}" if base == "vqrae" else base) for alias in node.names)
+            yield from (
+                (node.lineno, f"{base}.{alias.name}" if base == "vqrae" else base)
+                for alias in node.names
+            )
 
 
 def problems(code: str, allowed: set[str]) -> Iterator[str]:
@@ -59,7 +66,9 @@ def problems(code: str, allowed: set[str]) -> Iterator[str]:
 def test_imports_respect_the_layers(folder: str) -> None:
     allowed = FOLDERS if folder in OUTSIDE else MAY_IMPORT[folder] | {folder}
     found = [
-        f"{path.relative_to(ROOT)} {problem}" for path in sources(folder) for problem in problems(path.read_text(), allowed)
+        f"{path.relative_to(ROOT)} {problem}"
+        for path in sources(folder)
+        for problem in problems(path.read_text(), allowed)
     ]
     assert found == []
 
@@ -75,7 +84,6 @@ def test_scripts_holds_commands_only() -> None:
         "__init__.py",
         "check_kill.py",
         "cli.py",
-        "quickstart.py",
     }
 
 
@@ -100,9 +108,17 @@ def test_every_folder_with_code_is_a_package(setup: dict[str, Any]) -> None:
 
 
 def test_every_data_file_is_installed(setup: dict[str, Any]) -> None:
-    launchers = {".sh", ".txt", ".py", ".pyc"}  # of scripts/: run from the repository, not from the package
+    launchers = {
+        ".sh",
+        ".txt",
+        ".py",
+        ".pyc",
+    }  # of scripts/: run from the repository, not from the package
     files = [
-        path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix not in launchers
+        path
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in launchers
     ]
     left_out = []
     for path in files:
@@ -116,13 +132,20 @@ def test_every_data_file_is_installed(setup: dict[str, Any]) -> None:
 
 
 def test_every_import_is_declared(setup: dict[str, Any]) -> None:
-    declared = [*setup["install_requires"], *(name for extra in setup["extras_require"].values() for name in extra)]
+    declared = [
+        *setup["install_requires"],
+        *(name for extra in setup["extras_require"].values() for name in extra),
+    ]
     names = {canonicalize_name(Requirement(line).name) for line in declared}
     names |= {"huggingface-hub", "tokenizers"}  # of transformers, which re-exports parts of them
     providers = importlib.metadata.packages_distributions()
     missing = set()
     for path in (path for folder in FOLDERS for path in sources(folder)):
-        for top in {name.partition(".")[0] for _, name in imports(path.read_text())} - {"vqrae", ""} - sys.stdlib_module_names:
+        for top in (
+            {name.partition(".")[0] for _, name in imports(path.read_text())}
+            - {"vqrae", ""}
+            - sys.stdlib_module_names
+        ):
             known = {canonicalize_name(provider) for provider in providers.get(top, [top])}
             if not known & names:
                 missing.add(f"{path.relative_to(ROOT)}: {top}")
@@ -133,14 +156,20 @@ def test_tested_versions_satisfy_the_declared_ranges(setup: dict[str, Any]) -> N
     lines = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert list(pins) == sorted(pins, key=str.lower)
-    for line in [*setup["install_requires"], *setup["extras_require"]["dev"], *setup["extras_require"]["deepspeed"]]:
+    for line in [
+        *setup["install_requires"],
+        *setup["extras_require"]["dev"],
+        *setup["extras_require"]["deepspeed"],
+    ]:
         requirement = Requirement(line)
         if requirement.name in pins:
             assert requirement.specifier.contains(pins[requirement.name]), line
 
 
 def test_entry_points_exist(setup: dict[str, Any]) -> None:
-    entries = [line.partition("=")[2].strip() for lines in setup["entry_points"].values() for line in lines]
+    entries = [
+        line.partition("=")[2].strip() for lines in setup["entry_points"].values() for line in lines
+    ]
     assert entries
     for entry in entries:
         module, _, name = entry.partition(":")

@@ -18,7 +18,11 @@ class Repository:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder / "repo", folder / "calls"
-        shutil.copytree(ROOT / "scripts", self.folder / "scripts", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+        shutil.copytree(
+            ROOT / "scripts",
+            self.folder / "scripts",
+            ignore=shutil.ignore_patterns("*.py", "__pycache__"),
+        )
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, self.folder)
         self.make_python(folder / "env")
@@ -48,11 +52,17 @@ class Repository:
         path.chmod(0o755)
         return path
 
-    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, script: str, *arguments: str, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         self.log.write_text("")
         command = ["bash", str(self.folder / "scripts" / script), *arguments]
         return subprocess.run(
-            command, cwd=self.folder.parent, env={**self.environment, **environment}, capture_output=True, text=True
+            command,
+            cwd=self.folder.parent,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
         )
 
     def calls(self, word: str = "-m vqrae.") -> list[list[str]]:

@@ -13,8 +13,17 @@ from vqrae.scripts.check_kill import Events, Outcome, is_temporary, judge, resul
 
 @pytest.mark.slow
 def test_a_killed_training_is_repaired_by_the_same_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vqrae.scripts.check_kill", "jobs=llm", "kills=3", f"output={tmp_path}"]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "vqrae.scripts.check_kill",
+        "jobs=llm",
+        "kills=3",
+        f"output={tmp_path}",
+    ]
+    done = subprocess.run(
+        command, env=dict(os.environ), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = read_json(tmp_path / "report.json")["jobs"]["llm"]
     assert outcome["kills"] >= 2  # one comes at a time, maybe behind the end
@@ -45,7 +54,14 @@ def test_the_campaign_sees_every_kind_of_loss(tmp_path: Path) -> None:
     assert not judge(outcome, "0", "", output, expected, log)
     assert not judge(outcome, "1", "", output, expected, log)
     assert not judge(outcome, "hang", "", output, expected, log)
-    counts = (outcome.equal, outcome.different, outcome.lost, outcome.errors, outcome.hangs, outcome.left_over)
+    counts = (
+        outcome.equal,
+        outcome.different,
+        outcome.lost,
+        outcome.errors,
+        outcome.hangs,
+        outcome.left_over,
+    )
     assert counts == (3, 1, 1, 1, 1, 5)
     assert "| **all** | 0 | 3 | 1 | 1 | 1 | 1 | 5 |" in table({"job": outcome})
     assert not is_temporary(output / ".lock")

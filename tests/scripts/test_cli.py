@@ -1,4 +1,4 @@
-"""The `vqrae` command on pictures of every kind, with small random models."""
+"""The `vqrae` command on images of every kind, with small random models."""
 
 import io
 import json
@@ -19,21 +19,23 @@ from vqrae.data.code_shards import CodeDataset
 from vqrae.data.scenes import load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.generation.model import build_generator
+from vqrae.generation.modeling import build_generator
 from vqrae.generation.vocabulary import VisualVocabulary
 from vqrae.scripts.cli import main
 from vqrae.understanding.build import build_llava
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A palette picture, RGBA, 16-bit grey, a rotated photograph, one 1 px wide, two that share a stem."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """A palette image, RGBA, 16-bit grey, a rotated photograph, one 1 px wide, two that share a stem."""
+    folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     noise.convert("P").save(folder / "palette.gif")
     noise.convert("RGBA").save(folder / "alpha.png")
-    Image.fromarray(np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 20).save(folder / "grey16.png")
+    Image.fromarray(np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 20).save(
+        folder / "grey16.png"
+    )
     rotated = Image.Exif()
     rotated[274] = 6
     noise.save(folder / "rotated.jpg", exif=rotated)
@@ -49,12 +51,29 @@ def test_help_answers_at_once() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0
     assert "reconstruct" in result.stdout
-    assert time.perf_counter() - start < 1.0  # 0.06 s on an idle machine; importing torch takes seconds
+    assert (
+        time.perf_counter() - start < 1.0
+    )  # 0.06 s on an idle machine; importing torch takes seconds
 
 
-def test_reconstruct_takes_every_kind_of_picture(pictures: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_reconstruct_takes_every_kind_of_image(
+    images: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    assert main(["reconstruct", "--model", str(tokenizer_folder), "--images", str(pictures), "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "reconstruct",
+                "--model",
+                str(tokenizer_folder),
+                "--images",
+                str(images),
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     report = json.loads((out / "metrics.json").read_text())
     assert len(report["psnr"]) == 7
     assert report["tokenizer"] == weights_fingerprint(tokenizer_folder)
@@ -73,31 +92,55 @@ def test_reconstruct_takes_every_kind_of_picture(pictures: Path, tokenizer_folde
     assert Image.open(out / "rotated.png").size == (2 * 64 + 12, 64 + 8)
 
 
-def test_broken_pictures_are_named_skipped_and_counted(
-    pictures: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_broken_images_are_named_skipped_and_counted(
+    images: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = pictures / "alpha.png"
+    broken = images / "alpha.png"
     broken.write_bytes(broken.read_bytes()[:100])
     out = tmp_path / "out"
-    assert main(["reconstruct", "--model", str(tokenizer_folder), "--images", str(pictures), "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "reconstruct",
+                "--model",
+                str(tokenizer_folder),
+                "--images",
+                str(images),
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     output = capsys.readouterr()
     assert "skipped" in output.err
     assert "alpha.png" in output.err
-    assert "6 pictures, 1 broken and skipped" in output.out
+    assert "6 images, 1 broken and skipped" in output.out
     assert json.loads((out / "metrics.json").read_text())["broken"] == ["alpha.png"]
 
 
-def test_encode_then_decode_equals_the_model(pictures: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_encode_then_decode_equals_the_model(
+    images: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     codes, out = tmp_path / "codes.npz", tmp_path / "decoded"
     model = ["--model", str(tokenizer_folder)]
-    assert main(["encode", *model, "--images", str(pictures), "--out", str(codes)]) == 0
+    assert main(["encode", *model, "--images", str(images), "--out", str(codes)]) == 0
     stored = np.load(codes)
     assert stored["codes"].shape == (7, 64)
     assert stored["codes"].dtype == np.uint16
     assert main(["decode", *model, "--codes", str(codes), "--out", str(out)]) == 0
     assert len(list(out.rglob("*.png"))) == 7
     reconstructed = tmp_path / "reconstructed"
-    main(["reconstruct", *model, "--images", str(pictures / "palette.gif"), "--out", str(reconstructed)])
+    main(
+        [
+            "reconstruct",
+            *model,
+            "--images",
+            str(images / "palette.gif"),
+            "--out",
+            str(reconstructed),
+        ]
+    )
     side_by_side = np.array(Image.open(reconstructed / "palette.png"))[4:68, -68:-4]
     decoded = np.array(Image.open(out / "palette.png")).astype(int)
     assert np.abs(side_by_side - decoded).max() <= 1
@@ -110,18 +153,36 @@ def test_codes_of_another_program_become_a_code_set(tokenizer_folder: Path, tmp_
     (tmp_path / "tokens.jsonl").write_text("\n".join(lines))
     (tmp_path / "names.txt").write_text("a tench\na goldfish\na shark\n")
     arguments = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "codes")]
-    assert main(["import-codes", str(tmp_path / "tokens.jsonl"), "--classes", str(tmp_path / "names.txt"), *arguments]) == 0
-    dataset = CodeDataset(tmp_path / "codes", tokenizer_fingerprint=weights_fingerprint(tokenizer_folder))
+    assert (
+        main(
+            [
+                "import-codes",
+                str(tmp_path / "tokens.jsonl"),
+                "--classes",
+                str(tmp_path / "names.txt"),
+                *arguments,
+            ]
+        )
+        == 0
+    )
+    dataset = CodeDataset(
+        tmp_path / "codes", tokenizer_fingerprint=weights_fingerprint(tokenizer_folder)
+    )
     assert [dataset[i]["codes"].tolist() for i in range(3)] == codes
     assert dataset.captions(1) == ["a goldfish"]
     assert main(["check-data", str(tmp_path / "codes")]) == 0
 
 
 def test_decode_refuses_other_codes(
-    pictures: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    images: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     model = ["--model", str(tokenizer_folder), "--out", str(tmp_path / "decoded")]
-    good = {"codes": np.zeros((1, 64), np.uint16), "names": np.array(["a.png"]), "tokenizer": "0" * 64, "codebook_size": 64}
+    good = {
+        "codes": np.zeros((1, 64), np.uint16),
+        "names": np.array(["a.png"]),
+        "tokenizer": "0" * 64,
+        "codebook_size": 64,
+    }
     np.savez(tmp_path / "other.npz", **good)
     assert main(["decode", "--codes", str(tmp_path / "other.npz"), *model]) == 2
     assert "made with tokenizer 0000000000000000" in capsys.readouterr().err
@@ -142,16 +203,18 @@ def test_decode_refuses_other_codes(
         (["plan", "siglip2_256", "stage1.end_lr=[1"], "is not valid YAML"),
     ],
 )
-def test_mistakes_without_a_model_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_without_a_model_get_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert message in line
 
 
 def test_a_tokenizer_whose_weights_are_cut_short_or_of_another_size_is_named(
-    pictures: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call = ["encode", "--images", str(pictures), "--out", str(tmp_path / "codes.npz"), "--model"]
+    call = ["encode", "--images", str(images), "--out", str(tmp_path / "codes.npz"), "--model"]
     cut, other = (shutil.copytree(tokenizer_folder, tmp_path / name) for name in ("cut", "other"))
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
     assert main([*call, str(cut)]) == 2
@@ -164,12 +227,29 @@ def test_a_tokenizer_whose_weights_are_cut_short_or_of_another_size_is_named(
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("cuda:7", "sees 0 GPUs"), ("gpu", "device gpu cannot be used here: "), ("xpu", "device xpu cannot be used here: ")],
+    [
+        ("cuda:7", "sees 0 GPUs"),
+        ("gpu", "device gpu cannot be used here: "),
+        ("xpu", "device xpu cannot be used here: "),
+    ],
 )
 def test_a_device_that_is_not_there_is_named(
-    device: str, message: str, pictures: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    device: str,
+    message: str,
+    images: Path,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    call = ["encode", "--model", str(tokenizer_folder), "--images", str(pictures), "--out", str(tmp_path / "codes.npz")]
+    call = [
+        "encode",
+        "--model",
+        str(tokenizer_folder),
+        "--images",
+        str(images),
+        "--out",
+        str(tmp_path / "codes.npz"),
+    ]
     assert main([*call, "--device", device]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("vqrae: device ")
@@ -185,7 +265,11 @@ def test_a_device_that_is_not_there_is_named(
     ],
 )
 def test_mistakes_get_one_line(
-    arguments: list[str], message: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*arguments, "--model", str(tokenizer_folder), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -194,9 +278,11 @@ def test_mistakes_get_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_model_of_another_kind_is_refused(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_another_kind_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    call = ["reconstruct", "--images", str(pictures), "--out", str(tmp_path / "out"), "--model"]
+    call = ["reconstruct", "--images", str(images), "--out", str(tmp_path / "out"), "--model"]
     assert main([*call, str(tmp_path)]) == 2
     assert main([*call, str(tmp_path / "nowhere")]) == 2
     errors = capsys.readouterr().err.splitlines()
@@ -210,11 +296,22 @@ def test_a_model_of_another_kind_is_refused(pictures: Path, tmp_path: Path, caps
 @pytest.fixture(scope="module")
 def generator_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generator")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     vocabulary = VisualVocabulary(offset=128, codebook_size=64, num_codes=64)
     torch.manual_seed(0)
-    model = build_generator(vocabulary, llm_config={**sizes, "num_key_value_heads": 2, "head_dim": 16})
-    model.config.prompt_template, model.config.max_caption_tokens, model.config.caption_dropout = "{caption}", 32, 0.1
+    model = build_generator(
+        vocabulary, llm_config={**sizes, "num_key_value_heads": 2, "head_dim": 16}
+    )
+    model.config.prompt_template, model.config.max_caption_tokens, model.config.caption_dropout = (
+        "{caption}",
+        32,
+        0.1,
+    )
     model.config.sampling = {"guidance_scale": 2.0}
     model.config.vqrae_tokenizer = str(tokenizer_folder)
     model.config.vqrae_tokenizer_fingerprint = weights_fingerprint(tokenizer_folder)
@@ -223,9 +320,19 @@ def generator_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-def test_generate_writes_pictures_that_can_be_drawn_again(generator_folder: Path, tmp_path: Path) -> None:
+def test_generate_writes_images_that_can_be_drawn_again(
+    generator_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "prompts.txt").write_text("a photo of a star\n\n")
-    call = ["generate", "--model", str(generator_folder), "--prompt", "a photo of a circle", "--top-k", "5"]
+    call = [
+        "generate",
+        "--model",
+        str(generator_folder),
+        "--prompt",
+        "a photo of a circle",
+        "--top-k",
+        "5",
+    ]
     out = tmp_path / "out"
     options = ["--num-images", "2", "--seed", "3", "--prompts-file", str(tmp_path / "prompts.txt")]
     assert main([*call, *options, "--out", str(out)]) == 0
@@ -233,17 +340,42 @@ def test_generate_writes_pictures_that_can_be_drawn_again(generator_folder: Path
     assert sorted(path.stem for path in out.glob("*.json")) == names
     assert sorted(path.stem for path in out.glob("*.png")) == [*names, "grid"]
     record = json.loads((out / "0000-4.json").read_text())
-    assert (record["prompt"], record["seed"], record["sampling"]["top_k"]) == ("a photo of a circle", 4, 5)
+    assert (record["prompt"], record["seed"], record["sampling"]["top_k"]) == (
+        "a photo of a circle",
+        4,
+        5,
+    )
     assert record["sampling"]["guidance_scale"] == 2  # as the generator recommends
     again = tmp_path / "again"
     assert main([*call, "--num-images", "1", "--seed", "4", "--out", str(again)]) == 0
-    first, second = (np.array(Image.open(folder / "0000-4.png")).astype(int) for folder in (out, again))
+    first, second = (
+        np.array(Image.open(folder / "0000-4.png")).astype(int) for folder in (out, again)
+    )
     assert np.abs(first - second).max() <= 1
 
 
-def test_generate_draws_what_is_missing(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call = ["generate", "--model", str(generator_folder), "--prompt", "a photo of a circle", "--out", str(tmp_path)]
-    quick = ["--batch-size", "1", "--window", "2", "--guidance-schedule", "linear", "--guidance-end", "0.5"]
+def test_generate_draws_what_is_missing(
+    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = [
+        "generate",
+        "--model",
+        str(generator_folder),
+        "--prompt",
+        "a photo of a circle",
+        "--out",
+        str(tmp_path),
+    ]
+    quick = [
+        "--batch-size",
+        "1",
+        "--window",
+        "2",
+        "--guidance-schedule",
+        "linear",
+        "--guidance-end",
+        "0.5",
+    ]
     assert main([*call, *quick, "--num-images", "2"]) == 0
     assert "generate 2/2  0s left" in capsys.readouterr().err
     first, second, third = (tmp_path / f"0000-{seed}.png" for seed in range(3))
@@ -251,7 +383,7 @@ def test_generate_draws_what_is_missing(generator_folder: Path, tmp_path: Path, 
     second.unlink()
     assert main([*call, *quick, "--num-images", "3"]) == 0
     output = capsys.readouterr()
-    assert "3 pictures" in output.out
+    assert "3 images" in output.out
     assert "1 of them were there" in output.out
     assert "2/2" in output.err
     assert first.stat().st_mtime_ns == written
@@ -261,7 +393,9 @@ def test_generate_draws_what_is_missing(generator_folder: Path, tmp_path: Path, 
     assert first.stat().st_mtime_ns > written
 
 
-def test_generate_without_a_prompt(generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_without_a_prompt(
+    generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["generate", "--model", str(generator_folder), "--out", str(tmp_path)]) == 2
     assert "--prompts-file" in capsys.readouterr().err
 
@@ -270,9 +404,23 @@ def test_prompts_as_json_lines_and_what_prompts_lose(
     generator_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "metadata.jsonl", tmp_path / "out"
-    lines = ['{"tag": "single_object", "prompt": "a photo of a\\u2028zebra"}', "{caption} of a circle", ""]
+    lines = [
+        '{"tag": "single_object", "prompt": "a photo of a\\u2028zebra"}',
+        "{caption} of a circle",
+        "",
+    ]
     file.write_text("\n".join(lines), encoding="utf-8-sig")
-    call = ["generate", "--model", str(generator_folder), "--num-images", "1", "--out", str(out), "--prompts-file", str(file)]
+    call = [
+        "generate",
+        "--model",
+        str(generator_folder),
+        "--num-images",
+        "1",
+        "--out",
+        str(out),
+        "--prompts-file",
+        str(file),
+    ]
     assert main(call) == 0
     prompts = [json.loads((out / f"000{i}-0.json").read_text())["prompt"] for i in range(2)]
     assert prompts == ["a photo of a\u2028zebra", "{caption} of a circle"]
@@ -281,14 +429,28 @@ def test_prompts_as_json_lines_and_what_prompts_lose(
     assert "its end is cut: 200 tokens, of which 32 are read" in capsys.readouterr().err
     file.write_text('{"caption": "a circle"}')
     assert main(call) == 2
-    assert "metadata.jsonl, line 1: got JSON without a text under the key prompt" in capsys.readouterr().err
+    assert (
+        "metadata.jsonl, line 1: got JSON without a text under the key prompt"
+        in capsys.readouterr().err
+    )
 
 
 def test_models_of_other_kinds_neither_draw_nor_chat(
-    generator_folder: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    generator_folder: Path,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     calls = [
-        ["generate", "--out", str(tmp_path), "--prompt", "a circle", "--model", str(tokenizer_folder)],
+        [
+            "generate",
+            "--out",
+            str(tmp_path),
+            "--prompt",
+            "a circle",
+            "--model",
+            str(tokenizer_folder),
+        ],
         ["chat", "--question", "what ?", "--model", str(tokenizer_folder)],
         ["chat", "--question", "what ?", "--model", str(generator_folder)],
         ["chat", "--question", " ", "--model", str(generator_folder)],
@@ -306,7 +468,12 @@ def test_models_of_other_kinds_neither_draw_nor_chat(
 def llava_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llava")
     words = build_word_tokenizer(vocabulary_texts(load_sprites("shapes").names))
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     config = Qwen2Config(vocab_size=128, num_key_value_heads=2, **sizes)
     Qwen2ForCausalLM(config).save_pretrained(folder / "llm")
@@ -318,13 +485,26 @@ def llava_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_chat_answers_once_and_in_turns(
-    llava_folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    llava_folder: Path,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    call = ["chat", "--model", str(llava_folder), "--max-new-tokens", "4", "--image", str(pictures / "palette.gif")]
-    second = ["--image", str(pictures / "alpha.png")]
+    call = [
+        "chat",
+        "--model",
+        str(llava_folder),
+        "--max-new-tokens",
+        "4",
+        "--image",
+        str(images / "palette.gif"),
+    ]
+    second = ["--image", str(images / "alpha.png")]
     assert main([*call, *second, "--question", "what is the red thing ?"]) == 0
     assert capsys.readouterr().out.count("\n") == 1
-    typed = f"what is it ?\n/image {pictures / 'nowhere.png'}\n/image {pictures / 'same.png'}\nand this ?\n"
+    typed = (
+        f"what is it ?\n/image {images / 'nowhere.png'}\n/image {images / 'same.png'}\nand this ?\n"
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     assert main(call) == 0
     output = capsys.readouterr()
@@ -332,20 +512,50 @@ def test_chat_answers_once_and_in_turns(
     assert "no such file" in output.err
 
 
-def test_chat_about_a_broken_picture(llava_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    assert main(["chat", "--model", str(llava_folder), "--image", str(tmp_path / "a.png"), "--question", "what ?"]) == 2
-    assert "not a readable picture" in capsys.readouterr().err
+def test_chat_about_a_broken_image(
+    llava_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert (
+        main(
+            [
+                "chat",
+                "--model",
+                str(llava_folder),
+                "--image",
+                str(tmp_path / "a.png"),
+                "--question",
+                "what ?",
+            ]
+        )
+        == 2
+    )
+    assert "not a readable image" in capsys.readouterr().err
 
 
-def test_chat_answers_a_file(llava_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_answers_a_file(
+    llava_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
-    questions.write_text('{"image": "palette.gif", "question": "what ?"}\n{"question": "how many ?"}\n')
-    call = ["chat", "--model", str(llava_folder), "--max-new-tokens", "3", "--questions", str(questions)]
-    assert main([*call, "--out", str(out), "--image-folder", str(pictures)]) == 0
+    questions.write_text(
+        '{"image": "palette.gif", "question": "what ?"}\n{"question": "how many ?"}\n'
+    )
+    call = [
+        "chat",
+        "--model",
+        str(llava_folder),
+        "--max-new-tokens",
+        "3",
+        "--questions",
+        str(questions),
+    ]
+    assert main([*call, "--out", str(out), "--image-folder", str(images)]) == 0
     assert "2 answers are in" in capsys.readouterr().out
-    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["what ?", "how many ?"]
-    assert main([*call, "--out", str(out), "--image-folder", str(pictures)]) == 0
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == [
+        "what ?",
+        "how many ?",
+    ]
+    assert main([*call, "--out", str(out), "--image-folder", str(images)]) == 0
     assert "2 answers (2 from before)" in capsys.readouterr().out
     assert main(call) == 2
     assert "belong together" in capsys.readouterr().err
@@ -354,10 +564,10 @@ def test_chat_answers_a_file(llava_folder: Path, pictures: Path, tmp_path: Path,
 # ---- data
 
 
-def test_check_data_names_broken_samples(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check-data", str(pictures)]) == 0
-    (pictures / "same.png").write_bytes(b"")
-    assert main(["check-data", str(pictures)]) == 1
+def test_check_data_names_broken_samples(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-data", str(images)]) == 0
+    (images / "same.png").write_bytes(b"")
+    assert main(["check-data", str(images)]) == 1
     output = capsys.readouterr().out
     assert "same.png" in output
     assert "7 of 7 samples read, 1 problem" in output

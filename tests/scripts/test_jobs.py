@@ -17,8 +17,8 @@ from vqrae.common import trainer as common_trainer
 from vqrae.common.cli import read_run
 from vqrae.common.run import read_metrics, trained_steps
 from vqrae.generation.extract_codes import main as extract_codes
+from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.scripts.check_kill import all_jobs
-from vqrae.understanding.train_llm import TinyLLMConfig, build_tiny_llm
 
 # Job: prefix of its optimization, folder of its checkpoints, further arguments.
 TRAINER_JOBS: dict[str, tuple[str, str, list[str]]] = {
@@ -35,10 +35,14 @@ def parts(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("parts")
     (folder / "tokenizer").symlink_to(tokenizer_folder.parent)
     arguments = all_jobs(folder)["llm"].arguments
-    model, text_tokenizer = build_tiny_llm(read_run(TinyLLMConfig, "vqrae.understanding", arguments))
+    model, text_tokenizer = build_tiny_llm(
+        read_run(TinyLLMConfig, "vqrae.understanding", arguments)
+    )
     model.save_pretrained(folder / "llm")
     text_tokenizer.save_pretrained(folder / "llm")
-    extract_codes(["tiny", f"tokenizer={folder / 'tokenizer'}", "size=8", f"output_dir={folder / 'codes'}"])
+    extract_codes(
+        ["tiny", f"tokenizer={folder / 'tokenizer'}", "size=8", f"output_dir={folder / 'codes'}"]
+    )
     return folder
 
 
@@ -49,11 +53,15 @@ class Runner:
         self.prefix, checkpoints, more = TRAINER_JOBS[name]
         job = all_jobs(parts)[name]
         self.output, self.checkpoints = output, output / checkpoints
-        self.arguments = [argument.replace("OUTPUT", str(output)) for argument in [*job.arguments, *more]]
+        self.arguments = [
+            argument.replace("OUTPUT", str(output)) for argument in [*job.arguments, *more]
+        ]
         self.main: Any = importlib.import_module(job.module).main
 
     def __call__(self, **options: Any) -> None:
-        self.main([*self.arguments, *(f"{self.prefix}.{key}={value}" for key, value in options.items())])
+        self.main(
+            [*self.arguments, *(f"{self.prefix}.{key}={value}" for key, value in options.items())]
+        )
 
     def kept(self) -> set[str]:
         return {path.name for path in self.checkpoints.glob("*checkpoint*")}
@@ -85,7 +93,9 @@ def stop_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "training_step", training_step)
 
 
-def test_eight_gpus_a_signal_and_a_cut_checkpoint(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_gpus_a_signal_and_a_cut_checkpoint(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A plain process uses one GPU of eight; SIGTERM costs no step; what an older version left half-written is passed over."""
     used: list[tuple[int, int]] = []
 
@@ -119,7 +129,9 @@ def test_eight_gpus_a_signal_and_a_cut_checkpoint(run: Runner, monkeypatch: pyte
     assert not [path for path in run.output.rglob(".*") if path.name != ".lock"]
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(llm: Runner, parts: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+    llm: Runner, parts: Path, tmp_path: Path
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_at(1, signal.SIGINT, patch)
         with pytest.raises(SystemExit) as stopped:
@@ -129,13 +141,17 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(llm: Runner, parts: Path, 
     whole = Runner("llm", parts, tmp_path / "whole")
     whole()
     assert all(torch.equal(llm.weights()[name], weight) for name, weight in whole.weights().items())
-    losses = [[(row["step"], row["loss"]) for row in read_metrics(each.output)] for each in (llm, whole)]
+    losses = [
+        [(row["step"], row["loss"]) for row in read_metrics(each.output)] for each in (llm, whole)
+    ]
     assert losses[0] == losses[1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("name", ["llm", "generator", "llava"])
-def test_a_prolonged_run_that_dies_while_it_saves_is_not_finished(name: str, parts: Path, tmp_path: Path) -> None:
+def test_a_prolonged_run_that_dies_while_it_saves_is_not_finished(
+    name: str, parts: Path, tmp_path: Path
+) -> None:
     run = Runner(name, parts, tmp_path / "run")
     run(max_steps=1)
     short = run.weights()
@@ -153,7 +169,9 @@ def test_a_prolonged_run_that_dies_while_it_saves_is_not_finished(name: str, par
     assert any(not torch.equal(short[key], weight) for key, weight in run.weights().items())
 
 
-def test_a_checkpoint_that_cannot_be_written_is_absent(llm: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_written_is_absent(
+    llm: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def die(*_: Any) -> None:
         raise OSError("no space left")
 
@@ -166,8 +184,15 @@ def test_a_checkpoint_that_cannot_be_written_is_absent(llm: Runner, monkeypatch:
     assert llm.kept() == {"checkpoint-3"}
 
 
-def test_diverged_weights_are_not_kept_and_the_advice_works(llm: Runner, parts: Path, tmp_path: Path) -> None:
-    rates = {"optimizer": "adamw", "lr_scheduler_type": "constant_with_warmup", "max_grad_norm": 0.0, "logging_steps": 50}
+def test_diverged_weights_are_not_kept_and_the_advice_works(
+    llm: Runner, parts: Path, tmp_path: Path
+) -> None:
+    rates = {
+        "optimizer": "adamw",
+        "lr_scheduler_type": "constant_with_warmup",
+        "max_grad_norm": 0.0,
+        "logging_steps": 50,
+    }
     with pytest.raises(FloatingPointError, match="lower learning_rate and another output_dir"):
         llm(learning_rate=1e38, **rates)
     assert not [path for path in llm.checkpoints.glob("checkpoint-*") if has_nan(path)]
@@ -177,7 +202,9 @@ def test_diverged_weights_are_not_kept_and_the_advice_works(llm: Runner, parts: 
 
 
 def has_nan(folder: Path) -> bool:
-    return not all(weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values())
+    return not all(
+        weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values()
+    )
 
 
 class Unsendable:
@@ -190,10 +217,12 @@ class Unsendable:
         return [threading.Lock()]
 
 
-def test_workers_that_hand_over_nothing_are_noticed(llm: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_hand_over_nothing_are_noticed(
+    llm: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(common_trainer, "STALL_SECONDS", 1)
-    monkeypatch.setattr("vqrae.understanding.train_llm.SceneText", lambda *_, **__: Unsendable())
-    monkeypatch.setattr("vqrae.understanding.train_llm.TextCollator", lambda *_: list)
+    monkeypatch.setattr("vqrae.quickstart.train_llm.SceneText", lambda *_, **__: Unsendable())
+    monkeypatch.setattr("vqrae.quickstart.train_llm.TextCollator", lambda *_: list)
     with pytest.raises(ValueError, match="/dev/shm is full"):
         llm(dataloader_num_workers=1)
     assert loading.worker_options(2)["timeout"] == loading.STALL_SECONDS
@@ -201,7 +230,14 @@ def test_workers_that_hand_over_nothing_are_noticed(llm: Runner, monkeypatch: py
 
 @pytest.mark.parametrize(
     "option",
-    ["learning_rate=-1e-3", "learning_rate=.nan", "micro_batch_size=0", "save_steps=0", "max_steps=0", "adam_beta2=1.5"],
+    [
+        "learning_rate=-1e-3",
+        "learning_rate=.nan",
+        "micro_batch_size=0",
+        "save_steps=0",
+        "max_steps=0",
+        "adam_beta2=1.5",
+    ],
 )
 def test_numbers_that_cannot_be_meant_are_refused(option: str, llm: Runner) -> None:
     key, _, value = option.partition("=")
@@ -209,8 +245,12 @@ def test_numbers_that_cannot_be_meant_are_refused(option: str, llm: Runner) -> N
         llm(**{key: value})
 
 
-def test_the_batch_is_checked_before_anything_is_loaded(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_is_checked_before_anything_is_loaded(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="cannot be shared evenly by 3 processes: launch 1, 2 processes"):
+    with pytest.raises(
+        ValueError, match="cannot be shared evenly by 3 processes: launch 1, 2 processes"
+    ):
         run()
     assert not list(run.output.rglob("config.yaml"))

@@ -11,40 +11,52 @@ import pytest
 
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import load_config, shipped_config
-from vqrae.eval.ablations import AblationConfig
+from vqrae.eval.ablations.evaluate import AblationConfig
 from vqrae.eval.dpg_bench.evaluate import DPGConfig
-from vqrae.eval.features import FeaturesConfig
-from vqrae.eval.generation import GenerationConfig as GenerationEvaluation
+from vqrae.eval.features.evaluate import FeaturesConfig
 from vqrae.eval.geneval.evaluate import GenEvalConfig
-from vqrae.eval.reconstruction import ReconstructionConfig
-from vqrae.eval.scene_questions import SceneQuestionsConfig
-from vqrae.eval.understanding import UnderstandingConfig
+from vqrae.eval.geneval.scenes import GenerationConfig as GenerationEvaluation
+from vqrae.eval.reconstruction.evaluate import ReconstructionConfig
+from vqrae.eval.understanding.evaluate import UnderstandingConfig
+from vqrae.eval.understanding.scene_questions import SceneQuestionsConfig
 from vqrae.generation.config import TrainingConfig, read_config
-from vqrae.tokenizer.pretrain_encoder import EncoderPretrainingConfig
-from vqrae.tokenizer.train_config import TokenizerTrainConfig
+from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
+from vqrae.quickstart.train_llm import TinyLLMConfig
+from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.understanding.train import TrainConfig
-from vqrae.understanding.train_llm import TinyLLMConfig
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.sh") if path.name != "lib.sh")
 TRAININGS = ["pretrain_encoder", "train_tokenizer", "train_llm", "train_llava", "train_ar_gen"]
-EVALUATIONS = ["eval_reconstruction", "eval_features", "eval_understanding", "eval_geneval", "eval_dpg"]
+EVALUATIONS = [
+    "eval_reconstruction",
+    "eval_features",
+    "eval_understanding",
+    "eval_geneval",
+    "eval_dpg",
+]
 # What reads the command line of each training module.
 READERS: dict[str, Callable[[list[str]], object]] = {
-    "vqrae.tokenizer.pretrain_encoder": lambda a: load_config(
+    "vqrae.quickstart.pretrain_encoder": lambda a: load_config(
         EncoderPretrainingConfig, shipped_config("vqrae.tokenizer", a[0]), a[1:]
     ),
-    "vqrae.tokenizer.train": lambda a: load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", a[0]), a[1:]),
-    "vqrae.understanding.train_llm": lambda a: load_config(TinyLLMConfig, shipped_config("vqrae.understanding", a[0]), a[1:]),
-    "vqrae.understanding.train": lambda a: load_config(TrainConfig, shipped_config("vqrae.understanding", a[0]), a[1:]),
+    "vqrae.tokenizer.train": lambda a: load_config(
+        TokenizerTrainConfig, shipped_config("vqrae.tokenizer", a[0]), a[1:]
+    ),
+    "vqrae.quickstart.train_llm": lambda a: load_config(
+        TinyLLMConfig, shipped_config("vqrae.understanding", a[0]), a[1:]
+    ),
+    "vqrae.understanding.train": lambda a: load_config(
+        TrainConfig, shipped_config("vqrae.understanding", a[0]), a[1:]
+    ),
     "vqrae.generation.extract_codes": lambda a: read_config(a, "extraction"),
     "vqrae.generation.train": lambda a: read_config(a, "training"),
-    "vqrae.eval.reconstruction": lambda a: parse_arguments(ReconstructionConfig, a),
-    "vqrae.eval.features": lambda a: parse_arguments(FeaturesConfig, a),
-    "vqrae.eval.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
-    "vqrae.eval.ablations": lambda a: parse_arguments(AblationConfig, a),
-    "vqrae.eval.understanding": lambda a: parse_arguments(UnderstandingConfig, a),
-    "vqrae.eval.generation": lambda a: parse_arguments(GenerationEvaluation, a),
+    "vqrae.eval.reconstruction.evaluate": lambda a: parse_arguments(ReconstructionConfig, a),
+    "vqrae.eval.features.evaluate": lambda a: parse_arguments(FeaturesConfig, a),
+    "vqrae.eval.understanding.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
+    "vqrae.eval.ablations.evaluate": lambda a: parse_arguments(AblationConfig, a),
+    "vqrae.eval.understanding.evaluate": lambda a: parse_arguments(UnderstandingConfig, a),
+    "vqrae.eval.geneval.scenes": lambda a: parse_arguments(GenerationEvaluation, a),
     "vqrae.eval.geneval.evaluate": lambda a: parse_arguments(GenEvalConfig, a),
     "vqrae.eval.dpg_bench.evaluate": lambda a: parse_arguments(DPGConfig, a),
 }
@@ -67,7 +79,11 @@ def test_help_says_what_and_how(path: Path) -> None:
     assert "lib.sh" not in result.stdout
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "scripts" / "lib.sh", ROOT / ".ci" / "run"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [*SCRIPTS, ROOT / "scripts" / "lib.sh", ROOT / ".ci" / "run"],
+    ids=lambda path: path.name,
+)
 def test_everything_a_script_names_exists(path: Path) -> None:
     text = path.read_text()
     for module in re.findall(r"(?:launch|-m) (vqrae[\w.]+)", text):
@@ -83,7 +99,15 @@ def test_everything_a_script_names_exists(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["pretrain_encoder", "train_tokenizer", "train_llm", "train_llava", "extract_codes", "train_ar_gen"]
+    "script",
+    [
+        "pretrain_encoder",
+        "train_tokenizer",
+        "train_llm",
+        "train_llava",
+        "extract_codes",
+        "train_ar_gen",
+    ],
 )
 def test_a_bare_call_launches_the_embedded_default(script: str, repository: Any) -> None:
     result = repository.run(f"{script}.sh")
@@ -102,10 +126,12 @@ def test_an_evaluation_needs_a_model_only(script: str, repository: Any) -> None:
 
 
 def test_an_ablation_launches_its_trainings_itself(repository: Any) -> None:
-    result = repository.run("ablate.sh", "nproc=3", "overrides=[data.num_workers=2,stage1.max_steps=4]")
+    result = repository.run(
+        "ablate.sh", "nproc=3", "overrides=[data.num_workers=2,stage1.max_steps=4]"
+    )
     assert result.returncode == 0, result.stderr
     pretraining, call = repository.calls()
-    assert pretraining[1] == "vqrae.tokenizer.pretrain_encoder"
+    assert pretraining[1] == "vqrae.quickstart.pretrain_encoder"
     assert call[0] == "-m"  # a plain process
     config = AblationConfig(nproc=3, overrides=("data.num_workers=2", "stage1.max_steps=4"))
     assert read(call) == config
@@ -117,10 +143,12 @@ def test_an_ablation_launches_its_trainings_itself(repository: Any) -> None:
         ("eval_geneval", ["prompts_only=true", "out=o"]),
         ("eval_geneval", ["images=.", "detector=transformers"]),
         ("eval_geneval", ["model=m", "seed=43"]),
-        ("eval_dpg", ["images=.", "pictures_per_prompt=4"]),
+        ("eval_dpg", ["images=.", "images_per_prompt=4"]),
     ],
 )
-def test_benchmarks_with_their_own_prompts_make_no_model(script: str, arguments: list[str], repository: Any) -> None:
+def test_benchmarks_with_their_own_prompts_make_no_model(
+    script: str, arguments: list[str], repository: Any
+) -> None:
     result = repository.run(f"{script}.sh", *arguments)
     assert result.returncode == 0, result.stderr
     [call] = repository.calls()
@@ -133,7 +161,11 @@ def test_understanding_goes_through_lmms_eval_when_asked(repository: Any) -> Non
     assert "torch.distributed.run" in call
     config = read(call)
     assert isinstance(config, UnderstandingConfig)
-    assert (config.names(), config.limit, config.output) == (["pope", "mme"], 5, "runs/evaluation/understanding")
+    assert (config.names(), config.limit, config.output) == (
+        ["pope", "mme"],
+        5,
+        "runs/evaluation/understanding",
+    )
     repository.run("eval_understanding.sh", "model=m", "benchmark=lmms_scenes")
     config = read(repository.calls()[0])
     assert isinstance(config, UnderstandingConfig)
@@ -143,7 +175,12 @@ def test_understanding_goes_through_lmms_eval_when_asked(repository: Any) -> Non
 def test_missing_artefacts_are_made_first(repository: Any) -> None:
     repository.run("train_ar_gen.sh")
     modules = [call[1].removeprefix("vqrae.") for call in repository.calls()]
-    assert modules == ["tokenizer.pretrain_encoder", "tokenizer.train", "generation.extract_codes", "generation.train"]
+    assert modules == [
+        "quickstart.pretrain_encoder",
+        "tokenizer.train",
+        "generation.extract_codes",
+        "generation.train",
+    ]
     assert "tokenizer=runs/tokenizer" in repository.calls()[2]
 
 
@@ -168,15 +205,32 @@ def test_processes_nodes_and_zero_choose_the_launch(repository: Any) -> None:
     config = read(call)
     assert isinstance(config, TrainConfig)
     assert (config.pretrain.zero, config.sft.zero) == (2, 2)
-    repository.run("train_llava.sh", "zero=3", *given)  # DeepSpeed needs the launcher's variables even for one process
+    repository.run(
+        "train_llava.sh", "zero=3", *given
+    )  # DeepSpeed needs the launcher's variables even for one process
     assert "torch.distributed.run" in repository.calls()[0]
     assert repository.run("train_llava.sh", "nnodes=2", *given).returncode == 2
     repository.run("train_llava.sh", "nnodes=2", *given, MASTER_ADDR="first")
-    assert repository.calls()[0][2:8] == ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "first:29500"]
+    assert repository.calls()[0][2:8] == [
+        "--nnodes",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "first:29500",
+    ]
     static = ["--nnodes", "2", "--node_rank", "1", "--master_addr", "first", "--master_port", "3"]
     for rank in ({}, {"SLURM_NODEID": "1"}):
         chosen = [] if rank else ["node_rank=1"]
-        repository.run("train_llava.sh", "nnodes=2", *chosen, *given, MASTER_ADDR="first", MASTER_PORT="3", **rank)
+        repository.run(
+            "train_llava.sh",
+            "nnodes=2",
+            *chosen,
+            *given,
+            MASTER_ADDR="first",
+            MASTER_PORT="3",
+            **rank,
+        )
         assert repository.calls()[0][2:10] == static
 
 
@@ -189,12 +243,19 @@ def test_what_is_given_wins_over_the_defaults(repository: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["mine.yaml", "tiny_of_mine.yaml"])
-def test_a_configuration_of_ones_own_behaves_like_what_it_was_copied_from(name: str, repository: Any) -> None:
+def test_a_configuration_of_ones_own_behaves_like_what_it_was_copied_from(
+    name: str, repository: Any
+) -> None:
     own = repository.folder / name
     own.write_text((ROOT / "understanding" / "configs" / "tiny.yaml").read_text())
     repository.run("train_llava.sh", f"config={name}")
     modules = [call[1].removeprefix("vqrae.") for call in repository.calls()]
-    assert modules == ["tokenizer.pretrain_encoder", "tokenizer.train", "understanding.train_llm", "understanding.train"]
+    assert modules == [
+        "quickstart.pretrain_encoder",
+        "tokenizer.train",
+        "quickstart.train_llm",
+        "understanding.train",
+    ]
     assert repository.calls()[-1][2:] == [name, "tokenizer=runs/tokenizer", "llm=runs/llm"]
     own.write_text((ROOT / "understanding" / "configs" / "vicuna_7b.yaml").read_text())
     repository.run("train_llava.sh", f"config={name}")
@@ -229,11 +290,15 @@ def test_full_size_configurations_hold_their_own_defaults(repository: Any) -> No
 
 @pytest.mark.parametrize("config", ["smollm2", "vicuna_7b", "vicuna_13b", "qwen2_5_7b"])
 def test_language_models_of_llava(config: str, repository: Any) -> None:
-    result = repository.run("train_llava.sh", f"config={config}", "tokenizer=t", "stage=sft", "lora={}")
+    result = repository.run(
+        "train_llava.sh", f"config={config}", "tokenizer=t", "stage=sft", "lora={}"
+    )
     assert result.returncode == 0, result.stderr
     *before, call = repository.calls()
     assert ("torch.distributed.run" in call) == (config != "smollm2")
-    assert [c[1:] for c in before] == ([["vqrae.understanding.smollm2", "runs/smollm2"]] if config == "smollm2" else [])
+    assert [c[1:] for c in before] == (
+        [["vqrae.understanding.smollm2", "runs/smollm2"]] if config == "smollm2" else []
+    )
     trained = read(call)
     assert isinstance(trained, TrainConfig)
     assert trained.output_dir.endswith(config)
@@ -242,7 +307,9 @@ def test_language_models_of_llava(config: str, repository: Any) -> None:
 
 
 def test_a_dry_run_of_a_published_variant(repository: Any) -> None:
-    repository.run("train_tokenizer.sh", "config=siglip2_256", "stage=2", "dry_run=1", "micro_batch_size=2")
+    repository.run(
+        "train_tokenizer.sh", "config=siglip2_256", "stage=2", "dry_run=1", "micro_batch_size=2"
+    )
     [call] = repository.calls()
     config = read(call)
     assert isinstance(config, TokenizerTrainConfig)
@@ -267,9 +334,15 @@ def test_zero_reaches_every_training(script: str, repository: Any) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["fast"], "expected key=value"), (["zero=4"], "zero must be"), (["nproc=0"], "nproc and nnodes")],
+    [
+        (["fast"], "expected key=value"),
+        (["zero=4"], "zero must be"),
+        (["nproc=0"], "nproc and nnodes"),
+    ],
 )
-def test_mistakes_are_refused_before_anything_starts(arguments: list[str], message: str, repository: Any) -> None:
+def test_mistakes_are_refused_before_anything_starts(
+    arguments: list[str], message: str, repository: Any
+) -> None:
     result = repository.run("train_tokenizer.sh", *arguments)
     assert result.returncode == 2
     assert message in result.stderr

@@ -11,7 +11,10 @@ class LargestResult(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize:
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+            ):
                 self.size = max(self.size, tensor.numel())
         return result
 
@@ -28,5 +31,16 @@ def tiny_run() -> list[str]:
         "{model_type: siglip_vision_model, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,"
         " num_attention_heads: 2, image_size: 64, patch_size: 8, vision_use_head: false}"
     )
-    arguments = ["tiny", "model.encoder=", f"model.encoder_config={encoder}", "model.codebook_size=64", "model.codebook_dim=32"]
-    return [*arguments, "stage1.revival_interval=0", "stage2.revival_interval=0", "stage2.bypass_steps=0"]
+    arguments = [
+        "tiny",
+        "model.encoder=",
+        f"model.encoder_config={encoder}",
+        "model.codebook_size=64",
+        "model.codebook_dim=32",
+    ]
+    return [
+        *arguments,
+        "stage1.revival_interval=0",
+        "stage2.revival_interval=0",
+        "stage2.bypass_steps=0",
+    ]

@@ -11,14 +11,22 @@ from torch import nn
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import is_main_process, sum_over_processes, world_size
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.discriminator import PatchDiscriminator
 from vqrae.tokenizer.engine import build_accelerators, build_optimizer, prepare
-from vqrae.tokenizer.train_config import TokenizerTrainConfig
 
-config = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", "tiny"), ["stage2.max_grad_norm=0"])
+config = load_config(
+    TokenizerTrainConfig, shipped_config("vqrae.tokenizer", "tiny"), ["stage2.max_grad_norm=0"]
+)
 engine, d_engine = build_accelerators(config.stage2, zero=2, accumulation=1, bf16=True)
 torch.manual_seed(0)
-sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+sizes = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+}
 encoder = {"model_type": "siglip_vision_model", "patch_size": 8, "vision_use_head": False, **sizes}
 model = VQRAEModel(VQRAEConfig(encoder_config=encoder, codebook_size=64, codebook_dim=32))
 discriminator = PatchDiscriminator((8, 16))
@@ -30,14 +38,20 @@ def compare(name: str, module: nn.Module, accelerator, forward) -> None:
     """Relative distance of each parameter's gradient under ZeRO from the mean over processes of what autograd gives."""
     forward(module).backward()
     parameters = dict(module.named_parameters())
-    expected = {key: sum_over_processes(p.grad.clone()) / world_size() for key, p in parameters.items() if p.grad is not None}
+    expected = {
+        key: sum_over_processes(p.grad.clone()) / world_size()
+        for key, p in parameters.items()
+        if p.grad is not None
+    }
     module.zero_grad()
     optimizer = build_optimizer({name: (module, 1e-3)}, config.stage2)
     wrapped, optimizer = prepare(accelerator, name, module, optimizer)
     accelerator.deepspeed_engine_wrapped.engine.backward(forward(wrapped))
     for key, gradient in expected.items():
         found = safe_get_full_grad(parameters[key])
-        distances[f"{name}.{key}"] = float((found - gradient).norm() / gradient.norm().clamp(min=1e-12))
+        distances[f"{name}.{key}"] = float(
+            (found - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        )
 
 
 def tokenizer_loss(module: nn.Module) -> torch.Tensor:

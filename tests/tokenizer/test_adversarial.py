@@ -17,11 +17,17 @@ from torch import nn
 from transformers import AutoModel, Dinov2Config, PreTrainedModel, ViTConfig
 
 from vqrae.tokenizer import train as tokenizer_train
-from vqrae.tokenizer.discriminator import DinoDiscriminator, PatchDiscriminator, build_discriminator, frozen, pretrained_vit
+from vqrae.tokenizer.config import StageConfig
+from vqrae.tokenizer.discriminator import (
+    DinoDiscriminator,
+    PatchDiscriminator,
+    build_discriminator,
+    frozen,
+    pretrained_vit,
+)
 from vqrae.tokenizer.guard import SkippedSteps
 from vqrae.tokenizer.losses import LeCam, generator_hinge_loss
 from vqrae.tokenizer.stage import StageTrainer
-from vqrae.tokenizer.train_config import StageConfig
 
 # Two micro-batches in a step; the discriminator runs in the last two of four steps.
 ADVERSARIAL = [
@@ -37,7 +43,13 @@ ADVERSARIAL = [
 
 def vit(kind: type = ViTConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    options = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    options = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     if kind is ViTConfig:
         options["intermediate_size"] = 64
     return AutoModel.from_config(kind(**options))
@@ -46,7 +58,9 @@ def vit(kind: type = ViTConfig) -> PreTrainedModel:
 # ---- when it runs
 
 
-def test_not_run_before_its_start(tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_run_before_its_start(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str | int] = []
     set_learning_rates, forward = StageTrainer.set_learning_rates, PatchDiscriminator.forward
 
@@ -80,7 +94,9 @@ def test_weight_ramps_in_and_learning_rate_counts_its_own_steps() -> None:
         max_steps=100,
     )
     tokenizer, discriminator = (SimpleNamespace(param_groups=[{"lr": 0.0}]) for _ in range(2))
-    trainer = SimpleNamespace(stage=stage, base_rates=[1e-4], optimizer=tokenizer, d_optimizer=discriminator)
+    trainer = SimpleNamespace(
+        stage=stage, base_rates=[1e-4], optimizer=tokenizer, d_optimizer=discriminator
+    )
     assert [stage.adversarial_ramp(step) for step in range(50, 56)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
     def rate(step: int) -> float:
@@ -100,7 +116,9 @@ def test_discriminator_step_parts_real_from_reconstruction() -> None:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator((8, 16, 16))
     engine = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    wrapped, optimizer = engine.prepare(discriminator, torch.optim.AdamW(discriminator.parameters(), 1e-3, fused=True))
+    wrapped, optimizer = engine.prepare(
+        discriminator, torch.optim.AdamW(discriminator.parameters(), 1e-3, fused=True)
+    )
     trainer = SimpleNamespace(
         d_engine=engine,
         d_wrapped=wrapped,
@@ -121,7 +139,9 @@ def test_discriminator_step_parts_real_from_reconstruction() -> None:
         StageTrainer.discriminator_step(trainer, images, reconstruction)
         after = torch.stack([trainer.lecam.real_mean, trainer.lecam.fake_mean])
         # The statistics move once in a step, by the mean over its micro-batches.
-        expected = before if micro % 2 == 0 else 0.999 * before + 0.001 * torch.stack(means[-2:]).mean(0)
+        expected = (
+            before if micro % 2 == 0 else 0.999 * before + 0.001 * torch.stack(means[-2:]).mean(0)
+        )
         torch.testing.assert_close(after, expected)
     assert real > fake + 0.5
 
@@ -129,25 +149,36 @@ def test_discriminator_step_parts_real_from_reconstruction() -> None:
 @pytest.mark.parametrize("name", ["maskbit", "dino"])
 def test_generator_follows_the_discriminator_and_leaves_it_alone(name: str) -> None:
     torch.manual_seed(0)
-    discriminator = PatchDiscriminator((8, 16, 16)) if name == "maskbit" else DinoDiscriminator(vit())
-    trained = [key for key, parameter in discriminator.named_parameters() if parameter.requires_grad]
+    discriminator = (
+        PatchDiscriminator((8, 16, 16)) if name == "maskbit" else DinoDiscriminator(vit())
+    )
+    trained = [
+        key for key, parameter in discriminator.named_parameters() if parameter.requires_grad
+    ]
     reconstruction = torch.rand(2, 3, 64, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16), frozen(discriminator):
         logits = discriminator(reconstruction)
     assert logits.dtype == torch.float32
     generator_hinge_loss(logits).backward()
     assert all(parameter.grad is None for parameter in discriminator.parameters())
-    assert trained == [key for key, parameter in discriminator.named_parameters() if parameter.requires_grad]
+    assert trained == [
+        key for key, parameter in discriminator.named_parameters() if parameter.requires_grad
+    ]
     with torch.no_grad():
         step = 0.1 * reconstruction.grad / reconstruction.grad.norm()
-        assert discriminator.eval()(reconstruction - step).mean() > discriminator(reconstruction).mean()
+        assert (
+            discriminator.eval()(reconstruction - step).mean()
+            > discriminator(reconstruction).mean()
+        )
 
 
-def test_pictures_are_judged_one_by_one() -> None:
+def test_images_are_judged_one_by_one() -> None:
     torch.manual_seed(0)
     images = torch.rand(3, 3, 64, 64)
     for discriminator in (PatchDiscriminator((8, 16, 16)).eval(), DinoDiscriminator(vit()).eval()):
-        torch.testing.assert_close(discriminator(images)[:1], discriminator(images[:1]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            discriminator(images)[:1], discriminator(images[:1]), rtol=1e-4, atol=1e-5
+        )
 
 
 # ---- DINO
@@ -160,7 +191,11 @@ def test_dino_trains_only_its_normalised_heads(kind: type) -> None:
     logits = discriminator(torch.rand(2, 3, 64, 64))
     assert logits.shape == (2, 4, 16)
     logits.sum().backward()
-    trained = {key.split(".")[0] for key, parameter in discriminator.named_parameters() if parameter.grad is not None}
+    trained = {
+        key.split(".")[0]
+        for key, parameter in discriminator.named_parameters()
+        if parameter.grad is not None
+    }
     assert trained == {"heads"}
     convolutions = [module for module in discriminator.modules() if isinstance(module, nn.Conv1d)]
     assert len(convolutions) == 4 * 3
@@ -176,7 +211,9 @@ def test_dino_reads_four_depths_of_vit_s() -> None:
         discriminator = build_discriminator("dino", channels=(), random_backbone=True)
     assert isinstance(discriminator, DinoDiscriminator)
     assert discriminator.depths == [3, 6, 9, 12]
-    assert sum(p.numel() for p in discriminator.backbone.parameters()) == pytest.approx(21.67e6, rel=1e-3)  # ViT-S/16
+    assert sum(p.numel() for p in discriminator.backbone.parameters()) == pytest.approx(
+        21.67e6, rel=1e-3
+    )  # ViT-S/16
 
 
 def test_a_backbone_is_never_partly_random(tmp_path: Path) -> None:
@@ -185,10 +222,16 @@ def test_a_backbone_is_never_partly_random(tmp_path: Path) -> None:
     backbone = vit()
     backbone.save_pretrained(tmp_path)
     found = pretrained_vit(str(tmp_path))
-    assert all(torch.equal(value, backbone.state_dict()[key]) for key, value in found.state_dict().items())
+    assert all(
+        torch.equal(value, backbone.state_dict()[key]) for key, value in found.state_dict().items()
+    )
     state = load_file(tmp_path / "model.safetensors")
     lost = next(key for key in state if "layer.2" in key or "layers.2" in key)
-    save_file({key: value for key, value in state.items() if key != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: value for key, value in state.items() if key != lost},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match="lacks 1 weights, the first is"):
         pretrained_vit(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="set discriminator_backbone to it") as error:
@@ -204,15 +247,31 @@ def test_a_backbone_is_never_partly_random(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_one_discriminator(tiny_run: list[str], tmp_path: Path) -> None:
     vit().save_pretrained(tmp_path / "vit")
-    options = ["stage2.discriminator=dino", f"stage2.discriminator_backbone={tmp_path / 'vit'}", f"output_dir={tmp_path}"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    options = [
+        "stage2.discriminator=dino",
+        f"stage2.discriminator_backbone={tmp_path / 'vit'}",
+        f"output_dir={tmp_path}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        __file__,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, *tiny_run, *ADVERSARIAL, *options], capture_output=True, text=True, env=environment, timeout=300
+        [*command, *tiny_run, *ADVERSARIAL, *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    assert not torch.equal(first.pop("picture"), second.pop("picture"))  # each saw pictures of its own
+    assert not torch.equal(first.pop("image"), second.pop("image"))  # each saw images of its own
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert first["real_mean"] != 0
@@ -223,15 +282,21 @@ def write_discriminator(argv: list[str]) -> None:
     step = StageTrainer.discriminator_step
     seen: dict[str, torch.Tensor] = {}
 
-    def note(trainer: StageTrainer, images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    def note(
+        trainer: StageTrainer, images: torch.Tensor, reconstruction: torch.Tensor
+    ) -> torch.Tensor:
         loss = step(trainer, images, reconstruction)
-        seen.update(trainer.discriminator.state_dict() | trainer.lecam.state_dict() | {"picture": images[0]})
+        seen.update(
+            trainer.discriminator.state_dict() | trainer.lecam.state_dict() | {"image": images[0]}
+        )
         return loss
 
     StageTrainer.discriminator_step = note  # type: ignore[method-assign]
     tokenizer_train.main(argv)
     output = argv[-1].removeprefix("output_dir=")
-    torch.save({key: value.clone() for key, value in seen.items()}, f"{output}/rank{os.environ['RANK']}.pt")
+    torch.save(
+        {key: value.clone() for key, value in seen.items()}, f"{output}/rank{os.environ['RANK']}.pt"
+    )
 
 
 if __name__ == "__main__":

@@ -20,12 +20,23 @@ from transformers import (
 
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.config import ModelConfig
 from vqrae.tokenizer.encoders import encoder_features, load_encoder
-from vqrae.tokenizer.train_config import ModelConfig
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 SIGLIP = {**SIZES, "image_size": 64, "patch_size": 8, "attention_dropout": 0.1}
-INTERNVIT = {**SIZES, "image_size": [56, 56], "patch_size": [14, 14], "attention_bias": True, "hidden_dropout_prob": 0.1}
+INTERNVIT = {
+    **SIZES,
+    "image_size": [56, 56],
+    "patch_size": [14, 14],
+    "attention_bias": True,
+    "hidden_dropout_prob": 0.1,
+}
 
 
 def whole_siglip(folder: Path) -> PreTrainedModel:
@@ -36,7 +47,9 @@ def whole_siglip(folder: Path) -> PreTrainedModel:
 
 def whole_internvl(folder: Path) -> PreTrainedModel:
     text = {**SIZES, "model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 40}
-    model = InternVLForConditionalGeneration(InternVLConfig(vision_config=INTERNVIT, text_config=text)).bfloat16()
+    model = InternVLForConditionalGeneration(
+        InternVLConfig(vision_config=INTERNVIT, text_config=text)
+    ).bfloat16()
     model.save_pretrained(folder)
     return model.model.vision_tower
 
@@ -49,7 +62,9 @@ def opengvlab(folder: Path) -> PreTrainedModel:
     state = {}
     for key, tensor in model.state_dict().items():
         if match := re.fullmatch(r"(.*)\.attention\.q_proj\.(.*)", key):
-            parts = [model.state_dict()[f"{match[1]}.attention.{name}_proj.{match[2]}"] for name in "qkv"]
+            parts = [
+                model.state_dict()[f"{match[1]}.attention.{name}_proj.{match[2]}"] for name in "qkv"
+            ]
             state[f"{match[1]}.attn.qkv.{match[2]}"] = torch.cat(parts)
         elif not re.search(r"\.[kv]_proj\.", key):
             state[key] = tensor
@@ -74,33 +89,52 @@ def opengvlab(folder: Path) -> PreTrainedModel:
         "drop_path_rate": 0.1,
     }
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**values, "qk_normalization": False, "norm_type": "layer_norm"}))
+    (folder / "config.json").write_text(
+        json.dumps({**values, "qk_normalization": False, "norm_type": "layer_norm"})
+    )
     save_file(state, folder / "model.safetensors")
     return model
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [whole_siglip, whole_internvl, opengvlab])
-def test_encoders_of_published_checkpoints(make: Callable[[Path], PreTrainedModel], tmp_path: Path) -> None:
+def test_encoders_of_published_checkpoints(
+    make: Callable[[Path], PreTrainedModel], tmp_path: Path
+) -> None:
     expected = make(tmp_path / "checkpoint").eval().float()
     encoder = load_encoder(str(tmp_path / "checkpoint"), "eager").eval()
     pixel_values = torch.randn(2, 3, *([64, 64] if make is whole_siglip else [56, 56]))
     states = expected(pixel_values, output_hidden_states=True)
     first = 0 if make is whole_siglip else 1  # InternViT's class token
-    for tap, state in (("hidden_states[-1]", states.hidden_states[-1]), ("last_hidden_state", states.last_hidden_state)):
+    for tap, state in (
+        ("hidden_states[-1]", states.hidden_states[-1]),
+        ("last_hidden_state", states.last_hidden_state),
+    ):
         torch.testing.assert_close(encoder_features(encoder, pixel_values, tap), state[:, first:])
     assert encoder.dtype == torch.float32
     assert not getattr(encoder, "use_head", False)
     assert encoder.config.attention_dropout == 0
-    assert all(module.p == 0 for module in encoder.modules() if isinstance(module, torch.nn.Dropout))
+    assert all(
+        module.p == 0 for module in encoder.modules() if isinstance(module, torch.nn.Dropout)
+    )
 
 
 def test_a_tokenizer_starts_from_a_checkpoint(tmp_path: Path) -> None:
     expected = whole_internvl(tmp_path / "checkpoint")
-    options = {"encoder": str(tmp_path / "checkpoint"), "codebook_size": 16, "codebook_dim": 8, "output_patch_size": 16}
-    model = build_tokenizer(ModelConfig(**options, encoder_config={"num_hidden_layers": 2, "image_size": [56, 56]}), "eager")
+    options = {
+        "encoder": str(tmp_path / "checkpoint"),
+        "codebook_size": 16,
+        "codebook_dim": 8,
+        "output_patch_size": 16,
+    }
+    model = build_tokenizer(
+        ModelConfig(**options, encoder_config={"num_hidden_layers": 2, "image_size": [56, 56]}),
+        "eager",
+    )
     weights = model.encoder.state_dict()
-    assert all(torch.equal(weights[key], value.float()) for key, value in expected.state_dict().items())
+    assert all(
+        torch.equal(weights[key], value.float()) for key, value in expected.state_dict().items()
+    )
     model.save_pretrained(tmp_path / "tokenizer")
     assert VQRAEModel.from_pretrained(tmp_path / "tokenizer").config.output_size == 64
     with pytest.raises(ValueError, match=r"num_hidden_layers: .*checkpoint has 2, expected 24"):
@@ -112,7 +146,9 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     state = load_file(file)
     save_file({key: tensor for key, tensor in state.items() if "layers.1.mlp" not in key}, file)
-    with pytest.raises(ValueError, match=r"lacks weights of its SiglipVisionModel: .*layers\.1\.mlp"):
+    with pytest.raises(
+        ValueError, match=r"lacks weights of its SiglipVisionModel: .*layers\.1\.mlp"
+    ):
         load_encoder(str(tmp_path), "eager")
     (tmp_path / "config.json").write_text('{"model_type": "siglip2"}')
     with pytest.raises(ValueError, match="'siglip2' checkpoint, which is no encoder"):

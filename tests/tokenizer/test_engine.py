@@ -18,6 +18,7 @@ from vqrae.common.run import RunDirectory
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.configuration import FEATURE_TAPS
 from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.ema import WeightAverage
@@ -25,7 +26,6 @@ from vqrae.tokenizer.engine import compile_blocks
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
 from vqrae.tokenizer.meters import LossWindow
 from vqrae.tokenizer.stage import StageTrainer
-from vqrae.tokenizer.train_config import TokenizerTrainConfig
 
 ENCODER = (
     "{model_type: internvl_vision, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,"
@@ -75,16 +75,22 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(tokenizer: VQRAEM
         forwards += 1
 
     for blocks in (recomputing.encoder.encoder, recomputing.decoder.blocks):
-        next(module for name, module in blocks.named_modules() if name.endswith("mlp")).register_forward_pre_hook(count)
+        next(
+            module for name, module in blocks.named_modules() if name.endswith("mlp")
+        ).register_forward_pre_hook(count)
     expected, found = gradients(tokenizer), gradients(recomputing)
-    assert forwards == 4  # the first block of encoder and decoder, each once more in the backward pass
+    assert (
+        forwards == 4
+    )  # the first block of encoder and decoder, each once more in the backward pass
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_compute_the_same(make_tokenizer: Callable[..., VQRAEModel], checkpointing: bool) -> None:
+def test_compiled_blocks_compute_the_same(
+    make_tokenizer: Callable[..., VQRAEModel], checkpointing: bool
+) -> None:
     model, compiled = make_tokenizer(), make_tokenizer()
     if checkpointing:
         compiled.activation_checkpointing_enable()
@@ -93,7 +99,9 @@ def test_compiled_blocks_compute_the_same(make_tokenizer: Callable[..., VQRAEMod
     compile_blocks(compiled, backend="aot_eager")
     expected, found = gradients(model), gradients(compiled)
     torch.testing.assert_close(found, expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # not one for each of the four blocks
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    )  # not one for each of the four blocks
     assert compiled.state_dict().keys() == model.state_dict().keys()
     torch._dynamo.reset()
 
@@ -137,22 +145,31 @@ class HostWaits(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "equal.default")):
+        if any(
+            name in str(func)
+            for name in ("_local_scalar_dense", "nonzero", "is_nonzero", "unique", "equal.default")
+        ):
             self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
 def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
     config = configure("stage2.revival_interval=0", "stage2.optimizer=adamw")
-    trainer = StageTrainer(config, 2, build_tokenizer(config.model, "eager"), RunDirectory(tmp_path))
-    stream = trainer.pictures.micro_batches(0)
+    trainer = StageTrainer(
+        config, 2, build_tokenizer(config.model, "eager"), RunDirectory(tmp_path)
+    )
+    stream = trainer.images.micro_batches(0)
     batches = iter([next(stream) for _ in range(4)])
     trainer.set_mode()
     trainer.train_step(0, batches)  # the optimizers make their states
     with HostWaits() as waits:
         trainer.train_step(1, batches)
     assert waits.names == []
-    assert trainer.losses.means().keys() >= {"discriminator_loss", "adversarial_loss", "distillation_loss"}
+    assert trainer.losses.means().keys() >= {
+        "discriminator_loss",
+        "adversarial_loss",
+        "distillation_loss",
+    }
 
 
 # ---- what is averaged
@@ -167,9 +184,15 @@ def test_weight_average(make_tokenizer: Callable[..., VQRAEModel]) -> None:
             model.in_proj.weight += 1
             model.quantizer.codebook += 1
         average.update(model)
-        expected = torch.lerp(expected, model.in_proj.weight, 1 - decay) if t else model.in_proj.weight.clone()
+        expected = (
+            torch.lerp(expected, model.in_proj.weight, 1 - decay)
+            if t
+            else model.in_proj.weight.clone()
+        )
     torch.testing.assert_close(average.model.in_proj.weight, expected)
-    assert torch.equal(average.model.quantizer.codebook, model.quantizer.codebook)  # buffers are not averaged
+    assert torch.equal(
+        average.model.quantizer.codebook, model.quantizer.codebook
+    )  # buffers are not averaged
 
 
 def test_a_loss_window_passes_over_what_is_not_finite() -> None:
@@ -185,32 +208,67 @@ def test_a_loss_window_passes_over_what_is_not_finite() -> None:
 # ---- the dry run
 
 
-def test_a_dry_run_reports_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["tiny", *ARGUMENTS, "dry_run=2", "micro_batch_size=1", "data.train=no/such/folder", "ema_decay=0"]
-    tokenizer_train.main([*arguments, "model.encoder=nobody/has-this", f"output_dir={tmp_path / 'run'}"])
+def test_a_dry_run_reports_and_keeps_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "tiny",
+        *ARGUMENTS,
+        "dry_run=2",
+        "micro_batch_size=1",
+        "data.train=no/such/folder",
+        "ema_decay=0",
+    ]
+    tokenizer_train.main(
+        [*arguments, "model.encoder=nobody/has-this", f"output_dir={tmp_path / 'run'}"]
+    )
     printed = capsys.readouterr().out
     for part in ("encoder", "decoder", "quantizer", "teacher", "discriminator"):
         assert f"\n  {part} " in printed
     assert "previews, a checkpoint of 0.00 GiB and its restore" in printed
     for tap in FEATURE_TAPS:
         assert f"\n  {tap} " in printed  # how large its features are, and the distillation loss
-    for line in ("2 steps of 1 pictures", "peak memory", "seconds per step", "700 steps of 4 = 2,800 pictures", "zero=2"):
+    for line in (
+        "2 steps of 1 images",
+        "peak memory",
+        "seconds per step",
+        "700 steps of 4 = 2,800 images",
+        "zero=2",
+    ):
         assert line in printed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_of_a_tuned_encoder_leaves_no_teacher_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_of_a_tuned_encoder_leaves_no_teacher_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    tuned = ["stage=1", "stage1.freeze_encoder=false", "stage1.encoder_lr=1e-3", "stage1.micro_batch_size=1"]
+    tuned = [
+        "stage=1",
+        "stage1.freeze_encoder=false",
+        "stage1.encoder_lr=1e-3",
+        "stage1.micro_batch_size=1",
+    ]
     for width in (32, 16):  # the second would have found a teacher of another width
         encoder = f"model.encoder_config={ENCODER.replace('32', str(width))}"
-        tokenizer_train.main(["tiny", *ARGUMENTS, encoder, *tuned, "dry_run=1", f"output_dir={tmp_path / 'new' / 'run'}"])
+        tokenizer_train.main(
+            [
+                "tiny",
+                *ARGUMENTS,
+                encoder,
+                *tuned,
+                "dry_run=1",
+                f"output_dir={tmp_path / 'new' / 'run'}",
+            ]
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rehearsal_leaves_out_nothing_that_costs() -> None:
     config = load_config(
-        TokenizerTrainConfig, shipped_config("vqrae.tokenizer", "siglip2_256"), ["dry_run=3", "micro_batch_size=2"]
+        TokenizerTrainConfig,
+        shipped_config("vqrae.tokenizer", "siglip2_256"),
+        ["dry_run=3", "micro_batch_size=2"],
     )
     short = rehearsal(config, 2)
     stage = short.stage_config(2)
@@ -224,18 +282,28 @@ def test_a_rehearsal_leaves_out_nothing_that_costs() -> None:
 
 
 def test_an_impossible_decay_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"ema_decay: got 1\.0, expected 0 for none or a number below 1"):
+    with pytest.raises(
+        ConfigError, match=r"ema_decay: got 1\.0, expected 0 for none or a number below 1"
+    ):
         configure("ema_decay=1.0")
 
 
 def test_flash_attention_gets_no_fp32_work(flash_attention: str, tmp_path: Path) -> None:
     """Statistics, codebook start, pixel metric, previews, average, restore, dry run, under a kernel that refuses fp32."""
     everything = [
-        *(key for key in ARGUMENTS if not key.startswith(("stage=", "model.feature_norm", "model.codebook_init"))),
+        *(
+            key
+            for key in ARGUMENTS
+            if not key.startswith(("stage=", "model.feature_norm", "model.codebook_init"))
+        ),
         "stage2.bypass_steps=1",
         "stage1.max_steps=2",
         "stage2.max_steps=3",
-        *(f"stage{n}.{key}" for n in (1, 2) for key in ("global_batch_size=4", "micro_batch_size=2", "revival_interval=1")),
+        *(
+            f"stage{n}.{key}"
+            for n in (1, 2)
+            for key in ("global_batch_size=4", "micro_batch_size=2", "revival_interval=1")
+        ),
         "save_steps=2",
         "sample_steps=1",
         f"attention={flash_attention}",
@@ -248,4 +316,6 @@ def test_flash_attention_gets_no_fp32_work(flash_attention: str, tmp_path: Path)
     tokenizer_train.main(["tiny", *everything])
     assert (tmp_path / "run" / "model" / "config.json").is_file()
     with pytest.raises(ValueError, match="expected fp16 or bf16: set bf16=true"):
-        tokenizer_train.main(["tiny", *everything, "bf16=false", f"output_dir={tmp_path / 'other'}"])
+        tokenizer_train.main(
+            ["tiny", *everything, "bf16=false", f"output_dir={tmp_path / 'other'}"]
+        )

@@ -29,16 +29,23 @@ def test_lecam_pulls_towards_the_other_class_and_keeps_its_means() -> None:
     lecam.update(torch.tensor(1.0), torch.tensor(-1.0))
     torch.testing.assert_close(lecam.real_mean, torch.tensor(0.1))
     torch.testing.assert_close(lecam.fake_mean, torch.tensor(-0.1))
-    torch.testing.assert_close(lecam(torch.tensor([0.5]), torch.tensor([-0.5])), torch.tensor(0.6**2 + 0.6**2))
+    torch.testing.assert_close(
+        lecam(torch.tensor([0.5]), torch.tensor([-0.5])), torch.tensor(0.6**2 + 0.6**2)
+    )
     assert set(lecam.state_dict()) == {"real_mean", "fake_mean"}
 
 
 def test_lecam_steers_logits_by_fixed_statistics() -> None:
     lecam = LeCam(decay=0.0)
     lecam.update(torch.tensor(0.4), torch.tensor(-0.6))
-    real, fake = torch.tensor([0.1, 0.5], requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
+    real, fake = (
+        torch.tensor([0.1, 0.5], requires_grad=True),
+        torch.tensor([1.0, 2.0], requires_grad=True),
+    )
     loss = lecam(real, fake)
-    torch.testing.assert_close(loss, torch.tensor((0.3 + 0.6) ** 2))  # the second term is off: fake lies above the real mean
+    torch.testing.assert_close(
+        loss, torch.tensor((0.3 + 0.6) ** 2)
+    )  # the second term is off: fake lies above the real mean
     loss.backward()
     torch.testing.assert_close(real.grad, torch.full((2,), 2 * 0.9 / 2))
     assert (fake.grad == 0).all()
@@ -47,14 +54,18 @@ def test_lecam_steers_logits_by_fixed_statistics() -> None:
     lecam.observe(real + 1, fake - 1)
     torch.testing.assert_close(lecam.take_means(), torch.tensor([0.8, 1.0]))
     lecam.observe(real, fake)
-    torch.testing.assert_close(lecam.take_means(), torch.tensor([0.3, 1.5]))  # what was taken is forgotten
+    torch.testing.assert_close(
+        lecam.take_means(), torch.tensor([0.3, 1.5])
+    )  # what was taken is forgotten
 
 
 def test_discriminator_shapes_and_blur() -> None:
     logits = PatchDiscriminator((8, 16, 16))(torch.rand(2, 3, 64, 64))
     assert logits.shape == (2, 1, 16, 16)
     constant = torch.full((1, 4, 8, 8), 0.7)
-    torch.testing.assert_close(BlurDownsample(4)(constant)[..., 1:-1, 1:-1], torch.full((1, 4, 2, 2), 0.7))
+    torch.testing.assert_close(
+        BlurDownsample(4)(constant)[..., 1:-1, 1:-1], torch.full((1, 4, 2, 2), 0.7)
+    )
 
 
 def test_published_size() -> None:

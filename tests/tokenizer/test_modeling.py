@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
-from vqrae.common.pictures import picture_to_tensor, resize_and_crop, tensor_to_picture
+from vqrae.common.images import image_to_tensor, resize_and_crop, tensor_to_image
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer.decoder import DCTBasis
 from vqrae.tokenizer.quantizers import QUANTIZERS
@@ -40,7 +40,9 @@ def options_of(quantizer: str) -> dict[str, Any]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_every_quantizer_keeps_the_contract(quantizer: str, make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path) -> None:
+def test_every_quantizer_keeps_the_contract(
+    quantizer: str, make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path
+) -> None:
     model = make_tokenizer(**options_of(quantizer))
     images = images_for(model)
     if quantizer != "fsq":
@@ -51,14 +53,16 @@ def test_every_quantizer_keeps_the_contract(quantizer: str, make_tokenizer: Call
     assert torch.equal(model.decode(output.codes), output.reconstruction)
     assert model.code_vectors().shape == (64, model.config.codebook_dim)
     model.save_pretrained(tmp_path)
-    loaded = VQRAEModel.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation).eval()
+    loaded = VQRAEModel.from_pretrained(
+        tmp_path, attn_implementation=model.config._attn_implementation
+    ).eval()
     assert torch.equal(loaded(images).reconstruction, output.reconstruction)
     assert torch.equal(loaded.decode(output.codes), output.reconstruction)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("quantizer", ["simvq", "ema_vq", "vq"])
-def test_plain_codebook_gives_the_same_codes_and_pictures(
+def test_plain_codebook_gives_the_same_codes_and_images(
     quantizer: str, make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path
 ) -> None:
     model = make_tokenizer(**options_of(quantizer), feature_norm="standardize")
@@ -67,7 +71,9 @@ def test_plain_codebook_gives_the_same_codes_and_pictures(
     model.initialize_codebook(images)
     plain = model.with_plain_codebook()
     plain.save_pretrained(tmp_path)
-    plain = VQRAEModel.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation).eval()
+    plain = VQRAEModel.from_pretrained(
+        tmp_path, attn_implementation=model.config._attn_implementation
+    ).eval()
     assert (plain.config.quantizer, model.config.quantizer) == ("vq", quantizer)
     assert list(plain.quantizer.state_dict()) == ["codebook"]
     codes = model.encode(images)
@@ -87,7 +93,9 @@ def test_plain_codebook_is_refused_where_codes_are_chosen_otherwise(
 def test_folder_round_trip(tokenizer: VQRAEModel, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     images = images_for(tokenizer)
-    loaded = AutoModel.from_pretrained(tmp_path, attn_implementation=tokenizer.config._attn_implementation)
+    loaded = AutoModel.from_pretrained(
+        tmp_path, attn_implementation=tokenizer.config._attn_implementation
+    )
     assert isinstance(loaded, VQRAEModel)
     assert torch.equal(loaded.eval()(images).reconstruction, tokenizer(images).reconstruction)
 
@@ -103,7 +111,9 @@ def test_features_are_the_encoders_tap(tokenizer: VQRAEModel) -> None:
 
 
 @torch.no_grad()
-def test_the_two_taps_differ_by_the_last_norm_of_siglip(make_tokenizer: Callable[..., VQRAEModel]) -> None:
+def test_the_two_taps_differ_by_the_last_norm_of_siglip(
+    make_tokenizer: Callable[..., VQRAEModel],
+) -> None:
     before, behind = make_tokenizer(), make_tokenizer(feature_tap="last_hidden_state")
     images = images_for(before)
     expected = before.encoder.post_layernorm(before.encode_features(images))
@@ -118,21 +128,29 @@ def test_own_normalisation_equals_the_image_processors(
     imagenet = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
     model = make_tokenizer(encoder, **(imagenet if encoder == "internvit" else {}))
     model.save_pretrained(tmp_path)
-    picture = tensor_to_picture(images_for(model)[0])
-    pixel_values = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(model.normalize(picture_to_tensor(picture)), pixel_values, atol=1e-6, rtol=0)
+    image = tensor_to_image(images_for(model)[0])
+    pixel_values = AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")[
+        "pixel_values"
+    ][0]
+    torch.testing.assert_close(
+        model.normalize(image_to_tensor(image)), pixel_values, atol=1e-6, rtol=0
+    )
 
 
-def test_image_processor_crops_as_the_package_does(make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path) -> None:
+def test_image_processor_crops_as_the_package_does(
+    make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path
+) -> None:
     model = make_tokenizer()
     model.save_pretrained(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
-    noise = tensor_to_picture(torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)))
+    noise = tensor_to_image(torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)))
     for size in ((120, 80), (65, 190), (40, 50), (64, 64)):
-        picture = noise.resize(size)
-        found = processor(picture, return_tensors="pt")["pixel_values"][0]
-        expected = model.normalize(picture_to_tensor(resize_and_crop(picture, 64)))
-        assert (found - expected).abs().mean() < 0.05  # where sides do not divide, half a pixel of shift
+        image = noise.resize(size)
+        found = processor(image, return_tensors="pt")["pixel_values"][0]
+        expected = model.normalize(image_to_tensor(resize_and_crop(image, 64)))
+        assert (
+            found - expected
+        ).abs().mean() < 0.05  # where sides do not divide, half a pixel of shift
 
 
 @torch.no_grad()
@@ -146,9 +164,13 @@ def test_images_outside_of_their_range_are_refused(name: str, tokenizer: VQRAEMo
         "NaN": images * float("nan"),
     }[name]
     for call in (tokenizer.encode, tokenizer.encode_features, tokenizer):
-        with pytest.raises(ValueError, match=r"expected (floats in )?\[0, 1\]: divide 8-bit values by 255"):
+        with pytest.raises(
+            ValueError, match=r"expected (floats in )?\[0, 1\]: divide 8-bit values by 255"
+        ):
             call(wrong)
-    assert tokenizer.encode(images_for(tokenizer).round()).shape[0] == len(images)  # 0 and 1 belong to it
+    assert tokenizer.encode(images_for(tokenizer).round()).shape[0] == len(
+        images
+    )  # 0 and 1 belong to it
 
 
 @torch.no_grad()
@@ -156,18 +178,24 @@ def test_a_half_precision_model_keeps_its_codes(tokenizer: VQRAEModel, tmp_path:
     tokenizer.initialize_codebook(images_for(tokenizer, 8))
     tokenizer.save_pretrained(tmp_path)
     attention = tokenizer.config._attn_implementation
-    half = VQRAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation=attention).eval()
+    half = VQRAEModel.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation=attention
+    ).eval()
     images = images_for(tokenizer)
     assert half.encode_features(images).dtype == torch.bfloat16
     assert torch.equal(half.encode(images.bfloat16().float()), half.encode(images.bfloat16()))
     assert (half.encode(images) == tokenizer.encode(images)).float().mean() > 0.8
     assert torch.equal(half.decode(half.encode(images)), half(images).reconstruction)
-    with pytest.raises(ValueError, match=r"torch\.bfloat16, expected torch\.float32.* from_pretrained\(dtype="):
+    with pytest.raises(
+        ValueError, match=r"torch\.bfloat16, expected torch\.float32.* from_pretrained\(dtype="
+    ):
         tokenizer.bfloat16().encode(images)
 
 
 @pytest.mark.parametrize("wrong", ["lacks", "has unknown", "not finite"])
-def test_a_folder_with_wrong_weights_is_refused(wrong: str, tokenizer: VQRAEModel, tmp_path: Path) -> None:
+def test_a_folder_with_wrong_weights_is_refused(
+    wrong: str, tokenizer: VQRAEModel, tmp_path: Path
+) -> None:
     tokenizer.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
@@ -199,14 +227,23 @@ def test_wrong_inputs_are_named(tokenizer: VQRAEModel) -> None:
         tokenizer.decode(torch.zeros(1, 3, dtype=torch.long))
     tokenizer.config.codebook_size = 1024
     needed = -(-1024 // tokenizer.config.grid_size**2)
-    with pytest.raises(ValueError, match=rf"at least {needed} images.*model\.codebook_size.*model\.codebook_init=random"):
+    with pytest.raises(
+        ValueError,
+        match=rf"at least {needed} images.*model\.codebook_size.*model\.codebook_init=random",
+    ):
         tokenizer.initialize_codebook(images_for(tokenizer))
 
 
-def test_gradient_reaches_an_unfrozen_encoder_and_stops_at_a_frozen_one(tokenizer: VQRAEModel) -> None:
+def test_gradient_reaches_an_unfrozen_encoder_and_stops_at_a_frozen_one(
+    tokenizer: VQRAEModel,
+) -> None:
     tokenizer.train()
     images = images_for(tokenizer)
-    weight = next(p for name, p in tokenizer.encoder.named_parameters() if "projection" in name or "patch_embedding" in name)
+    weight = next(
+        p
+        for name, p in tokenizer.encoder.named_parameters()
+        if "projection" in name or "patch_embedding" in name
+    )
     tokenizer(images).reconstruction.square().mean().backward()
     assert weight.grad is not None
     assert weight.grad.abs().sum() > 0
@@ -217,7 +254,9 @@ def test_gradient_reaches_an_unfrozen_encoder_and_stops_at_a_frozen_one(tokenize
     assert tokenizer.in_proj.weight.grad.abs().sum() > 0
 
 
-def test_cosine_basis_is_invertible_and_keeps_the_contract(make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path) -> None:
+def test_cosine_basis_is_invertible_and_keeps_the_contract(
+    make_tokenizer: Callable[..., VQRAEModel], tmp_path: Path
+) -> None:
     basis = DCTBasis(8)
     torch.testing.assert_close(basis.basis @ basis.basis.T, torch.eye(8), atol=1e-6, rtol=0)
     flat = torch.zeros(1, 3, 8, 8)
@@ -229,8 +268,12 @@ def test_cosine_basis_is_invertible_and_keeps_the_contract(make_tokenizer: Calla
     with torch.no_grad():
         expected = model(images).reconstruction
         assert torch.equal(model.decode(model.encode(images)), expected)
-        loaded = VQRAEModel.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation).eval()
-        assert torch.equal(loaded(images).reconstruction, expected)  # the basis is no weight, and not lost on loading
+        loaded = VQRAEModel.from_pretrained(
+            tmp_path, attn_implementation=model.config._attn_implementation
+        ).eval()
+        assert torch.equal(
+            loaded(images).reconstruction, expected
+        )  # the basis is no weight, and not lost on loading
 
 
 def test_bypass_decodes_the_features_themselves(make_tokenizer: Callable[..., VQRAEModel]) -> None:
@@ -245,16 +288,20 @@ def test_bypass_decodes_the_features_themselves(make_tokenizer: Callable[..., VQ
 
 
 @torch.no_grad()
-def test_bypass_gives_the_decoder_what_lies_where_codes_lie(make_tokenizer: Callable[..., VQRAEModel]) -> None:
+def test_bypass_gives_the_decoder_what_lies_where_codes_lie(
+    make_tokenizer: Callable[..., VQRAEModel],
+) -> None:
     model = make_tokenizer(quantizer="l2_vq")
     images = images_for(model)
-    hidden = model.out_proj(nn.functional.normalize(model.project(model.encode_features(images)), dim=-1))
+    hidden = model.out_proj(
+        nn.functional.normalize(model.project(model.encode_features(images)), dim=-1)
+    )
     expected = (model.decoder(hidden) * model.image_std + model.image_mean).clamp(0, 1)
     torch.testing.assert_close(model(images, bypass=True).reconstruction, expected)
 
 
 def test_code_space_measured_in_pixels(tokenizer: VQRAEModel) -> None:
-    """The autoencoder stays the same function, and distances of features become, to first order, those of pictures."""
+    """The autoencoder stays the same function, and distances of features become, to first order, those of images."""
     images = images_for(tokenizer, 8)
     with torch.no_grad():  # half of the dimensions count ten times what they are worth
         half = tokenizer.config.codebook_dim // 2
@@ -265,15 +312,19 @@ def test_code_space_measured_in_pixels(tokenizer: VQRAEModel) -> None:
     tokenizer.measure_in_pixels(images, num_probes=64)
     with torch.no_grad():
         features = tokenizer.project(tokenizer.encode_features(images))
-        torch.testing.assert_close(tokenizer(images, bypass=True).reconstruction, before, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            tokenizer(images, bypass=True).reconstruction, before, atol=1e-5, rtol=0
+        )
     torch.testing.assert_close(features.var((0, 1)).sum(), spread, rtol=1e-3, atol=0)
 
     def moved(direction: torch.Tensor) -> float:
-        """How far pictures move with one feature, per distance that the feature moves."""
+        """How far images move with one feature, per distance that the feature moves."""
         shifted = features.clone()
         shifted[:, 0] += 1e-2 * features.std() * direction
         with torch.no_grad():
-            first, second = (tokenizer._paint(tokenizer.out_proj(part)) for part in (features, shifted))
+            first, second = (
+                tokenizer._paint(tokenizer.out_proj(part)) for part in (features, shifted)
+            )
         return float((first - second).norm())
 
     directions = nn.functional.normalize(

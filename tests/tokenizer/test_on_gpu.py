@@ -21,13 +21,13 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.run import RunDirectory
 from vqrae.tokenizer import VQRAEModel, discriminator, perceptual
 from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.engine import allow_tf32
 from vqrae.tokenizer.stage import StageTrainer
-from vqrae.tokenizer.train_config import TokenizerTrainConfig
 
 FULL_SIZE = bool(os.environ.get("VQRAE_FULL_SIZE"))
-MUON = "common/optimizers.py"  # asks whether the step is skipped, once a step
+MUON = "common/optim.py"  # asks whether the step is skipped, once a step
 SEARCH = "quantizers/search.py"  # in bf16 lists candidates
 
 
@@ -35,7 +35,9 @@ def read(name: str, *overrides: str) -> TokenizerTrainConfig:
     return load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), overrides)
 
 
-def start(config: TokenizerTrainConfig, number: int, folder: Path, model: VQRAEModel | None = None) -> StageTrainer:
+def start(
+    config: TokenizerTrainConfig, number: int, folder: Path, model: VQRAEModel | None = None
+) -> StageTrainer:
     """A stage on the GPU, in training mode, with weights that never were on the host."""
     with torch.device("cuda"):
         model = model or build_tokenizer(dataclasses.replace(config.model, encoder=None), "sdpa")
@@ -57,17 +59,21 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("name", ["siglip2_256", "siglip2_512", "internvit_448"])
-def test_the_host_waits_for_no_step_of_a_published_training(name: str, number: int, shallow: list[str], tmp_path: Path) -> None:
+def test_the_host_waits_for_no_step_of_a_published_training(
+    name: str, number: int, shallow: list[str], tmp_path: Path
+) -> None:
     config = rehearsal(read(name, "dry_run=2", "ema_decay=0.999", *shallow), number)
     with fake_gpu() as gpu:
         trainer = start(config, number, tmp_path)
-        batches = trainer.pictures.micro_batches(0)
+        batches = trainer.images.micro_batches(0)
         with gpu.no_waiting():
             trainer.train_step(0, batches)
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         assert trained
         assert all(p.grad is None and p in trainer.optimizer.state for p in trained)
-        assert {t.device.type for t in (*trainer.model.parameters(), *trainer.model.buffers())} == {"cuda"}
+        assert {t.device.type for t in (*trainer.model.parameters(), *trainer.model.buffers())} == {
+            "cuda"
+        }
         trainer.save_previews(1)
         trainer.log(1, seconds=1.0)
 
@@ -79,9 +85,14 @@ class ProductsOfStep(TorchDispatchMode):
         super().__init__()
         self.precisions: dict[torch.Size, set[str]] = defaultdict(set)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and result.dtype == torch.float32:
+        if (
+            func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            and result.dtype == torch.float32
+        ):
             self.precisions[result.shape].add(torch.backends.cuda.matmul.fp32_precision)
         return result
 
@@ -90,12 +101,20 @@ class ProductsOfStep(TorchDispatchMode):
 def test_fp32_products_are_tf32_but_for_the_search(
     switch: tuple[str, ...], precision: str, tiny_run: list[str], tmp_path: Path
 ) -> None:
-    config = read(*tiny_run, "model.codebook_size=48", "stage2.global_batch_size=1", "stage2.micro_batch_size=1", *switch)
+    config = read(
+        *tiny_run,
+        "model.codebook_size=48",
+        "stage2.global_batch_size=1",
+        "stage2.micro_batch_size=1",
+        *switch,
+    )
     try:
         with fake_gpu():
             trainer = start(config, 2, tmp_path)
             with ProductsOfStep() as products:
-                trainer.tokenizer_step(torch.rand(1, 3, 64, 64).cuda(), torch.rand(1, 3, 64, 64).cuda(), 0)
+                trainer.tokenizer_step(
+                    torch.rand(1, 3, 64, 64).cuda(), torch.rand(1, 3, 64, 64).cuda(), 0
+                )
     finally:
         allow_tf32(False)
         torch.backends.cudnn.allow_tf32 = True  # PyTorch's own start
@@ -109,23 +128,59 @@ def test_fp32_products_are_tf32_but_for_the_search(
 
 
 SEARCH_BF16 = "model.quantizer_options={search: bf16, train_codebook: true}"
-DINO = ("stage2.adversarial_weight=0.1", "stage2.discriminator_lr=1e-4", "stage2.discriminator=dino")
+DINO = (
+    "stage2.adversarial_weight=0.1",
+    "stage2.discriminator_lr=1e-4",
+    "stage2.discriminator=dino",
+)
 
 
 @pytest.mark.parametrize(
     ("number", "options"),
     [
         (1, ("stage1.revival_interval=3",)),
-        (2, ("stage2.revival_interval=3", "stage2.bypass_steps=1", "stage2.codebook_metric=features")),
-        (2, (SEARCH_BF16, "ema_decay=0.9", "stage2.optimizer=adamw", "activation_checkpointing=true")),
+        (
+            2,
+            (
+                "stage2.revival_interval=3",
+                "stage2.bypass_steps=1",
+                "stage2.codebook_metric=features",
+            ),
+        ),
+        (
+            2,
+            (
+                SEARCH_BF16,
+                "ema_decay=0.9",
+                "stage2.optimizer=adamw",
+                "activation_checkpointing=true",
+            ),
+        ),
         (2, ("model.quantizer=ema_vq",)),
-        (2, ("model.quantizer=ibq", "stage2.entropy_weight=0.05", "stage2.perceptual_weight=0.1", *DINO)),
+        (
+            2,
+            (
+                "model.quantizer=ibq",
+                "stage2.entropy_weight=0.05",
+                "stage2.perceptual_weight=0.1",
+                *DINO,
+            ),
+        ),
     ],
 )
 def test_a_stage_runs_saves_and_resumes(
-    number: int, options: tuple[str, ...], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    options: tuple[str, ...],
+    tiny_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 24}
+    small = {
+        "hidden_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     vit = AutoModel.from_config(ViTConfig(**small), add_pooling_layer=False)
     monkeypatch.setattr(discriminator, "random_vit", lambda: vit)
     batches_of_two = [f"stage{number}.{size}_batch_size=2" for size in ("global", "micro")]
@@ -133,7 +188,7 @@ def test_a_stage_runs_saves_and_resumes(
     waits = (MUON, SEARCH) if SEARCH_BF16 in options else (MUON,)
     with fake_gpu() as gpu:
         trainer = start(config, number, tmp_path)
-        batches = trainer.pictures.micro_batches(0)
+        batches = trainer.images.micro_batches(0)
         for step in range(3):
             if trainer.stage.is_revival(step + 1) or (step and step == trainer.stage.bypass_steps):
                 trainer.train_step(step, batches)  # looks for codes, which are then moved
@@ -148,4 +203,4 @@ def test_a_stage_runs_saves_and_resumes(
         resumed = start(config, number, tmp_path)
         assert resumed.restore(checkpoint) == 3
         with gpu.no_waiting(*waits):
-            resumed.train_step(3, resumed.pictures.micro_batches(3))
+            resumed.train_step(3, resumed.images.micro_batches(3))

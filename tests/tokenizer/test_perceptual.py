@@ -12,8 +12,8 @@ from torchvision.transforms.v2.functional import normalize
 
 from vqrae.common.config import ConfigError, build_config
 from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.config import StageConfig
 from vqrae.tokenizer.perceptual import LPIPS, build_perceptual
-from vqrae.tokenizer.train_config import StageConfig
 
 STAGE = {
     "max_steps": 1,
@@ -47,18 +47,20 @@ def lpips(vgg_folder: Path) -> nn.Module:
     return build_perceptual("lpips", folder=str(vgg_folder))
 
 
-def pictures(size: int = 64) -> tuple[Tensor, Tensor]:
+def random_images(size: int = 64) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     images = torch.rand(2, 3, size, size)
     return (images + 0.1 * torch.randn_like(images)).requires_grad_(), images
 
 
 def test_lpips_equals_torchmetrics(lpips: LPIPS) -> None:
-    network = reference._LPIPS(net="vgg", pnet_rand=True)  # the heads are its own, read from its own file
+    network = reference._LPIPS(
+        net="vgg", pnet_rand=True
+    )  # the heads are its own, read from its own file
     layers = {key: value for part in network.net.children() for key, value in part.named_children()}
     for key, layer in lpips.features.named_children():
         layers[key].load_state_dict(layer.state_dict())
-    reconstruction, images = pictures()
+    reconstruction, images = random_images()
     expected = network(reconstruction, images, normalize=True).mean()
     found = lpips(reconstruction, images)
     torch.testing.assert_close(found, expected)
@@ -72,12 +74,16 @@ def test_convnext_compares_logits_at_224() -> None:
     network = convnext_small().eval()
     for layer in network.modules():
         if hasattr(layer, "layer_scale"):
-            layer.layer_scale.data.fill_(0.5)  # at its start of 1e-6 the blocks would hardly be seen
+            layer.layer_scale.data.fill_(
+                0.5
+            )  # at its start of 1e-6 the blocks would hardly be seen
     loss.network.load_state_dict(network.state_dict())
-    reconstruction, images = (x[:1] for x in pictures(96))
+    reconstruction, images = (x[:1] for x in random_images(96))
 
     def logits(x: Tensor) -> Tensor:
-        x = nn.functional.interpolate(x, (224, 224), mode="bilinear", antialias=True, align_corners=False)
+        x = nn.functional.interpolate(
+            x, (224, 224), mode="bilinear", antialias=True, align_corners=False
+        )
         return network(normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
     with torch.no_grad():
@@ -99,41 +105,53 @@ class Squares(nn.Module):
         return self.factor * nn.functional.mse_loss(reconstruction, images)
 
 
-def test_published_mix_is_one_lpips_and_a_tenth_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_mix_is_one_lpips_and_a_tenth_of_the_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     table = {"lpips": lambda: Squares(3.0), "convnext_s": lambda: Squares(5.0)}
     monkeypatch.setattr("vqrae.tokenizer.perceptual.PRETRAINED", table)
-    reconstruction, images = pictures()
+    reconstruction, images = random_images()
     mixed = build_perceptual("lpips+convnext_s", (1.0, 0.1))(reconstruction, images)
     error = nn.functional.mse_loss(reconstruction, images)
     torch.testing.assert_close(1.1 * mixed, 1.0 * 3 * error + 0.1 * 5 * error)
 
 
 def test_a_mix_has_one_weight_for_each_network() -> None:
-    build_config(StageConfig, {**STAGE, "perceptual_network": "lpips+convnext_s", "perceptual_mix": [1.0, 0.1]})
+    build_config(
+        StageConfig,
+        {**STAGE, "perceptual_network": "lpips+convnext_s", "perceptual_mix": [1.0, 0.1]},
+    )
     for network, mix in (("lpips+convnext_s", []), ("lpips+convnext_s", [1.0]), ("lpips", [1.0])):
         with pytest.raises(ConfigError, match="give one weight for each of several networks"):
-            build_config(StageConfig, {**STAGE, "perceptual_network": network, "perceptual_mix": mix})
+            build_config(
+                StageConfig, {**STAGE, "perceptual_network": network, "perceptual_mix": mix}
+            )
     with pytest.raises(ValueError, match="Did you mean 'lpips'"):
         build_perceptual("lpip", random=True)
 
 
-def test_gradient_reaches_only_the_reconstruction(lpips: LPIPS, make_tokenizer: Callable[..., VQRAEModel]) -> None:
+def test_gradient_reaches_only_the_reconstruction(
+    lpips: LPIPS, make_tokenizer: Callable[..., VQRAEModel]
+) -> None:
     model = make_tokenizer()
     encoder = build_perceptual("encoder", teacher=model.encoder, normalize=model.normalize)
     for loss in (lpips, encoder):
-        reconstruction, images = pictures()
+        reconstruction, images = random_images()
         images.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             loss(reconstruction, images).backward()
         assert reconstruction.grad is not None
         assert reconstruction.grad.abs().sum() > 0
         assert images.grad is None
-        assert all(parameter.grad is None and not parameter.requires_grad for parameter in loss.parameters())
+        assert all(
+            parameter.grad is None and not parameter.requires_grad
+            for parameter in loss.parameters()
+        )
         assert not any(module.training for module in loss.modules())
 
 
-def test_pictures_are_compared_in_fp32_under_autocast(lpips: LPIPS) -> None:
-    reconstruction, images = pictures()
+def test_images_are_compared_in_fp32_under_autocast(lpips: LPIPS) -> None:
+    reconstruction, images = random_images()
     plain = lpips(reconstruction, images)
     with torch.autocast("cpu", torch.bfloat16):
         inside = lpips(reconstruction, images)
@@ -151,17 +169,28 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
-@pytest.mark.parametrize(("name", "file"), [("lpips", "vgg16-397923af.pth"), ("convnext_s", "convnext_small-0c510722.pth")])
-def test_unreachable_weights_are_an_error_that_helps(no_network: Path, name: str, file: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("lpips", "vgg16-397923af.pth"), ("convnext_s", "convnext_small-0c510722.pth")],
+)
+def test_unreachable_weights_are_an_error_that_helps(
+    no_network: Path, name: str, file: str
+) -> None:
     with pytest.raises(FileNotFoundError) as error:
         build_perceptual(name)
-    for part in (f"https://download.pytorch.org/models/{file}", str(no_network / file), "perceptual_weights=FOLDER"):
+    for part in (
+        f"https://download.pytorch.org/models/{file}",
+        str(no_network / file),
+        "perceptual_weights=FOLDER",
+    ):
         assert part in str(error.value)
     assert "random_perceptual_weights=true" in str(error.value)
     build_perceptual(name, random=True)
 
 
-def test_a_folder_without_the_weights_is_not_left_for_the_cache(vgg_folder: Path, tmp_path: Path, no_network: Path) -> None:
+def test_a_folder_without_the_weights_is_not_left_for_the_cache(
+    vgg_folder: Path, tmp_path: Path, no_network: Path
+) -> None:
     no_network.mkdir(parents=True)
     (no_network / "vgg16-397923af.pth").symlink_to(vgg_folder / "vgg16-397923af.pth")
     build_perceptual("lpips")

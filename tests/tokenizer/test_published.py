@@ -4,11 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import InternVLVisionConfig, InternVLVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.tokenizer.build import build_tokenizer
-from vqrae.tokenizer.train_config import TokenizerTrainConfig
+from vqrae.tokenizer.config import TokenizerTrainConfig
 
 VARIANTS = ("siglip2_256", "siglip2_512", "internvit_448")
 
@@ -44,20 +49,44 @@ def test_every_value_of_table_7(variant: str, number: int) -> None:
     assert {name: getattr(stage, name) for name in expected} == expected
     # What the table's "convnext-s" with 1.1 stands for in its code lineage: 1.0 LPIPS + 0.1 ConvNeXt-S.
     assert (stage.perceptual_network, stage.perceptual_mix) == ("lpips+convnext_s", (1.0, 0.1))
-    assert (stage.reconstruction_weight, stage.codebook_weight, stage.commitment_weight) == (1.0, 1.0, 0.25)  # Eq. 2-4
-    assert (config.model.codebook_size, config.model.codebook_dim, config.model.quantizer) == (16384, 1536, "simvq")
+    assert (stage.reconstruction_weight, stage.codebook_weight, stage.commitment_weight) == (
+        1.0,
+        1.0,
+        0.25,
+    )  # Eq. 2-4
+    assert (config.model.codebook_size, config.model.codebook_dim, config.model.quantizer) == (
+        16384,
+        1536,
+        "simvq",
+    )
     assert config.bf16
     assert config.data.crop == "random"
     assert config.data.random_flip
     # What only serves the embedded default stays off.
-    assert (config.model.codebook_init, config.model.feature_norm, config.model.output_basis) == ("random", "none", "pixels")
-    assert (stage.bypass_steps, stage.revival_interval, stage.discriminator_ramp, config.ema_decay) == (0, 0, 0, 0)
+    assert (config.model.codebook_init, config.model.feature_norm, config.model.output_basis) == (
+        "random",
+        "none",
+        "pixels",
+    )
+    assert (
+        stage.bypass_steps,
+        stage.revival_interval,
+        stage.discriminator_ramp,
+        config.ema_decay,
+    ) == (0, 0, 0, 0)
     assert stage.global_batch_size % (8 * stage.micro_batch_size) == 0  # the hardware of the header
 
 
 def block_parameters(width: int, hidden: int, *, layer_scale: bool) -> int:
     """Attention with four biased matrices, MLP, two norms, and two scales where there are any."""
-    return 4 * (width + 1) * width + 2 * width * hidden + hidden + width + 4 * width + (2 * width if layer_scale else 0)
+    return (
+        4 * (width + 1) * width
+        + 2 * width * hidden
+        + hidden
+        + width
+        + 4 * width
+        + (2 * width if layer_scale else 0)
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -66,14 +95,25 @@ def test_variants_have_their_size(variant: str) -> None:
     with torch.device("meta"):
         model = build_tokenizer(config.model, "sdpa")
         if variant == "internvit_448":
-            encoder = InternVLVisionModel(InternVLVisionConfig(attention_bias=True))  # InternViT-300M is the class's default
+            encoder = InternVLVisionModel(
+                InternVLVisionConfig(attention_bias=True)
+            )  # InternViT-300M is the class's default
         else:
-            values = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+            values = {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+            }
             size = RESOLUTIONS[variant]
-            encoder = SiglipVisionModel(SiglipVisionConfig(**values, image_size=size, patch_size=16, vision_use_head=False))
+            encoder = SiglipVisionModel(
+                SiglipVisionConfig(**values, image_size=size, patch_size=16, vision_use_head=False)
+            )
     count = sum(parameter.numel() for parameter in encoder.parameters())
     assert sum(parameter.numel() for parameter in model.encoder.parameters()) == count
-    width, hidden, depth, patch = (1024, 4096, 24, 14) if variant == "internvit_448" else (1152, 4304, 27, 16)
+    width, hidden, depth, patch = (
+        (1024, 4096, 24, 14) if variant == "internvit_448" else (1152, 4304, 27, 16)
+    )
     tokens = 256 if variant == "siglip2_256" else 1024
     blocks = depth * block_parameters(width, hidden, layer_scale=variant == "internvit_448")
     assert abs(count - blocks) < 0.006 * count  # the rest are patches, positions and the last norm
@@ -81,7 +121,10 @@ def test_variants_have_their_size(variant: str) -> None:
     assert sum(parameter.numel() for parameter in model.decoder.parameters()) == decoder
     projections = (width + 1) * 1536 + (1536 + 1) * width
     simvq = (1536 + 1) * 1536  # the codebook itself is a frozen buffer
-    assert sum(parameter.numel() for parameter in model.parameters()) == count + projections + simvq + decoder
+    assert (
+        sum(parameter.numel() for parameter in model.parameters())
+        == count + projections + simvq + decoder
+    )
     assert model.quantizer.codebook.shape == (16384, 1536)
     assert model.config.grid_size**2 == tokens
     assert model.config.image_size == model.config.output_size == RESOLUTIONS[variant]

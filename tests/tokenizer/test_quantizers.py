@@ -51,13 +51,17 @@ def test_contract(name: str) -> None:
     assert output.quantized.shape == features.shape
     assert all(loss.shape == () for loss in output.losses.values())
     assert quantizer.lookup(torch.arange(32)).unique(dim=0).shape == (32, quantizer.codebook_dim)
-    assert torch.equal(quantizer(features[1:]).codes, output.codes[1:])  # whatever else is in the batch
+    assert torch.equal(
+        quantizer(features[1:]).codes, output.codes[1:]
+    )  # whatever else is in the batch
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_losses_have_weights_and_published_names(name: str) -> None:
     expected = {"codebook_loss", "commitment_loss"}
-    expected = {"ema_vq": {"commitment_loss"}, "fsq": set(), "ibq": {*expected, "index_loss"}}.get(name, expected)
+    expected = {"ema_vq": {"commitment_loss"}, "fsq": set(), "ibq": {*expected, "index_loss"}}.get(
+        name, expected
+    )
     quantizer = make(name)
     assert set(quantizer(features_for(quantizer, 1, 3)).losses) == expected
 
@@ -109,7 +113,9 @@ def test_start_from_features_and_revival(name: str) -> None:
     with torch.no_grad():
         quantizer.initialize_from(features)
         if name != "ibq":  # whose choice is not the nearest code
-            assert quantizer(features[None]).codes.unique().numel() == 32  # every code is some feature, so all are used
+            assert (
+                quantizer(features[None]).codes.unique().numel() == 32
+            )  # every code is some feature, so all are used
         dead, targets = torch.tensor([3, 17]), torch.full((2, 16), 9.0) + torch.eye(2, 16)
         quantizer.revive(dead, targets)
         expected = quantizer.to_code_space(targets)
@@ -134,7 +140,9 @@ def test_simvq_gradient_equals_that_of_the_whole_table(tokens: int, train_codebo
     expected = [p.grad.clone() for p in quantizer.parameters()]
     quantizer.zero_grad()
     total = (quantizer.gather(quantizer.table(), codes) * weights).sum()
-    with torch.autocast("cpu", torch.bfloat16):  # as in the loop, where it must not reach the gradient
+    with torch.autocast(
+        "cpu", torch.bfloat16
+    ):  # as in the loop, where it must not reach the gradient
         total.backward()
     assert len(expected) == 2 + train_codebook
     for p, gradient in zip(quantizer.parameters(), expected, strict=True):
@@ -220,7 +228,9 @@ def test_ema_code_that_nothing_chooses_stays() -> None:
     assert quantizer.cluster_size[5] == 1
     assert quantizer(features).codes[0, 0] == 5
     quantizer.after_step(TAKEN)
-    assert quantizer.codebook[5].abs().max() < 10  # statistics of before its revival would pull it back
+    assert (
+        quantizer.codebook[5].abs().max() < 10
+    )  # statistics of before its revival would pull it back
 
 
 def test_ema_stays_when_the_step_is_skipped() -> None:
@@ -281,7 +291,9 @@ def test_ema_evaluation_changes_nothing_and_the_state_holds_all() -> None:
     before = quantizer.state_dict()
     quantizer.eval()(features)
     quantizer.after_step(TAKEN)
-    torch.testing.assert_close(quantizer.state_dict()["codebook"], before["codebook"], atol=0, rtol=0)
+    torch.testing.assert_close(
+        quantizer.state_dict()["codebook"], before["codebook"], atol=0, rtol=0
+    )
 
 
 # ---- l2_vq
@@ -297,7 +309,9 @@ def test_l2_vq_lives_on_the_sphere() -> None:
     assert torch.equal(quantizer(1000 * features).codes, output.codes)
     features.requires_grad_()
     quantizer.train()(features).quantized[..., 0].sum().backward()
-    assert (features.grad * features).sum(-1).abs().max() < 1e-5  # the length of a feature has no effect
+    assert (features.grad * features).sum(
+        -1
+    ).abs().max() < 1e-5  # the length of a feature has no effect
 
 
 # ---- ibq
@@ -313,7 +327,10 @@ def naive_ibq(features: Tensor, table: Tensor) -> Tensor:
 def naive_entropy(features: Tensor, table: Tensor, temperature: float) -> Tensor:
     soft = (features @ table.T / temperature).softmax(-1).flatten(0, -2)
     mean = soft.mean(0)
-    return -(soft * soft.clamp(min=1e-30).log()).sum(-1).mean() + (mean * mean.clamp(min=1e-30).log()).sum()
+    return (
+        -(soft * soft.clamp(min=1e-30).log()).sum(-1).mean()
+        + (mean * mean.clamp(min=1e-30).log()).sum()
+    )
 
 
 @pytest.fixture
@@ -334,7 +351,9 @@ def test_ibq_gradient_equals_the_formula() -> None:
     torch.testing.assert_close(output.quantized, expected)
     assert torch.equal(output.quantized, quantizer.lookup(output.codes))
     with torch.autocast("cpu", torch.bfloat16):
-        found = torch.autograd.grad((output.quantized * weights).sum(), (features, quantizer.codebook))
+        found = torch.autograd.grad(
+            (output.quantized * weights).sum(), (features, quantizer.codebook)
+        )
     torch.testing.assert_close(found, wanted)
     assert (found[1] != 0).all()  # every code, chosen or not
 
@@ -357,7 +376,10 @@ def test_ibq_entropy_prefers_sure_choices_and_all_codes() -> None:
 
 
 def test_ibq_entropy_has_a_gradient_where_probabilities_vanish() -> None:
-    features, table = torch.randn(1, 30, 16, requires_grad=True), torch.randn(32, 16, requires_grad=True)
+    features, table = (
+        torch.randn(1, 30, 16, requires_grad=True),
+        torch.randn(32, 16, requires_grad=True),
+    )
     ibq.entropy_loss(features, table, 0.01).backward()
     assert features.grad.isfinite().all()
     assert table.grad.isfinite().all()
@@ -365,7 +387,9 @@ def test_ibq_entropy_has_a_gradient_where_probabilities_vanish() -> None:
 
 def test_ibq_computes_no_entropy_unless_it_has_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = make("ibq").train()
-    monkeypatch.setattr(ibq, "entropy_loss", lambda *_: pytest.fail("computed though its weight is 0"))
+    monkeypatch.setattr(
+        ibq, "entropy_loss", lambda *_: pytest.fail("computed though its weight is 0")
+    )
     quantizer(features_for(quantizer, 1, 5))
     monkeypatch.undo()
     quantizer.compute_entropy = True
@@ -394,13 +418,17 @@ def test_fsq_reaches_every_level_and_leaves_none(levels: tuple[int, ...]) -> Non
     vectors = quantizer.lookup(torch.arange(size))
     assert vectors.unique(dim=0).shape == vectors.shape
     assert vectors.abs().max() == 1
-    extremes = torch.cartesian_prod(*[torch.tensor([-50.0, 0.0, 50.0])] * len(levels)).view(1, -1, len(levels))
+    extremes = torch.cartesian_prod(*[torch.tensor([-50.0, 0.0, 50.0])] * len(levels)).view(
+        1, -1, len(levels)
+    )
     output = quantizer(extremes)
     assert output.codes.min() == 0
     assert output.codes.max() == size - 1
     assert (output.quantized[0, len(output.quantized[0]) // 2] == 0).all()  # 0 stays 0
     ramp = torch.linspace(-20, 20, 2001)[:, None].expand(-1, len(levels))
-    assert [channel.unique().numel() for channel in quantizer(ramp[None]).quantized[0].T] == list(levels)
+    assert [channel.unique().numel() for channel in quantizer(ramp[None]).quantized[0].T] == list(
+        levels
+    )
 
 
 def test_fsq_gradient_passes_through_the_rounding() -> None:
@@ -431,7 +459,10 @@ def test_unknown_quantizer_suggests_a_name() -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"quantizer_options\.decays: unknown option of ema_vq\. Did you mean 'decay'"):
+    with pytest.raises(
+        ValueError,
+        match=r"quantizer_options\.decays: unknown option of ema_vq\. Did you mean 'decay'",
+    ):
         build_quantizer("ema_vq", 8, 4, decays=0.9)
     with pytest.raises(ValueError, match=r"quantizer_options\.levels is required by fsq"):
         build_quantizer("fsq", 8, 4)

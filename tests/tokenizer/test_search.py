@@ -28,13 +28,17 @@ def near_codes(case: str) -> tuple[Tensor, Tensor]:
     if case == "clusters":  # ten codes within bf16 rounding of each other, and features among them
         table = (torch.randn(16, 1, 24) + 1e-3 * torch.randn(16, 10, 24)).flatten(0, 1)
         features = table[torch.randint(160, (200,))] + 1e-3 * torch.randn(200, 24)
-    elif case == "one cluster":  # more than may be candidates, so that bf16 gives up, within fp32's error
+    elif (
+        case == "one cluster"
+    ):  # more than may be candidates, so that bf16 gives up, within fp32's error
         table = torch.randn(24) + 1e-5 * torch.randn(160, 24)
         features = table[torch.randint(160, (200,))] + 1e-5 * torch.randn(200, 24)
     elif case == "neighbouring floats":
         table = torch.randn(24).expand(160, 24).clone()
         for row in range(1, 160):
-            table[row, row % 24] = torch.nextafter(table[row, row % 24], torch.tensor(float(row % 2 * 200 - 100)))
+            table[row, row % 24] = torch.nextafter(
+                table[row, row % 24], torch.tensor(float(row % 2 * 200 - 100))
+            )
         features = table[torch.randint(160, (200,))] + torch.randn(200, 24)
     elif case == "copies":
         table = table[:3].repeat(54, 1)[:160]  # more of each than may be candidates
@@ -45,9 +49,13 @@ def near_codes(case: str) -> tuple[Tensor, Tensor]:
         table[7] *= 1e4
     elif case == "codes around the origin":  # as plain VQ starts
         table *= 1e-4
-    elif case == "worst rounding":  # features, table and products all lose half a bf16 step, in the direction of a code
+    elif (
+        case == "worst rounding"
+    ):  # features, table and products all lose half a bf16 step, in the direction of a code
         signs = torch.randn(79, 257).sign()
-        table = (1 + 0.99 * 2**-8) * torch.cat([torch.ones(1, 257), -torch.ones(1, 257), signs, -signs])
+        table = (1 + 0.99 * 2**-8) * torch.cat(
+            [torch.ones(1, 257), -torch.ones(1, 257), signs, -signs]
+        )
         features = torch.full((200, 257), 1 + 0.99 * 2**-8)
     elif case == "features are codes":
         features = table[torch.randint(160, (200,))]
@@ -123,7 +131,9 @@ class SettingsAtProducts(TorchDispatchMode):
         super().__init__()
         self.seen: set[tuple[str, str]] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
             self.seen.add(tuple(backend.fp32_precision for backend in backends))
@@ -163,7 +173,9 @@ def test_the_search_and_its_table_are_fp32_whatever_is_allowed_outside(
 def test_autocast_does_not_change_codes(precision: search.Precision) -> None:
     features, table = near_codes("clusters")
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(nearest_codes(features, table, precision=precision), exact(features, table))
+        assert torch.equal(
+            nearest_codes(features, table, precision=precision), exact(features, table)
+        )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -44,7 +44,9 @@ def copied(weights: Weights) -> Weights:
 
 
 def equal(first: Weights, second: Weights) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[key], second[key]) for key in first
+    )
 
 
 @pytest.fixture
@@ -55,7 +57,9 @@ def run(tiny_run: list[str], tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize("freeze", ["true", "false"])
-def test_every_launch_learns_from_the_original(freeze: str, tmp_path: Path, run: Run, started: list) -> None:
+def test_every_launch_learns_from_the_original(
+    freeze: str, tmp_path: Path, run: Run, started: list
+) -> None:
     options = [f"stage1.freeze_encoder={freeze}", "stage1.distillation_weight=1"]
     run(*options)
     for stage in (1, 2):  # a crash behind the checkpoint of the first step
@@ -72,10 +76,16 @@ def test_every_launch_learns_from_the_original(freeze: str, tmp_path: Path, run:
     assert (tmp_path / "stage1" / "original_encoder.safetensors").exists() == (freeze == "false")
 
 
-def test_a_stage_1_from_scratch_forgets_the_encoder_of_another(tmp_path: Path, run: Run, started: list) -> None:
+def test_a_stage_1_from_scratch_forgets_the_encoder_of_another(
+    tmp_path: Path, run: Run, started: list
+) -> None:
     file = tmp_path / "stage1" / "original_encoder.safetensors"
     run("stage1.freeze_encoder=false", "stage=1")
-    for results in ("model", "stage1/model", "stage1/step-1"):  # with which other settings would be refused
+    for results in (
+        "model",
+        "stage1/model",
+        "stage1/step-1",
+    ):  # with which other settings would be refused
         shutil.rmtree(tmp_path / results)
     assert file.exists()
     run("seed=1")
@@ -84,7 +94,12 @@ def test_a_stage_1_from_scratch_forgets_the_encoder_of_another(tmp_path: Path, r
 
 
 def test_no_teacher_without_a_use_for_it(run: Run, started: list) -> None:
-    options = ["perceptual_weight=1.1", "perceptual_network=lpips+convnext_s", "perceptual_mix=[1.0, 0.1]", "max_steps=1"]
+    options = [
+        "perceptual_weight=1.1",
+        "perceptual_network=lpips+convnext_s",
+        "perceptual_mix=[1.0, 0.1]",
+        "max_steps=1",
+    ]
     options += ["global_batch_size=1", "micro_batch_size=1"]
     run("stage=1", "random_perceptual_weights=true", *(f"stage1.{option}" for option in options))
     assert started[0][1] == {}
@@ -92,7 +107,9 @@ def test_no_teacher_without_a_use_for_it(run: Run, started: list) -> None:
 
 @pytest.mark.parametrize("tap", FEATURE_TAPS)
 @pytest.mark.parametrize("encoder", ["siglip", "internvit"])
-def test_teacher_and_student_read_one_tap(encoder: str, tap: str, make_tokenizer: Callable[..., VQRAEModel]) -> None:
+def test_teacher_and_student_read_one_tap(
+    encoder: str, tap: str, make_tokenizer: Callable[..., VQRAEModel]
+) -> None:
     model = make_tokenizer(encoder, feature_tap=tap).train()
     teacher = original_encoder(model.encoder, Path("nowhere"))
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -103,7 +120,9 @@ def test_teacher_and_student_read_one_tap(encoder: str, tap: str, make_tokenizer
     with torch.no_grad():
         next(model.encoder.parameters()).add_(0.5)
     features = model(images).features
-    expected = (features - target).square().sum() / target.numel()  # VQRAE Eq. 5 as a mean over all elements
+    expected = (
+        features - target
+    ).square().sum() / target.numel()  # VQRAE Eq. 5 as a mean over all elements
     torch.testing.assert_close(distillation_loss(features, target), expected)
     assert expected > 0
 
@@ -115,7 +134,11 @@ def test_a_teacher_of_half_the_size_has_the_same_features(tokenizer: VQRAEModel)
     pixel_values = torch.randn(2, 3, size, size)
     encoders = (tokenizer.encoder, teacher)
     with torch.autocast("cpu", torch.bfloat16):
-        expected, found = (encoder_features(encoder, pixel_values, "hidden_states[-1]") for encoder in encoders)
+        expected, found = (
+            encoder_features(encoder, pixel_values, "hidden_states[-1]") for encoder in encoders
+        )
     assert torch.equal(expected, found)
-    large, small = (sum(p.numel() * p.element_size() for p in encoder.parameters()) for encoder in encoders)
+    large, small = (
+        sum(p.numel() * p.element_size() for p in encoder.parameters()) for encoder in encoders
+    )
     assert small < 0.65 * large

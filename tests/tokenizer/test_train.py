@@ -18,9 +18,9 @@ from vqrae.common.config import ConfigError
 from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.config import ModelConfig
 from vqrae.tokenizer.quantizers import QUANTIZERS
 from vqrae.tokenizer.stage import StageTrainer
-from vqrae.tokenizer.train_config import ModelConfig
 
 ENCODER = (
     "{model_type: siglip_vision_model, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,"
@@ -65,7 +65,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 def metrics(output: Path, stage: int) -> list[dict]:
-    return [json.loads(line) for line in (output / f"stage{stage}" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (output / f"stage{stage}" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def without_speed(row: dict) -> dict:
@@ -77,32 +80,52 @@ def test_both_stages_leave_a_run_directory(finished: tuple[Path, dict]) -> None:
     assert [row["step"] for row in metrics(output, 1)] == [1, 2, 3, 4]
     assert "discriminator_loss" not in metrics(output, 2)[0]  # not run before its start step
     last = metrics(output, 2)[-1]
-    for name in ("reconstruction", "codebook", "commitment", "perceptual", "distillation", "adversarial", "discriminator"):
+    for name in (
+        "reconstruction",
+        "codebook",
+        "commitment",
+        "perceptual",
+        "distillation",
+        "adversarial",
+        "discriminator",
+    ):
         assert name + "_loss" in last
     assert (output / "stage2" / "samples" / "step-4.png").exists()
     assert (output / "config.yaml").exists()
     assert (output / "manifest.json").exists()
     assert [p.name for p in (output / "stage2").glob("step-*")] == ["step-2"]
     average = VQRAEModel.from_pretrained(output / "model_ema")
-    assert (average.config.ema_decay, average.config.ema_updates) == (0.5, 3)  # not during the step that bypasses the quantizer
+    assert (average.config.ema_decay, average.config.ema_updates) == (
+        0.5,
+        3,
+    )  # not during the step that bypasses the quantizer
 
 
 def test_stage_1_keeps_the_encoder_and_stage_2_tunes_it(finished: tuple[Path, dict]) -> None:
     output, final = finished
-    start = build_tokenizer(ModelConfig(encoder=None, encoder_config={"model_type": "siglip_vision_model"}), "eager")
+    start = build_tokenizer(
+        ModelConfig(encoder=None, encoder_config={"model_type": "siglip_vision_model"}), "eager"
+    )
     assert start.config.feature_dim == 768  # a bare configuration is the class's own default
     first = VQRAEModel.from_pretrained(output / "stage1" / "step-2" / "model").state_dict()
     second = VQRAEModel.from_pretrained(output / "stage1" / "model").state_dict()
     encoder = [key for key in first if key.startswith("encoder.")]
     assert all(torch.equal(first[key], second[key]) for key in encoder)
     assert not torch.equal(first["decoder.head.weight"], second["decoder.head.weight"])
-    assert not torch.equal(second["encoder.encoder.layers.0.mlp.fc1.weight"], final["encoder.encoder.layers.0.mlp.fc1.weight"])
+    assert not torch.equal(
+        second["encoder.encoder.layers.0.mlp.fc1.weight"],
+        final["encoder.encoder.layers.0.mlp.fc1.weight"],
+    )
     # What lies behind the feature tap has no part in anything.
-    assert torch.equal(second["encoder.post_layernorm.weight"], final["encoder.post_layernorm.weight"])
+    assert torch.equal(
+        second["encoder.post_layernorm.weight"], final["encoder.post_layernorm.weight"]
+    )
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_resume_equals_uninterrupted(finished: tuple[Path, dict], stage: int, tmp_path: Path) -> None:
+def test_resume_equals_uninterrupted(
+    finished: tuple[Path, dict], stage: int, tmp_path: Path
+) -> None:
     output, expected = finished
     resumed = tmp_path / "run"
     shutil.copytree(output, resumed)  # as a crash behind step 2 of this stage leaves it
@@ -140,13 +163,18 @@ def test_a_stopped_run_keeps_its_last_step(
     assert all(torch.equal(weight, expected[name]) for name, weight in train(tmp_path).items())
 
 
-@pytest.mark.parametrize("option", ["stage1.decoder_lr=-1e-3", "stage2.global_batch_size=0", "save_steps=0", "data.cutmix=2"])
+@pytest.mark.parametrize(
+    "option",
+    ["stage1.decoder_lr=-1e-3", "stage2.global_batch_size=0", "save_steps=0", "data.cutmix=2"],
+)
 def test_numbers_that_cannot_be_meant_are_refused(option: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{option.rpartition('.')[2].partition('=')[0]}: got"):
         train(tmp_path, option)
 
 
-def test_a_finished_run_is_left_alone(finished: tuple[Path, dict], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_left_alone(
+    finished: tuple[Path, dict], capsys: pytest.CaptureFixture[str]
+) -> None:
     output, _ = finished
     before = (output / "stage2" / "model" / "model.safetensors").stat().st_mtime_ns
     train(output)
@@ -161,7 +189,11 @@ EVERY_QUANTIZER = {
     "ema_vq": (["model.quantizer_options.decay=0.9"], set()),
     "l2_vq": (["stage2.codebook_metric=features"], {"codebook_loss"}),
     "ibq": (
-        ["stage1.entropy_weight=0.05", "stage2.entropy_weight=0.05", "stage2.codebook_metric=features"],
+        [
+            "stage1.entropy_weight=0.05",
+            "stage2.entropy_weight=0.05",
+            "stage2.codebook_metric=features",
+        ],
         {"codebook_loss", "index_loss", "entropy_loss"},
     ),
     "fsq": (
@@ -200,7 +232,8 @@ def test_every_quantizer_trains_through_both_stages(name: str, tmp_path: Path) -
 def test_what_a_quantizer_cannot_do_is_refused_before_training(tmp_path: Path) -> None:
     fsq = ["model.quantizer=fsq", "model.quantizer_options.levels=[8, 8]", "model.codebook_dim=2"]
     with pytest.raises(
-        ValueError, match=r"set stage1\.revival_interval=0 .*stage2\.bypass_steps=0 model\.codebook_init=random"
+        ValueError,
+        match=r"set stage1\.revival_interval=0 .*stage2\.bypass_steps=0 model\.codebook_init=random",
     ):
         train(tmp_path / "fsq", *fsq)
     with pytest.raises(ValueError, match=r"set stage2\.codebook_metric=features"):
@@ -210,7 +243,9 @@ def test_what_a_quantizer_cannot_do_is_refused_before_training(tmp_path: Path) -
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"stage1\.max_step: unknown key\. Did you mean 'max_steps'"):
+    with pytest.raises(
+        ConfigError, match=r"stage1\.max_step: unknown key\. Did you mean 'max_steps'"
+    ):
         train(tmp_path, "stage1.max_step=3")
     with pytest.raises(FileNotFoundError, match="run stage=1 first"):
         train(tmp_path / "none", "stage=2")
@@ -223,7 +258,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 BAD_STEP = runpy.run_path(str(Path(__file__).with_name("train_with_a_bad_step.py")))
 
 
-def test_a_bad_step_is_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_step_is_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(StageTrainer, "tokenizer_step", BAD_STEP["step_badly"])
     train(tmp_path, "save_steps=3", "stage2.max_steps=5", "keep_checkpoints=3")
     rows = metrics(tmp_path, 2)
@@ -239,11 +276,20 @@ def test_too_many_bad_steps_return_to_the_newest_checkpoint(
 ) -> None:
     bad_steps, tokenizer_step = {2, 3}, StageTrainer.tokenizer_step
 
-    def step_badly(self: StageTrainer, inputs: torch.Tensor, targets: torch.Tensor, step: int) -> Any:
-        return tokenizer_step(self, inputs * (float("nan") if step in bad_steps else 1), targets, step)
+    def step_badly(
+        self: StageTrainer, inputs: torch.Tensor, targets: torch.Tensor, step: int
+    ) -> Any:
+        return tokenizer_step(
+            self, inputs * (float("nan") if step in bad_steps else 1), targets, step
+        )
 
     monkeypatch.setattr(StageTrainer, "tokenizer_step", step_badly)
-    arguments = ["max_nonfinite_steps=2", "stage=1", "stage1.max_steps=6", "stage1.revival_interval=0"]
+    arguments = [
+        "max_nonfinite_steps=2",
+        "stage=1",
+        "stage1.max_steps=6",
+        "stage1.revival_interval=0",
+    ]
     final = train(tmp_path / "helps", *arguments)
     assert "tokenizer without finite gradients at step 4" in capsys.readouterr().out
     assert all(value.isfinite().all() for value in final.values())
@@ -272,9 +318,27 @@ TWO_PROCESSES = [
 
 
 def launch(output: Path, *more: str, processes: int = 2) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(Path(__file__).with_name("train_with_a_bad_step.py")), *ARGUMENTS, f"output_dir={output}", *more]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
+    command += [
+        str(Path(__file__).with_name("train_with_a_bad_step.py")),
+        *ARGUMENTS,
+        f"output_dir={output}",
+        *more,
+    ]
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -288,7 +352,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_two_processes_train_like_one(zero: int, one_process: tuple[Path, dict], tmp_path: Path) -> None:
+def test_two_processes_train_like_one(
+    zero: int, one_process: tuple[Path, dict], tmp_path: Path
+) -> None:
     """Both networks, under DDP and ZeRO, with a step that is left out: every figure of every step, then the weights."""
     output, expected = one_process
     launch(tmp_path, *TWO_PROCESSES, f"zero={zero}")
@@ -304,12 +370,23 @@ def test_two_processes_train_like_one(zero: int, one_process: tuple[Path, dict],
 @pytest.mark.slow
 def test_zero_keeps_the_code_space_that_is_made_behind_the_bypass(tmp_path: Path) -> None:
     """ZeRO trains copies of the weights; without a word to it, its next step would bring the old projections back."""
-    still = [f"stage{n}.{rate}=1e-12" for n in (1, 2) for rate in ("decoder_lr", "end_lr", "encoder_lr")]
-    arguments = ["stage1.max_steps=1", "stage2.max_steps=2", "stage2.bypass_steps=1", "stage2.codebook_metric=pixels"]
+    still = [
+        f"stage{n}.{rate}=1e-12" for n in (1, 2) for rate in ("decoder_lr", "end_lr", "encoder_lr")
+    ]
+    arguments = [
+        "stage1.max_steps=1",
+        "stage2.max_steps=2",
+        "stage2.bypass_steps=1",
+        "stage2.codebook_metric=pixels",
+    ]
     launch(tmp_path, *TWO_PROCESSES, *still, *arguments, "zero=1", processes=1)
-    before, after = (VQRAEModel.from_pretrained(tmp_path / folder) for folder in ("stage1/model", "model"))
+    before, after = (
+        VQRAEModel.from_pretrained(tmp_path / folder) for folder in ("stage1/model", "model")
+    )
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pictures = [model(images, bypass=True).reconstruction for model in (before, after)]
-    torch.testing.assert_close(*pictures, atol=1e-4, rtol=0)
-    assert (before.in_proj.weight - after.in_proj.weight).norm() > 0.1 * before.in_proj.weight.norm()
+        reconstructions = [model(images, bypass=True).reconstruction for model in (before, after)]
+    torch.testing.assert_close(*reconstructions, atol=1e-4, rtol=0)
+    assert (
+        before.in_proj.weight - after.in_proj.weight
+    ).norm() > 0.1 * before.in_proj.weight.norm()

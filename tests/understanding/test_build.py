@@ -14,21 +14,27 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import weights_fingerprint
-from vqrae.common.pictures import picture_to_tensor
+from vqrae.common.images import image_to_tensor
 from vqrae.data.scenes import SceneDataset
 from vqrae.tokenizer import VQRAEConfig, VQRAEModel
-from vqrae.understanding.build import add_rows, build_llava, check_features, prepare_text_tokenizer, require_tokenizer
+from vqrae.understanding.build import (
+    add_rows,
+    build_llava,
+    check_features,
+    prepare_text_tokenizer,
+    require_tokenizer,
+)
 from vqrae.understanding.train import TrainConfig, load_or_build
 
 PLAIN_TRANSFORMERS = """
 import sys, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-folder, picture = sys.argv[1:]
+folder, image = sys.argv[1:]
 model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
 assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
 processor = AutoProcessor.from_pretrained(folder)
-content = [{"type": "image", "url": picture}, {"type": "text", "text": "what color is the star ?"}]
+content = [{"type": "image", "url": image}, {"type": "text", "text": "what color is the star ?"}]
 inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
                                        return_dict=True, return_tensors="pt")
 assert inputs["pixel_values"].shape == (1, 3, 64, 64)
@@ -47,15 +53,20 @@ def test_projector_reads_encode_features(encoder, make_tokenizer, llm_folder, tm
     model, processor = build_llava(tmp_path, llm_folder)
     assert type(model.model.vision_tower) is type(tokenizer.encoder)
     assert model.config.vision_feature_layer == -1
-    assert model.config.vision_feature_select_strategy == {"siglip": "full", "internvit": "default"}[encoder]
-    picture = Image.fromarray(SceneDataset(image_size=size).pixels(0))
-    inputs = processor(images=picture, text="<image>", return_tensors="pt")
+    assert (
+        model.config.vision_feature_select_strategy
+        == {"siglip": "full", "internvit": "default"}[encoder]
+    )
+    image = Image.fromarray(SceneDataset(image_size=size).pixels(0))
+    inputs = processor(images=image, text="<image>", return_tensors="pt")
     assert inputs["input_ids"].tolist() == [[processor.image_token_id] * num_tokens]
     received = []
-    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda module, args: received.append(args[0])
+    )
     with torch.no_grad():
         model(**inputs)
-        features = tokenizer.encode_features(picture_to_tensor(picture)[None])
+        features = tokenizer.encode_features(image_to_tensor(image)[None])
     assert received[0].shape == (1, num_tokens, 32)
     torch.testing.assert_close(received[0], features, atol=1e-5, rtol=1e-5)
 
@@ -63,15 +74,22 @@ def test_projector_reads_encode_features(encoder, make_tokenizer, llm_folder, tm
 def test_attention_reaches_every_part(tokenizer_folder, llm_folder):
     for choice in ("eager", "sdpa"):
         model, _ = build_llava(tokenizer_folder, llm_folder, choice)
-        parts = (model.model.vision_tower.encoder.layers[0].self_attn, model.model.language_model.layers[0].self_attn)
+        parts = (
+            model.model.vision_tower.encoder.layers[0].self_attn,
+            model.model.language_model.layers[0].self_attn,
+        )
         assert [part.config._attn_implementation for part in parts] == [choice, choice]
 
 
 def test_foreign_features_are_refused(tokenizer_folder, llm_folder, tmp_path):
     encoder = VQRAEConfig.from_pretrained(tokenizer_folder).encoder_config
-    config = VQRAEConfig(encoder_config=encoder, codebook_size=64, codebook_dim=32, feature_tap="last_hidden_state")
+    config = VQRAEConfig(
+        encoder_config=encoder, codebook_size=64, codebook_dim=32, feature_tap="last_hidden_state"
+    )
     VQRAEModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"feature_tap 'last_hidden_state', expected 'hidden_states\[-1\]'"):
+    with pytest.raises(
+        ValueError, match=r"feature_tap 'last_hidden_state', expected 'hidden_states\[-1\]'"
+    ):
         build_llava(tmp_path, llm_folder)
 
 
@@ -86,12 +104,15 @@ def test_features_of_other_weights_are_refused(tokenizer_folder, llm_folder):
 
 def test_plain_transformers_reads_the_folder(tokenizer_folder, llm_folder, tmp_path):
     model, processor = build_llava(tokenizer_folder, llm_folder)
-    folder, picture = tmp_path / "model", tmp_path / "wide.png"
+    folder, image = tmp_path / "model", tmp_path / "wide.png"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    Image.fromarray(SceneDataset().pixels(0)).resize((120, 80)).save(picture)
+    Image.fromarray(SceneDataset().pixels(0)).resize((120, 80)).save(image)
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN_TRANSFORMERS, str(folder), str(picture)], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", PLAIN_TRANSFORMERS, str(folder), str(image)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("LlavaForConditionalGeneration")
@@ -128,7 +149,9 @@ def test_image_token_and_padding_are_added_when_missing(vicuna_like, llm_folder)
     assert len(vicuna_like) == token + 1
 
 
-def test_template_without_its_end_token_is_refused(tokenizer_folder, vicuna_like, llm_folder, tmp_path):
+def test_template_without_its_end_token_is_refused(
+    tokenizer_folder, vicuna_like, llm_folder, tmp_path
+):
     AutoModelForCausalLM.from_pretrained(llm_folder).save_pretrained(tmp_path)
     vicuna_like.save_pretrained(tmp_path)
     assert "<|im_end|>" not in AutoTokenizer.from_pretrained(tmp_path).get_vocab()
@@ -143,15 +166,21 @@ def test_weights_are_named_as_vllm_loads_them(tokenizer_folder, llm_folder, tmp_
     golden = json.loads((Path(__file__).parent / "golden" / "vllm_keys.json").read_text())
     language_model = {name for name in weights if name.startswith("language_model.")}
     assert weights.keys() - language_model == set(golden["keys"])
-    assert "vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj.weight" in golden["loaded"]
+    assert (
+        "vision_tower.vision_model.encoder.layers.0.self_attn.qkv_proj.weight" in golden["loaded"]
+    )
     assert "no module or parameter named 'vision_tower.embeddings'" in golden["refused"]
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "again")
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").save_pretrained(
+        tmp_path / "again"
+    )
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
-def test_folders_with_the_names_of_before_are_read_and_written_anew(tokenizer_folder, llm_folder, tmp_path):
+def test_folders_with_the_names_of_before_are_read_and_written_anew(
+    tokenizer_folder, llm_folder, tmp_path
+):
     model, processor = build_llava(tokenizer_folder, llm_folder)
     folder = tmp_path / "pretrain" / "model"
     for part in (model, processor):
@@ -161,8 +190,12 @@ def test_folders_with_the_names_of_before_are_read_and_written_anew(tokenizer_fo
     save_file(before, folder / "model.safetensors", metadata={"format": "pt"})
     assert before.keys() != weights.keys()
     given = [f"tokenizer={tokenizer_folder}", f"llm={llm_folder}", f"output_dir={tmp_path}"]
-    read, _ = load_or_build(load_config(TrainConfig, shipped_config("vqrae.understanding", "tiny"), given), "sft")
-    assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
+    read, _ = load_or_build(
+        load_config(TrainConfig, shipped_config("vqrae.understanding", "tiny"), given), "sft"
+    )
+    assert all(
+        torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items()
+    )
     read.save_pretrained(tmp_path / "written")
     assert load_file(tmp_path / "written" / "model.safetensors").keys() == weights.keys()
 

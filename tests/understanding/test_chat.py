@@ -1,4 +1,4 @@
-"""Answers do not depend on the batch, pictures come in any form, sessions remember, files of questions resume."""
+"""Answers do not depend on the batch, images come in any form, sessions remember, files of questions resume."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from vqrae.understanding.chat import Chat
 
 @pytest.fixture(scope="module")
 def chat(tokenizer_folder, llm_folder, tmp_path_factory) -> Chat:
-    """A random model that looks at its picture: large weights, and no end token, so that it talks on."""
+    """A random model that looks at its image: large weights, and no end token, so that it talks on."""
     torch.manual_seed(0)
     model, processor = build_llava(tokenizer_folder, llm_folder)
     with torch.no_grad():
@@ -34,47 +34,60 @@ def chat(tokenizer_folder, llm_folder, tmp_path_factory) -> Chat:
 
 def _conversations():
     scenes = SceneDataset(item="conversation")
-    pictures = [scenes[i]["image"] for i in range(3)]
+    images = [scenes[i]["image"] for i in range(3)]
     return [
-        (pictures[0], "what color is the circle ?"),
+        (images[0], "what color is the circle ?"),
         (None, "how many things are there ?"),
-        (pictures[1], "is there a red star left of the blue heart ?"),
-        ([pictures[1], pictures[2]], "what ?"),
-        (pictures[2].resize((150, 90)), "what color is the circle ?"),
+        (images[1], "is there a red star left of the blue heart ?"),
+        ([images[1], images[2]], "what ?"),
+        (images[2].resize((150, 90)), "what color is the circle ?"),
     ]
 
 
 def test_batch_of_one_equals_batch_of_many(chat):
     many = chat.answer(_conversations())
-    assert many == chat.answer(_conversations(), batch_size=1) == chat.answer(_conversations(), batch_size=2)
+    assert (
+        many
+        == chat.answer(_conversations(), batch_size=1)
+        == chat.answer(_conversations(), batch_size=2)
+    )
     assert len(set(many)) > 1
     assert all(many)
 
 
-def test_picture_changes_the_next_token(chat):
-    white, scene = Image.new("RGB", (64, 64), "white"), SceneDataset(item="conversation")[0]["image"]
+def test_image_changes_the_next_token(chat):
+    white, scene = (
+        Image.new("RGB", (64, 64), "white"),
+        SceneDataset(item="conversation")[0]["image"],
+    )
     assert chat.answer([(white, "what ?")]) != chat.answer([(scene, "what ?")])
 
 
 def test_paths_and_modes_are_opened(chat, tmp_path):
-    picture = SceneDataset(item="conversation")[0]["image"]
-    picture.save(tmp_path / "scene.png")
-    forms = [picture, tmp_path / "scene.png", str(tmp_path / "scene.png"), picture.convert("RGBA"), [picture]]
+    image = SceneDataset(item="conversation")[0]["image"]
+    image.save(tmp_path / "scene.png")
+    forms = [
+        image,
+        tmp_path / "scene.png",
+        str(tmp_path / "scene.png"),
+        image.convert("RGBA"),
+        [image],
+    ]
     assert len(set(chat.answer([(form, "what ?") for form in forms]))) == 1
     with pytest.raises(ValueError, match="no such file"):
         chat.answer([(tmp_path / "missing.png", "what ?")])
 
 
 def test_image_tag_in_a_question_is_refused(chat):
-    with pytest.raises(ValueError, match="pass pictures beside it"):
+    with pytest.raises(ValueError, match="pass images beside it"):
         chat.answer([(None, "<image> what ?")])
 
 
 def test_session_remembers_and_survives_errors(chat):
-    picture = SceneDataset(item="conversation")[0]["image"]
+    image = SceneDataset(item="conversation")[0]["image"]
     session = chat.session()
-    first = session.ask("what ?", picture)
-    assert [first] == chat.answer([(picture, "what ?")])
+    first = session.ask("what ?", image)
+    assert [first] == chat.answer([(image, "what ?")])
     with pytest.raises(ValueError, match="no such file"):
         session.ask("and this ?", "missing.png")
     second = session.ask("where is it ?")
@@ -85,7 +98,10 @@ def test_session_remembers_and_survives_errors(chat):
 
 def test_models_that_cannot_answer_are_refused(chat, tokenizer_folder, llm_folder, tmp_path):
     for folder, kind in ((tokenizer_folder, "vqrae"), (llm_folder, "qwen3")):
-        with pytest.raises(ValueError, match=f"is a '{kind}' model, expected an understanding model such as 'llava'"):
+        with pytest.raises(
+            ValueError,
+            match=f"is a '{kind}' model, expected an understanding model such as 'llava'",
+        ):
             Chat.from_pretrained(folder)
     model, processor = build_llava(tokenizer_folder, llm_folder)
     torch.nn.init.constant_(model.model.multi_modal_projector.linear_1.bias, torch.nan)
@@ -105,15 +121,19 @@ def test_models_that_cannot_answer_are_refused(chat, tokenizer_folder, llm_folde
 
 @pytest.fixture
 def questions(tmp_path):
-    """Seven questions in both formats, one of them about a file that is no picture."""
-    pictures = [picture for picture, _ in _conversations() if isinstance(picture, Image.Image)]
-    for i, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{i}.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    """Seven questions in both formats, one of them about a file that is no image."""
+    images = [image for image, _ in _conversations() if isinstance(image, Image.Image)]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     records = [
         {"id": 7, "image": "0.png", "question": "what color is the circle ?"},
         {"question": "how many things are there ?"},
-        {"question_id": 1, "image": "1.png", "text": "is there a red star left of the blue heart ?"},
+        {
+            "question_id": 1,
+            "image": "1.png",
+            "text": "is there a red star left of the blue heart ?",
+        },
         {"image": "broken.png", "question": "what ?"},
         {"image": ["1.png", "2.png"], "question": "what ?"},
         {"image": "2.png", "question": "what color is the circle ?"},
@@ -130,15 +150,21 @@ def _rows(file):
 
 def test_a_file_of_questions_is_answered_alike_in_batches_and_one_by_one(chat, questions, tmp_path):
     calls = []
-    done = answer_file(chat, questions, tmp_path / "a.jsonl", fingerprint="f", progress=lambda *call: calls.append(call))
+    done = answer_file(
+        chat,
+        questions,
+        tmp_path / "a.jsonl",
+        fingerprint="f",
+        progress=lambda *call: calls.append(call),
+    )
     assert (done.total, done.resumed, done.failed, calls) == (7, 0, 1, [(7, 7)])
     answer_file(chat, questions, tmp_path / "b.jsonl", fingerprint="f", batch_size=1)
     rows = _rows(tmp_path / "a.jsonl")
     assert rows == _rows(tmp_path / "b.jsonl")
     assert rows[0]["id"] == 7
-    assert "broken.png: not a readable picture" in rows[3]["error"]
-    picture = Image.open(tmp_path / "1.png")
-    assert [rows[2]["answer"]] == chat.answer([(picture, rows[2]["text"])])
+    assert "broken.png: not a readable image" in rows[3]["error"]
+    image = Image.open(tmp_path / "1.png")
+    assert [rows[2]["answer"]] == chat.answer([(image, rows[2]["text"])])
 
 
 def test_answers_resume_where_they_end(chat, questions, tmp_path):
@@ -159,7 +185,9 @@ def test_answers_resume_where_they_end(chat, questions, tmp_path):
 def test_an_image_that_is_none_costs_its_own_answer(chat, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     images = [5, ["a.png", 5], {"a": 1}, "pipe.png", "\0.png", "none.png"]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": "what ?", "image": image}) + "\n" for image in images))
+    (tmp_path / "q.jsonl").write_text(
+        "".join(json.dumps({"question": "what ?", "image": image}) + "\n" for image in images)
+    )
     done = answer_file(chat, tmp_path / "q.jsonl", tmp_path / "a.jsonl", fingerprint="f")
     assert (done.total, done.failed) == (6, 6)
     assert all(row["error"] for row in _rows(tmp_path / "a.jsonl"))
@@ -174,7 +202,10 @@ def test_a_line_that_is_no_question_is_named(chat, line, tmp_path):
 
 def test_answers_belong_to_their_images_and_keep_what_a_line_holds(chat, questions, tmp_path):
     out, other = tmp_path / "a.jsonl", tmp_path / "other"
-    records = [{"question": "what ?", "image": "0.png", "answer": "a star", "error": "none"}, {"question": "x", "image": "no"}]
+    records = [
+        {"question": "what ?", "image": "0.png", "answer": "a star", "error": "none"},
+        {"question": "x", "image": "no"},
+    ]
     questions.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert answer_file(chat, questions, out, fingerprint="f").failed == 1
     rows = _rows(out)
@@ -196,7 +227,9 @@ def test_two_processes_on_one_file_of_answers_are_noticed(chat, questions, tmp_p
     out = tmp_path / "a.jsonl"
     hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); input()"
     command = [sys.executable, "-c", hold, str(tmp_path / ".a.jsonl.lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=r"a.jsonl is in use by"):
             answer_file(chat, questions, out, fingerprint="f")
@@ -207,16 +240,22 @@ def test_two_processes_on_one_file_of_answers_are_noticed(chat, questions, tmp_p
 def test_a_question_beyond_the_positions_costs_its_own_answer_only(chat, questions, tmp_path):
     positions = chat.model.config.get_text_config().max_position_embeddings
     long = "star " * (positions + 1)
-    with pytest.raises(ValueError, match=f"expected fewer than the {positions:,} positions of the model"):
+    with pytest.raises(
+        ValueError, match=f"expected fewer than the {positions:,} positions of the model"
+    ):
         chat.answer([(None, long)])
-    questions.write_text("".join(json.dumps({"question": text}) + "\n" for text in ("what ?", long, "how many ?")))
+    questions.write_text(
+        "".join(json.dumps({"question": text}) + "\n" for text in ("what ?", long, "how many ?"))
+    )
     assert answer_file(chat, questions, tmp_path / "a.jsonl", fingerprint="f").failed == 1
     assert ["answer" in row for row in _rows(tmp_path / "a.jsonl")] == [True, False, True]
 
 
 def test_control_tokens_that_a_user_types_are_text(chat, monkeypatch):
     received = []
-    monkeypatch.setattr(chat.model, "generate", lambda input_ids, **options: received.append(input_ids) or input_ids)
+    monkeypatch.setattr(
+        chat.model, "generate", lambda input_ids, **options: received.append(input_ids) or input_ids
+    )
     chat.answer([(None, "red <|im_end|> star"), (None, "what ?")])
     ids, plain = received[0]
     end = chat.text_tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -225,7 +264,9 @@ def test_control_tokens_that_a_user_types_are_text(chat, monkeypatch):
     assert received[1][0].tolist() == plain[plain != chat.text_tokenizer.pad_token_id].tolist()
 
     backend = chat.text_tokenizer.backend_tokenizer
-    backend.post_processor = processors.TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", end)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_end|> $A", special_tokens=[("<|im_end|>", end)]
+    )
     try:
         with pytest.raises(ValueError, match="spells control tokens, expected none for this model"):
             chat.answer([(None, "red <|im_end|> star")])

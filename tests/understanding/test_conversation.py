@@ -13,7 +13,12 @@ from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.scenes import SceneDataset
 from vqrae.data.tolerant import TooManyBrokenSamples
 from vqrae.tokenizer import VQRAEConfig
-from vqrae.understanding.build import build_llava, build_processor, for_pretraining, prepare_text_tokenizer
+from vqrae.understanding.build import (
+    build_llava,
+    build_processor,
+    for_pretraining,
+    prepare_text_tokenizer,
+)
 from vqrae.understanding.conversation import (
     ConversationCollator,
     encode_conversation,
@@ -35,25 +40,33 @@ def processor(llm_folder):
     return _processor(AutoTokenizer.from_pretrained(llm_folder))
 
 
-def _picture(seed=0, size=(64, 64)):
+def _image(seed=0, size=(64, 64)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
 def _record(*turns, image=True, **extra):
     speakers = ("human", "gpt") * len(turns)
-    picture = {"image": _picture()} if image else {}
-    turns = [{"from": speaker, "value": value} for speaker, value in zip(speakers, turns, strict=False)]
-    return {"id": "r1", "conversations": turns, **picture, **extra}
+    shown = {"image": _image()} if image else {}
+    turns = [
+        {"from": speaker, "value": value} for speaker, value in zip(speakers, turns, strict=False)
+    ]
+    return {"id": "r1", "conversations": turns, **shown, **extra}
 
 
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TWO_ROUNDS = _record("<image>\nwhat color is the star ?", "red", "and the circle ?", "two blue stars")
+TWO_ROUNDS = _record(
+    "<image>\nwhat color is the star ?", "red", "and the circle ?", "two blue stars"
+)
 
 
 def _answers(sample, processor):
     """Text of each trained span."""
     trained = sample["labels"] != IGNORE_INDEX
-    starts = torch.nonzero(trained & ~torch.cat([torch.tensor([False]), trained[:-1]])).flatten().tolist()
+    starts = (
+        torch.nonzero(trained & ~torch.cat([torch.tensor([False]), trained[:-1]]))
+        .flatten()
+        .tolist()
+    )
     spans = []
     for start in starts:
         end = start
@@ -71,7 +84,9 @@ def _check_masks(processor, end):
     # What training sees before an answer is what inference prompts with.
     messages = to_messages(TWO_ROUNDS)
     for start, turns in zip(starts, (1, 3), strict=True):
-        prompt = processor.apply_chat_template(messages[:turns], add_generation_prompt=True, tokenize=True, return_dict=True)
+        prompt = processor.apply_chat_template(
+            messages[:turns], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
         assert prompt["input_ids"][0] == sample["input_ids"][:start].tolist()
     return sample
 
@@ -97,11 +112,15 @@ def test_vicuna_masks_and_a_single_bos(vicuna_like):
     assert int((sample["input_ids"] == processor.tokenizer.bos_token_id).sum()) == 1
     assert sample["input_ids"][0] == processor.tokenizer.bos_token_id
     text = processor.apply_chat_template(to_messages(TWO_ROUNDS), tokenize=False)
-    assert text.startswith("<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives ")
+    assert text.startswith(
+        "<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    )
     assert text.endswith(
         "USER: <image> \nwhat color is the star ? ASSISTANT: red</s>USER: and the circle ? ASSISTANT: two blue stars</s>"
     )
-    asked = processor.apply_chat_template(to_messages(TWO_ROUNDS)[:1], add_generation_prompt=True, tokenize=False)
+    asked = processor.apply_chat_template(
+        to_messages(TWO_ROUNDS)[:1], add_generation_prompt=True, tokenize=False
+    )
     assert asked.endswith("ASSISTANT:")
 
 
@@ -110,20 +129,35 @@ def test_tokens_and_labels_of_vicuna_are_llavas(legacy, train_llama_tokenizer, t
     """Against LLaVA's own preprocess_plain and preprocess_v1, see golden/llava_tokens.py."""
     text_tokenizer = train_llama_tokenizer(tmp_path, legacy=legacy)
     assert "Llama" in type(text_tokenizer).__name__
-    golden = json.loads((Path(__file__).parent / "golden" / "llava_tokens.json").read_text())[f"legacy={legacy}"]
+    golden = json.loads((Path(__file__).parent / "golden" / "llava_tokens.json").read_text())[
+        f"legacy={legacy}"
+    ]
     processor = _processor(text_tokenizer, "vicuna_v1")
     _check_masks(processor, "</s>")
     for name, template in (("plain", load_template("plain", text_tokenizer)), ("v1", None)):
         record = _record(*golden[name]["turns"])
         sample = encode_conversation(record, processor, chat_template=template)
         tokens = text_tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist())
-        marked = [f"*{t}" if label != IGNORE_INDEX else t for t, label in zip(tokens, sample["labels"].tolist(), strict=True)]
-        expected = [part for t in golden[name]["tokens"] for part in ([t] * 64 if t == "<image>" else [t])]
+        marked = [
+            f"*{t}" if label != IGNORE_INDEX else t
+            for t, label in zip(tokens, sample["labels"].tolist(), strict=True)
+        ]
+        expected = [
+            part for t in golden[name]["tokens"] for part in ([t] * 64 if t == "<image>" else [t])
+        ]
         assert marked == expected
-        assert examine_length(record, processor, max_length=len(tokens), chat_template=template) is None
-        assert examine_length(record, processor, max_length=len(tokens) - 1, chat_template=template) is not None
+        assert (
+            examine_length(record, processor, max_length=len(tokens), chat_template=template)
+            is None
+        )
+        assert (
+            examine_length(record, processor, max_length=len(tokens) - 1, chat_template=template)
+            is not None
+        )
     # What a server does, which adds no special tokens to a rendered chat.
-    text = processor.apply_chat_template(to_messages(_record("what ?", "red", image=False))[:1], add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        to_messages(_record("what ?", "red", image=False))[:1], add_generation_prompt=True
+    )
     served = text_tokenizer(text, add_special_tokens=False).input_ids
     assert text_tokenizer.convert_ids_to_tokens(served)[:9] == golden["v1"]["tokens"][:9]
     assert text_tokenizer.pad_token == "<unk>"
@@ -133,8 +167,15 @@ def test_qwen_masks_with_the_qwen_class(qwen_like, tmp_path):
     """A folder as Qwen publishes it, vocab.json and merges.txt, read by transformers' own Qwen2 class."""
     qwen_like.backend_tokenizer.model.save(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    tokens = {str(qwen_like.convert_tokens_to_ids(t)): {"content": t, "special": True} for t in QWEN_SPECIALS}
-    described = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": tokens, "bos_token": None}
+    tokens = {
+        str(qwen_like.convert_tokens_to_ids(t)): {"content": t, "special": True}
+        for t in QWEN_SPECIALS
+    }
+    described = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": tokens,
+        "bos_token": None,
+    }
     described |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
     text_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -149,10 +190,12 @@ def test_plain_drops_the_question_and_trains_the_caption(qwen_like):
     sample = encode_conversation(record, processor, chat_template=load_template("plain"))
     text = processor.tokenizer.decode(sample["input_ids"]).replace("<image>" * 64, "<image>")
     assert text == "<image>a red circle\n"
-    assert (sample["labels"] != IGNORE_INDEX).tolist() == [False] * 64 + [True] * (len(sample["labels"]) - 64)
+    assert (sample["labels"] != IGNORE_INDEX).tolist() == [False] * 64 + [True] * (
+        len(sample["labels"]) - 64
+    )
 
 
-def test_picture_goes_to_the_front_of_its_turn(processor):
+def test_image_goes_to_the_front_of_its_turn(processor):
     first = encode_conversation(_record("what is this ? <image>", "red"), processor)
     second = encode_conversation(_record("<image>\nwhat is this ?", "red"), processor)
     assert first["input_ids"].tolist() == second["input_ids"].tolist()
@@ -169,13 +212,16 @@ def test_pixel_values_are_the_processors(processor):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (_record("what is this ?", "red"), "'r1'.*1 pictures and 0 <image>"),
-        (_record("<image>\nwhat is this ?", "red", image=False), "'r1'.*0 pictures and 1 <image>"),
-        (_record("<image> <image> what ?", "red"), "'r1'.*1 pictures and 2 <image>"),
+        (_record("what is this ?", "red"), "'r1'.*1 images and 0 <image>"),
+        (_record("<image>\nwhat is this ?", "red", image=False), "'r1'.*0 images and 1 <image>"),
+        (_record("<image> <image> what ?", "red"), "'r1'.*1 images and 2 <image>"),
         (_record("what ?", "<image> red"), "'r1'.*answer with <image>"),
         (_record("<image> what ?"), "'r1'.*no answer to train on"),
         (
-            {"id": "r1", "conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
+            {
+                "id": "r1",
+                "conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}],
+            },
             "'r1': turn 1 is from 'human'",
         ),
     ],
@@ -185,7 +231,7 @@ def test_bad_records_are_refused_by_name(record, message, processor):
         encode_conversation(record, processor)
 
 
-def test_truncation_cuts_text_but_never_the_picture(processor):
+def test_truncation_cuts_text_but_never_the_image(processor):
     whole = encode_conversation(TWO_ROUNDS, processor)
     cut = encode_conversation(TWO_ROUNDS, processor, max_length=len(whole["labels"]) - 4)
     assert torch.equal(cut["labels"], whole["labels"][:-4])
@@ -195,20 +241,23 @@ def test_truncation_cuts_text_but_never_the_picture(processor):
         encode_conversation(TWO_ROUNDS, processor, max_length=70)
 
 
-def test_several_pictures_in_their_turns(processor):
-    pictures = [_picture(i) for i in range(3)]
-    record = {**_record("<image>\n<image>\nwhat ?", "red", "<image> and this ?", "blue"), "image": pictures}
+def test_several_images_in_their_turns(processor):
+    images = [_image(i) for i in range(3)]
+    record = {
+        **_record("<image>\n<image>\nwhat ?", "red", "<image> and this ?", "blue"),
+        "image": images,
+    }
     sample = encode_conversation(record, processor)
-    expected = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    expected = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     assert torch.equal(sample["pixel_values"], expected)
-    images = (sample["input_ids"] == processor.image_token_id).tolist()
-    assert sum(images) == 3 * 64
+    is_image = (sample["input_ids"] == processor.image_token_id).tolist()
+    assert sum(is_image) == 3 * 64
     spans, starts = _answers(sample, processor)
     assert [span.split()[0] for span in spans] == ["red", "blue"]
-    assert sum(images[: starts[0]]) == 2 * 64
+    assert sum(is_image[: starts[0]]) == 2 * 64
 
 
-def test_lengths_are_known_without_opening_a_picture(processor):
+def test_lengths_are_known_without_opening_a_image(processor):
     record = {**TWO_ROUNDS, "image": "no/such/file.png"}
     whole = len(encode_conversation(TWO_ROUNDS, processor)["labels"])
     assert examine_length(record, processor, max_length=whole) is None
@@ -219,10 +268,10 @@ def test_lengths_are_known_without_opening_a_picture(processor):
         with pytest.raises(ValueError, match="max_length"):
             encode_conversation(TWO_ROUNDS, processor, max_length=max_length)
     late = {**_record("what ?", "red", "<image> and this ?", "blue"), "image": "x.png"}
-    assert "picture beyond" in examine_length(late, processor, max_length=60).what
+    assert "image beyond" in examine_length(late, processor, max_length=60).what
 
 
-def test_padding_keeps_the_whole_picture(qwen_like):
+def test_padding_keeps_the_whole_image(qwen_like):
     prepare_text_tokenizer(qwen_like)
     encoder = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8}
     processor = build_processor(VQRAEConfig(encoder_config=encoder), qwen_like, aspect_ratio="pad")
@@ -231,19 +280,25 @@ def test_padding_keeps_the_whole_picture(qwen_like):
     assert pixels.shape == (1, 3, 64, 64)
     assert pixels[0, :, 32].min() > 0.99
     assert pixels[0, :, :12].abs().max() < 0.02  # the mean colour is 0 after normalisation
-    square = _picture()
-    expected = _processor(qwen_like)(images=square, text="<image>", return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(processor(images=square, text="<image>", return_tensors="pt")["pixel_values"], expected)
+    square = _image()
+    expected = _processor(qwen_like)(images=square, text="<image>", return_tensors="pt")[
+        "pixel_values"
+    ]
+    torch.testing.assert_close(
+        processor(images=square, text="<image>", return_tensors="pt")["pixel_values"], expected
+    )
 
 
 def test_pretraining_crops_as_llavas_does(qwen_like):
     prepare_text_tokenizer(qwen_like)
     encoder = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8}
     padding = build_processor(VQRAEConfig(encoder_config=encoder), qwen_like, aspect_ratio="pad")
-    wide = _picture(size=(60, 130))
+    wide = _image(size=(60, 130))
     options = {"images": wide, "text": "<image>", "return_tensors": "pt"}
     cropped = for_pretraining(padding)(**options)["pixel_values"]
-    torch.testing.assert_close(cropped, _processor(qwen_like)(**options)["pixel_values"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        cropped, _processor(qwen_like)(**options)["pixel_values"], atol=1e-6, rtol=0
+    )
     assert not torch.allclose(cropped, padding(**options)["pixel_values"], atol=0.1)
     assert padding.image_processor.do_pad
 
@@ -253,26 +308,36 @@ def test_unknown_template_is_refused():
         load_template("chatlm")
 
 
-def test_batch_of_pictures_text_and_captions(processor):
+def test_batch_of_images_text_and_captions(processor):
     text_only = _record("how many things ?", "two", image=False)
     caption = {"image": SceneDataset()[0]["image"], "caption": "a photo of a star"}
     batch = ConversationCollator(processor)([TWO_ROUNDS, text_only, caption])
     assert batch["pixel_values"].shape == (2, 3, 64, 64)
-    lengths = [len(encode_conversation(record, processor)["labels"]) for record in (TWO_ROUNDS, text_only)]
+    lengths = [
+        len(encode_conversation(record, processor)["labels"]) for record in (TWO_ROUNDS, text_only)
+    ]
     assert batch["attention_mask"].sum(1)[:2].tolist() == lengths
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE_INDEX).all()
     assert (batch["attention_mask"][1, : lengths[1]] == 1).all()
 
 
-def test_text_only_batch_reaches_the_projector_without_changing_anything(tokenizer_folder, llm_folder):
+def test_text_only_batch_reaches_the_projector_without_changing_anything(
+    tokenizer_folder, llm_folder
+):
     model, processor = build_llava(tokenizer_folder, llm_folder)
     collator = ConversationCollator(processor)
-    records = [_record("how many things ?", "two", image=False), _record("color ?", "red", image=False)]
+    records = [
+        _record("how many things ?", "two", image=False),
+        _record("color ?", "red", image=False),
+    ]
     batch = collator(records)
     assert batch["pixel_values"].shape == (1, 3, 64, 64)
     loss, gradients = _loss_and_gradients(model, batch)
     assert gradients["model.multi_modal_projector.linear_1.weight"].abs().max() == 0
-    bare = {key: batch[key][:, : -collator.num_image_tokens] for key in ("input_ids", "attention_mask", "labels")}
+    bare = {
+        key: batch[key][:, : -collator.num_image_tokens]
+        for key in ("input_ids", "attention_mask", "labels")
+    }
     expected_loss, expected = _loss_and_gradients(model, bare)
     torch.testing.assert_close(loss, expected_loss)
     for name in expected:
@@ -280,16 +345,29 @@ def test_text_only_batch_reaches_the_projector_without_changing_anything(tokeniz
 
 
 @pytest.mark.parametrize("collator_class", [ConversationCollator, PackingCollator])
-def test_records_that_cannot_be_trained_on_are_left_out_and_counted(collator_class, tokenizer_folder, llm_folder, capsys):
+def test_records_that_cannot_be_trained_on_are_left_out_and_counted(
+    collator_class, tokenizer_folder, llm_folder, capsys
+):
     model, processor = build_llava(tokenizer_folder, llm_folder)
     collator = collator_class(processor, max_length=100)
     long = {**_record("<image>\n" + "what " * 100, "red"), "id": "long"}
     good = [TWO_ROUNDS, _record("how many things ?", "two", image=False)]
-    batch, expected = collator([good[0], long, good[1]]), collator_class(processor, max_length=100)(good)
+    batch, expected = (
+        collator([good[0], long, good[1]]),
+        collator_class(processor, max_length=100)(good),
+    )
     assert batch.keys() == expected.keys()
-    assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value)) for name, value in expected.items())
-    assert "skipped a broken sample (1 of the conversations so far): record 'long': no answer" in capsys.readouterr().err
-    loss, gradients = _loss_and_gradients(model, {**collator([long]), "num_items_in_batch": torch.tensor(1)})
+    assert all(
+        torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value))
+        for name, value in expected.items()
+    )
+    assert (
+        "skipped a broken sample (1 of the conversations so far): record 'long': no answer"
+        in capsys.readouterr().err
+    )
+    loss, gradients = _loss_and_gradients(
+        model, {**collator([long]), "num_items_in_batch": torch.tensor(1)}
+    )
     assert loss == 0
     assert all(not gradient.any() for gradient in gradients.values())
     assert collator.broken.found == {"long"}
@@ -298,13 +376,19 @@ def test_records_that_cannot_be_trained_on_are_left_out_and_counted(collator_cla
 
 
 @pytest.mark.parametrize("collator_class", [ConversationCollator, PackingCollator])
-def test_logits_of_trained_tokens_alone_give_the_whole_loss(collator_class, tokenizer_folder, llm_folder):
+def test_logits_of_trained_tokens_alone_give_the_whole_loss(
+    collator_class, tokenizer_folder, llm_folder
+):
     model, processor = build_llava(tokenizer_folder, llm_folder)
-    batch = collator_class(processor)([TWO_ROUNDS, _record("how many things ?", "two", image=False)])
+    batch = collator_class(processor)(
+        [TWO_ROUNDS, _record("how many things ?", "two", image=False)]
+    )
     loss, gradients = _loss_and_gradients(model, batch)
     output = model(**batch)
     assert output.logits.shape == (len(batch["shift_labels"]), model.config.text_config.vocab_size)
-    whole = {key: value for key, value in batch.items() if key not in ("logits_to_keep", "shift_labels")}
+    whole = {
+        key: value for key, value in batch.items() if key not in ("logits_to_keep", "shift_labels")
+    }
     expected_loss, expected = _loss_and_gradients(model, whole)
     torch.testing.assert_close(loss, expected_loss)
     for name in expected:
@@ -315,4 +399,6 @@ def _loss_and_gradients(model: LlavaForConditionalGeneration, batch):
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }

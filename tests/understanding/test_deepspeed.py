@@ -20,7 +20,9 @@ STEPS = [
     "logging_steps=1",
     "lr_scheduler_type=constant_with_warmup",
 ]
-OPTIONS = [f"{stage}.{step}" for stage in ("pretrain", "sft") for step in [*STEPS, "warmup_steps=0"]]
+OPTIONS = [
+    f"{stage}.{step}" for stage in ("pretrain", "sft") for step in [*STEPS, "warmup_steps=0"]
+]
 
 
 def test_zero_2_then_zero_3_on_two_processes_and_on(tokenizer_folder, llm_folder, tmp_path):
@@ -32,16 +34,30 @@ def test_zero_2_then_zero_3_on_two_processes_and_on(tokenizer_folder, llm_folder
         command = [*launch, *job, "pretrain.zero=2", "sft.zero=3", f"sft.max_steps={sft_steps}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-    more = [f"output_dir={tmp_path / 'two'}", *parts, "pretrain.zero=2", "sft.zero=3", "sft.max_steps=3"]
+    more = [
+        f"output_dir={tmp_path / 'two'}",
+        *parts,
+        "pretrain.zero=2",
+        "sft.zero=3",
+        "sft.max_steps=3",
+    ]
     with pytest.raises(ValueError, match=r"optimizer states in 2 parts, .* got 1 processes"):
         train.main(["tiny", *more])
     train.main(["tiny", f"output_dir={tmp_path / 'one'}", *parts])
     for stage in ("pretrain", "sft"):
-        losses = [[row["loss"] for row in read_metrics(tmp_path / run / stage)] for run in ("one", "two")]
-        assert losses[1] == pytest.approx(losses[0], rel=0.02)  # DeepSpeed keeps the weights in bf16
+        losses = [
+            [row["loss"] for row in read_metrics(tmp_path / run / stage)] for run in ("one", "two")
+        ]
+        assert losses[1] == pytest.approx(
+            losses[0], rel=0.02
+        )  # DeepSpeed keeps the weights in bf16
     assert (tmp_path / "two" / "pretrain" / "mm_projector.bin").is_file()
-    _, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "two" / "model", output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    _, report = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "two" / "model", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        report
+    )
     with safe_open(tmp_path / "two" / "model" / "model.safetensors", framework="pt") as weights:
         assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in weights.keys()  # noqa: SIM118 (no mapping)
 
@@ -65,8 +81,19 @@ train.main(sys.argv[1:])
 
 def test_pretrain_leaves_no_model_behind(tokenizer_folder, llm_folder, tmp_path):
     """DeepSpeed's hooks would keep it, and all its copies of the weights, for the whole of sft."""
-    parts = [f"tokenizer={tokenizer_folder}", f"llm={llm_folder}", f"output_dir={tmp_path}", *OPTIONS]
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29573"}
+    parts = [
+        f"tokenizer={tokenizer_folder}",
+        f"llm={llm_folder}",
+        f"output_dir={tmp_path}",
+        *OPTIONS,
+    ]
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29573",
+    }
     command = [sys.executable, "-c", BOTH_STAGES, "tiny", *parts, "pretrain.zero=2", "sft.zero=3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **place}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -16,21 +16,29 @@ from transformers import (
 )
 
 from vqrae.common.files import weights_fingerprint
-from vqrae.common.pictures import picture_to_tensor
+from vqrae.common.images import image_to_tensor
 from vqrae.data.scenes import SceneDataset
 from vqrae.scripts.cli import main
 from vqrae.tokenizer import VQRAEModel
 from vqrae.understanding.graft import graft
 
-TEXT = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+TEXT = {
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "vocab_size": 64,
+}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 @pytest.fixture
 def tokenizer(make_tokenizer, tmp_path: Path) -> Path:
-    """An InternViT tokenizer; its pictures are normalised as InternVL's."""
+    """An InternViT tokenizer; its images are normalised as InternVL's."""
     folder = tmp_path / "tokenizer"
-    make_tokenizer("internvit", image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)).save_pretrained(folder)
+    make_tokenizer(
+        "internvit", image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)
+    ).save_pretrained(folder)
     return folder
 
 
@@ -39,11 +47,19 @@ def internvl(tokenizer: Path, tmp_path: Path) -> Path:
     """A random InternVL in two weight files and bfloat16, with the tower that the tokenizer began with."""
     vision = VQRAEModel.from_pretrained(tokenizer).encoder.config.to_dict()
     torch.manual_seed(1)
-    config = InternVLConfig(vision_config=vision, text_config=TEXT, image_token_id=5, image_seq_length=4)
+    config = InternVLConfig(
+        vision_config=vision, text_config=TEXT, image_token_id=5, image_seq_length=4
+    )
     folder = tmp_path / "internvl"
-    InternVLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
+    InternVLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(
+        folder, max_shard_size="60KB"
+    )
     assert len(list(folder.glob("*.safetensors"))) > 1
-    values = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "size": {"height": 56, "width": 56}}
+    values = {
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "size": {"height": 56, "width": 56},
+    }
     GotOcr2ImageProcessor(**values).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"old weights")
@@ -51,18 +67,32 @@ def internvl(tokenizer: Path, tmp_path: Path) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def test_only_the_tower_changes(internvl: Path, tokenizer: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert main(["graft", "--model", str(internvl), "--tokenizer", str(tokenizer), "--out", str(out)]) == 0
+    assert (
+        main(["graft", "--model", str(internvl), "--tokenizer", str(tokenizer), "--out", str(out)])
+        == 0
+    )
     before, after = weights(internvl), weights(out)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
-        assert torch.equal(after[name], tensor) != ("vision_tower" in name and tensor.unique().numel() > 1), name
-    for name in ("tokenizer.json", "preprocessor_config.json", "model.safetensors.index.json", "generation_config.json"):
+        assert torch.equal(after[name], tensor) != (
+            "vision_tower" in name and tensor.unique().numel() > 1
+        ), name
+    for name in (
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "model.safetensors.index.json",
+        "generation_config.json",
+    ):
         assert (out / name).read_bytes() == (internvl / name).read_bytes()
     assert not (out / "pytorch_model.bin").exists()
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (internvl, out))
@@ -72,13 +102,17 @@ def test_only_the_tower_changes(internvl: Path, tokenizer: Path, tmp_path: Path)
     assert fingerprints == {name: weights_fingerprint(folder) for name, folder in parts.items()}
 
 
-def test_the_grafted_tower_gives_the_tokenizers_features(internvl: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_the_grafted_tower_gives_the_tokenizers_features(
+    internvl: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     model, report = AutoModelForImageTextToText.from_pretrained(
         graft(internvl, tokenizer, tmp_path / "out"), dtype=torch.float32, output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    donor = VQRAEModel.from_pretrained(tokenizer).to(torch.bfloat16).float().eval()  # the precision of the model's weights
-    picture = picture_to_tensor(Image.fromarray(SceneDataset(image_size=56).pixels(0)))[None]
+    donor = (
+        VQRAEModel.from_pretrained(tokenizer).to(torch.bfloat16).float().eval()
+    )  # the precision of the model's weights
+    image = image_to_tensor(Image.fromarray(SceneDataset(image_size=56).pixels(0)))[None]
     seen: list[torch.Tensor] = []
     shuffle = InternVLModel.pixel_shuffle
     model.model.pixel_shuffle = lambda features, **options: (
@@ -86,15 +120,18 @@ def test_the_grafted_tower_gives_the_tokenizers_features(internvl: Path, tokeniz
         shuffle(model.model, features, **options),
     )[1]
     with torch.no_grad():
-        model.model.get_image_features(donor.normalize(picture))
-        expected = donor.encode_features(picture)
+        model.model.get_image_features(donor.normalize(image))
+        expected = donor.encode_features(image)
     torch.testing.assert_close(seen[0].flatten(1, 2), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_mean": (0.5, 0.5, 0.5)}, r"image_mean: .*internvl has \[0.485, 0.456, 0.406\], .*other has \[0.5, 0.5, 0.5\]"),
+        (
+            {"image_mean": (0.5, 0.5, 0.5)},
+            r"image_mean: .*internvl has \[0.485, 0.456, 0.406\], .*other has \[0.5, 0.5, 0.5\]",
+        ),
         ({"layers": 3}, r"num_hidden_layers: .*internvl has 2, .*other has 3"),
         (
             {"encoder": "siglip"},
@@ -102,7 +139,9 @@ def test_the_grafted_tower_gives_the_tokenizers_features(internvl: Path, tokeniz
         ),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(change, message, internvl: Path, tokenizer: Path, make_tokenizer, tmp_path) -> None:
+def test_parts_that_do_not_fit_are_refused(
+    change, message, internvl: Path, tokenizer: Path, make_tokenizer, tmp_path
+) -> None:
     other = VQRAEModel.from_pretrained(tokenizer).config
     other.image_mean = change.get("image_mean", other.image_mean)
     other.encoder_config["num_hidden_layers"] = change.get("layers", 2)
@@ -113,16 +152,24 @@ def test_parts_that_do_not_fit_are_refused(change, message, internvl: Path, toke
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_or_foreign_model_is_refused(internvl: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_foreign_model_is_refused(
+    internvl: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="is a 'vqrae' model, expected 'internvl'"):
         graft(tokenizer, tokenizer, tmp_path / "out")
     with pytest.raises(FileExistsError, match="give another folder"):
         graft(internvl, tokenizer, internvl)
-    file = next(file for file in internvl.glob("*.safetensors") if any("cls_token" in name for name in load_file(file)))
+    file = next(
+        file
+        for file in internvl.glob("*.safetensors")
+        if any("cls_token" in name for name in load_file(file))
+    )
     tensors = load_file(file)
     name = next(name for name in tensors if "cls_token" in name)
     save_file(tensors | {name: torch.zeros(1, 1, 16)}, file)
-    with pytest.raises(ValueError, match=r"cls_token: .* has shape \(1, 1, 16\), .* has \(1, 1, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"cls_token: .* has shape \(1, 1, 16\), .* has \(1, 1, 32\)"
+    ):
         graft(internvl, tokenizer, tmp_path / "out")
     tensors.pop(name)
     save_file(tensors, file)

@@ -37,10 +37,16 @@ def test_llavas_settings(tokenizer_folder, llm_folder):
 def test_the_projector_has_a_rate_of_its_own(tokenizer_folder, llm_folder, tmp_path):
     model, _ = build_llava(tokenizer_folder, llm_folder)
     adapted = add_lora(model, LoraSettings(rank=4))
-    optimization = OptimizationConfig(max_steps=1, global_batch_size=1, micro_batch_size=1, learning_rate=2e-4)
+    optimization = OptimizationConfig(
+        max_steps=1, global_batch_size=1, micro_batch_size=1, learning_rate=2e-4
+    )
     arguments = training_arguments(optimization, tmp_path, seed=0)
     trainer = LlavaTrainer(model=adapted, args=arguments, projector_learning_rate=2e-5)
-    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    rates = {
+        id(p): group["lr"]
+        for group in trainer.create_optimizer().param_groups
+        for p in group["params"]
+    }
     assert len(rates) == sum(p.requires_grad for p in adapted.parameters())
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
@@ -56,7 +62,10 @@ def test_merging_gives_the_outputs_of_the_adapter(tokenizer_folder, llm_folder, 
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
     adapted.save_pretrained(tmp_path / "adapter")
-    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "attention_mask": torch.ones(1, 3, dtype=torch.long),
+    }
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         expected = adapted(**inputs).logits
@@ -71,13 +80,31 @@ def test_merging_gives_the_outputs_of_the_adapter(tokenizer_folder, llm_folder, 
 
 
 def test_a_run_resumes_and_leaves_a_whole_folder(tokenizer_folder, llm_folder, tmp_path):
-    options = ["global_batch_size=2", "micro_batch_size=2", "logging_steps=1", "lr_scheduler_type=constant_with_warmup"]
+    options = [
+        "global_batch_size=2",
+        "micro_batch_size=2",
+        "logging_steps=1",
+        "lr_scheduler_type=constant_with_warmup",
+    ]
 
     def launch(run, steps):
-        given = [f"tokenizer={tokenizer_folder}", f"llm={llm_folder}", f"output_dir={tmp_path / run}", "stage=sft"]
+        given = [
+            f"tokenizer={tokenizer_folder}",
+            f"llm={llm_folder}",
+            f"output_dir={tmp_path / run}",
+            "stage=sft",
+        ]
         lora = ["lora.rank=4", "lora.learning_rate=1e-2", "lora.projector_learning_rate=1e-3"]
         train.main(
-            ["tiny", *given, *lora, *(f"sft.{option}" for option in [*options, "optimizer=adamw", f"max_steps={steps}"])]
+            [
+                "tiny",
+                *given,
+                *lora,
+                *(
+                    f"sft.{option}"
+                    for option in [*options, "optimizer=adamw", f"max_steps={steps}"]
+                ),
+            ]
         )
         return load_file(tmp_path / run / "model" / "model.safetensors")
 
@@ -95,6 +122,13 @@ def test_a_run_resumes_and_leaves_a_whole_folder(tokenizer_folder, llm_folder, t
     ]
     assert (tmp_path / "whole" / "sft" / "adapter" / "adapter_model.safetensors").is_file()
     config = json.loads((tmp_path / "whole" / "model" / "config.json").read_text())
-    assert (config["model_type"], config["architectures"]) == ("llava", ["LlavaForConditionalGeneration"])
-    _, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole" / "model", output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    assert (config["model_type"], config["architectures"]) == (
+        "llava",
+        ["LlavaForConditionalGeneration"],
+    )
+    _, report = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "whole" / "model", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        report
+    )

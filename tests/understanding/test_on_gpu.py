@@ -9,11 +9,17 @@ from vqrae.understanding import train
 from vqrae.understanding.llava_trainer import LlavaTrainer
 
 WAITS = (
-    "common/optimizers.py",  # Muon asks whether the step is skipped, once a step
+    "common/optim.py",  # Muon asks whether the step is skipped, once a step
     "transformers/masking_utils.py",  # whether a mask hides anything
     "indexed by a mask",  # the logits of trained tokens alone, which are a few of many
 )
-STEPS = ["global_batch_size=2", "micro_batch_size=1", "max_steps=3", "save_steps=2", "logging_steps=10"]
+STEPS = [
+    "global_batch_size=2",
+    "micro_batch_size=1",
+    "max_steps=3",
+    "save_steps=2",
+    "logging_steps=10",
+]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,10 @@ from vqrae.understanding.packing import PackingCollator, lay_out
 
 
 def _text(words, name="text"):
-    turns = [{"from": "human", "value": "what color is the star ?"}, {"from": "gpt", "value": " ".join(["red"] * words)}]
+    turns = [
+        {"from": "human", "value": "what color is the star ?"},
+        {"from": "gpt", "value": " ".join(["red"] * words)},
+    ]
     return {"id": name, "conversations": turns}
 
 
@@ -37,17 +40,29 @@ def test_rows_hold_every_sample_once_with_little_padding():
     assert lay_out([7]) == [[0]]
 
 
-@pytest.mark.parametrize(("attention", "one_row"), [("eager", False), ("sdpa", False), ("eager", True), ("sdpa", True)])
-def test_every_sample_has_the_loss_that_it_has_alone(attention, one_row, tokenizer_folder, llm_folder, records):
+@pytest.mark.parametrize(
+    ("attention", "one_row"), [("eager", False), ("sdpa", False), ("eager", True), ("sdpa", True)]
+)
+def test_every_sample_has_the_loss_that_it_has_alone(
+    attention, one_row, tokenizer_folder, llm_folder, records
+):
     torch.manual_seed(0)
     model, processor = build_llava(tokenizer_folder, llm_folder, attention)
-    model.model.language_model.config.use_cache = True  # a cache would silently let samples see each other
+    model.model.language_model.config.use_cache = (
+        True  # a cache would silently let samples see each other
+    )
     alone = {}
     for record in records:
         batch = ConversationCollator(processor)([record])
-        alone[_key(batch["input_ids"][0], batch["labels"][0])] = _loss(model, batch, 0, slice(0, None))
+        alone[_key(batch["input_ids"][0], batch["labels"][0])] = _loss(
+            model, batch, 0, slice(0, None)
+        )
     packed = PackingCollator(processor, one_row=one_row)(records)
-    assert packed["input_ids"].shape[0] == 1 if one_row else packed["input_ids"].shape[0] < len(records)
+    assert (
+        packed["input_ids"].shape[0] == 1
+        if one_row
+        else packed["input_ids"].shape[0] < len(records)
+    )
     found = {}
     for row, columns in samples_of(packed):
         key = _key(packed["input_ids"][row, columns], packed["labels"][row, columns])
@@ -65,9 +80,15 @@ def _key(input_ids, labels):
 
 @torch.no_grad()
 def _loss(model, batch, row, columns):
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "logits_to_keep", "shift_labels")}
+    inputs = {
+        name: value
+        for name, value in batch.items()
+        if name not in ("labels", "logits_to_keep", "shift_labels")
+    }
     logits = model(**inputs).logits[row, columns]
-    return F.cross_entropy(logits[:-1], batch["labels"][row, columns][1:], ignore_index=IGNORE_INDEX)
+    return F.cross_entropy(
+        logits[:-1], batch["labels"][row, columns][1:], ignore_index=IGNORE_INDEX
+    )
 
 
 def test_gradients_are_those_of_the_padded_batch(tokenizer_folder, llm_folder, records):
@@ -78,14 +99,15 @@ def test_gradients_are_those_of_the_padded_batch(tokenizer_folder, llm_folder, r
         loss = model(**collator(records)).loss
         loss.backward()
         gradients.append(
-            {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            {"loss": loss.detach()}
+            | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         )
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_a_batch_without_pictures_still_runs_the_projector(tokenizer_folder, llm_folder):
+def test_a_batch_without_images_still_runs_the_projector(tokenizer_folder, llm_folder):
     model, processor = build_llava(tokenizer_folder, llm_folder)
     texts = [_text(3), _text(8)]
     packed = PackingCollator(processor)(texts)

@@ -22,7 +22,10 @@ def own_data(tmp_path):
     records = []
     for i, color in enumerate(("teal", "crimson", "teal", "crimson")):
         Image.new("RGB", (16, 16), color).save(tmp_path / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>\nwhich hue ?"}, {"from": "gpt", "value": f"Teal-ish {color}"}]
+        turns = [
+            {"from": "human", "value": "<image>\nwhich hue ?"},
+            {"from": "gpt", "value": f"Teal-ish {color}"},
+        ]
         records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
     (tmp_path / "own.json").write_text(json.dumps(records))
     return tmp_path / "own.json"
@@ -40,12 +43,18 @@ def test_a_word_tokenizer_grows_and_keeps_its_ids(own_data, tmp_path):
     assert learn_words(text_tokenizer, texts) == []
     text_tokenizer.save_pretrained(tmp_path)
     read = AutoTokenizer.from_pretrained(tmp_path)
-    assert read.get_vocab() == {**before, **{word: len(before) + i for i, word in enumerate([*words, "crimson"])}}
+    assert read.get_vocab() == {
+        **before,
+        **{word: len(before) + i for i, word in enumerate([*words, "crimson"])},
+    }
     assert read.decode(read("<|im_start|>teal CRIMSON").input_ids) == "<|im_start|> teal crimson"
 
 
 def test_new_rows_start_among_the_known_ones(llm_folder):
-    model, text_tokenizer = AutoModelForCausalLM.from_pretrained(llm_folder), AutoTokenizer.from_pretrained(llm_folder)
+    model, text_tokenizer = (
+        AutoModelForCausalLM.from_pretrained(llm_folder),
+        AutoTokenizer.from_pretrained(llm_folder),
+    )
     first = len(text_tokenizer)
     weights = []
     for _ in range(2):
@@ -61,8 +70,15 @@ def test_new_rows_start_among_the_known_ones(llm_folder):
 
 
 @pytest.mark.parametrize("options", [[], ["lora={rank: 4, alpha: 8}"]])
-def test_own_words_are_learned_in_both_stages_and_answered(options, own_data, tokenizer_folder, llm_folder, tmp_path, capsys):
-    given = {"tokenizer": tokenizer_folder, "llm": llm_folder, "output_dir": tmp_path / "run", "data": own_data}
+def test_own_words_are_learned_in_both_stages_and_answered(
+    options, own_data, tokenizer_folder, llm_folder, tmp_path, capsys
+):
+    given = {
+        "tokenizer": tokenizer_folder,
+        "llm": llm_folder,
+        "output_dir": tmp_path / "run",
+        "data": own_data,
+    }
     steps = {"max_steps": 1, "global_batch_size": 4, "micro_batch_size": 4, "logging_steps": 1}
     stages = [f"{stage}.{key}={value}" for stage in train.STAGES for key, value in steps.items()]
     train.main(["tiny", *(f"{key}={value}" for key, value in given.items()), *stages, *options])
@@ -76,11 +92,16 @@ def test_own_words_are_learned_in_both_stages_and_answered(options, own_data, to
     assert chat.text_tokenizer.decode(ids) == "teal"
 
 
-def test_check_data_names_them_and_a_batch_holds_them(own_data, tokenizer_folder, llm_folder, capsys):
+def test_check_data_names_them_and_a_batch_holds_them(
+    own_data, tokenizer_folder, llm_folder, capsys
+):
     run = ["--config", "tiny", f"tokenizer={tokenizer_folder}", f"llm={llm_folder}"]
     assert main(["check-data", str(own_data), *run]) == 0
     printed = capsys.readouterr().out
-    assert "note: 24 of 28 tokens (85.7%) are words that the text tokenizer reads as <|unk|>, 7 different ones" in printed
+    assert (
+        "note: 24 of 28 tokens (85.7%) are words that the text tokenizer reads as <|unk|>, 7 different ones"
+        in printed
+    )
     assert "'teal' (2), 'crimson' (2); training gives them ids" in printed
     assert main(["inspect-batch", *run, f"data={own_data}", "--no-color"]) == 0
     assert "teal - ish crimson" in capsys.readouterr().out

@@ -4,7 +4,13 @@ import inspect
 from typing import Any
 
 from vqrae.common.config import did_you_mean
-from vqrae.tokenizer.quantizers.base import CodebookQuantizer, Quantizer, QuantizerOutput, draw_by_error, kmeans
+from vqrae.tokenizer.quantizers.base import (
+    CodebookQuantizer,
+    Quantizer,
+    QuantizerOutput,
+    draw_by_error,
+    kmeans,
+)
 from vqrae.tokenizer.quantizers.ema_vq import EMAVQ
 from vqrae.tokenizer.quantizers.fsq import FSQ
 from vqrae.tokenizer.quantizers.ibq import IBQ
@@ -66,7 +72,9 @@ def build_quantizer(name: str, codebook_size: int, codebook_dim: int, **options:
     }
     for key in options:
         if key not in known:
-            raise ValueError(f"quantizer_options.{key}: unknown option of {name}. {did_you_mean(key, known)}")
+            raise ValueError(
+                f"quantizer_options.{key}: unknown option of {name}. {did_you_mean(key, known)}"
+            )
     for key, parameter in known.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ValueError(f"quantizer_options.{key} is required by {name}")

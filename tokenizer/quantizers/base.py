@@ -76,7 +76,9 @@ class CodebookQuantizer(Quantizer):
     equals_vq: ClassVar[bool] = True
     """Its codes are what `vq` finds with the same table."""
 
-    def __init__(self, codebook_size: int, codebook_dim: int, *, search: Precision = "fp32") -> None:
+    def __init__(
+        self, codebook_size: int, codebook_dim: int, *, search: Precision = "fp32"
+    ) -> None:
         super().__init__()
         if search not in get_args(Precision):
             raise ValueError(f"search: got {search!r}, expected one of {get_args(Precision)}")
@@ -114,7 +116,9 @@ class CodebookQuantizer(Quantizer):
     @torch.no_grad()
     def initialize_from(self, features: Tensor) -> None:
         """Start the table from a sample of features (M, E), M >= K: from their k-means centres."""
-        self.codebook.copy_(kmeans(self.to_code_space(features), self.codebook_size, precision=self.search))
+        self.codebook.copy_(
+            kmeans(self.to_code_space(features), self.codebook_size, precision=self.search)
+        )
 
     @torch.no_grad()
     def revive(self, dead: Tensor, features: Tensor) -> None:
@@ -123,7 +127,13 @@ class CodebookQuantizer(Quantizer):
 
 
 @torch.no_grad()
-def kmeans(features: Tensor, num_centers: int, iterations: int = 10, seed: int = 0, precision: Precision = "fp32") -> Tensor:
+def kmeans(
+    features: Tensor,
+    num_centers: int,
+    iterations: int = 10,
+    seed: int = 0,
+    precision: Precision = "fp32",
+) -> Tensor:
     """Lloyd's algorithm from a random sample; an empty cluster moves onto a badly served feature.
 
     Args:
@@ -136,7 +146,9 @@ def kmeans(features: Tensor, num_centers: int, iterations: int = 10, seed: int =
         ValueError: when there are fewer features than centres.
     """
     if len(features) < num_centers:
-        raise ValueError(f"got {len(features)} features for {num_centers} codes, expected at least as many")
+        raise ValueError(
+            f"got {len(features)} features for {num_centers} codes, expected at least as many"
+        )
     generator = torch.Generator(features.device).manual_seed(seed)
     order = torch.randperm(len(features), generator=generator, device=features.device)
     centers = features[order[:num_centers]].clone()

@@ -24,7 +24,14 @@ class EMAVQ(CodebookQuantizer):
 
     cluster_size: Tensor
 
-    def __init__(self, codebook_size: int, codebook_dim: int, *, decay: float = 0.99, search: Precision = "fp32") -> None:
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        *,
+        decay: float = 0.99,
+        search: Precision = "fp32",
+    ) -> None:
         super().__init__(codebook_size, codebook_dim, search=search)
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay}, expected 0 <= decay < 1")

@@ -36,13 +36,18 @@ class FSQ(Quantizer):
             )
         self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
         self._levels = tuple(levels)
-        self.register_buffer("levels", torch.empty(len(levels), dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "levels", torch.empty(len(levels), dtype=torch.int64), persistent=False
+        )
         self.register_buffer("bases", torch.empty(len(levels), dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         init.copy_(self.levels, torch.tensor(self._levels))
-        init.copy_(self.bases, torch.tensor([math.prod(self._levels[:i]) for i in range(len(self._levels))]))
+        init.copy_(
+            self.bases,
+            torch.tensor([math.prod(self._levels[:i]) for i in range(len(self._levels))]),
+        )
 
     def to_code_space(self, features: Tensor) -> Tensor:
         """Squash each channel to a hair more than the span of its levels: all are reached, none is left, and 0 stays 0.
@@ -57,7 +62,9 @@ class FSQ(Quantizer):
     def forward(self, features: Tensor) -> QuantizerOutput:
         features = self.to_code_space(features)
         half = self.levels // 2
-        digits = (features.detach() * half).nan_to_num().round().long() + half  # NaN is no digit, but a loss
+        digits = (
+            features.detach() * half
+        ).nan_to_num().round().long() + half  # NaN is no digit, but a loss
         codes = (digits * self.bases).sum(-1)
         quantized = self.lookup(codes)
         if self.training:

@@ -32,7 +32,12 @@ class IBQ(VQ):
     has_entropy = True
 
     def __init__(
-        self, codebook_size: int, codebook_dim: int, *, entropy_temperature: float = 0.01, search: Precision = "fp32"
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        *,
+        entropy_temperature: float = 0.01,
+        search: Precision = "fp32",
     ) -> None:
         super().__init__(codebook_size, codebook_dim, search=search)
         self.entropy_temperature = entropy_temperature
@@ -47,7 +52,9 @@ class IBQ(VQ):
         output.quantized = IndexBackPropagation.apply(features, self.codebook, output.codes)
         output.losses["index_loss"] = (output.quantized - features).square().mean()
         if self.compute_entropy:
-            output.losses["entropy_loss"] = entropy_loss(features, self.codebook, self.entropy_temperature)
+            output.losses["entropy_loss"] = entropy_loss(
+                features, self.codebook, self.entropy_temperature
+            )
         return output
 
 
@@ -66,9 +73,13 @@ class IndexBackPropagation(torch.autograd.Function):
         size = max(1, BLOCK_LOGITS // len(table))
         gradient = gradient.flatten(0, -2)
         feature_gradients, table_gradient = [], torch.zeros_like(table)
-        with torch.autocast(features.device.type, enabled=False):  # backward may run inside of the loop's autocast
+        with torch.autocast(
+            features.device.type, enabled=False
+        ):  # backward may run inside of the loop's autocast
             table_gradient.index_add_(0, codes.flatten(), gradient)
-            for block, given in zip(features.flatten(0, -2).split(size), gradient.split(size), strict=True):
+            for block, given in zip(
+                features.flatten(0, -2).split(size), gradient.split(size), strict=True
+            ):
                 probabilities = (block @ table.T).softmax(-1)
                 by_choice = given @ table.T
                 by_choice -= (by_choice * probabilities).sum(-1, keepdim=True)
@@ -92,7 +103,14 @@ def entropy_loss(features: Tensor, table: Tensor, temperature: float) -> Tensor:
 
     flat = features.flatten(0, -2)
     blocks = flat.split(max(1, BLOCK_LOGITS // len(table)))
-    parts = [checkpoint(block_entropy, block, table, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    parts = [
+        checkpoint(block_entropy, block, table, use_reentrant=False, preserve_rng_state=False)
+        for block in blocks
+    ]
     mean = torch.stack([share for _, share in parts]).sum(0) / len(flat)
-    mean = mean.clamp(min=torch.finfo(mean.dtype).tiny)  # the logarithm's slope at 0 is infinite, and 0 is frequent
-    return torch.stack([entropy for entropy, _ in parts]).sum() / len(flat) + (mean * mean.log()).sum()
+    mean = mean.clamp(
+        min=torch.finfo(mean.dtype).tiny
+    )  # the logarithm's slope at 0 is infinite, and 0 is frequent
+    return (
+        torch.stack([entropy for entropy, _ in parts]).sum() / len(flat) + (mean * mean.log()).sum()
+    )

@@ -55,7 +55,12 @@ def exact_products() -> Iterator[None]:
 @torch.no_grad()
 @exact_products()
 def best_codes(
-    features: Tensor, table: Tensor, offsets: Tensor, *, precision: Precision = "fp32", settle: bool = True
+    features: Tensor,
+    table: Tensor,
+    offsets: Tensor,
+    *,
+    precision: Precision = "fp32",
+    settle: bool = True,
 ) -> Tensor:
     """Codes (...) with the largest score z.e - offset, for features z (..., E).
 
@@ -81,12 +86,19 @@ def best_codes(
     block_scores = GPU_BLOCK_SCORES if features.is_cuda else BLOCK_SCORES[precision]
     blocks = features.flatten(0, -2).split(max(1, block_scores // len(table)))
     with torch.autocast(features.device.type, enabled=False):
-        codes = [_search(block, table, offsets, scorer, names[names.index(precision) :]) for block in blocks]
+        codes = [
+            _search(block, table, offsets, scorer, names[names.index(precision) :])
+            for block in blocks
+        ]
     return torch.cat(codes).view(features.shape[:-1])
 
 
 def _search(
-    features: Tensor, table: Tensor, offsets: Tensor, scorer: Callable[[str], Scorer], names: tuple[str, ...]
+    features: Tensor,
+    table: Tensor,
+    offsets: Tensor,
+    scorer: Callable[[str], Scorer],
+    names: tuple[str, ...],
 ) -> Tensor:
     """Codes (R,) of a block of features (R, E); `names` are the precisions to try, from fast to exact."""
     codes = torch.zeros(len(features), dtype=torch.int64, device=features.device)
@@ -94,7 +106,9 @@ def _search(
     for name in names:
         row, code = _candidates(*scorer(name)(features[open_rows]))
         counts = torch.bincount(row, minlength=len(open_rows))
-        if name == names[-1]:  # more than MAX_CANDIDATES equals in float64 are copies of one vector, and the lowest wins
+        if (
+            name == names[-1]
+        ):  # more than MAX_CANDIDATES equals in float64 are copies of one vector, and the lowest wins
             first = counts.cumsum(0) - counts
             kept = torch.arange(len(row), device=row.device) - first[row] < MAX_CANDIDATES
         else:
@@ -102,7 +116,9 @@ def _search(
         alone, several = kept & (counts[row] == 1), kept & (counts[row] > 1)
         codes[open_rows[row[alone]]] = code[alone]
         if several.any():
-            settled, best = _settle(features, table, offsets, open_rows[row[several]], code[several])
+            settled, best = _settle(
+                features, table, offsets, open_rows[row[several]], code[several]
+            )
             codes[settled] = best
         open_rows = open_rows[counts > MAX_CANDIDATES]
         if len(open_rows) == 0:
@@ -125,7 +141,9 @@ def _candidates(scores: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
     return row[pair], group[pair] * size + place
 
 
-def _settle(features: Tensor, table: Tensor, offsets: Tensor, row: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+def _settle(
+    features: Tensor, table: Tensor, offsets: Tensor, row: Tensor, code: Tensor
+) -> tuple[Tensor, Tensor]:
     """The rows that occur in `row` (P,), sorted, and the best of the candidates `code` (P,) of each, by float64 scores."""
     size = max(1, WIDE_NUMBERS // table.shape[1])
     score = torch.cat([
@@ -134,9 +152,14 @@ def _settle(features: Tensor, table: Tensor, offsets: Tensor, row: Tensor, code:
     ])  # fmt: skip
     rows, index = row.unique_consecutive(return_inverse=True)
     best = score.new_full(rows.shape, -torch.inf).scatter_reduce_(0, index, score, "amax")
-    largest = features[rows].norm(dim=-1).double() * table[code].norm(dim=-1).max() + offsets[code].abs().max()
+    largest = (
+        features[rows].norm(dim=-1).double() * table[code].norm(dim=-1).max()
+        + offsets[code].abs().max()
+    )
     equal = score >= (best - 2 * _accumulation(table) * FP64 * largest)[index]
-    return rows, code.new_full(rows.shape, len(table)).scatter_reduce_(0, index[equal], code[equal], "amin")
+    return rows, code.new_full(rows.shape, len(table)).scatter_reduce_(
+        0, index[equal], code[equal], "amin"
+    )
 
 
 def _accumulation(table: Tensor) -> int:
@@ -169,7 +192,11 @@ def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
         rounded = centred.bfloat16()
         lost = (centred - rounded.float()).norm(dim=-1)
         length = centred.norm(dim=-1) + lost
-        slack = lost * norm + length * loss + _accumulation(table) * FP32 * (length * (norm + loss) + largest_offset)
+        slack = (
+            lost * norm
+            + length * loss
+            + _accumulation(table) * FP32 * (length * (norm + loss) + largest_offset)
+        )
         if features.is_cuda:  # a bf16 result could also mean bf16 partial sums there
             product = torch.mm(rounded, low.T, out_dtype=torch.float32)
         else:
@@ -186,7 +213,9 @@ def _fp32_scorer(table: Tensor, offsets: Tensor) -> Scorer:
     largest_offset = offset.abs().max()
 
     def scores(features: Tensor) -> tuple[Tensor, Tensor]:
-        slack = _accumulation(table) * FP32 * features.norm(dim=-1) * norm + 16 * FP32 * largest_offset
+        slack = (
+            _accumulation(table) * FP32 * features.norm(dim=-1) * norm + 16 * FP32 * largest_offset
+        )
         return (features @ table.T).sub_(offset), 1.01 * slack
 
     return scores
@@ -205,14 +234,23 @@ def _fp64_scorer(table: Tensor, offsets: Tensor) -> Scorer:
     return scores
 
 
-SCORERS: dict[str, Callable[[Tensor, Tensor], Scorer]] = {"bf16": _bf16_scorer, "fp32": _fp32_scorer, "fp64": _fp64_scorer}
+SCORERS: dict[str, Callable[[Tensor, Tensor], Scorer]] = {
+    "bf16": _bf16_scorer,
+    "fp32": _fp32_scorer,
+    "fp64": _fp64_scorer,
+}
 
 
 @torch.no_grad()
-def nearest_codes(features: Tensor, table: Tensor, *, precision: Precision = "fp32", settle: bool = True) -> Tensor:
+def nearest_codes(
+    features: Tensor, table: Tensor, *, precision: Precision = "fp32", settle: bool = True
+) -> Tensor:
     """Codes (...) of the table's rows (K, E) nearest to features (..., E) by Euclidean distance.
 
     argmin |z - e|^2 = argmax (z.e - |e|^2 / 2); see `best_codes`.
     """
-    halves = [part.double().square().sum(-1) / 2 for part in table.split(max(1, WIDE_NUMBERS // table.shape[1]))]
+    halves = [
+        part.double().square().sum(-1) / 2
+        for part in table.split(max(1, WIDE_NUMBERS // table.shape[1]))
+    ]
     return best_codes(features, table, torch.cat(halves), precision=precision, settle=settle)

@@ -22,7 +22,12 @@ class SimVQ(CodebookQuantizer):
     """
 
     def __init__(
-        self, codebook_size: int, codebook_dim: int, *, train_codebook: bool = False, search: Precision = "fp32"
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        *,
+        train_codebook: bool = False,
+        search: Precision = "fp32",
     ) -> None:
         super().__init__(codebook_size, codebook_dim, search=search)
         table = torch.empty(codebook_size, codebook_dim)
@@ -57,7 +62,9 @@ class SimVQ(CodebookQuantizer):
         return super().train(mode)
 
     def gather(self, table: Tensor, codes: Tensor) -> Tensor:
-        return ProjectedRows.apply(table, codes, self.codebook, self.projection.weight, self.projection.bias)
+        return ProjectedRows.apply(
+            table, codes, self.codebook, self.projection.weight, self.projection.bias
+        )
 
     @torch.no_grad()
     def initialize_from(self, features: Tensor) -> None:
@@ -69,7 +76,9 @@ class SimVQ(CodebookQuantizer):
     @torch.no_grad()
     def revive(self, dead: Tensor, features: Tensor) -> None:
         """Solve W c + b = f, so that the *effective* vectors land on the features."""
-        rows = torch.linalg.lstsq(self.projection.weight, (features - self.projection.bias).T).solution.T
+        rows = torch.linalg.lstsq(
+            self.projection.weight, (features - self.projection.bias).T
+        ).solution.T
         self.codebook[dead] = rows
 
 
@@ -81,7 +90,9 @@ class ProjectedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, table: Tensor, codes: Tensor, codebook: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
         """Rows (B, N, E)."""
         ctx.save_for_backward(codes, codebook, weight)
         return nn.functional.embedding(codes, table)
@@ -92,7 +103,9 @@ class ProjectedRows(torch.autograd.Function):
         codes, gradient = codes.flatten(), gradient.flatten(0, -2)
         by_bias = gradient.sum(0)
         by_codebook = None
-        with torch.autocast(gradient.device.type, enabled=False):  # backward may run inside of the loop's autocast
+        with torch.autocast(
+            gradient.device.type, enabled=False
+        ):  # backward may run inside of the loop's autocast
             if len(codes) > len(codebook) or ctx.needs_input_grad[2]:
                 gradient = torch.zeros_like(codebook).index_add_(0, codes, gradient)
                 rows = codebook

@@ -17,7 +17,9 @@ class VQ(CodebookQuantizer):
         search: see `CodebookQuantizer`.
     """
 
-    def __init__(self, codebook_size: int, codebook_dim: int, *, search: Precision = "fp32") -> None:
+    def __init__(
+        self, codebook_size: int, codebook_dim: int, *, search: Precision = "fp32"
+    ) -> None:
         super().__init__(codebook_size, codebook_dim, search=search)
         self.codebook = nn.Parameter(torch.empty(codebook_size, codebook_dim))
         self.reset_parameters()

@@ -38,7 +38,9 @@ def tables(count: int, seed: int = 0) -> Iterator[tuple[list[Item], Said]]:
             for number in range(1, int(rng.integers(1, 7)) + 1):
                 parents = tuple(parent for parent in range(1, number) if rng.random() < 0.3)
                 category = CATEGORIES[rng.integers(len(CATEGORIES))]
-                questions.append(Question(number, f"item{i} q{number} ?", f"{category} (x, y)", parents))
+                questions.append(
+                    Question(number, f"item{i} q{number} ?", f"{category} (x, y)", parents)
+                )
             if rng.random() < 0.3:
                 questions = [questions[place] for place in rng.permutation(len(questions))]
             items.append(Item(f"item{i}", f"prompt {i}", tuple(questions)))
@@ -47,10 +49,13 @@ def tables(count: int, seed: int = 0) -> Iterator[tuple[list[Item], Said]]:
         yield items, said
 
 
-def outcome(dpg: float, broad: dict[str, float], detailed: dict[str, float], dropped: int) -> dict[str, Any]:
+def outcome(
+    dpg: float, broad: dict[str, float], detailed: dict[str, float], dropped: int
+) -> dict[str, Any]:
     """What must be equal of a table."""
     round_all = {
-        name: {key: round(value, 6) for key, value in sorted(d.items())} for name, d in (("l1", broad), ("l2", detailed))
+        name: {key: round(value, 6) for key, value in sorted(d.items())}
+        for name, d in (("l1", broad), ("l2", detailed))
     }
     return {"dpg": round(dpg, 6), **round_all, "dropped": dropped}
 
@@ -61,16 +66,22 @@ def ours(items: list[Item], said: Said) -> dict[str, Any] | None:
         found = official_scores(items, said)
     except ValueError:
         return None
-    return outcome(found["dpg"], found["categories"], found["categories_detailed"], len(found["dropped"]))
+    return outcome(
+        found["dpg"], found["categories"], found["categories_detailed"], len(found["dropped"])
+    )
 
 
 def official(checkout: Path, items: list[Item], said: Said) -> dict[str, Any] | None:
     """The published script's scores, its model replaced by the given answers."""
     source = (checkout / "dpg_bench" / "compute_dpg_bench.py").read_text()
-    source = source.replace("time.sleep(3)", "").replace("read_csv(args.csv)", 'read_csv(args.csv, dtype={"dependency": str})')
+    source = source.replace("time.sleep(3)", "").replace(
+        "read_csv(args.csv)", 'read_csv(args.csv, dtype={"dependency": str})'
+    )
     code: dict[str, Any] = {"__name__": "official"}
     exec(source, code)
-    process = types.SimpleNamespace(is_main_process=True, device="cpu", num_processes=1, process_index=0)
+    process = types.SimpleNamespace(
+        is_main_process=True, device="cpu", num_processes=1, process_index=0
+    )
     process.prepare, process.wait_for_everyone = (lambda model: model), (lambda: None)
     code.update(Accelerator=lambda: process, gather_object=list, tqdm=lambda names: names)
 
@@ -93,7 +104,11 @@ def official(checkout: Path, items: list[Item], said: Said) -> dict[str, Any] | 
             image_root_path=str(folder / "images"), csv=str(folder / "table.csv"), res_path=str(folder / "result.txt"),
             resolution=2, pic_num=len(said[items[0].id]), vqa_model="mplug",
         )  # fmt: skip
-        with (folder / "log").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        with (
+            (folder / "log").open("w") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
             code["main"]()
         dropped = (folder / "log").read_text().count("Failed filename")
         return _parse((folder / "result.txt").read_text(), dropped)
@@ -116,9 +131,13 @@ def _parse(text: str, dropped: int) -> dict[str, Any] | None:
 def main() -> None:
     checkout = Path(sys.argv[1])
     if len(sys.argv) > 2:
-        found = [(official(checkout, *table), ours(*table)) for table in tables(int(sys.argv[2]), seed=1)]
+        found = [
+            (official(checkout, *table), ours(*table)) for table in tables(int(sys.argv[2]), seed=1)
+        ]
         dropped = sum(bool(a and a["dropped"]) for a, _ in found)
-        print(f"{sum(a != b for a, b in found)} of {len(found)} tables differ, {dropped} have dropped prompts")
+        print(
+            f"{sum(a != b for a, b in found)} of {len(found)} tables differ, {dropped} have dropped prompts"
+        )
     else:
         lines = ",\n".join(json.dumps(official(checkout, *table)) for table in tables(60))
         print(f"[\n{lines}\n]")

@@ -28,7 +28,9 @@ def weights(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
     """Weights for parameters of mmdetection's names and shapes, each seeded by its name."""
     found = {}
     for name, shape in shapes:
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        noise = torch.randn(
+            shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        )
         if len(shape) == 1:
             norm = name.endswith("weight")
             found[name] = norm + (2.0 if "sampling_offsets" in name else 0.2) * noise
@@ -51,7 +53,9 @@ def pixels() -> Tensor:
 def sample(classes: Tensor, masks: Tensor) -> dict[str, list[float]]:
     """Some of the logits (100, 81) and (100, 24, 32)."""
     parts = {"classes": classes[::7, ::9], "masks": masks[::11, ::7, ::7]}
-    return {name: [round(value, 5) for value in part.flatten().tolist()] for name, part in parts.items()}
+    return {
+        name: [round(value, 5) for value in part.flatten().tolist()] for name, part in parts.items()
+    }
 
 
 def logits(number: int) -> tuple[Tensor, Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
@@ -97,12 +101,18 @@ def main() -> None:
             tensor, meta = data["img"][0].data, data["img_metas"][0].data
             levels = np.rint(tensor.permute(1, 2, 0).numpy() * std + mean).astype(int)
             covered = list(meta["img_shape"][:2])
-            case = {"covered": covered, "padded": list(tensor.shape[1:]), "margin": tensor[:, -1, -1].tolist()}
+            case = {
+                "covered": covered,
+                "padded": list(tensor.shape[1:]),
+                "margin": tensor[:, -1, -1].tolist(),
+            }
             inside = levels[: covered[0], : covered[1]].reshape(-1)[::STRIDE]
             prepared.append({**case, "levels": inside.tolist()})
     config.model.backbone.init_cfg = config.model.train_cfg = None
     model = build_detector(config.model, test_cfg=config.get("test_cfg")).eval()
-    model.load_state_dict(weights((name, tuple(p.shape)) for name, p in model.named_parameters()), strict=False)
+    model.load_state_dict(
+        weights((name, tuple(p.shape)) for name, p in model.named_parameters()), strict=False
+    )
     shape = tuple(pixels().shape[2:])
     metas = [{"batch_input_shape": shape, "img_shape": (*shape, 3), "ori_shape": (*shape, 3)}]
     with torch.no_grad():
@@ -111,11 +121,13 @@ def main() -> None:
     fused = []
     for number in range(2):
         of_classes, of_masks, padded, resized, size = logits(number)
-        upsampled = torch.nn.functional.interpolate(of_masks[None], padded, mode="bilinear", align_corners=False)
+        upsampled = torch.nn.functional.interpolate(
+            of_masks[None], padded, mode="bilinear", align_corners=False
+        )
         metas = [{"img_shape": (*resized, 3), "ori_shape": (*size, 3)}]
-        labels, boxes, _ = model.panoptic_fusion_head.simple_test(of_classes[None], upsampled, metas, rescale=True)[0][
-            "ins_results"
-        ]
+        labels, boxes, _ = model.panoptic_fusion_head.simple_test(
+            of_classes[None], upsampled, metas, rescale=True
+        )[0]["ins_results"]
         by_class = enumerate(bbox2result(boxes, labels, 80))
         fused.append(rows([(label, box[4], box[:4]) for label, found in by_class for box in found]))
     print(json.dumps({"prepared": prepared, "network": network, "fused": fused}))

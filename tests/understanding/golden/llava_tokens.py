@@ -31,7 +31,9 @@ TURNS = {
 
 def functions_of(llava: Path) -> dict[str, Any]:
     """LLaVA's functions, in the names that their modules give them."""
-    spec: Any = importlib.util.spec_from_file_location("llava_conversation", llava / "llava" / "conversation.py")
+    spec: Any = importlib.util.spec_from_file_location(
+        "llava_conversation", llava / "llava" / "conversation.py"
+    )
     conversation = sys.modules["llava_conversation"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conversation)
     scope: dict[str, Any] = {
@@ -55,14 +57,22 @@ def main(llava: Path) -> None:
         text_tokenizer.pad_token, text_tokenizer.model_max_length = "<unk>", 2048
         cases = golden[f"legacy={legacy}"] = {}
         for name, turns in TURNS.items():
-            scope["conversation_lib"].default_conversation = scope["conversation_lib"].conv_templates[name]
-            record = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+            scope["conversation_lib"].default_conversation = scope[
+                "conversation_lib"
+            ].conv_templates[name]
+            record = [
+                {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)
+            ]
             options = {"has_image": True} if name == "v1" else {}
             output = scope[f"preprocess_{name}"]([record], text_tokenizer, **options)
             rows = zip(output["input_ids"][0].tolist(), output["labels"][0].tolist(), strict=True)
             tokens = [
                 "*" * (label != IGNORE_INDEX)
-                + ("<image>" if token == IMAGE_TOKEN_INDEX else text_tokenizer.convert_ids_to_tokens(token))
+                + (
+                    "<image>"
+                    if token == IMAGE_TOKEN_INDEX
+                    else text_tokenizer.convert_ids_to_tokens(token)
+                )
                 for token, label in rows
             ]
             cases[name] = {"turns": turns, "tokens": tokens}

@@ -25,7 +25,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 LANGUAGE_MODEL = "language_model."
-TOWER_LAYER = ("self_attn.qkv_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2")
+TOWER_LAYER = (
+    "self_attn.qkv_proj",
+    "self_attn.out_proj",
+    "mlp.fc1",
+    "mlp.fc2",
+    "layer_norm1",
+    "layer_norm2",
+)
 
 
 def cut(source: str, *names: str) -> Iterator[str]:
@@ -38,7 +45,11 @@ def cut(source: str, *names: str) -> Iterator[str]:
 
 def table(source: str, name: str, scope: dict[str, Any]) -> Any:
     """The `hf_to_vllm_mapper` of a class."""
-    [owner] = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name]
+    [owner] = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == name
+    ]
     for node in owner.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "hf_to_vllm_mapper":
             return eval(ast.unparse(node.value), scope)
@@ -50,7 +61,9 @@ class Parts(nn.Module):
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()
-        for first, group in itertools.groupby(sorted(names), key=lambda name: name.split(".", 1)[0]):
+        for first, group in itertools.groupby(
+            sorted(names), key=lambda name: name.split(".", 1)[0]
+        ):
             rest = [name.partition(".")[2] for name in group]
             if rest == [""]:
                 parameter = nn.Parameter(torch.empty(0))
@@ -77,7 +90,12 @@ def loader_of(vllm: Path) -> tuple[dict[str, Any], Any, Any]:
     llava = table((models / "llava.py").read_text(), "LlavaForConditionalGeneration", scope)
     siglip = table((models / "siglip.py").read_text(), "SiglipVisionTransformer", scope)
     # LLaVA's tower is built with require_post_norm=False and without a pooling head, which the class then drops.
-    return scope, llava, siglip | scope["WeightsMapper"](orig_to_new_prefix={"post_layernorm.": None, "head.": None})
+    return (
+        scope,
+        llava,
+        siglip
+        | scope["WeightsMapper"](orig_to_new_prefix={"post_layernorm.": None, "head.": None}),
+    )
 
 
 def load(vllm: Path, weights: Mapping[str, Tensor], layers: int) -> list[str]:
@@ -87,25 +105,41 @@ def load(vllm: Path, weights: Mapping[str, Tensor], layers: int) -> list[str]:
         ValueError: vLLM's own, for a weight that it has no place for.
     """
     scope, llava_table, siglip_table = loader_of(vllm)
-    each = [f"encoder.layers.{i}.{name}.{kind}" for i in range(layers) for name in TOWER_LAYER for kind in ("weight", "bias")]
+    each = [
+        f"encoder.layers.{i}.{name}.{kind}"
+        for i in range(layers)
+        for name in TOWER_LAYER
+        for kind in ("weight", "bias")
+    ]
     embeddings = ["patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight"]
     transformer = Parts([*each, *(f"embeddings.{name}" for name in embeddings)])
-    transformer.load_weights = lambda found: scope["AutoWeightsLoader"](transformer).load_weights(found, mapper=siglip_table)
-    root = Parts([f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")])
+    transformer.load_weights = lambda found: scope["AutoWeightsLoader"](transformer).load_weights(
+        found, mapper=siglip_table
+    )
+    root = Parts(
+        [f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
+    )
     root.vision_tower, root.language_model = nn.Module(), nn.Module()
     root.vision_tower.vision_model = transformer
     root.language_model.load_weights = lambda found: {name for name, _ in found}
-    return sorted(scope["AutoWeightsLoader"](root).load_weights(iter(weights.items()), mapper=llava_table))
+    return sorted(
+        scope["AutoWeightsLoader"](root).load_weights(iter(weights.items()), mapper=llava_table)
+    )
 
 
 def main(vllm: Path, folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     layers = json.loads((folder / "config.json").read_text())["vision_config"]["num_hidden_layers"]
-    version = next(vllm.glob("vllm-*.dist-info")).name.removesuffix(".dist-info").removeprefix("vllm-")
+    version = (
+        next(vllm.glob("vllm-*.dist-info")).name.removesuffix(".dist-info").removeprefix("vllm-")
+    )
     loaded = [name for name in load(vllm, weights, layers) if not name.startswith(LANGUAGE_MODEL)]
     keys = sorted(name for name in weights if not name.startswith(LANGUAGE_MODEL))
     golden = SimpleNamespace(vllm=version, keys=keys, loaded=loaded)
-    without = {key.replace("vision_tower.vision_model.", "vision_tower."): value for key, value in weights.items()}
+    without = {
+        key.replace("vision_tower.vision_model.", "vision_tower."): value
+        for key, value in weights.items()
+    }
     try:
         load(vllm, without, layers)
         golden.refused = ""

@@ -1,0 +1,218 @@
+"""Reading images of any kind, turning them into tensors, and writing image grids."""
+
+import io
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFile, ImageOps, UnidentifiedImageError, features
+from torch import Tensor
+
+from vqrae.common.files import atomic_path, read_bytes
+
+_OPTIONAL = {
+    ".avif": "avif",
+    ".jp2": "jpg_2000",
+    ".j2k": "jpg_2000",
+}  # what a build of Pillow may lack
+IMAGE_SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+} | {suffix for suffix, feature in _OPTIONAL.items() if features.check(feature)}
+OTHER_IMAGES = {
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".svg",
+    ".psd",
+    ".exr",
+    ".hdr",
+    ".dng",
+    *_OPTIONAL,
+} - IMAGE_SUFFIXES
+"""Suffixes of images that cannot be read here."""
+_ORIENTATION = 0x0112
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+LABEL = 60  # characters
+
+
+def open_image(
+    source: str | Path | IO[bytes], *, name: str | None = None, draft: int = 0
+) -> Image.Image:
+    """Open an image of any size and colour mode as upright RGB; transparency becomes white.
+
+    Args:
+        source: a path, or the encoded bytes as a stream.
+        name: what errors call the image; its path when not given.
+        draft: decode a JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 of its size whose edges have so many pixels.
+
+    Raises:
+        ValueError: when the file is no readable image, naming it.
+    """
+    name = name or str(source)
+    data = read_bytes(source) if isinstance(source, str | Path) else source.read()
+    # lmms-eval lets a whole process take half an image for a whole one.
+    others, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format == "EPS":
+                raise ValueError("an EPS file is a program")
+            if draft:
+                image.draft("RGB", (draft, draft))
+            image.load()
+            if image.format == "PNG":
+                _scale_transparency(image, bit_depth=data[24])
+            return to_rgb(_upright(image))
+    except (
+        Exception
+    ) as error:  # decoders raise whatever they stumble over: struct.error, TypeError, KeyError, …
+        # Pillow's own message has the address of the stream in it, which differs from run to run.
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{name}: not a readable image ({reason})") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = others
+
+
+def stored_size(source: IO[bytes], *, name: str) -> tuple[int, int]:
+    """Width and height of an encoded image as stored; only its head is read. Errors as those of `open_image`."""
+    try:
+        with Image.open(source) as image:
+            return image.size
+    except Exception as error:
+        raise ValueError(f"{name}: not a readable image ({error})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its Exif orientation says. Only this tag is read: cameras and editors write many of the others wrongly."""
+    try:
+        method = _TRANSPOSED.get(image.getexif().get(_ORIENTATION, 1))
+    except (ValueError, TypeError, KeyError, SyntaxError, OSError, struct.error):
+        method = None
+    return image if method is None else image.transpose(method)
+
+
+def _scale_transparency(image: Image.Image, *, bit_depth: int) -> None:
+    """The transparent colour of a PNG in the 8 bits that Pillow gives its pixels; it leaves the file's own bits."""
+    key = image.info.get("transparency")
+    if isinstance(key, int) and image.mode == "L":
+        image.info["transparency"] = key * 255 // (2**bit_depth - 1)
+    elif isinstance(key, tuple) and bit_depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any colour mode to RGB; transparent parts are laid on white, deep and float grey is scaled to 8 bits."""
+    if image.mode.startswith(("I", "F")):
+        values, key = np.asarray(image), image.info.get("transparency")
+        white = _white(values, image.mode)
+        grey = np.empty(values.shape, np.uint8)
+        for row, scaled in zip(
+            values, grey, strict=True
+        ):  # a large image as a whole would take many times its memory
+            scaled[:] = (
+                np.nan_to_num(row.astype(np.float32) * (255 / white), posinf=0).clip(0, 255).round()
+            )
+        image = Image.fromarray(grey)
+        if isinstance(key, int):
+            image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _white(values: np.ndarray, mode: str) -> float:
+    """The value that means white; files with 32 bits do not say which, so it is the next usual one above their largest."""
+    if mode.startswith("I;16"):
+        return 65535
+    largest = float(values.max(initial=0, where=np.isfinite(values)))
+    return next(
+        (white for white in ((1, 255, 65535) if mode == "F" else (255, 65535)) if largest <= white),
+        largest,
+    )
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter edge to `size` (bicubic, antialiased) and take the centre `size` x `size`."""
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+
+
+def image_to_uint8(image: Image.Image) -> Tensor:
+    """RGB image -> uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> float tensor (3, H, W) in [0, 1]."""
+    return image_to_uint8(image).float() / 255
+
+
+def tensor_to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] -> uint8, clamped and *rounded* (truncation darkens: 0.999 must become 255)."""
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def tensor_to_image(image: Tensor) -> Image.Image:
+    """Image tensor (3, H, W) in [0, 1] -> RGB image."""
+    return Image.fromarray(tensor_to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def save_image(image: Image.Image, path: str | Path) -> None:
+    """Write an image atomically; the suffix names the format."""
+    path = Path(path)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+
+
+def image_grid(
+    rows: Sequence[Sequence[Tensor]], *, labels: Sequence[str] = (), scale: int = 2, gap: int = 4
+) -> Image.Image:
+    """Lay image tensors (3, H, W) out in rows on white, each `scale` times enlarged, with a label left of each row."""
+    labels = [label if len(label) <= LABEL else f"{label[: LABEL - 3]}..." for label in labels]
+    height, width = rows[0][0].shape[-2] * scale, rows[0][0].shape[-1] * scale
+    margin = 8 * max((len(label) for label in labels), default=0)
+    columns = max(len(row) for row in rows)
+    canvas = Image.new(
+        "RGB", (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+    for i, row in enumerate(rows):
+        top = gap + i * (height + gap)
+        if i < len(labels):
+            draw.text((gap, top + height // 2 - 6), labels[i], fill="black")
+        for j, image in enumerate(row):
+            cell = tensor_to_image(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(cell, (margin + gap + j * (width + gap), top))
+    return canvas
+
+
+def tile(images: Sequence[Image.Image], columns: int = 2) -> Image.Image:
+    """Equally large images without gaps, row by row; cells that are left are black."""
+    width, height = images[0].size
+    canvas = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
+    for i, image in enumerate(images):
+        canvas.paste(image, (i % columns * width, i // columns * height))
+    return canvas

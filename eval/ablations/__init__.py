@@ -1,0 +1,1 @@
+"""The paper's ablations, trained and compared with seeds."""

@@ -1,0 +1,1 @@
+"""What the codes stand for, and how they are used."""

@@ -1,0 +1,1 @@
+"""What the continuous features hold, by probes."""

@@ -1,0 +1,93 @@
+"""Figures of pages: SVG charts that take the page's colours, images as data URIs."""
+
+import base64
+import io
+import re
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from vqrae.common.images import tensor_to_image
+
+INK, SOFT, ACCENT, SECOND, RIGHT, WRONG, PAPER = (
+    "#22262b",
+    "#646b73",
+    "#1f6f8b",
+    "#c2762b",
+    "#2d7d4a",
+    "#b8452f",
+    "#fcfbf8",
+)
+_PAGE_COLORS = {
+    INK: "currentColor",
+    SOFT: "var(--soft)",
+    ACCENT: "var(--accent)",
+    SECOND: "var(--accent-2)",
+}
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vqrae",  # the same image gives the same file
+}
+
+
+def data_uri(image: Image.Image | Tensor) -> str:
+    """An image, or an image tensor (3, H, W) in [0, 1], as a PNG that a page can hold."""
+    stream = io.BytesIO()
+    (tensor_to_image(image) if isinstance(image, Tensor) else image).save(
+        stream, format="PNG", optimize=True
+    )
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """The figure as an inline SVG: its colours become the page's, its ids carry `name` so that two figures never mix."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    for color, variable in _PAGE_COLORS.items():
+        text = text.replace(color, variable)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # the page's font
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+
+
+def draw_usage(axes: Axes, counts: np.ndarray) -> None:
+    """Sorted counts of the codes, beside the count that all would have in equal use."""
+    ranked = np.sort(counts)[::-1]
+    used = int((counts > 0).sum())
+    axes.fill_between(
+        np.arange(used), np.maximum(ranked[:used], 0.5), 0.5, color=ACCENT, step="post", linewidth=0
+    )
+    axes.axhline(counts.mean(), color=SECOND, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "equal use",
+        (len(counts), counts.mean()),
+        (-2, 3),
+        textcoords="offset points",
+        ha="right",
+        color=SECOND,
+        fontsize=8,
+    )
+    axes.set(
+        yscale="log",
+        xlim=(0, len(counts)),
+        ylim=(0.5, None),
+        xlabel="codes, most frequent first",
+        ylabel="times chosen",
+    )

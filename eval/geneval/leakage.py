@@ -1,0 +1,103 @@
+"""Benchmark prompts among training captions: a generator that has read them is not tested by them.
+
+BLIP3o-60k, for one, holds some 10,000 captions in GenEval's templates.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from vqrae.common.files import text_lines
+from vqrae.data.encoded import EncodedImages
+from vqrae.data.mixture import parse_mixture
+from vqrae.data.pairs import scan_jsonl
+from vqrae.data.scenes import SceneDataset
+from vqrae.data.sources import open_pairs, source_kind
+from vqrae.data.stream import Draw
+
+SCENES = 100_000  # captions of an endless source that are looked at when no number is given
+EXAMPLES = 20
+TEMPLATE = re.compile(r"^an? photo of ")  # GenEval's
+
+
+def training_captions(source: str, limit: int | None = None) -> Iterator[str]:
+    """The captions of a data source, without decoding images.
+
+    Args:
+        source: what `vqrae.data.sources` accepts, or FILE.txt with one caption per line.
+        limit: the first so many, of each part of a mixture.
+    """
+    if source.endswith(".txt"):
+        yield from islice((line.strip() for _, line in text_lines(source) if line.strip()), limit)
+        return
+    if source_kind(source) == "mixture":
+        for part, _ in parse_mixture(source):
+            yield from training_captions(part, limit)
+        return
+    if source_kind(source) == "jsonl":
+        yield from islice((caption for _, caption in scan_jsonl(source)[0]), limit)
+        return
+    if source_kind(source) == "scenes":
+        scenes = open_pairs(source, image_size=64, size=limit or SCENES)
+        assert isinstance(scenes, SceneDataset)
+        yield from (scenes.caption(i) for i in range(len(scenes)))
+        return
+    pairs = open_pairs(source, image_size=64, size=limit, split="all")
+    assert isinstance(pairs, EncodedImages)
+    for index in range(len(pairs)):
+        try:
+            caption = pairs.encoded(Draw(index, 0)).caption
+        except ValueError:  # an image that cannot be read, which training skips too
+            continue
+        if caption:
+            yield caption.strip()
+
+
+def normalized(text: str) -> str:
+    """Lower case, one form of every character, no punctuation, single spaces."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.sub(r"[^\w\s]", " ", text).split())
+
+
+def leakage_report(prompts: Sequence[str], captions: Iterable[str]) -> dict[str, Any]:
+    """How many benchmark prompts occur among captions.
+
+    Returns:
+        num_prompts and num_captions; `exact` and `normalized`, prompts that equal a caption as they are and after
+        `normalized`; `contained`, prompts that make up part of a longer caption; `template_captions`, captions that start
+        like a GenEval prompt; the first `examples` of prompts found.
+    """
+    wanted, plain = set(prompts), {normalized(prompt) for prompt in prompts}
+    lengths = sorted({len(prompt.split()) for prompt in plain})
+    exact: set[str] = set()
+    equal: set[str] = set()
+    contained: set[str] = set()
+    total = template = 0
+    for caption in captions:
+        total += 1
+        template += bool(TEMPLATE.match(caption.casefold()))
+        if caption in wanted:
+            exact.add(caption)
+        text = normalized(caption)
+        if text in plain:
+            equal.add(text)
+        words = text.split()
+        for length in lengths:
+            if length >= len(words):
+                break
+            contained |= plain & {
+                " ".join(words[i : i + length]) for i in range(len(words) - length + 1)
+            }
+    return {
+        "num_prompts": len(prompts),
+        "num_captions": total,
+        "exact": sum(prompt in exact for prompt in prompts),
+        "normalized": sum(normalized(prompt) in equal for prompt in prompts),
+        "contained": sum(normalized(prompt) in contained for prompt in prompts),
+        "template_captions": template,
+        "examples": sorted(prompt for prompt in wanted if normalized(prompt) in equal | contained)[
+            :EXAMPLES
+        ],
+    }

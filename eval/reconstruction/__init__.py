@@ -1,0 +1,1 @@
+"""Images before and after the tokenizer: PSNR, SSIM, LPIPS, rFID."""

@@ -1,0 +1,1 @@
+"""Scores side by side with those of the paper."""

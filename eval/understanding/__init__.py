@@ -1,0 +1,1 @@
+"""Understanding benchmarks, through lmms-eval and VLMEvalKit."""

@@ -1,0 +1,131 @@
+"""Our LLaVA, a grafted InternVL3, or any image-text model of transformers, as a chat model of lmms-eval 0.7.3.
+
+Beside lmms-eval's own LLaVA wrapper, which reads the same folder: questions are answered in batches, with the answers of
+batch size 1, and a question that fails ends the run instead of scoring as an empty answer.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+
+from vqrae.common.cli import progress_line
+from vqrae.understanding.chat import Chat, Messages
+
+DEFAULT_MAX_NEW_TOKENS = 1024  # of lmms-eval's wrappers, where a task says nothing
+SAMPLING = ("temperature", "top_p", "top_k", "num_beams")
+
+
+class LMMSEvalModel(lmms):
+    """The model `vqrae` of lmms-eval.
+
+    Args:
+        pretrained: run directory, model folder or hub id.
+        batch_size: questions of one pass on one process.
+        device: cpu, cuda, …; None takes this process's GPU when there is one.
+        dtype: of the weights; `auto` is that of the folder.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+        self._rank, self._world_size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self.device = (
+            self.accelerator.device
+            if self._world_size > 1 or device is None
+            else torch.device(device)
+        )
+        self.batch_size = int(batch_size)
+        self.chat = Chat.from_pretrained(
+            pretrained, device=self.device, dtype=dtype, attn_implementation=attn_implementation
+        )
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """One answer to each request, in their order."""
+        answers: dict[int, str] = {}
+        progress = progress_line("questions")
+        for options, indices in _alike(requests):
+            stops = options.pop("until")
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                texts = self.chat.generate(
+                    [self._messages(requests[index].args) for index in batch], **options
+                )
+                answers |= {
+                    index: _cut(text, stops) for index, text in zip(batch, texts, strict=True)
+                }
+                if self._rank == 0:
+                    progress(len(answers), len(requests))
+        return [answers[index] for index in range(len(requests))]
+
+    def _messages(self, arguments: tuple[Any, ...]) -> Messages:
+        """The chat of a request; its six fields are those of lmms-eval 0.7.3, whose guide names five."""
+        _, doc_to_messages, _, doc_id, task, split = arguments
+        messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        _, videos, audios = messages.extract_media()
+        if videos or audios:
+            raise ValueError(
+                f"task {task}, document {doc_id}: got video or sound, expected images and text only"
+            )
+        return messages.to_hf_messages()
+
+    def loglikelihood(self, requests: Sequence[Any]) -> Any:
+        """Not offered: none of the paper's benchmarks asks for it, and chat models of lmms-eval cannot score by it."""
+        raise NotImplementedError(
+            "vqrae answers questions (generate_until); it does not score given answers"
+        )
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
+        """Not offered."""
+        raise NotImplementedError(
+            "vqrae answers one question at a time; tasks of several rounds are not supported"
+        )
+
+
+def _alike(requests: Sequence[Any]) -> list[tuple[dict[str, Any], list[int]]]:
+    """Requests that may share a batch: those with the same generation options, similar lengths beside each other."""
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for index, request in enumerate(requests):
+        groups[json.dumps(_options(request.args[2]), sort_keys=True)].append(index)
+    for indices in groups.values():
+        indices.sort(key=lambda index: -len(str(requests[index].args[0])))
+    return [(json.loads(options), indices) for options, indices in groups.items()]
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """A task's `generation_kwargs` as `Chat.generate` takes them; a temperature of 0 means greedy, as in lmms-eval."""
+    sampling = {name: given[name] for name in SAMPLING if given.get(name) is not None}
+    if not sampling.get("temperature"):
+        sampling = {name: value for name, value in sampling.items() if name == "num_beams"}
+    else:
+        sampling["do_sample"] = True
+    stops = given.get("until") or []
+    return {
+        "max_new_tokens": given.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
+        "sampling": sampling,
+        "until": [stops] if isinstance(stops, str) else list(stops),
+    }
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    return text[
+        : min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))
+    ].strip()

@@ -1,0 +1,107 @@
+"""The training samples of the generator, as a pure function of (seed, position)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vqrae.common.trainer import IGNORE_INDEX
+from vqrae.data.mixture import shuffled
+from vqrae.data.stream import Draw
+from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary, pad_left
+
+_DROPOUT_STREAM = 1  # a random stream of its own: dropping a caption never changes the order
+
+
+class TrainingStream(Dataset):
+    """Every sample that a training run sees, in order: epoch after epoch, each a seeded permutation of the images.
+
+    Position i alone decides image, wording and caption dropout, so that a resumed run, another number of processes or
+    of loader workers sees the same samples; no permutation is ever held in memory.
+
+    Args:
+        samples: code shards, captioned images or a mixture, with a length.
+        length: samples of the whole run (steps x global batch size).
+        caption_dropout: share of samples with the empty caption.
+    """
+
+    def __init__(self, samples: Any, length: int, *, caption_dropout: float, seed: int = 0) -> None:
+        self.samples, self.length, self.caption_dropout, self.seed = (
+            samples,
+            length,
+            caption_dropout,
+            seed,
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """{"codes": int64 (N,)} or {"image": uint8 (3, H, W)}, and "caption": str"""
+        size = len(self.samples)
+        epoch, place = divmod(position, size)
+        own_order = getattr(
+            self.samples, "training_index", None
+        )  # of a mixture, of tars with a buffer
+        index = own_order(place, epoch) if own_order else shuffled(place, size, self.seed, epoch)
+        sample = self.samples[Draw(index, epoch)]
+        dropped = (
+            np.random.default_rng([self.seed, position, _DROPOUT_STREAM]).random()
+            < self.caption_dropout
+        )
+        return {**sample, "caption": ""} if dropped else sample
+
+
+class GenerationCollator:
+    """Samples -> a left-padded causal-LM batch whose last N tokens are the codes, and whose loss is on these only.
+
+    Returns:
+        input_ids, attention_mask, position_ids, labels, each int64 (B, T + N); labels are IGNORE_INDEX elsewhere. With images
+        among the samples also `images`, uint8 (M, 3, H, W), and `image_rows`, int64 (M,): the rows whose codes are still to
+        come, from `fill_codes`.
+    """
+
+    def __init__(self, encode_prompt: PromptEncoder, vocabulary: VisualVocabulary) -> None:
+        self.encode_prompt, self.vocabulary = encode_prompt, vocabulary
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        prompts = [self.encode_prompt(sample["caption"]) for sample in samples]
+        prompt_ids = torch.tensor(pad_left(prompts, 0))
+        prompt_mask = torch.tensor(pad_left([[1] * len(prompt) for prompt in prompts], 0))
+        to_come = torch.zeros(self.vocabulary.num_codes, dtype=torch.int64)
+        code_ids = self.vocabulary.to_ids(
+            torch.stack([sample.get("codes", to_come) for sample in samples])
+        )
+        attention_mask = torch.cat([prompt_mask, torch.ones_like(code_ids)], dim=1)
+        batch = {
+            "input_ids": torch.cat([prompt_ids, code_ids], dim=1),
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
+            "labels": torch.cat([torch.full_like(prompt_ids, IGNORE_INDEX), code_ids], dim=1),
+        }
+        images = [row for row, sample in enumerate(samples) if "codes" not in sample]
+        if images:
+            batch["images"] = torch.stack([samples[row]["image"] for row in images])
+            batch["image_rows"] = torch.tensor(images)
+        return batch
+
+
+def fill_codes(
+    batch: dict[str, Tensor], encode: Callable[[Tensor], Tensor], vocabulary: VisualVocabulary
+) -> dict[str, Tensor]:
+    """A batch of `GenerationCollator` whose images, if there are any, have become codes.
+
+    Args:
+        encode: images uint8 (M, 3, H, W) -> codes int64 (M, N).
+    """
+    if "images" not in batch:
+        return batch
+    batch = dict(batch)
+    rows, ids = batch.pop("image_rows"), vocabulary.to_ids(encode(batch.pop("images")))
+    for name in ("input_ids", "labels"):
+        batch[name] = batch[name].clone()
+        batch[name][rows, -vocabulary.num_codes :] = ids
+    return batch

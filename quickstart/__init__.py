@@ -1,0 +1,1 @@
+"""The embedded world: everything from nothing on one CPU."""

@@ -1,0 +1,156 @@
+"""Pretrain the small language model of the embedded default on the text of scenes, without images.
+
+    python -m vqrae.quickstart.train_llm tiny_llm output_dir=OUT [optimization.max_steps=N] [key=value …]
+
+What a downloaded LLM brings along is learned here: words, the chat format, and answering from context, which is a caption
+here and becomes the image in LLaVA. The result, `OUT/model`, is a plain `Qwen3ForCausalLM` folder.
+
+Qwen3 and not Qwen2: for a folder of type qwen2, `AutoTokenizer` of transformers 5 takes Qwen2's own class whatever the folder
+says, and would read our word tokenizer as a byte-level one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
+
+from vqrae.common.cli import read_run
+from vqrae.common.distributed import attention_implementation
+from vqrae.common.errors import run_main
+from vqrae.common.run import RunDirectory, trained_steps
+from vqrae.common.trainer import (
+    IGNORE_INDEX,
+    InstrumentCallback,
+    OptimizationConfig,
+    WholeTrainer,
+    build_optimizers,
+    check_launch,
+    run_trainer,
+    save_model,
+    training_arguments,
+)
+from vqrae.data.scenes import SPRITE_SETS, SceneDataset, load_sprites
+from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.word_tokenizer import build_word_tokenizer
+from vqrae.understanding.conversation import load_template
+from vqrae.understanding.train import print_parameters
+
+VOCABULARY_MULTIPLE = 64  # matrix shapes that kernels like; also leaves room for added tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyLLMConfig:
+    """One run."""
+
+    output_dir: str
+    optimization: OptimizationConfig
+    model: dict[str, Any]
+    """`Qwen3Config` values; the vocabulary size comes from the text tokenizer."""
+    sprites: list[str] = field(default_factory=lambda: list(SPRITE_SETS))
+    """Whose words the model knows."""
+    attn_implementation: str = "auto"
+    seed: int = 0
+
+
+class SceneText(Dataset):
+    """Index -> chat messages about a scene nobody sees: one in four is a bare caption, the others are dialogues.
+
+    A dialogue opens with the description in the place where LLaVA puts the image.
+    """
+
+    def __init__(self, sprites: Sequence[str], *, seed: int = 0) -> None:
+        self.scenes = [SceneDataset(sprites=name, seed=seed) for name in sprites]
+
+    def __len__(self) -> int:
+        return len(self.scenes[0])
+
+    def __getitem__(self, index: int) -> list[dict[str, str]]:
+        scenes = self.scenes[index % len(self.scenes)]
+        if index // len(self.scenes) % 4 == 0:
+            return [{"role": "assistant", "content": scenes.caption(index)}]
+        messages = []
+        context = scenes.description(index) + "\n"
+        for question in scenes.questions(index):
+            messages.append({"role": "user", "content": context + question.text})
+            messages.append({"role": "assistant", "content": question.answer})
+            context = ""
+        return messages
+
+
+class TextCollator:
+    """Chat messages -> right-padded batch in which every token is trained."""
+
+    def __init__(self, text_tokenizer: PreTrainedTokenizerBase) -> None:
+        self.text_tokenizer = text_tokenizer
+
+    def __call__(self, chats: Sequence[list[dict[str, str]]]) -> dict[str, Tensor]:
+        """Batch of input_ids, attention_mask and labels, all (B, T)."""
+        encoded = self.text_tokenizer.apply_chat_template(
+            list(chats), tokenize=True, return_dict=True
+        )
+        rows = [torch.tensor(ids) for ids in encoded["input_ids"]]
+        pad = self.text_tokenizer.pad_token_id
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
+            "attention_mask": pad_sequence(
+                [torch.ones_like(ids) for ids in rows], batch_first=True
+            ),
+            "labels": pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX),
+        }
+
+
+def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
+    """A language model with random weights, and its word tokenizer with the chatml template."""
+    names = [name for sprites in config.sprites for name in load_sprites(sprites).names]
+    text_tokenizer = build_word_tokenizer(vocabulary_texts(names))
+    text_tokenizer.chat_template = load_template("chatml")
+    vocab_size = -(-len(text_tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    qwen = Qwen3Config(
+        vocab_size=vocab_size,
+        bos_token_id=None,
+        eos_token_id=text_tokenizer.eos_token_id,
+        pad_token_id=text_tokenizer.pad_token_id,
+        attn_implementation=attention_implementation(
+            config.attn_implementation, half=config.optimization.bf16
+        ),
+        **config.model,
+    )
+    return Qwen3ForCausalLM(qwen), text_tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: CONFIG [key.path=value …]."""
+    config: TinyLLMConfig = read_run(TinyLLMConfig, "vqrae.understanding", argv)
+    run_dir = Path(config.output_dir)
+    run = RunDirectory(run_dir, config, seed=config.seed)
+    if trained_steps(run_dir / "model") >= config.optimization.max_steps:
+        print(
+            f"{run_dir / 'model'} is finished ({config.optimization.max_steps} steps)", flush=True
+        )
+        return
+    check_launch(config.optimization, run_dir)
+    run.begin()
+    set_seed(config.seed)
+    model, text_tokenizer = build_tiny_llm(config)
+    print_parameters(model)
+    trainer = WholeTrainer(
+        model=model,
+        args=training_arguments(config.optimization, run_dir, seed=config.seed),
+        train_dataset=SceneText(config.sprites, seed=config.seed),
+        data_collator=TextCollator(text_tokenizer),
+        processing_class=text_tokenizer,
+        optimizers=build_optimizers(config.optimization, model),
+        callbacks=[InstrumentCallback(run, "llm")],
+    )
+    run_trainer(trainer)
+    save_model(trainer, run_dir / "model")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,94 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from vqrae.common.optim import Muon, muon_groups
+from vqrae.common.trainer import OptimizationConfig, build_optimizers
+
+
+def tiny_llm(*, tied: bool) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    return Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=24, num_key_value_heads=1, tie_word_embeddings=tied, **sizes)
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_matrices_go_to_muon_and_everything_else_to_adamw(tied: bool) -> None:
+    model = tiny_llm(tied=tied)
+    model.model.norm.requires_grad_(False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices, rest = muon_groups(model, weight_decay=0.1)
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in matrices["params"]} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }
+    assert rest["use_fallback"]
+    assert rest["weight_decay"] == 0
+    found = {names[id(p)] for p in (*matrices["params"], *rest["params"])}
+    assert found == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "model.embed_tokens.weight" in {names[id(p)] for p in rest["params"]}
+
+
+def test_updates_of_matrices_are_orthogonal_and_sized_like_those_of_adamw() -> None:
+    layer = nn.Linear(64, 64, bias=False)
+    before = layer.weight.detach().clone()
+    layer(torch.randn(256, 64)).square().sum().backward()
+    Muon([{"params": [layer.weight]}], lr=0.01).step()
+    update = before - layer.weight.detach()
+    singular = torch.linalg.svdvals(update)
+    assert (
+        singular.max() / singular.min() < 3
+    )  # five Newton-Schulz steps leave them between 0.7 and 1.2 of their mean
+    assert (
+        0.1 < update.square().mean().sqrt() / 0.01 < 0.4
+    )  # AdamW's updates have a root mean square of 0.2 to 0.4 rates
+
+
+def test_a_step_that_is_told_to_skip_changes_nothing() -> None:
+    layer = nn.Linear(8, 8)
+    optimizer = Muon(
+        [{"params": [layer.weight]}, {"params": [layer.bias], "use_fallback": True}], lr=0.01
+    )
+    layer(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    weights, state = (
+        copy.deepcopy(layer.state_dict()),
+        copy.deepcopy(optimizer.state_dict()["state"]),
+    )
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    torch.testing.assert_close(layer.state_dict(), weights, rtol=0, atol=0)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert not torch.equal(layer.weight, weights["weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "zero", "expected"), [("adamw", 0, None), ("muon", 0, Muon), ("muon", 2, None)]
+)
+def test_zero_takes_adamw(
+    name: str, zero: int, expected: type | None, capsys: pytest.CaptureFixture
+) -> None:
+    config = OptimizationConfig(
+        max_steps=1,
+        global_batch_size=1,
+        micro_batch_size=1,
+        learning_rate=1e-3,
+        optimizer=name,
+        zero=zero,
+    )
+    optimizer, scheduler = build_optimizers(config, tiny_llm(tied=True))
+    assert scheduler is None
+    assert optimizer is None if expected is None else isinstance(optimizer, expected)
+    assert ("adamw instead of muon" in capsys.readouterr().out) == (name == "muon" and zero > 0)

@@ -1,0 +1,199 @@
+import importlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from vqrae.common.config import parse_yaml, shipped_config
+from vqrae.common.files import read_json
+from vqrae.quickstart import pipeline as quickstart
+
+
+def test_every_step_is_an_entry_point_and_lands_below_the_output(tmp_path: Path) -> None:
+    phases = quickstart.pipeline(tmp_path, quickstart.plan(12), "emoji")
+    steps = [step for branches in phases for branch in branches for step in branch]
+    assert len({step.name for step in steps}) == len(steps)
+    for step in steps:
+        assert callable(importlib.import_module(f"vqrae.{step.module}").main)
+        assert any(str(tmp_path) in argument for argument in step.arguments)
+
+
+@pytest.mark.parametrize(
+    ("training", "package", "config", "key"),
+    [
+        ("encoder", "tokenizer", "tiny_encoder", "optimization"),
+        ("tokenizer.stage1", "tokenizer", "tiny", "stage1"),
+        ("tokenizer.stage2", "tokenizer", "tiny", "stage2"),
+        ("llm", "understanding", "tiny_llm", "optimization"),
+        ("understanding.pretrain", "understanding", "tiny", "pretrain"),
+        ("understanding.sft", "understanding", "tiny", "sft"),
+        ("generation", "generation", "tiny", "training.optimization"),
+    ],
+)
+def test_bare_scripts_train_as_long_as_the_default(
+    training: str, package: str, config: str, key: str
+) -> None:
+    values = parse_yaml(shipped_config(f"vqrae.{package}", config).read_text())
+    for part in key.split("."):
+        values = values[part]
+    assert values["max_steps"] == quickstart.TRAINING_STEPS[training]
+
+
+def test_minutes_scale_every_training_step_up_to_its_most() -> None:
+    default, longer, longest = (quickstart.plan(minutes) for minutes in (12, 18, 90))
+    assert default == quickstart.TRAINING_STEPS
+    assert all(
+        longer[name] == round(steps * 1.5) for name, steps in default.items() if name != "llm"
+    )
+    assert longest["generation"] == 7.5 * default["generation"]
+    assert longest["encoder"] == 3 * default["encoder"]
+    assert longest["llm"] == longer["llm"] == default["llm"]
+    assert min(quickstart.plan(0.001).values()) >= 4
+
+
+def test_a_plan_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+    broken = {"llm"}
+
+    def pretend(
+        step: quickstart.Step, clock: quickstart.Clock, num_threads: int | None = None
+    ) -> None:
+        ran.append(step.name)
+        clock.record(step.name, 1.0, done=step.name not in broken)
+        if step.name in broken:
+            raise SystemExit(1)
+
+    monkeypatch.setattr(quickstart, "run", pretend)
+    with pytest.raises(SystemExit):
+        quickstart.main(["--output", str(tmp_path)])
+    assert ran[:3] == ["encoder", "tokenizer", "eval_reconstruction"]
+    assert sorted(ran[3:]) == [
+        "codes",
+        "eval_generation",
+        "generation",
+        "llm",
+    ]  # the other branch came to its end
+    ran.clear()
+    broken.clear()
+    quickstart.main(["--output", str(tmp_path)])
+    assert ran == [
+        "llm",
+        "understanding",
+        "eval_understanding",
+        "report",
+    ]  # what was done is not done again
+    with pytest.raises(SystemExit):
+        quickstart.main(["--output", str(tmp_path), "--minutes", "90"])
+    assert "was begun with other options" in capsys.readouterr().err
+
+
+def test_branches_run_side_by_side_with_half_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meeting, threads = threading.Barrier(2, timeout=30), []
+
+    def meet(step: quickstart.Step, clock: quickstart.Clock, num_threads: int | None) -> None:
+        meeting.wait()  # passes only when both branches are here
+        threads.append(num_threads)
+
+    monkeypatch.setattr(quickstart, "run", meet)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    branches = [[quickstart.Step(name, "module", [], 1)] for name in ("llm", "codes")]
+    quickstart.run_phase(branches, quickstart.Clock(tmp_path))
+    assert threads == [2, 2]
+
+
+@pytest.mark.skipif(
+    not quickstart.ends_with_us(), reason="this system cannot tie a process to another"
+)
+def test_a_killed_quickstart_takes_its_steps_along(tmp_path: Path) -> None:
+    command = [*quickstart.ends_with_us(), sys.executable, "-c", "import time; time.sleep(60)"]
+    start = f"import subprocess, time; print(subprocess.Popen({command}).pid, flush=True); time.sleep(60)"
+    killed = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    step = Path("/proc") / killed.stdout.readline().strip() / "cmdline"
+    while not step.read_bytes().startswith(
+        sys.executable.encode()
+    ):  # nothing yet, or setpriv: not tied
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    for _ in range(100):
+        if not step.exists() or not step.read_bytes():  # gone, or waiting to be collected
+            break
+        time.sleep(0.1)
+    assert not step.exists() or not step.read_bytes()
+
+
+def test_a_step_that_outlives_its_quickstart_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with quickstart.sole_user(tmp_path):
+        orphan = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(1)"], close_fds=False
+        )
+    with quickstart.sole_user(tmp_path):
+        assert orphan.poll() is not None or orphan.wait(timeout=1) == 0
+    assert "waiting for the processes of another run" in capsys.readouterr().out
+
+
+def test_what_ends_the_quickstart_ends_its_steps(tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    step.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/$3\nexec sleep 60\n")
+    step.chmod(0o755)
+    program = (
+        "import pathlib, sys\nfrom vqrae.common.errors import exit_code\nfrom vqrae.scripts import quickstart as q\n"
+        "sys.executable, folder = sys.argv[1:]\n"
+        "branches = [[q.Step(name, 'x', [name], 1), q.Step(name, 'x', ['again'], 1)] for name in 'ab']\n"
+        "sys.exit(exit_code(lambda: q.run_phase(branches, q.Clock(pathlib.Path(folder))), 'quickstart'))"
+    )
+    command = [sys.executable, "-c", program, str(step), str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    begun = [tmp_path / "a", tmp_path / "b"]
+    while not all(path.exists() and path.read_text().endswith("\n") for path in begun):
+        time.sleep(0.05)
+    process.terminate()
+    assert "quickstart: terminated" in process.communicate(timeout=30)[1]
+    assert process.returncode == 143
+    assert not any((Path("/proc") / path.read_text().strip()).exists() for path in begun)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("minutes", ["nan", "inf", "-1", "0", "many"])
+def test_minutes_are_a_positive_number(
+    minutes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        quickstart.main(["--output", str(tmp_path / "out"), "--minutes", minutes])
+    assert stopped.value.code == 2
+    assert "--minutes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_step_is_named_and_its_time_kept(tmp_path: Path) -> None:
+    step = quickstart.Step(
+        "encoder", "quickstart.pretrain_encoder", ["tiny_encoder", "no_such_key=1"], 1
+    )
+    clock = quickstart.Clock(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        quickstart.run(step, clock)
+    assert stopped.value.code == 2
+    state = read_json(tmp_path / "encoder.json")
+    assert state["seconds"] > 0
+    assert not state["done"]
+
+
+def test_help_answers_at_once() -> None:
+    command = [sys.executable, "-m", "vqrae.quickstart.pipeline", "--help"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ.copy(), timeout=60
+    )
+    assert result.returncode == 0
+    assert "--minutes" in result.stdout
