@@ -21,7 +21,8 @@ from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter
 from vqrae.data.sources import open_pairs
 from vqrae.generation.encoding import encode_images
 from vqrae.generation.extract_codes import CaptionedImages, write_shards
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 
 ENCODER = {
     "model_type": "siglip_vision_model",

@@ -22,7 +22,8 @@ from vqrae.data.conversations import modality_length
 from vqrae.data.grouping import GroupedSampler
 from vqrae.data.scenes import SceneDataset
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.build import build_llava
 from vqrae.understanding.conversation import ConversationCollator
 from vqrae.understanding.packing import PackingCollator

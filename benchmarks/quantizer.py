@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vqrae.benchmarks.harness import Row, compare, peak_memory
-from vqrae.tokenizer.quantizers import SimVQ, nearest_codes
-from vqrae.tokenizer.quantizers.search import Precision
+from vqrae.tokenizer.quantizers.search import Precision, nearest_codes
+from vqrae.tokenizer.quantizers.simvq import SimVQ
 
 NUM_FEATURES, CODEBOOK_SIZE, CODEBOOK_DIM = 4096, 16384, 1536
 

@@ -24,7 +24,7 @@ from vqrae.common.trainer import run_trainer, training_arguments
 from vqrae.generation.config import TrainingConfig
 from vqrae.generation.trainer import build_model, build_text_tokenizer, build_trainer, fit_prompts
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
-from vqrae.tokenizer import VQRAEConfig
+from vqrae.tokenizer.configuration import VQRAEConfig
 
 PUBLISHED_CODEBOOK, PUBLISHED_CODES = (
     16_384,

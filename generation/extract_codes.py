@@ -28,7 +28,7 @@ from vqrae.data.sources import open_pairs
 from vqrae.data.stream import Draw
 from vqrae.generation.config import ExtractionConfig, read_config
 from vqrae.generation.encoding import encode_images, load_encoder
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 _REPORT_SECONDS = 5.0
 

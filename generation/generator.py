@@ -20,7 +20,7 @@ from vqrae.generation.modeling import (
 )
 from vqrae.generation.prepacking import prepacked_linears
 from vqrae.generation.sampling import SamplingConfig, sample_codes
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 Progress = Callable[[int, int], None]
 """Called with (codes done, codes in all)."""

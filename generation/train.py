@@ -35,7 +35,7 @@ from vqrae.generation.encoding import encode_images, load_encoder
 from vqrae.generation.modeling import portable_path, start_from_codebook
 from vqrae.generation.trainer import build_model, build_text_tokenizer, build_trainer, fit_prompts
 from vqrae.generation.vocabulary import VisualVocabulary
-from vqrae.tokenizer import VQRAEConfig
+from vqrae.tokenizer.configuration import VQRAEConfig
 
 
 def _require_tokenizer(run: Path, fingerprint: str) -> None:

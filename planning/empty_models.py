@@ -17,9 +17,10 @@ from vqrae.common.config import ConfigError, did_you_mean, load_config
 from vqrae.common.memory import PLANNING_ATTENTION
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.quickstart.train_llm import TinyLLMConfig
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.build import llava_config
 from vqrae.understanding.train import TrainConfig
 

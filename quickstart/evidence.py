@@ -27,7 +27,7 @@ from vqrae.data.scenes.language import FAMILIES
 from vqrae.eval.geneval import list_samples
 from vqrae.eval.geneval.scenes import holds_held_out
 from vqrae.eval.understanding.scene_questions import is_correct
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 STEPS = (
     "encoder",

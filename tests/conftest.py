@@ -14,7 +14,8 @@ import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 
 torch.set_num_threads(1)
 

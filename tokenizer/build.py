@@ -4,7 +4,8 @@ from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.encoders import load_encoder
 from vqrae.tokenizer.modeling import VQRAEModel
-from vqrae.tokenizer.quantizers import CodebookQuantizer, quantizer_class
+from vqrae.tokenizer.quantizers.base import CodebookQuantizer
+from vqrae.tokenizer.quantizers.registry import quantizer_class
 
 
 def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:

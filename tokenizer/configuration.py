@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 FEATURE_TAPS = ("hidden_states[-1]", "last_hidden_state")
 OUTPUT_BASES = ("pixels", "dct")
@@ -19,7 +19,7 @@ class VQRAEConfig(PreTrainedConfig):
             select layer -1 reads; for SigLIP it lies before `post_layernorm`, `last_hidden_state` behind it.
         feature_norm: what precedes the quantizer's projection: nothing (the paper says nothing), `layernorm` without
             affine (RAE), or `standardize` by channel statistics measured once on data (tames outlier channels).
-        quantizer: a name of `vqrae.tokenizer.quantizers.QUANTIZERS`: simvq, vq, ema_vq, l2_vq, ibq or fsq.
+        quantizer: a name of `vqrae.tokenizer.quantizers.registry.QUANTIZERS`: simvq, vq, ema_vq, l2_vq, ibq or fsq.
         quantizer_options: further arguments of that quantizer's class.
         codebook_size: K (paper: 16384).
         codebook_dim: E (paper: 1536).
@@ -98,3 +98,6 @@ class VQRAEConfig(PreTrainedConfig):
     def feature_dim(self) -> int:
         """D, the width of the continuous features."""
         return self.build_encoder_config().hidden_size
+
+
+AutoConfig.register("vqrae", VQRAEConfig)

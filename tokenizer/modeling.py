@@ -23,7 +23,8 @@ from vqrae.common.distributed import FullPrecisionLinear
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.decoder import DCTBasis, ViTDecoder
 from vqrae.tokenizer.encoders import encoder_features
-from vqrae.tokenizer.quantizers import CodebookQuantizer, Quantizer, build_quantizer
+from vqrae.tokenizer.quantizers.base import CodebookQuantizer, Quantizer
+from vqrae.tokenizer.quantizers.registry import build_quantizer
 from vqrae.tokenizer.quantizers.search import exact_products
 
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
-from vqrae.tokenizer.quantizers import draw_by_error
+from vqrae.tokenizer.quantizers.base import draw_by_error
 from vqrae.tokenizer.usage import CodeUsage
 
 

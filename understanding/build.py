@@ -31,7 +31,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from vqrae.common.checkpoints import load_model, local_model, resolve_model
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
 from vqrae.common.images import image_to_tensor
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.conversation import IMAGE_TOKEN, load_template
 
 FINGERPRINT_KEY = "vqrae_tokenizer_fingerprint"

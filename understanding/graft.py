@@ -21,7 +21,8 @@ from transformers import AutoImageProcessor, InternVLConfig, InternVLVisionConfi
 from vqrae.common.checkpoints import local_model
 from vqrae.common.files import atomic_path, weights_fingerprint, write_json
 from vqrae.common.run import run_manifest
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.build import FINGERPRINT_KEY
 
 TOWER = "vision_tower."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vqrae.common.checkpoints import local_model
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.build import require_tokenizer
 
 FEATURES_KEY = "vqrae_features"

@@ -28,7 +28,7 @@ from vqrae.data.scenes.scene import COLOR_VALUES
 from vqrae.eval.geneval.scenes import SceneBenchmark
 from vqrae.eval.manifest import model_fingerprint, score_manifest
 from vqrae.eval.sharding import gather_strided, processes, progress_of_main, stride
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 PROMPTS, IMAGES = (
     25,

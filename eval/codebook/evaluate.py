@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vqrae.common.files import write_json, write_text
 from vqrae.common.images import save_image, tensor_to_uint8
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 BLOCK = 4096  # rows compared at once with the whole table
 BINS = 50  # of the histogram of margins

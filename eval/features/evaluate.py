@@ -38,7 +38,7 @@ from vqrae.eval.sharding import (
     sum_over_processes,
 )
 from vqrae.eval.tables import markdown_table
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 KINDS = ("continuous", "quantized")
 

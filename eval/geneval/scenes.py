@@ -47,7 +47,7 @@ from vqrae.eval.manifest import model_fingerprint, score_manifest, tokenizer_fin
 from vqrae.eval.sharding import gather_strided, processes, progress_of_main, stride
 from vqrae.generation.generator import Generator
 from vqrae.generation.sampling import SamplingConfig
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 COMPOSING = (
     "colors",

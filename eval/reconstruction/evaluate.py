@@ -49,7 +49,7 @@ from vqrae.eval.reconstruction.networks import (
 from vqrae.eval.reconstruction.protocols import Protocol, get_protocol
 from vqrae.eval.sharding import processes, progress_of_main
 from vqrae.eval.tables import markdown_table
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 EXAMPLES = 16
 SCENES = 1000  # how many, when nobody says

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.files import sha256
 from vqrae.eval.manifest import model_fingerprint
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 # File name in torch's cache, where it comes from. Names end in the first digits of the file's SHA-256.
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"

@@ -73,7 +73,7 @@ def import_codes(arguments: argparse.Namespace) -> None:
     from vqrae.common.checkpoints import local_model
     from vqrae.common.files import text_lines, weights_fingerprint
     from vqrae.data.code_import import import_codes, open_foreign
-    from vqrae.tokenizer import VQRAEConfig
+    from vqrae.tokenizer.configuration import VQRAEConfig
 
     names = [name for _, name in text_lines(arguments.classes)] if arguments.classes else []
     tokenizer = local_model(arguments.tokenizer)

@@ -18,7 +18,7 @@ from vqrae.scripts.commands.shared import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vqrae.tokenizer import VQRAEModel
+    from vqrae.tokenizer.modeling import VQRAEModel
 
 
 def register(commands: Any) -> None:
@@ -65,7 +65,7 @@ def _load_tokenizer(arguments: argparse.Namespace) -> tuple["VQRAEModel", str]:
     """The tokenizer and its fingerprint."""
     from vqrae.common.checkpoints import local_model, require_kind
     from vqrae.common.files import weights_fingerprint
-    from vqrae.tokenizer import VQRAEModel
+    from vqrae.tokenizer.modeling import VQRAEModel
 
     quiet()
     folder = local_model(arguments.model)

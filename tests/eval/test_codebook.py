@@ -21,7 +21,7 @@ from vqrae.eval.codebook.evaluate import (
 )
 from vqrae.eval.codebook.page import ranges
 from vqrae.scripts.cli import main
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 
 def test_nearest_others_are_those_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:

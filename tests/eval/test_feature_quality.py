@@ -11,8 +11,8 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import weights_fingerprint
 from vqrae.eval.features import compare as feature_quality
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
-from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_training
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.build import build_llava
 from vqrae.understanding.chat import Chat
 from vqrae.understanding.quantized import read_quantized_features

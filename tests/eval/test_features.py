@@ -18,7 +18,7 @@ from vqrae.eval.features.labelled import (
     shape_of,
 )
 from vqrae.eval.features.probes import Samples, knn_accuracy, linear_accuracy, majority_share
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 
 def clusters(count: int, seed: int, noise: float = 0.1) -> Samples:

@@ -26,7 +26,7 @@ from vqrae.eval.geneval.scenes import (
     scene_scores,
 )
 from vqrae.generation.sampling import SamplingConfig
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 NAMES = load_sprites("shapes").names
 SAMPLING = SamplingConfig(guidance_scale=1.0)

@@ -12,7 +12,7 @@ from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
 from vqrae.eval.reconstruction.metrics import FrechetMetric
 from vqrae.eval.reconstruction.networks import OriginalEncoder
 from vqrae.eval.reconstruction.protocols import PROTOCOLS
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 
 class Labelled(SceneDataset):

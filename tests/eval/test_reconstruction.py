@@ -24,7 +24,7 @@ from vqrae.eval.reconstruction.images import ImageBatches
 from vqrae.eval.reconstruction.metrics import ReconstructionMetrics
 from vqrae.eval.reconstruction.networks import EfficientNetLite0
 from vqrae.eval.reconstruction.protocols import get_protocol
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 CODES = torch.zeros(1, 4, dtype=torch.int64)
 

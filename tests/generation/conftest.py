@@ -9,7 +9,8 @@ from transformers import Qwen3ForCausalLM
 from vqrae.generation import extract_codes
 from vqrae.generation.modeling import build_generator
 from vqrae.generation.vocabulary import VisualVocabulary
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 
 LLM_CONFIG = {
     "hidden_size": 32,

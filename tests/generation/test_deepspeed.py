@@ -11,8 +11,9 @@ import torch
 
 from vqrae.common.run import read_metrics
 from vqrae.data.code_shards import CodeDataset
-from vqrae.generation import Generator, train
+from vqrae.generation import train
 from vqrae.generation.data import GenerationCollator, TrainingStream
+from vqrae.generation.generator import Generator
 from vqrae.generation.modeling import VisualHead
 from vqrae.generation.trainer import visual_loss
 

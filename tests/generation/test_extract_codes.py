@@ -11,7 +11,7 @@ from vqrae.data.code_shards import CodeDataset
 from vqrae.data.scenes import SceneDataset
 from vqrae.generation import extract_codes
 from vqrae.generation.extract_codes import CaptionedImages
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 
 def arguments(tokenizer: Path, output: Path, *more: str) -> list[str]:

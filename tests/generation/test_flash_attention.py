@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vqrae.generation import Generator, extract_codes, train
+from vqrae.generation import extract_codes, train
+from vqrae.generation.generator import Generator
 
 
 def test_a_run_on_images_and_its_samples(

@@ -6,8 +6,8 @@ import pytest
 from fake_gpu import NoWaiting, fake_gpu
 from transformers import Qwen3ForCausalLM
 
-from vqrae.generation import SamplingConfig, train
-from vqrae.generation.sampling import sample_codes
+from vqrae.generation import train
+from vqrae.generation.sampling import SamplingConfig, sample_codes
 from vqrae.generation.trainer import GeneratorTrainer
 from vqrae.generation.vocabulary import VisualVocabulary
 

@@ -16,11 +16,13 @@ from vqrae.common.run import read_metrics
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.generation import Generator, SamplingConfig, train
+from vqrae.generation import train
 from vqrae.generation.config import GenerationConfig
 from vqrae.generation.data import GenerationCollator, TrainingStream
+from vqrae.generation.generator import Generator
 from vqrae.generation.modeling import VisualHead, build_generator, find_tokenizer
 from vqrae.generation.prepacking import PrepackedLinear, can_prepack
+from vqrae.generation.sampling import SamplingConfig
 from vqrae.generation.trainer import visual_loss
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
 

@@ -20,7 +20,7 @@ from vqrae.eval.understanding.scene_questions import evaluate_questions
 from vqrae.quickstart.evidence import CURVES, STEPS, Evidence, figure_rows, report_values
 from vqrae.quickstart.figures import curve_svg
 from vqrae.quickstart.report import ReportConfig, main, write_report
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 
 FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 

@@ -10,10 +10,11 @@ from torch import nn
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import is_main_process, sum_over_processes, world_size
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
 from vqrae.tokenizer.config import TokenizerTrainConfig
+from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.discriminator import PatchDiscriminator
 from vqrae.tokenizer.engine import build_accelerators, build_optimizer, prepare
+from vqrae.tokenizer.modeling import VQRAEModel
 
 config = load_config(
     TokenizerTrainConfig, shipped_config("vqrae.tokenizer", "tiny"), ["stage2.max_grad_norm=0"]

@@ -18,10 +18,10 @@ from transformers import (
     SiglipModel,
 )
 
-from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import ModelConfig
 from vqrae.tokenizer.encoders import encoder_features, load_encoder
+from vqrae.tokenizer.modeling import VQRAEModel
 
 SIZES = {
     "hidden_size": 32,

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqrae.common.config import ConfigError, load_config, shipped_config
 from vqrae.common.run import RunDirectory
-from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
@@ -25,6 +24,7 @@ from vqrae.tokenizer.ema import WeightAverage
 from vqrae.tokenizer.engine import compile_blocks
 from vqrae.tokenizer.guard import SkippedSteps, clip_gradients
 from vqrae.tokenizer.meters import LossWindow
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.stage import StageTrainer
 
 ENCODER = (

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 from vqrae.common.images import image_to_tensor, resize_and_crop, tensor_to_image
-from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer.decoder import DCTBasis
-from vqrae.tokenizer.quantizers import QUANTIZERS
+from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.quantizers.registry import QUANTIZERS
 
 
 def images_for(model: VQRAEModel, count: int = 3) -> torch.Tensor:

@@ -19,11 +19,12 @@ from transformers import AutoModel, ViTConfig
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.run import RunDirectory
-from vqrae.tokenizer import VQRAEModel, discriminator, perceptual
+from vqrae.tokenizer import discriminator, perceptual
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.engine import allow_tf32
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.stage import StageTrainer
 
 FULL_SIZE = bool(os.environ.get("VQRAE_FULL_SIZE"))

@@ -11,8 +11,8 @@ from torchvision.models import convnext_small, vgg16
 from torchvision.transforms.v2.functional import normalize
 
 from vqrae.common.config import ConfigError, build_config
-from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer.config import StageConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.perceptual import LPIPS, build_perceptual
 
 STAGE = {

@@ -5,20 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from vqrae.common import distributed
-from vqrae.tokenizer.quantizers import (
-    FSQ,
-    IBQ,
-    QUANTIZERS,
-    CodebookQuantizer,
-    Quantizer,
-    SimVQ,
-    build_quantizer,
-    draw_by_error,
-    ibq,
-    kmeans,
-    nearest_codes,
-    search,
-)
+from vqrae.tokenizer.quantizers import ibq, search
+from vqrae.tokenizer.quantizers.base import CodebookQuantizer, Quantizer, draw_by_error, kmeans
+from vqrae.tokenizer.quantizers.fsq import FSQ
+from vqrae.tokenizer.quantizers.ibq import IBQ
+from vqrae.tokenizer.quantizers.registry import QUANTIZERS, build_quantizer
+from vqrae.tokenizer.quantizers.search import nearest_codes
+from vqrae.tokenizer.quantizers.simvq import SimVQ
 
 WITH_CODEBOOK = [name for name in QUANTIZERS if name != "fsq"]
 TAKEN = torch.tensor(True)

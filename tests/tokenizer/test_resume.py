@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vqrae.common.distributed import require_same_partition
-from vqrae.tokenizer import VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.stage import StageTrainer
 
 TRAININGS = runpy.run_path(str(Path(__file__).with_name("test_train.py")))

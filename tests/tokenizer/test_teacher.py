@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.configuration import FEATURE_TAPS
 from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.losses import distillation_loss
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.stage import StageTrainer
 from vqrae.tokenizer.teacher import original_encoder
 

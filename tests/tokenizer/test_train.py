@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from vqrae.common.config import ConfigError
-from vqrae.tokenizer import VQRAEModel
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import ModelConfig
-from vqrae.tokenizer.quantizers import QUANTIZERS
+from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.quantizers.registry import QUANTIZERS
 from vqrae.tokenizer.stage import StageTrainer
 
 ENCODER = (

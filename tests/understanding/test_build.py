@@ -16,7 +16,8 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.images import image_to_tensor
 from vqrae.data.scenes import SceneDataset
-from vqrae.tokenizer import VQRAEConfig, VQRAEModel
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.build import (
     add_rows,
     build_llava,

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.scenes import SceneDataset
 from vqrae.data.tolerant import TooManyBrokenSamples
-from vqrae.tokenizer import VQRAEConfig
+from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.understanding.build import (
     build_llava,
     build_processor,

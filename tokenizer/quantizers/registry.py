@@ -1,0 +1,56 @@
+"""Quantizers by name. A new one is a file in this folder and a line in the table."""
+
+import inspect
+from typing import Any
+
+from vqrae.common.config import did_you_mean
+from vqrae.tokenizer.quantizers.base import Quantizer
+from vqrae.tokenizer.quantizers.ema_vq import EMAVQ
+from vqrae.tokenizer.quantizers.fsq import FSQ
+from vqrae.tokenizer.quantizers.ibq import IBQ
+from vqrae.tokenizer.quantizers.l2_vq import L2VQ
+from vqrae.tokenizer.quantizers.simvq import SimVQ
+from vqrae.tokenizer.quantizers.vq import VQ
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "simvq": SimVQ,
+    "vq": VQ,
+    "ema_vq": EMAVQ,
+    "l2_vq": L2VQ,
+    "ibq": IBQ,
+    "fsq": FSQ,
+}
+
+
+def quantizer_class(name: str) -> type[Quantizer]:
+    """The class of that name.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones.
+    """
+    if name not in QUANTIZERS:
+        raise ValueError(f"unknown quantizer {name!r}. {did_you_mean(name, QUANTIZERS)}")
+    return QUANTIZERS[name]
+
+
+def build_quantizer(name: str, codebook_size: int, codebook_dim: int, **options: Any) -> Quantizer:
+    """The quantizer of that name, with the options of its class.
+
+    Raises:
+        ValueError: for an unknown name or option, listing the known ones, and for a missing option.
+    """
+    quantizer = quantizer_class(name)
+    known = {
+        key: parameter
+        for key, parameter in inspect.signature(quantizer).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for key in options:
+        if key not in known:
+            raise ValueError(
+                f"quantizer_options.{key}: unknown option of {name}. {did_you_mean(key, known)}"
+            )
+    for key, parameter in known.items():
+        if parameter.default is inspect.Parameter.empty and key not in options:
+            raise ValueError(f"quantizer_options.{key} is required by {name}")
+    return quantizer(codebook_size, codebook_dim, **options)
