@@ -301,7 +301,7 @@ class CodeDataset(Dataset):
         modified_ns = shard_files(self.folder, shard).index.stat().st_mtime_ns
         return _open_shard(self.folder, shard, self.manifest, modified_ns), row
 
-    def captions(self, index: int) -> list[str]:
+    def texts(self, index: int) -> list[str]:
         """All captions of an image."""
         shard, row = self._locate(index)
         return shard.captions(row)

@@ -221,7 +221,8 @@ class Conversations(TolerantDataset):
 
     def texts(self, index: int) -> list[str]:
         """What is said in a record, without its images."""
-        return [turn["value"] for turn in self.records[index]["conversations"]]
+        turns = self.records[index]["conversations"]
+        return [turn["value"].replace(IMAGE_TAG, "") for turn in turns]
 
     def read(self, draw: Draw) -> dict[str, Any]:
         record = dict(self.records[draw])
@@ -264,13 +265,9 @@ class ConversationTable(TolerantDataset):
 
     def texts(self, index: int) -> list[str]:
         """What is said in a row, without its images; nothing when `read` will refuse it."""
+        stored = self.table.select_columns(["conversations"])[index]["conversations"]
         try:
-            return [
-                turn["value"]
-                for turn in _turns(
-                    self.table.select_columns(["conversations"])[index]["conversations"]
-                )
-            ]
+            return [turn["value"].replace(IMAGE_TAG, "") for turn in _turns(stored)]
         except (ValueError, TypeError, KeyError):
             return []
 

@@ -61,6 +61,14 @@ class EncodedImages(TolerantDataset):
     def encoded(self, draw: Draw) -> Encoded:
         """The stored bytes of a sample and its caption, if it has one; ValueError when they cannot be had."""
 
+    def texts(self, index: int) -> list[str]:
+        """The caption of a sample, if it can be read."""
+        try:
+            caption = self.encoded(Draw(index, 0)).caption
+        except ValueError:  # a broken sample, which training skips
+            return []
+        return [caption] if caption else []
+
     def image(self, sample: Encoded, draw: Draw) -> Image.Image:
         """Decode a sample as upright RGB; `Unwanted` when a filter leaves it out."""
         if self.min_edge or self.max_aspect:

@@ -16,7 +16,6 @@ whole.
 `docs/data.md` has an example of each.
 """
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +23,10 @@ from typing import Any, Literal
 import numpy as np
 
 from vqrae.common.config import did_you_mean
-from vqrae.data.code_shards import CodeDataset, codes_fingerprint, is_code_set
+from vqrae.data.code_shards import CodeDataset, codes_fingerprint, is_code_set, read_manifest
 from vqrae.data.conversations import Conversations, ConversationTable, has_record_lines
 from vqrae.data.emoji import EmojiDataset, artwork_folder
-from vqrae.data.encoded import Crop, EncodedImages
+from vqrae.data.encoded import Crop
 from vqrae.data.huggingface import (
     PREFIX,
     HuggingFaceDataset,
@@ -39,8 +38,8 @@ from vqrae.data.image_folder import ImageFolder, folder_fingerprint
 from vqrae.data.mixture import Mixture, parse_mixture
 from vqrae.data.pairs import CaptionedImages
 from vqrae.data.scenes import SPRITE_SETS, SceneDataset
+from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.staging import is_remote
-from vqrae.data.stream import Draw
 from vqrae.data.tars import TarDataset, is_tar, tars_fingerprint
 from vqrae.data.tolerant import FileSplit, TolerantDataset, checksum
 
@@ -191,27 +190,35 @@ def is_encoded(samples: Samples) -> bool:
     return isinstance(samples, CodeDataset)
 
 
-def some_captions(samples: Samples, limit: int = 20_000) -> list[str]:
-    """Captions of up to `limit` samples of each part, evenly spread or the first to train on, without decoding an image."""
+def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
+    """What is written in a data set, read without decoding an image: captions, or questions and answers.
+
+    Args:
+        limit: ask that many samples of each part of a mixture, evenly spread. Scenes give sentences with all of their words.
+    """
     if isinstance(samples, Mixture):
-        return [text for part in samples.parts for text in some_captions(part, limit)]
-    captions: list[str | None] = []
-    chosen = np.unique(
-        np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
-    ).tolist()
-    if own_order := getattr(
-        samples, "training_index", None
-    ):  # of far tars, only those that come first
-        chosen = [own_order(place, 0) for place in range(len(chosen))]
-    for index in chosen:
-        if isinstance(samples, CodeDataset):
-            captions += samples.captions(index)
-        elif isinstance(samples, SceneDataset):
-            captions.append(samples.caption(index))
-        elif isinstance(samples, EncodedImages):
-            with contextlib.suppress(ValueError):  # a broken sample, which training steps over
-                captions.append(samples.encoded(Draw(index, 0)).caption)
-    return [text for text in captions if text]
+        return [text for part in samples.parts for text in texts_of(part, limit)]
+    if isinstance(samples, SceneDataset):
+        return vocabulary_texts(samples.sprites.names)
+    spread = np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
+    indices = np.unique(spread).tolist()
+    if own_order := getattr(samples, "training_index", None):
+        # Only the remote tars that training reads first.
+        indices = [own_order(place, 0) for place in range(len(indices))]
+    return [text for index in indices for text in samples.texts(index)]
+
+
+def vocabulary(source: str) -> list[str]:
+    """Sentences with every word of the scenes in a source, whatever their sprites; none for other data, see `texts_of`."""
+    if parts := parse_mixture(source):
+        return [text for name, _ in parts for text in vocabulary(name)]
+    if source.partition(":")[0] == "scenes":
+        return [
+            text for sprites in SPRITE_SETS.values() for text in vocabulary_texts(sprites.names)
+        ]
+    if is_code_set(source):  # its source reads like `scenes (train, seed 0)`
+        return vocabulary(read_manifest(source).source.rpartition(" (")[0])
+    return []
 
 
 CAPTIONED: dict[str, Callable[..., Any]] = {

@@ -82,6 +82,10 @@ class TolerantDataset(Dataset, ABC):
     def read(self, draw: Draw) -> dict[str, Any]:
         """The sample of an index in an epoch; ValueError when it is broken."""
 
+    def texts(self, index: int) -> list[str]:
+        """What is written in a sample, read without decoding its image."""
+        return []
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of {self.source} with {len(self)} samples")

@@ -27,7 +27,7 @@ from vqrae.common.trainer import (
     training_arguments,
 )
 from vqrae.data.sources import fingerprint as data_fingerprint
-from vqrae.data.sources import is_encoded, open_pairs_or_codes, some_captions
+from vqrae.data.sources import is_encoded, open_pairs_or_codes, texts_of
 from vqrae.generation.config import TrainingConfig, read_config
 from vqrae.generation.data import TrainingStream
 from vqrae.generation.dry_run import dry_run
@@ -73,7 +73,7 @@ def train(config: TrainingConfig) -> Path:
         codebook_size=visual.codebook_size,
         num_codes=visual.grid_size**2,
     )
-    text_tokenizer = build_text_tokenizer(config.model, lambda: some_captions(samples))
+    text_tokenizer = build_text_tokenizer(config.model, lambda: texts_of(samples))
     encode_prompt = fit_prompts(config.model, text_tokenizer, vocabulary)
 
     # The tokenizer comes before the arguments and these before the model: under ZeRO-3 they decide how it is built.

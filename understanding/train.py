@@ -57,6 +57,7 @@ from vqrae.data.sources import (
     holds_conversations,
     open_conversations,
     open_pairs,
+    texts_of,
 )
 from vqrae.data.word_tokenizer import is_word_tokenizer
 from vqrae.understanding.build import (
@@ -72,7 +73,7 @@ from vqrae.understanding.lora import LoraSettings, add_lora, merge_lora
 from vqrae.understanding.packing import PackingCollator
 from vqrae.understanding.projector import PROJECTOR_FILE, extract_projector, load_projector
 from vqrae.understanding.quantized import QUANTIZED, read_quantized_features
-from vqrae.understanding.words import add_word_rows, describe_unknown, learn_words, texts_of
+from vqrae.understanding.words import add_word_rows, describe_unknown, learn_words
 
 Stage = Literal["pretrain", "sft"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft")

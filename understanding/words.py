@@ -7,35 +7,17 @@ data of their own gives them the words of these data, as new rows.
 from collections import Counter
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vqrae.common.distributed import gathered
-from vqrae.data.conversations import IMAGE_TAG, Conversations, ConversationTable, scan_conversations
-from vqrae.data.mixture import Mixture
-from vqrae.data.scenes import SceneDataset
-from vqrae.data.scenes.language import vocabulary_texts
-from vqrae.data.sources import Samples, holds_conversations, some_captions, source_kind
+from vqrae.data.conversations import IMAGE_TAG, ConversationTable, scan_conversations
+from vqrae.data.sources import holds_conversations, source_kind, texts_of
 from vqrae.data.word_tokenizer import grow_word_tokenizer, is_word_tokenizer, unknown_words
 from vqrae.understanding.build import add_rows
 
 NEW_WORDS = 8192
 """Words that a small vocabulary grows by at most: the most frequent ones."""
-
-
-def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
-    """What is read and answered in up to `limit` samples, evenly spread over each part, without decoding an image."""
-    if isinstance(samples, Mixture):
-        return [text for part in samples.parts for text in texts_of(part, limit)]
-    if isinstance(samples, SceneDataset):
-        return vocabulary_texts(samples.sprites.names)
-    if not isinstance(samples, Conversations | ConversationTable):
-        return some_captions(samples, limit)
-    chosen = np.unique(
-        np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
-    ).tolist()
-    return [text.replace(IMAGE_TAG, "") for index in chosen for text in samples.texts(index)]
 
 
 def texts_in(source: str) -> list[str]:

@@ -39,57 +39,6 @@ def register(commands: Any) -> None:
     )
     add_config(command)
 
-    command = add_command(
-        commands,
-        "import-codes",
-        import_codes,
-        "codes that other programs have written, as code shards",
-    )
-    command.description = import_codes.__doc__
-    command.add_argument(
-        "source",
-        help="FILE.jsonl, or a folder of KEY.npy with KEY.txt (see vqrae.data.code_import)",
-    )
-    command.add_argument(
-        "--tokenizer",
-        required=True,
-        help="the tokenizer that made the codes: run directory, folder or hub id",
-    )
-    command.add_argument("--out", required=True, help="folder of the shards")
-    command.add_argument(
-        "--classes",
-        metavar="FILE",
-        help="names of the classes, one a line, where images carry a number",
-    )
-    command.add_argument(
-        "--labels",
-        metavar="FOLDER",
-        help="KEY.npy with the number of the class, beside a folder of codes",
-    )
-
-
-def import_codes(arguments: argparse.Namespace) -> None:
-    """Turn codes in JSON lines or .npy files into code shards that train_ar_gen.sh reads."""
-    from vqrae.common.checkpoints import local_model
-    from vqrae.common.files import text_lines, weights_fingerprint
-    from vqrae.data.code_import import import_codes, open_foreign
-    from vqrae.tokenizer.configuration import VQRAEConfig
-
-    names = [name for _, name in text_lines(arguments.classes)] if arguments.classes else []
-    tokenizer = local_model(arguments.tokenizer)
-    config = VQRAEConfig.from_pretrained(tokenizer)
-    written = import_codes(
-        open_foreign(arguments.source, labels=arguments.labels, class_names=names),
-        arguments.out,
-        source=f"{arguments.source} (imported)",
-        tokenizer_fingerprint=weights_fingerprint(tokenizer),
-        codebook_size=config.codebook_size,
-        grid_size=config.grid_size,
-    )
-    print(
-        f"{arguments.out}: {written.manifest.num_images} images x {written.manifest.num_codes} codes"
-    )
-
 
 def check_data(arguments: argparse.Namespace) -> int:
     """Read a source before training on it: sizes, broken and missing images, captions, duplicates. Exit code 1: problems.

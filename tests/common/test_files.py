@@ -21,7 +21,6 @@ from vqrae.common.files import (
     write_text,
 )
 from vqrae.common.run import read_metrics
-from vqrae.data.code_import import open_foreign
 from vqrae.data.pairs import scan_jsonl
 from vqrae.understanding.answers import read_questions
 
@@ -41,10 +40,6 @@ def test_readers_of_json_lines_take_separators_and_byte_order_marks(tmp_path: Pa
         (
             {"image": "0.jpg", "caption": SEPARATORS},
             lambda: [caption for _, caption in scan_jsonl(path)[0]],
-        ),
-        (
-            {"codes": [1], "caption": SEPARATORS},
-            lambda: [entry.caption for entry in open_foreign(path)],
         ),
     ):
         path.write_bytes(

@@ -37,7 +37,7 @@ def test_round_trip(tmp_path: Path) -> None:
     for i in range(7):
         assert dataset[i]["codes"].dtype == torch.int64
         assert dataset[i]["codes"].tolist() == CODES[i].tolist()
-        assert dataset.captions(i) == CAPTIONS[i]
+        assert dataset.texts(i) == CAPTIONS[i]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *(f"index-{i:05d}.npy" for i in range(3)),
         "manifest.json",

@@ -32,8 +32,7 @@ def test_codes_are_those_of_the_tokenizer(tokenizer_path: Path, codes_path: Path
         expected = VQRAEModel.from_pretrained(tokenizer_path).eval().encode(images.float() / 255)
     assert torch.equal(torch.stack([codes[i]["codes"] for i in range(20)]), expected)
     assert all(
-        len(codes.captions(i)) == 3 and codes.captions(i)[0].startswith("a photo of")
-        for i in range(20)
+        len(codes.texts(i)) == 3 and codes.texts(i)[0].startswith("a photo of") for i in range(20)
     )
 
 

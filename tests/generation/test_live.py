@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.run import read_metrics
 from vqrae.data.code_shards import CodeDataset
+from vqrae.data.scenes import SPRITE_SETS
+from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.sources import (
     fingerprint,
     is_encoded,
     open_images,
     open_pairs,
     open_pairs_or_codes,
-    some_captions,
+    texts_of,
 )
 from vqrae.data.word_tokenizer import build_word_tokenizer, fit_word_tokenizer
 from vqrae.generation import extract_codes, train
@@ -89,7 +91,7 @@ def test_several_crops_are_entries_of_their_own(
     extract_codes.main(["tiny", f"tokenizer={tokenizer_path}", *source, f"output_dir={tmp_path}"])
     codes = CodeDataset(tmp_path)
     assert (codes.manifest.crop, codes.manifest.crops_per_image, len(codes)) == ("random", 2, 22)
-    assert [codes.captions(i) for i in range(11)] == [codes.captions(i) for i in range(11, 22)]
+    assert [codes.texts(i) for i in range(11)] == [codes.texts(i) for i in range(11, 22)]
     assert sum(torch.equal(codes[i]["codes"], codes[i + 11]["codes"]) for i in range(11)) < 6
     with pytest.raises(ValueError, match="set crop=random or zoom"):
         extract_codes.main(["tiny", "crops_per_image=2"])
@@ -99,19 +101,19 @@ def test_several_crops_are_entries_of_their_own(
         )
 
 
-def test_some_captions_of_every_kind(jsonl_codes: Path, pairs: Path) -> None:
+def test_texts_of_every_kind(jsonl_codes: Path, pairs: Path) -> None:
     options = {
         "image_size": 32,
         "tokenizer_fingerprint": CodeDataset(jsonl_codes).manifest.tokenizer_fingerprint,
     }
-    texts = sorted(CodeDataset(jsonl_codes).captions(i)[0] for i in range(11))
+    texts = sorted(CodeDataset(jsonl_codes).texts(i)[0] for i in range(11))
     for source in (jsonl_codes, pairs / "pairs.jsonl"):
-        assert sorted(some_captions(open_pairs_or_codes(str(source), **options))) == texts
+        assert sorted(texts_of(open_pairs_or_codes(str(source), **options))) == texts
     mixture = open_pairs_or_codes(
         f"{jsonl_codes}*1+{pairs / 'pairs.tar'}*1+scenes*1+emoji*1", **options
     )
-    found = some_captions(mixture, limit=5)
-    assert len(found) == 20
+    found = texts_of(mixture, limit=5)
+    assert len(found) == 15 + len(vocabulary_texts(SPRITE_SETS["shapes"].names))
     assert sum("background" in text for text in found) == 5
 
 

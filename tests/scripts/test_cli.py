@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vqrae.common.files import weights_fingerprint
-from vqrae.data.code_shards import CodeDataset
 from vqrae.data.scenes import load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.word_tokenizer import build_word_tokenizer
@@ -144,33 +143,6 @@ def test_encode_then_decode_equals_the_model(
     side_by_side = np.array(Image.open(reconstructed / "palette.png"))[4:68, -68:-4]
     decoded = np.array(Image.open(out / "palette.png")).astype(int)
     assert np.abs(side_by_side - decoded).max() <= 1
-
-
-def test_codes_of_another_program_become_a_code_set(tokenizer_folder: Path, tmp_path: Path) -> None:
-    config = json.loads((tokenizer_folder / "config.json").read_text())
-    codes = np.random.default_rng(0).integers(0, config["codebook_size"], (3, 64)).tolist()
-    lines = [json.dumps({"tokens": row, "class_id": i}) for i, row in enumerate(codes)]
-    (tmp_path / "tokens.jsonl").write_text("\n".join(lines))
-    (tmp_path / "names.txt").write_text("a tench\na goldfish\na shark\n")
-    arguments = ["--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "codes")]
-    assert (
-        main(
-            [
-                "import-codes",
-                str(tmp_path / "tokens.jsonl"),
-                "--classes",
-                str(tmp_path / "names.txt"),
-                *arguments,
-            ]
-        )
-        == 0
-    )
-    dataset = CodeDataset(
-        tmp_path / "codes", tokenizer_fingerprint=weights_fingerprint(tokenizer_folder)
-    )
-    assert [dataset[i]["codes"].tolist() for i in range(3)] == codes
-    assert dataset.captions(1) == ["a goldfish"]
-    assert main(["check-data", str(tmp_path / "codes")]) == 0
 
 
 def test_decode_refuses_other_codes(

@@ -8,12 +8,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vqrae.data.conversations import Conversations
+from vqrae.data.sources import texts_of
 from vqrae.data.word_tokenizer import build_word_tokenizer, grow_word_tokenizer, unknown_words
 from vqrae.scripts.cli import main
 from vqrae.understanding import train
 from vqrae.understanding.build import add_rows
 from vqrae.understanding.chat import Chat
-from vqrae.understanding.words import add_word_rows, describe_unknown, learn_words, texts_of
+from vqrae.understanding.words import add_word_rows, describe_unknown, learn_words
 
 
 @pytest.fixture
