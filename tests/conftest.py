@@ -14,6 +14,7 @@ import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vqrae.tokenizer.codebook import initialize_codebook, standardize_features
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
@@ -63,8 +64,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_tokenizer(feature_norm="standardize")
     scenes = SceneDataset("train", 16)
     images = torch.stack([scenes[i]["image"] for i in range(16)]).float() / 255
-    model.standardize_features(images)
-    model.initialize_codebook(images)
+    standardize_features(model, images)
+    initialize_codebook(model, images)
     model.save_pretrained(folder)
     return folder
 

@@ -25,7 +25,6 @@ from vqrae.tokenizer.decoder import DCTBasis, ViTDecoder
 from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.quantizers.base import CodebookQuantizer, Quantizer
 from vqrae.tokenizer.quantizers.registry import build_quantizer
-from vqrae.tokenizer.quantizers.search import exact_products
 
 
 @dataclass
@@ -179,7 +178,7 @@ class VQRAEModel(PreTrainedModel):
             )
         with torch.autocast(codes.device.type, enabled=False):
             hidden = self.out_proj(self.quantizer.lookup(codes))
-        return self._paint(hidden).clamp(0, 1)
+        return self.decode_pixels(hidden).clamp(0, 1)
 
     def forward(self, images: Tensor, *, bypass: bool = False) -> VQRAEOutput:
         """Reconstruct images (B, 3, H, W) in [0, 1].
@@ -194,7 +193,7 @@ class VQRAEModel(PreTrainedModel):
             hidden = self.out_proj(
                 self.quantizer.to_code_space(projected) if bypass else output.quantized
             )
-        reconstruction = self._paint(hidden)
+        reconstruction = self.decode_pixels(hidden)
         if not self.training:
             reconstruction = reconstruction.clamp(0, 1)
         return VQRAEOutput(reconstruction, features, output.codes, output.losses)
@@ -229,107 +228,12 @@ class VQRAEModel(PreTrainedModel):
                 features = (features - self.feature_mean) / self.feature_std
             return self.in_proj(features)
 
-    def _paint(self, hidden: Tensor) -> Tensor:
+    def decode_pixels(self, hidden: Tensor) -> Tensor:
         """Decoder input (B, N, D) -> images; the decoder speaks the encoder's normalised pixels."""
         return (
             self.decoder(hidden.to(self.decoder.head.weight.dtype)).float() * self.image_std
             + self.image_mean
         )
-
-    @torch.no_grad()
-    def standardize_features(self, images: Tensor, batch_size: int = 64) -> None:
-        """Measure the channel statistics of the features of images (M, 3, H, W) in [0, 1].
-
-        The projection into the codebook space becomes an isometry, so that distances between features survive it.
-        """
-        features = torch.cat(
-            [self.encode_features(batch).float() for batch in images.split(batch_size)]
-        ).flatten(0, 1)
-        self.feature_mean.copy_(features.mean(0))
-        self.feature_std.copy_(features.std(0).clamp(min=1e-6))
-        nn.init.orthogonal_(self.in_proj.weight)
-        self.in_proj.bias.zero_()
-
-    @torch.no_grad()
-    def initialize_codebook(self, images: Tensor, batch_size: int = 64) -> None:
-        """Start the codebook from the projected features of images (M, 3, H, W); they must give at least K.
-
-        Raises:
-            ValueError: where the quantizer has no codebook to start, or the images are too few.
-        """
-        if not isinstance(self.quantizer, CodebookQuantizer):
-            raise ValueError(
-                f"quantizer {self.config.quantizer} has no codebook that could start from features"
-            )
-        self.require_images_for_codebook(len(images))
-        batches = [
-            self.project(self.encode_features(batch)).flatten(0, 1)
-            for batch in images.split(batch_size)
-        ]
-        with torch.autocast(images.device.type, enabled=False):
-            self.quantizer.initialize_from(torch.cat(batches))
-
-    def require_images_for_codebook(self, count: int) -> None:
-        """Refuse to start K codes from `count` images whose tokens are fewer.
-
-        Raises:
-            ValueError: saying how many are needed, and which settings need none.
-        """
-        codes, tokens = self.config.codebook_size, self.config.grid_size**2
-        if count * tokens < codes:
-            raise ValueError(
-                f"got {count} images of {tokens} tokens to start {codes} codes from, expected at least {-(-codes // tokens)} "
-                "images: give more, or set a smaller model.codebook_size, or model.codebook_init=random and bypass_steps=0"
-            )
-
-    def measure_in_pixels(
-        self, images: Tensor, *, num_probes: int = 4, batch_size: int = 16
-    ) -> None:
-        """Change the basis of the code space so that distances in it are, to first order, distances of decoded images.
-
-        What the decoder does not look at then has no say in which code is nearest. As an autoencoder without quantization
-        the model stays the same function: the projections on both sides change together. The metric is the mean of J'J over
-        tokens, J the derivative of the image by a projected feature, from products of J' with random images.
-
-        Args:
-            images: (M, 3, H, W) in [0, 1].
-        """
-        generator = torch.Generator(images.device).manual_seed(0)
-        full_precision = torch.autocast(
-            images.device.type, enabled=False
-        )  # encoder and decoder follow the caller
-        metric = scatter = torch.zeros(
-            self.config.codebook_dim, self.config.codebook_dim, device=images.device
-        )
-        for batch in images.split(batch_size):
-            projected = self.project(self.encode_features(batch)).detach().requires_grad_()
-            with full_precision:
-                hidden = self.out_proj(projected)
-            image = self._paint(hidden)
-            for _ in range(num_probes):
-                probe = torch.randn(image.shape, generator=generator, device=image.device)
-                (gradient,) = torch.autograd.grad(image, projected, probe, retain_graph=True)
-                with full_precision:
-                    metric = metric + torch.einsum("bne,bnf->ef", gradient, gradient)
-            centred = projected.detach() - projected.detach().mean((0, 1))
-            with full_precision:
-                scatter = scatter + torch.einsum("bne,bnf->ef", centred, centred)
-        with (
-            torch.no_grad(),
-            full_precision,
-            exact_products(),
-        ):  # both sides of the code space must cancel
-            self._change_basis(metric, scatter)
-
-    def _change_basis(self, metric: Tensor, scatter: Tensor) -> None:
-        """Turn the code space (E, E) so that its distances are those of `metric`; features keep their total variance."""
-        values, axes = torch.linalg.eigh(metric)
-        values = values.clamp(min=1e-6 * values[-1])
-        values = values * (scatter.trace() / (metric @ scatter).trace())
-        root, inverse = ((axes * scale) @ axes.T for scale in (values.sqrt(), values.rsqrt()))
-        self.in_proj.weight.copy_(root @ self.in_proj.weight)
-        self.in_proj.bias.copy_(root @ self.in_proj.bias)
-        self.out_proj.weight.copy_(self.out_proj.weight @ inverse)
 
     def with_plain_codebook(self) -> "VQRAEModel":
         """An equal model with `quantizer=vq`: the same codes and images, from a table that needs nothing of its training.

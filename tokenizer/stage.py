@@ -22,6 +22,15 @@ from vqrae.common.memory import count_parameters
 from vqrae.common.run import RunDirectory, format_duration, mark_trained
 from vqrae.common.schedule import warmup_cosine
 from vqrae.common.stopping import StopRequest
+from vqrae.tokenizer.codebook import (
+    CodeUsage,
+    initialize_codebook,
+    measure_in_pixels,
+    reinitialize_unused_codes,
+    require_images_for_codebook,
+    sample_size,
+    standardize_features,
+)
 from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.data import StageImages, resize
 from vqrae.tokenizer.discriminator import frozen
@@ -48,10 +57,8 @@ from vqrae.tokenizer.losses import (
 )
 from vqrae.tokenizer.meters import LossWindow
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
-from vqrae.tokenizer.revival import revive_dead_codes
 from vqrae.tokenizer.teacher import keep_original
 from vqrae.tokenizer.train_state import TrainState, require_resumable
-from vqrae.tokenizer.usage import CodeUsage
 
 
 class StageTrainer:
@@ -101,8 +108,8 @@ class StageTrainer:
         self.previews = self.images.previews()
         from_data = number == 1 and self.checkpoint is None
         if stage.bypass_steps or (from_data and config.model.codebook_init == "features"):
-            model.require_images_for_codebook(
-                len(self.images.dataset)
+            require_images_for_codebook(
+                model.config, len(self.images.dataset)
             )  # here, not behind the bypass
         if from_data:
             self._start_from_data()
@@ -138,9 +145,9 @@ class StageTrainer:
         """Statistics of the features, and the codebook, before the first step."""
         with self.autocast():
             if self.model.config.feature_norm == "standardize":
-                self.model.standardize_features(self.sample_images())
+                standardize_features(self.model, self.sample_images())
             if self.config.model.codebook_init == "features":
-                self.model.initialize_codebook(self.sample_images())
+                initialize_codebook(self.model, self.sample_images())
         share_from_main(self.model)
 
     def _build_optimizers(self) -> None:
@@ -239,8 +246,8 @@ class StageTrainer:
             images = self.sample_images()
             with self.autocast():
                 if self.stage.codebook_metric == "pixels":
-                    self.model.measure_in_pixels(images[:256])
-                self.model.initialize_codebook(images)
+                    measure_in_pixels(self.model, images[:256])
+                initialize_codebook(self.model, images)
             share_from_main(self.model)
             refresh_master_weights(self.optimizer)
         for _ in range(self.accumulation):
@@ -259,7 +266,7 @@ class StageTrainer:
         if self.ema is not None and step >= self.stage.bypass_steps:
             self.ema.update(self.model)
         if self.stage.is_revival(done) and self.skipped.in_a_row == 0:
-            revived = revive_dead_codes(
+            revived = reinitialize_unused_codes(
                 self.model, output, self.revival_usage, self.engine, seed=done
             )
             self.losses.update({"revived_codes": torch.tensor(revived, device=self.device)})
@@ -371,9 +378,7 @@ class StageTrainer:
 
     def sample_images(self) -> Tensor:
         """Images from all over the data, enough for 32 features per code: what statistics and codebook start from."""
-        config = self.model.config
-        count = max(256, -(-32 * config.codebook_size // config.grid_size**2))
-        return resize(self.images.some(count), self.image_size)
+        return resize(self.images.some(sample_size(self.model.config)), self.image_size)
 
     def skipped_in_a_row(self) -> int:
         """Steps that one of the two networks last left out in a row. The host waits for the device."""
@@ -411,7 +416,7 @@ class StageTrainer:
         }
         values |= {name: total.item() for name, total in skipped.items() if total}
         self.losses.reset()
-        self.usage.reset()
+        self.usage.clear()
         self.run.log(done, values)
         if is_main_process():
             numbers = "  ".join(

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from vqrae.common.distributed import is_main_process, require_same_partition, world_size
 from vqrae.common.files import read_json, write_json
+from vqrae.tokenizer.codebook import CodeUsage
 from vqrae.tokenizer.meters import LossWindow
-from vqrae.tokenizer.usage import CodeUsage
 
 _STATE = "state.json"
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from vqrae.tokenizer.codebook import CodeUsage
 from vqrae.tokenizer.discriminator import BlurDownsample, PatchDiscriminator
 from vqrae.tokenizer.losses import LeCam, discriminator_hinge_loss, generator_hinge_loss
-from vqrae.tokenizer.usage import CodeUsage
 
 
 def test_hinge_signs() -> None:
@@ -83,6 +83,6 @@ def test_usage_counts_only_what_it_saw() -> None:
     assert usage.perplexity == pytest.approx(1)
     usage.update(torch.arange(8))
     assert usage.usage == 1
-    usage.reset()
+    usage.clear()
     usage.update(torch.arange(8))
     assert usage.perplexity == pytest.approx(8)

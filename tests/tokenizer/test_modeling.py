@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 from vqrae.common.images import image_to_tensor, resize_and_crop, tensor_to_image
+from vqrae.tokenizer.codebook import initialize_codebook, measure_in_pixels, standardize_features
 from vqrae.tokenizer.decoder import DCTBasis
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.quantizers.registry import QUANTIZERS
@@ -46,7 +47,7 @@ def test_every_quantizer_keeps_the_contract(
     model = make_tokenizer(**options_of(quantizer))
     images = images_for(model)
     if quantizer != "fsq":
-        model.initialize_codebook(images)
+        initialize_codebook(model, images)
     output = model(images)
     assert output.codes.unique().numel() > 1
     assert torch.equal(model.encode(images), output.codes)
@@ -67,8 +68,8 @@ def test_plain_codebook_gives_the_same_codes_and_images(
 ) -> None:
     model = make_tokenizer(**options_of(quantizer), feature_norm="standardize")
     images = images_for(model)
-    model.standardize_features(images)
-    model.initialize_codebook(images)
+    standardize_features(model, images)
+    initialize_codebook(model, images)
     plain = model.with_plain_codebook()
     plain.save_pretrained(tmp_path)
     plain = VQRAEModel.from_pretrained(
@@ -175,7 +176,7 @@ def test_images_outside_of_their_range_are_refused(name: str, tokenizer: VQRAEMo
 
 @torch.no_grad()
 def test_a_half_precision_model_keeps_its_codes(tokenizer: VQRAEModel, tmp_path: Path) -> None:
-    tokenizer.initialize_codebook(images_for(tokenizer, 8))
+    initialize_codebook(tokenizer, images_for(tokenizer, 8))
     tokenizer.save_pretrained(tmp_path)
     attention = tokenizer.config._attn_implementation
     half = VQRAEModel.from_pretrained(
@@ -231,7 +232,7 @@ def test_wrong_inputs_are_named(tokenizer: VQRAEModel) -> None:
         ValueError,
         match=rf"at least {needed} images.*model\.codebook_size.*model\.codebook_init=random",
     ):
-        tokenizer.initialize_codebook(images_for(tokenizer))
+        initialize_codebook(tokenizer, images_for(tokenizer))
 
 
 def test_gradient_reaches_an_unfrozen_encoder_and_stops_at_a_frozen_one(
@@ -309,7 +310,7 @@ def test_code_space_measured_in_pixels(tokenizer: VQRAEModel) -> None:
         tokenizer.out_proj.weight[:, :half] /= 10
         before = tokenizer(images, bypass=True).reconstruction
         spread = tokenizer.project(tokenizer.encode_features(images)).var((0, 1)).sum()
-    tokenizer.measure_in_pixels(images, num_probes=64)
+    measure_in_pixels(tokenizer, images, num_probes=64)
     with torch.no_grad():
         features = tokenizer.project(tokenizer.encode_features(images))
         torch.testing.assert_close(
@@ -323,7 +324,7 @@ def test_code_space_measured_in_pixels(tokenizer: VQRAEModel) -> None:
         shifted[:, 0] += 1e-2 * features.std() * direction
         with torch.no_grad():
             first, second = (
-                tokenizer._paint(tokenizer.out_proj(part)) for part in (features, shifted)
+                tokenizer.decode_pixels(tokenizer.out_proj(part)) for part in (features, shifted)
             )
         return float((first - second).norm())
 

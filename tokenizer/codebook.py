@@ -1,0 +1,179 @@
+"""What a training does to the codebook besides gradients: where it starts, how much of it is used, what becomes of the
+rest.
+
+Shapes: B batch, H W pixels, N visual tokens, D feature width, E codebook width, K codebook size, M images of a sample.
+"""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
+from vqrae.tokenizer.quantizers.base import CodebookQuantizer, draw_by_error
+from vqrae.tokenizer.quantizers.search import exact_products
+
+# ---------------------------------------------------------------------------------------------- start
+
+
+def sample_size(config: VQRAEConfig) -> int:
+    """Images that the functions below should see: 32 features per code, and at least 256 images."""
+    return max(256, -(-32 * config.codebook_size // config.grid_size**2))
+
+
+def require_images_for_codebook(config: VQRAEConfig, count: int) -> None:
+    """Refuse to start K codes from `count` images that have fewer tokens.
+
+    Raises:
+        ValueError: with the number of images needed, and the settings that need none.
+    """
+    codes, tokens = config.codebook_size, config.grid_size**2
+    if count * tokens < codes:
+        raise ValueError(
+            f"got {count} images of {tokens} tokens to start {codes} codes from, expected at least "
+            f"{-(-codes // tokens)} images: give more, or set a smaller model.codebook_size, or "
+            "model.codebook_init=random and bypass_steps=0"
+        )
+
+
+@torch.no_grad()
+def standardize_features(model: VQRAEModel, images: Tensor, batch_size: int = 64) -> None:
+    """Measure the channel statistics of the features of images (M, 3, H, W) in [0, 1]."""
+    batches = [model.encode_features(batch).float() for batch in images.split(batch_size)]
+    features = torch.cat(batches).flatten(0, 1)
+    model.feature_mean.copy_(features.mean(0))
+    model.feature_std.copy_(features.std(0).clamp(min=1e-6))
+    # An isometry into the code space keeps the distances between features.
+    nn.init.orthogonal_(model.in_proj.weight)
+    model.in_proj.bias.zero_()
+
+
+@torch.no_grad()
+def initialize_codebook(model: VQRAEModel, images: Tensor, batch_size: int = 64) -> None:
+    """Start the codebook from the k-means centres of the projected features of images (M, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: when the quantizer has no codebook, or the images have fewer than K tokens.
+    """
+    quantizer = model.quantizer
+    if not isinstance(quantizer, CodebookQuantizer):
+        raise ValueError(
+            f"quantizer {model.config.quantizer} has no codebook that could start from features"
+        )
+    require_images_for_codebook(model.config, len(images))
+    batches = [model.project(model.encode_features(batch)) for batch in images.split(batch_size)]
+    with torch.autocast(images.device.type, enabled=False):
+        quantizer.initialize_from(torch.cat(batches).flatten(0, 1))
+
+
+def measure_in_pixels(
+    model: VQRAEModel, images: Tensor, *, num_probes: int = 4, batch_size: int = 16
+) -> None:
+    """Change the basis of the code space so that its distances are, to first order, those of the decoded images.
+
+    The nearest code then differs least in what the decoder looks at. Without quantization the model stays the same
+    function, because the projections on both sides change together. The metric is the mean of J'J over tokens, where J is
+    the derivative of the image by a projected feature; it is estimated from products of J' with random images.
+
+    Args:
+        images: (M, 3, H, W) in [0, 1].
+    """
+    device, width = images.device, model.config.codebook_dim
+    generator = torch.Generator(device).manual_seed(0)
+    # Encoder and decoder follow the caller's autocast; the metric and both projections are fp32.
+    full_precision = torch.autocast(device.type, enabled=False)
+    metric_EE = torch.zeros(width, width, device=device)
+    scatter_EE = torch.zeros(width, width, device=device)
+    for batch in images.split(batch_size):
+        projected_BNE = model.project(model.encode_features(batch)).detach().requires_grad_()
+        with full_precision:
+            hidden = model.out_proj(projected_BNE)
+        decoded = model.decode_pixels(hidden)
+        for _ in range(num_probes):
+            probe = torch.randn(decoded.shape, generator=generator, device=device)
+            (gradient,) = torch.autograd.grad(decoded, projected_BNE, probe, retain_graph=True)
+            with full_precision:
+                metric_EE = metric_EE + torch.einsum("bne,bnf->ef", gradient, gradient)
+        centred = projected_BNE.detach() - projected_BNE.detach().mean((0, 1))
+        with full_precision:
+            scatter_EE = scatter_EE + torch.einsum("bne,bnf->ef", centred, centred)
+    # TF32 in one of the two products would no longer cancel the other.
+    with torch.no_grad(), full_precision, exact_products():
+        values, axes = torch.linalg.eigh(metric_EE)
+        values = values.clamp(min=1e-6 * values[-1])
+        values = values * (scatter_EE.trace() / (metric_EE @ scatter_EE).trace())  # keep variance
+        root = (axes * values.sqrt()) @ axes.T
+        inverse = (axes * values.rsqrt()) @ axes.T
+        model.in_proj.weight.copy_(root @ model.in_proj.weight)
+        model.in_proj.bias.copy_(root @ model.in_proj.bias)
+        model.out_proj.weight.copy_(model.out_proj.weight @ inverse)
+
+
+# ---------------------------------------------------------------------------------------------- use
+
+
+class CodeUsage:
+    """Counts of the K codes since the last `clear`."""
+
+    def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+
+    def update(self, codes: Tensor) -> None:
+        """Count codes of any shape; no host synchronisation."""
+        flat = codes.flatten()
+        self.counts.index_add_(0, flat, torch.ones_like(flat))
+
+    def gather(self, engine: Accelerator) -> None:
+        """Replace the counts on every process by their sum over all processes."""
+        self.counts = engine.reduce(self.counts)
+
+    def clear(self) -> None:
+        """Start a new window."""
+        self.counts.zero_()
+
+    @property
+    def usage(self) -> float:
+        """Share of the codes that occurred."""
+        return (self.counts > 0).float().mean().item()
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the entropy of the codes: as many codes in equal use would have it."""
+        share = self.counts.double() / self.counts.sum().clamp(min=1)
+        return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"counts": self.counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.counts.copy_(state["counts"])
+
+
+@torch.no_grad()
+def reinitialize_unused_codes(
+    model: VQRAEModel, output: VQRAEOutput, usage: CodeUsage, engine: Accelerator, *, seed: int
+) -> int:
+    """Move every code that `usage` did not see onto a feature with a large quantization error; equal on all processes.
+
+    Args:
+        output: of the newest batch, whose features are candidates.
+        usage: since the last call, summed over all processes here; it is cleared.
+
+    Returns:
+        The number of codes moved. Counting them makes the host wait for the device.
+    """
+    quantizer = model.quantizer
+    assert isinstance(quantizer, CodebookQuantizer), "checked before training (check_quantizer)"
+    usage.gather(engine)
+    unused = (usage.counts == 0).nonzero().flatten()
+    usage.clear()
+    if len(unused) > 0:
+        features = model.project(output.features).flatten(0, 1)
+        quantized = quantizer.lookup(output.codes).flatten(0, 1)
+        errors = (quantizer.to_code_space(features) - quantized).square().sum(-1)
+        generator = torch.Generator(errors.device).manual_seed(seed)
+        chosen = draw_by_error(errors, len(unused), generator)
+        # Each process drew from its own images: all take those of the main process.
+        quantizer.revive(unused, broadcast(features[chosen]))
+    return len(unused)
