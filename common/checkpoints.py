@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
 
+from vqrae.common.files import read_json, weights_fingerprint
+
 OUTPUTS = "runs"
 """Where trainings write by default: `runs/x` is a folder, also while there is none."""
 
@@ -50,6 +52,18 @@ def local_model(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(resolved))
+
+
+def model_fingerprint(name: str | Path) -> str:
+    """Identity of a model: the fingerprint of the weights in its folder; a hub id is its own."""
+    folder = resolve_model(name)
+    return weights_fingerprint(folder) if Path(folder).is_dir() else str(name)
+
+
+def recorded_tokenizer(model: str | Path) -> str | None:
+    """Fingerprint of the tokenizer that a generator or LLaVA folder records; None if unknown."""
+    config = Path(resolve_model(model)) / "config.json"
+    return read_json(config).get("vqrae_tokenizer_fingerprint") if config.is_file() else None
 
 
 def require_kind(name: str | Path, kinds: Collection[str], expected: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""An evaluation on several processes: each scores a share, and the results are put together at the end."""
+"""Evaluations on several processes: each scores a share, and all get the results of all."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,13 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from vqrae.common.cli import progress_line
 from vqrae.common.distributed import choose_device, is_main_process, world_size
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # a resumed run may find all that is left in one process's share
+_NOTHING = object()
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def processes(device: str) -> Iterator[str]:
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=PATIENCE, device_id=own)
     try:
         yield device
-        dist.barrier()  # who leaves early takes the connections of the others along
+        dist.barrier()  # a process that leaves early takes the others' connections with it
     finally:
         dist.destroy_process_group()
 
@@ -53,7 +54,8 @@ def run_module(module: ModuleType, arguments: list[str], nproc: int) -> None:
     """
     if world_size() > 1:
         raise ValueError(
-            f"got a launch of {world_size()} processes, expected one that starts others: give nproc= as a key"
+            f"got a launch of {world_size()} processes, expected one that starts others: "
+            "give nproc= as a key"
         )
     if nproc == 1:
         module.main(arguments)
@@ -62,13 +64,43 @@ def run_module(module: ModuleType, arguments: list[str], nproc: int) -> None:
     subprocess.run([sys.executable, *launcher, "-m", module.__name__, *arguments], check=True)
 
 
-def progress_of_main(label: str) -> Callable[[int, int], None] | None:
-    """A progress line of the main process, which stands for all."""
-    return progress_line(label) if is_main_process() else None
+def progress_of_main(label: str) -> Callable[[int, int], None]:
+    """A progress line of the main process; the others, which are about as far, print nothing."""
+    return progress_line(label) if is_main_process() else lambda done, total: None
+
+
+def stride(items: Sequence[T]) -> Sequence[T]:
+    """This process's share of the items: every n-th, none where there are more processes."""
+    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
+
+
+def batch_indices(total: int, batch_size: int) -> Sequence[range]:
+    """This process's batches of the indices 0 … total - 1.
+
+    Whole batches are shared out, so that rounding does not depend on the number of processes.
+    """
+    starts = range(0, total, batch_size)
+    return stride([range(start, min(start + batch_size, total)) for start in starts])
+
+
+def gather(items: list[T]) -> list[T]:
+    """The items of all processes on every one of them.
+
+    With one item for each that `stride` gave out, they come in the order of the whole.
+    """
+    if not dist.is_initialized():
+        return items
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    rounds = itertools.zip_longest(*parts, fillvalue=_NOTHING)
+    return [item for item in itertools.chain.from_iterable(rounds) if item is not _NOTHING]
+
+
+gather_strided = gather
 
 
 def share(total: int) -> range:
-    """Indices of this process's images: consecutive, all of them together 0 … total - 1, sizes differ by one at most.
+    """Indices of this process's images: consecutive, sizes differ by one at most.
 
     Raises:
         ValueError: on every process, when there are more of them than images.
@@ -76,37 +108,7 @@ def share(total: int) -> range:
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if total < size:
         raise ValueError(
-            f"got {total} images for {size} processes, expected at least one for each: set nproc={total}"
+            f"got {total} images for {size} processes, expected at least one for each: "
+            f"set nproc={total}"
         )
     return range(rank * total // size, (rank + 1) * total // size)
-
-
-def stride(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of the items: every n-th, also when there are fewer than processes; alone, all."""
-    return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
-
-
-def sum_over_processes(*tensors: Tensor) -> None:
-    """Replace each tensor by its sum over all processes; alone, nothing happens."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def gather(items: list[Any]) -> list[Any]:
-    """The items of all processes on every one of them, in rank order; alone, the items."""
-    return [item for part in _parts(items) for item in part]
-
-
-def gather_strided(items: list[T]) -> list[T]:
-    """One item for each of those that `stride` gave out, in their order, on every process."""
-    parts = _parts(items)
-    return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
-
-
-def _parts(items: list[T]) -> list[list[T]]:
-    if not dist.is_initialized():
-        return [items]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, items)
-    return parts

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse_arguments
 from vqrae.common.config import check_range
-from vqrae.common.distributed import is_main_process
+from vqrae.common.distributed import is_main_process, sum_over_processes
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json, write_text
 from vqrae.common.run import package_versions, quiet_libraries
@@ -30,13 +30,7 @@ from vqrae.eval.features.labelled import Pair, folder_tasks, scene_tasks
 from vqrae.eval.features.probes import Samples, knn_accuracy, linear_accuracy, majority_share
 from vqrae.eval.manifest import model_fingerprint
 from vqrae.eval.reconstruction.networks import NotMeasured, original_tokenizer
-from vqrae.eval.sharding import (
-    gather_strided,
-    processes,
-    progress_of_main,
-    stride,
-    sum_over_processes,
-)
+from vqrae.eval.sharding import gather_strided, processes, progress_of_main, stride
 from vqrae.eval.tables import markdown_table
 from vqrae.tokenizer.modeling import VQRAEModel
 
@@ -185,7 +179,7 @@ def _evaluate(config: FeaturesConfig, device: str) -> dict[str, Any]:
     except NotMeasured as error:
         not_measured["teacher_cosine"] = str(error)
     found = stages(config.model)
-    progress = progress_of_main("features") or (lambda done, total: None)
+    progress = progress_of_main("features")
     result: dict[str, Any] = {}
     for done, (name, folder) in enumerate(found.items()):
         progress(done, len(found))

@@ -13,8 +13,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from vqrae.common.distributed import sum_over_processes
 from vqrae.common.files import atomic_path
-from vqrae.eval.sharding import sum_over_processes
 
 
 class FeatureStatistics:
@@ -57,7 +57,8 @@ class FeatureStatistics:
         """Become the statistics of all processes together."""
         count = torch.tensor([self.count], dtype=torch.int64, device=self.mean.device)
         mean = self.mean * self.count
-        sum_over_processes(count, mean)
+        sum_over_processes(count)
+        sum_over_processes(mean)
         mean /= count
         offset = self.mean - mean
         self.scatter.addr_(offset, offset, alpha=self.count)
@@ -166,7 +167,8 @@ class InceptionScore:
 
     def reduce(self) -> None:
         """Become the sums of all processes together."""
-        sum_over_processes(self.sums, self.totals)
+        sum_over_processes(self.sums)
+        sum_over_processes(self.totals)
 
     def compute(self) -> float:
         """The score, from 1 to C."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from vqrae.common.distributed import sum_over_processes
 from vqrae.common.images import image_to_uint8, open_image
 from vqrae.data.image_folder import ImageFolder
 from vqrae.data.sources import Samples, open_images, source_kind
@@ -20,7 +21,7 @@ from vqrae.data.tolerant import (
 )
 from vqrae.eval.reconstruction.protocols import Protocol, resize_image
 from vqrae.eval.results.paper_tables import IMAGENET_VALIDATION
-from vqrae.eval.sharding import share, sum_over_processes
+from vqrae.eval.sharding import share
 
 SplitChoice = Literal["auto", "validation", "all"]
 USERS_KINDS = ("folder", "jsonl", "tar", "hf")

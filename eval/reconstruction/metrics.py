@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqrae.common.distributed import sum_over_processes
 from vqrae.eval.reconstruction.frechet import FeatureStatistics, InceptionScore, frechet_distance
 from vqrae.eval.reconstruction.protocols import Protocol, round_levels, ssim, to_score_size
-from vqrae.eval.sharding import sum_over_processes
 
 MIN_SQUARED_ERROR = 1e-10  # an exact copy counts 100 dB
 FEW_IMAGES = (
@@ -154,7 +154,8 @@ class ReconstructionMetrics:
 
     def reduce(self) -> None:
         """Add up over all processes."""
-        sum_over_processes(self.sums, self.histogram)
+        sum_over_processes(self.sums)
+        sum_over_processes(self.histogram)
         for metric in self.frechet:
             metric.reduce()
 
