@@ -36,7 +36,7 @@ from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json
 from vqrae.common.memory import GIB
 from vqrae.common.run import RunDirectory
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.tables import markdown_table
 from vqrae.generation.config import GenerationConfig
 from vqrae.generation.data import GenerationCollator

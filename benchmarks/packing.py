@@ -19,8 +19,8 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.conversations import modality_length
-from vqrae.data.grouping import GroupedSampler
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.stream import GroupedSampler
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel

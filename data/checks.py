@@ -7,7 +7,8 @@ extreme shapes, colour modes that are converted) are for a person to judge.
 import hashlib
 import io
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,18 +17,20 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from vqrae.common.files import printable, read_bytes
+from vqrae.common.files import decode_text, printable, raw_lines, read_bytes, write_text
 from vqrae.common.images import open_image
 from vqrae.data.code_shards import read_manifest, verify_shard
 from vqrae.data.conversations import (
     IMAGE_TAG,
     ConversationTable,
+    check_record,
     has_blank_answer,
     image_paths,
     scan_conversations,
+    stored_records,
 )
-from vqrae.data.encoded import Encoded
-from vqrae.data.pairs import CaptionedImages, scan_jsonl
+from vqrae.data.image_files import CaptionedImages, parse_pair, scan_jsonl
+from vqrae.data.samples import Encoded, missing_files
 from vqrae.data.sources import (
     fingerprint,
     holds_conversations,
@@ -37,7 +40,6 @@ from vqrae.data.sources import (
 )
 from vqrae.data.stream import Draw
 from vqrae.data.tars import TarDataset, parse_tars
-from vqrae.data.tolerant import missing_files
 
 EDGES = (64, 128, 256, 512, 1024)  # of the histogram of shorter edges
 EDGE_RANGES = [
@@ -50,7 +52,7 @@ SCENES = 100  # have no end: so many are drawn
 EXAMPLES = 1000  # names that a finding keeps
 
 
-class Remark(NamedTuple):
+class Issue(NamedTuple):
     """What is to be said about a conversation."""
 
     what: str
@@ -58,24 +60,24 @@ class Remark(NamedTuple):
     """Training would stop at it, or learn nothing from it."""
 
 
-Examine = Callable[[dict[str, Any]], Remark | None]
+Examine = Callable[[dict[str, Any]], Issue | None]
 
 
-def remarks_on(record: dict[str, Any], examine: Examine | None = None) -> list[Remark]:
+def find_issues(record: dict[str, Any], examine: Examine | None = None) -> list[Issue]:
     """What is to be said about a conversation in canonical form."""
-    remarks = []
+    issues = []
     if has_blank_answer(record):
-        remarks.append(
-            Remark("conversations with a blank answer, which teaches to say nothing", unusable=True)
+        issues.append(
+            Issue("conversations with a blank answer, which teaches to say nothing", unusable=True)
         )
     if any(
         turn["from"] == "human" and not turn["value"].replace(IMAGE_TAG, "").strip()
         for turn in record["conversations"]
     ):
-        remarks.append(Remark("conversations with a question that has no words", unusable=False))
-    if examine and (remark := examine(record)):
-        remarks.append(remark)
-    return remarks
+        issues.append(Issue("conversations with a question that has no words", unusable=False))
+    if examine and (issue := examine(record)):
+        issues.append(issue)
+    return issues
 
 
 class Inspection(NamedTuple):
@@ -89,10 +91,10 @@ class Inspection(NamedTuple):
     digest: bytes = b""
     words: int | None = None
     """Of the caption; None when it has none."""
-    remarks: Sequence[Remark] = ()
+    issues: Sequence[Issue] = ()
 
 
-class Shelf(Protocol):
+class RawSource(Protocol):
     """Where samples lie, as they are stored."""
 
     def __len__(self) -> int: ...
@@ -100,17 +102,17 @@ class Shelf(Protocol):
 
 
 class Inspector(Dataset):
-    """A shelf as a data set of inspections, so that loader workers share the decoding."""
+    """A raw_source as a data set of inspections, so that loader workers share the decoding."""
 
-    def __init__(self, shelf: Shelf) -> None:
-        self.shelf = shelf
+    def __init__(self, raw_source: RawSource) -> None:
+        self.raw_source = raw_source
 
     def __len__(self) -> int:
-        return len(self.shelf)
+        return len(self.raw_source)
 
     def __getitem__(self, index: int) -> Inspection:
         try:
-            name, data, caption = self.shelf.encoded(Draw(index, 0))
+            name, data, caption = self.raw_source.encoded(Draw(index, 0))
         except ValueError as error:
             return Inspection(f"sample {index}", error=str(error))
         words = None if caption is None else len(caption.split())
@@ -166,15 +168,15 @@ class DataReport:
         """Count something that a person should know."""
         self.notes.setdefault(what, Finding()).add(example)
 
-    def remark(self, remark: Remark, example: str) -> None:
+    def issue(self, issue: Issue, example: str) -> None:
         """Count what was said about a conversation."""
-        (self.problem if remark.unusable else self.note)(remark.what, example)
+        (self.problem if issue.unusable else self.note)(issue.what, example)
 
     def add(self, sample: Inspection) -> None:
         """Count one sample."""
         self.read += 1
-        for remark in sample.remarks:
-            self.remark(remark, sample.name)
+        for issue in sample.issues:
+            self.issue(issue, sample.name)
         if sample.words is not None:
             self.captions += 1
             self.caption_words += sample.words
@@ -237,7 +239,7 @@ def _histogram(title: str, counts: dict[str, int]) -> list[str]:
 
 
 class ImageFiles:
-    """A shelf of files."""
+    """A raw_source of files."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -250,7 +252,7 @@ class ImageFiles:
 
 
 class DrawnScenes:
-    """A shelf of rendered scenes."""
+    """A raw_source of rendered scenes."""
 
     def __init__(self, source: str) -> None:
         self.pairs = open_pairs(source, image_size=64, size=SCENES)
@@ -278,14 +280,14 @@ class ConversationRows(Dataset):
         try:
             record = self.table.read(Draw(index, 0))
         except ValueError as error:
-            return Inspection(str(error), remarks=[Remark("unusable rows", unusable=True)])
-        remarks = remarks_on(record, self.examine)
+            return Inspection(str(error), issues=[Issue("unusable rows", unusable=True)])
+        issues = find_issues(record, self.examine)
         image = record.get("image")
         if image is None:
-            return Inspection(name, remarks=remarks)
+            return Inspection(name, issues=issues)
         first = image[0] if isinstance(image, list) else image
         return Inspection(
-            name, mode=first.mode, width=first.width, height=first.height, remarks=remarks
+            name, mode=first.mode, width=first.width, height=first.height, issues=issues
         )
 
 
@@ -310,8 +312,8 @@ def _open(
         for problem in problems:
             report.problem("unusable records", problem)
         for record in records:
-            for remark in remarks_on(record, examine):
-                report.remark(remark, f"record {record['id']}")
+            for issue in find_issues(record, examine):
+                report.issue(issue, f"record {record['id']}")
         folder = Path(image_folder or Path(source).parent)
         files = {folder / image for record in records for image in image_paths(record)}
         return Inspector(ImageFiles(sorted(_existing(files, report))))
@@ -417,3 +419,90 @@ def check_source(
     if report.captions and report.uncaptioned.count:
         report.notes["images without a readable caption, left out of pairs"] = report.uncaptioned
     return report
+
+
+class Kept(NamedTuple):
+    """Entries that were written, and entries of the source."""
+
+    written: int
+    total: int
+
+
+def require_target(source: str, out: str | Path, image_folder: str | Path | None = None) -> None:
+    """Refuse what `write_clean` cannot write.
+
+    Raises:
+        ValueError: when the source is no list, or paths in `out` would lead elsewhere.
+    """
+    path, out, kind = Path(source), Path(out), source_kind(source)
+    if kind not in ("json", "jsonl") or out.suffix not in (
+        (".jsonl",) if kind == "jsonl" else (".json", ".jsonl")
+    ):
+        raise ValueError(
+            f"got {source} and {out}, expected a FILE.json or FILE.jsonl and another of its kind"
+        )
+    if image_folder is None and out.resolve().parent != path.resolve().parent:
+        raise ValueError(
+            f"{out} must be in the folder of {path}, for images are named relative to that"
+        )
+    if out.resolve() == path.resolve():
+        raise ValueError(f"{out} is the source itself: give another file")
+
+
+def write_clean(
+    source: str,
+    out: str | Path,
+    *,
+    unfit: Collection[str],
+    image_folder: str | Path | None = None,
+    examine: Examine | None = None,
+) -> Kept:
+    """Write the usable entries of FILE.json or FILE.jsonl, unchanged; a list to *.json, lines to *.jsonl.
+
+    Args:
+        unfit: images that are missing or broken, `DataReport.unfit`; entries that show one are left out.
+        image_folder: where the images of LLaVA's records lie; the file's own folder when not given.
+        examine: as for `check_source`.
+
+    Raises:
+        ValueError: see `require_target`.
+    """
+    require_target(source, out, image_folder)
+    path, unfit, is_pairs = Path(source), set(unfit), source_kind(source) == "jsonl"
+    folder = Path(image_folder or path.parent)
+
+    def is_usable(index: int, entry: Any) -> bool:
+        try:
+            names = _captioned_image(entry) if is_pairs else _record_images(index, entry, examine)
+        except ValueError:
+            return False
+        return all(str(folder / name) not in unfit and (folder / name).is_file() for name in names)
+
+    stored = (
+        [line for _, line in raw_lines(path) if line.strip()] if is_pairs else stored_records(path)
+    )
+    usable = [entry for index, entry in enumerate(stored) if is_usable(index, entry)]
+    texts = [
+        decode_text(entry, path) if isinstance(entry, bytes) else json.dumps(entry)
+        for entry in usable
+    ]
+    as_lines = Path(out).suffix == ".jsonl"
+    write_text(
+        out,
+        "".join(f"{text}\n" for text in texts) if as_lines else "[\n" + ",\n".join(texts) + "\n]\n",
+    )
+    return Kept(len(usable), len(stored))
+
+
+def _captioned_image(line: bytes) -> list[str]:
+    image, caption = parse_pair(line, "line")
+    if not caption:
+        raise ValueError("the caption is empty")
+    return [image]
+
+
+def _record_images(index: int, stored: Any, examine: Examine | None) -> list[str]:
+    record = check_record(stored, index)
+    if any(issue.unusable for issue in find_issues(record, examine)):
+        raise ValueError("training would learn nothing from it")
+    return image_paths(record)

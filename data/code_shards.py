@@ -49,7 +49,7 @@ class CodeManifest:
     """Images of one shard; the last shard may hold fewer."""
     captions_per_image: int = 1
     crop: str = "center"
-    """Which square of an image was encoded; see `vqrae.data.encoded.fit_image`."""
+    """Which square of an image was encoded; see `vqrae.data.samples.fit_image`."""
     crops_per_image: int = 1
     format_version: int = FORMAT_VERSION
 

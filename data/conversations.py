@@ -20,8 +20,8 @@ from PIL import Image
 from vqrae.common.files import parse_json, printable, raw_lines, read_json, with_retries
 from vqrae.common.images import open_image
 from vqrae.data.huggingface import open_table, parse_name, stored_bytes, without_decoding
+from vqrae.data.samples import TolerantDataset, missing_files, step_over, summary
 from vqrae.data.stream import Draw
-from vqrae.data.tolerant import TolerantDataset, missing_files, step_over, summary
 
 IMAGE_TAG = "<image>"
 _HALF_PAIR = re.compile("[\\ud800-\\udfff]")

@@ -16,9 +16,8 @@ import numpy as np
 from PIL import Image
 
 from vqrae.common.images import to_rgb
-from vqrae.data.encoded import Encoded, EncodedImages
+from vqrae.data.samples import Encoded, EncodedImages, FileSplit, name_hash, split_indices
 from vqrae.data.stream import Draw
-from vqrae.data.tolerant import FileSplit, name_hash, split_indices
 
 BACKGROUNDS = {
     "white": (255, 255, 255),

@@ -10,9 +10,8 @@ import numpy as np
 
 from vqrae.common.config import did_you_mean
 from vqrae.common.files import read_bytes, with_retries
-from vqrae.data.encoded import Encoded, EncodedImages
+from vqrae.data.samples import Encoded, EncodedImages, FileSplit, checksum, name_hash, split_indices
 from vqrae.data.stream import Draw
-from vqrae.data.tolerant import FileSplit, checksum, name_hash, split_indices
 
 PREFIX = "hf:"
 OPTIONS = ("config", "split", "image", "caption")

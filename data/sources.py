@@ -26,7 +26,6 @@ from vqrae.common.config import did_you_mean
 from vqrae.data.code_shards import CodeDataset, codes_fingerprint, is_code_set, read_manifest
 from vqrae.data.conversations import Conversations, ConversationTable, has_record_lines
 from vqrae.data.emoji import EmojiDataset, artwork_folder
-from vqrae.data.encoded import Crop
 from vqrae.data.huggingface import (
     PREFIX,
     HuggingFaceDataset,
@@ -34,14 +33,13 @@ from vqrae.data.huggingface import (
     parse_name,
     table_fingerprint,
 )
-from vqrae.data.image_folder import ImageFolder, folder_fingerprint
-from vqrae.data.mixture import Mixture, parse_mixture
-from vqrae.data.pairs import CaptionedImages
-from vqrae.data.scenes import SPRITE_SETS, SceneDataset
+from vqrae.data.image_files import CaptionedImages, ImageFolder, folder_fingerprint
+from vqrae.data.samples import Crop, FileSplit, TolerantDataset, checksum
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import vocabulary_texts
-from vqrae.data.staging import is_remote
-from vqrae.data.tars import TarDataset, is_tar, tars_fingerprint
-from vqrae.data.tolerant import FileSplit, TolerantDataset, checksum
+from vqrae.data.scenes.sprites import SPRITE_SETS
+from vqrae.data.stream import Mixture, parse_mixture
+from vqrae.data.tars import TarDataset, is_remote, is_tar, tars_fingerprint
 
 Samples = SceneDataset | TolerantDataset | CodeDataset | Mixture  # all map-style, with a length
 Kind = Literal["scenes", "emoji", "folder", "jsonl", "tar", "hf", "json", "codes", "mixture"]

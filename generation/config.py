@@ -7,7 +7,7 @@ from typing import Any, Literal
 from vqrae.common.cli import read_run
 from vqrae.common.config import check_range
 from vqrae.common.trainer import OptimizationConfig
-from vqrae.data.encoded import Crop
+from vqrae.data.samples import Crop
 from vqrae.generation.sampling import SamplingConfig
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqrae.common.trainer import IGNORE_INDEX
-from vqrae.data.mixture import shuffled
-from vqrae.data.stream import Draw
+from vqrae.data.stream import Draw, shuffled
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary, pad_left
 
 _DROPOUT_STREAM = 1  # a random stream of its own: dropping a caption never changes the order

@@ -23,7 +23,9 @@ from vqrae.common.files import weights_fingerprint
 from vqrae.common.loading import stalls_explained, worker_options
 from vqrae.common.run import format_duration
 from vqrae.data.code_shards import CodeManifest, CodeWriter
-from vqrae.data.scenes import SceneDataset, render, wording
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.language import wording
+from vqrae.data.scenes.scene import render
 from vqrae.data.sources import open_pairs
 from vqrae.data.stream import Draw
 from vqrae.generation.config import ExtractionConfig, read_config

@@ -18,8 +18,8 @@ from transformers import (
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.trainer import WholeTrainer, build_optimizers
-from vqrae.data.scenes import SPRITE_SETS
 from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.scenes.sprites import SPRITE_SETS
 from vqrae.data.word_tokenizer import fit_word_tokenizer
 from vqrae.generation.config import GeneratorModelConfig, TrainingConfig
 from vqrae.generation.data import GenerationCollator, fill_codes

@@ -22,7 +22,7 @@ from vqrae.common.files import json_lines, read_json
 from vqrae.common.images import open_image
 from vqrae.common.run import read_metrics
 from vqrae.data.code_shards import read_manifest
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import FAMILIES
 from vqrae.eval.geneval import list_samples
 from vqrae.eval.geneval.scenes import holds_held_out

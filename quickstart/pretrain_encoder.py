@@ -34,8 +34,9 @@ from vqrae.common.trainer import (
     run_trainer,
     training_arguments,
 )
-from vqrae.data.scenes import SceneDataset, load_sprites
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.scenes.sprites import load_sprites
 from vqrae.data.word_tokenizer import END, build_word_tokenizer
 
 

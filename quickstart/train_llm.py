@@ -35,8 +35,9 @@ from vqrae.common.trainer import (
     save_model,
     training_arguments,
 )
-from vqrae.data.scenes import SPRITE_SETS, SceneDataset, load_sprites
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.scenes.sprites import SPRITE_SETS, load_sprites
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.understanding.conversation import load_template
 from vqrae.understanding.train import print_parameters

@@ -58,7 +58,7 @@ def tokenizer(request: pytest.FixtureRequest) -> VQRAEModel:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved random 64-px tokenizer whose codebook was started from scenes."""
-    from vqrae.data.scenes import SceneDataset
+    from vqrae.data.scenes.dataset import SceneDataset
 
     folder = tmp_path_factory.mktemp("tokenizer") / "model"
     model = make_tokenizer(feature_norm="standardize")

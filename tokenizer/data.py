@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vqrae.common.loading import worker_options
-from vqrae.data.mixture import parse_mixture
+from vqrae.data.samples import FileSplit
 from vqrae.data.sources import open_images, source_kind
-from vqrae.data.stream import Draw, StreamSampler
-from vqrae.data.tolerant import FileSplit
+from vqrae.data.stream import Draw, StreamSampler, parse_mixture
 from vqrae.tokenizer.config import DataConfig, StageConfig
 
 

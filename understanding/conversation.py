@@ -20,8 +20,8 @@ from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
 from vqrae.common.config import did_you_mean
 from vqrae.common.trainer import IGNORE_INDEX
-from vqrae.data.checks import Remark
-from vqrae.data.tolerant import BrokenSamples
+from vqrae.data.checks import Issue
+from vqrae.data.samples import BrokenSamples
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -165,7 +165,7 @@ def examine_length(
     *,
     max_length: int = 2048,
     chat_template: str | None = None,
-) -> Remark | None:
+) -> Issue | None:
     """What `encode_conversation` would cut off a record, from its text alone: no image is opened or processed."""
     messages = to_messages(record)
 
@@ -187,7 +187,7 @@ def examine_length(
     if total <= max_length:
         return None
     if num_tokens(turns=1) >= max_length:
-        return Remark(
+        return Issue(
             f"conversations whose first answer lies beyond max_length {max_length}", unusable=True
         )
     last_image = max(
@@ -195,8 +195,8 @@ def examine_length(
         default=0,
     )
     if num_tokens(turns=last_image + 1) > max_length:
-        return Remark(f"conversations with an image beyond max_length {max_length}", unusable=True)
-    return Remark(
+        return Issue(f"conversations with an image beyond max_length {max_length}", unusable=True)
+    return Issue(
         f"conversations longer than max_length {max_length}, whose end is cut", unusable=False
     )
 

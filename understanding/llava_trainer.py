@@ -10,8 +10,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vqrae.common.trainer import WholeTrainer
-from vqrae.data.grouping import GroupedSampler, modality_lengths
-from vqrae.data.stream import OwnOrderSampler
+from vqrae.data.stream import GroupedSampler, OwnOrderSampler
 from vqrae.understanding.projector import PROJECTOR, PROJECTOR_FILE, load_projector, save_projector
 
 
@@ -47,7 +46,7 @@ class LlavaTrainer(WholeTrainer):
                 else super()._get_train_sampler(train_dataset)
             )
         return GroupedSampler(
-            modality_lengths(dataset),
+            dataset.modality_lengths(),
             micro_batch_size=self.args.train_batch_size,
             micro_batches=self.args.gradient_accumulation_steps * self.args.world_size,
             seed=self.args.seed,

@@ -135,6 +135,10 @@ class SceneDataset(Dataset):
             "conversations": turns,
         }
 
+    def modality_lengths(self) -> np.ndarray:
+        """All have an image and are about equally long, see `GroupedSampler`; int64 (scenes,)."""
+        return np.ones(self.size, dtype=np.int64)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is outside of this data set of {self.size} scenes")

@@ -23,7 +23,7 @@ from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
 from vqrae.common.run import quiet_libraries
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.scene import COLOR_VALUES
 from vqrae.eval.geneval.scenes import SceneBenchmark
 from vqrae.eval.manifest import model_fingerprint, score_manifest

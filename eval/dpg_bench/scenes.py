@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from vqrae.data.scenes import Scene, SceneDataset, load_sprites, relation
-from vqrae.data.scenes.language import NUMBER_WORDS, plural, with_article
-from vqrae.data.scenes.scene import COLOR_NAMES
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.language import NUMBER_WORDS, plural, relation, with_article
+from vqrae.data.scenes.scene import COLOR_NAMES, Scene
+from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.dpg_bench.judges import JudgeError
 from vqrae.eval.dpg_bench.questions import Item, Question
 from vqrae.eval.geneval import Detection, confident_objects, relative_position

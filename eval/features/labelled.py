@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqrae.common.images import image_to_uint8, open_image, resize_and_crop
-from vqrae.data.image_folder import list_images
-from vqrae.data.scenes import Scene, SceneDataset, SceneObject
+from vqrae.data.image_files import list_images
+from vqrae.data.samples import TolerantDataset, name_hash
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import COLUMNS, place
-from vqrae.data.tolerant import TolerantDataset, name_hash
+from vqrae.data.scenes.scene import Scene, SceneObject
 
 TEST_SHARE = 5  # every fifth image of a class, by name, when there is no folder of test images
 Pair = tuple[Dataset, Dataset]  # to fit on, to ask about

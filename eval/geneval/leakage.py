@@ -10,12 +10,11 @@ from itertools import islice
 from typing import Any
 
 from vqrae.common.files import text_lines
-from vqrae.data.encoded import EncodedImages
-from vqrae.data.mixture import parse_mixture
-from vqrae.data.pairs import scan_jsonl
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.image_files import scan_jsonl
+from vqrae.data.samples import EncodedImages
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.sources import open_pairs, source_kind
-from vqrae.data.stream import Draw
+from vqrae.data.stream import Draw, parse_mixture
 
 SCENES = 100_000  # captions of an endless source that are looked at when no number is given
 EXAMPLES = 20

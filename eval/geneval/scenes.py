@@ -22,16 +22,16 @@ from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
 from vqrae.common.images import image_to_tensor, tensor_to_image
-from vqrae.data.scenes import (
+from vqrae.data.scenes.language import benchmark_prompts, relation
+from vqrae.data.scenes.scene import (
+    COLOR_NAMES,
     Scene,
     SceneSampler,
-    SpriteSet,
-    benchmark_prompts,
-    load_sprites,
-    relation,
+    is_held_out_pair,
+    is_held_out_triple,
     render,
 )
-from vqrae.data.scenes.scene import COLOR_NAMES, is_held_out_pair, is_held_out_triple
+from vqrae.data.scenes.sprites import SpriteSet, load_sprites
 from vqrae.eval.drawing import claim_folder, draw_missing
 from vqrae.eval.geneval import (
     evaluate_image,

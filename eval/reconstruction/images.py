@@ -9,16 +9,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from vqrae.common.distributed import sum_over_processes
 from vqrae.common.images import image_to_uint8, open_image
-from vqrae.data.image_folder import ImageFolder
-from vqrae.data.sources import Samples, open_images, source_kind
-from vqrae.data.stream import Draw
-from vqrae.data.tolerant import (
+from vqrae.data.image_files import ImageFolder
+from vqrae.data.samples import (
     BROKEN_SHARE,
     BROKEN_WINDOW,
     FileSplit,
     TolerantDataset,
     TooManyBrokenSamples,
 )
+from vqrae.data.sources import Samples, open_images, source_kind
+from vqrae.data.stream import Draw
 from vqrae.eval.reconstruction.protocols import Protocol, resize_image
 from vqrae.eval.results.paper_tables import IMAGENET_VALIDATION
 from vqrae.eval.sharding import share

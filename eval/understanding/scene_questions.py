@@ -18,7 +18,9 @@ from vqrae.common.cli import parse_arguments
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
-from vqrae.data.scenes import Question, SceneDataset, load_sprites
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.language import Question
+from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.sharding import gather_strided, processes, progress_of_main, stride
 
 Answer = Callable[[Sequence[tuple[Image.Image, str]]], list[str]]

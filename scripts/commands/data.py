@@ -48,9 +48,8 @@ def check_data(arguments: argparse.Namespace) -> int:
     """
     from vqrae.common.cli import progress_line
     from vqrae.common.files import write_json
-    from vqrae.data.checks import check_source
-    from vqrae.data.cleaning import require_target, write_clean
-    from vqrae.data.mixture import parse_mixture
+    from vqrae.data.checks import check_source, require_target, write_clean
+    from vqrae.data.stream import parse_mixture
 
     if min(1 if arguments.limit is None else arguments.limit, arguments.workers + 1) < 1:
         raise ValueError(

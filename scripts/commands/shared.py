@@ -48,7 +48,7 @@ class ImageReader:
     """Batches of the readable images of a file or folder; broken ones are reported, remembered and left out."""
 
     def __init__(self, source: str, image_size: int) -> None:
-        from vqrae.data.image_folder import list_images
+        from vqrae.data.image_files import list_images
 
         path = Path(source)
         if not path.exists():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from vqrae.common.config import ConfigError
 from vqrae.common.errors import exit_code, require_package
 from vqrae.common.files import printable
-from vqrae.data.tolerant import TooManyBrokenSamples
+from vqrae.data.samples import TooManyBrokenSamples
 
 ROOT = Path(__file__).parents[2]
 

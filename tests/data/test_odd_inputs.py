@@ -11,11 +11,11 @@ import webdataset
 from PIL import Image
 
 from vqrae.common.images import open_image
-from vqrae.data import image_folder as images
+from vqrae.data import image_files as images
 from vqrae.data.checks import check_source
-from vqrae.data.image_folder import ImageFolder, list_images
+from vqrae.data.image_files import ImageFolder, list_images
+from vqrae.data.samples import TooManyBrokenSamples
 from vqrae.data.sources import fingerprint, open_conversations, open_images, open_pairs, source_kind
-from vqrae.data.tolerant import TooManyBrokenSamples
 from vqrae.scripts.cli import main
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]

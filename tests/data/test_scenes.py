@@ -5,15 +5,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vqrae.data.scenes import (
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.language import (
+    COLUMNS,
     FAMILIES,
-    SPRITE_SETS,
-    SceneDataset,
+    ROWS,
     benchmark_prompts,
-    load_sprites,
     relation,
+    vocabulary_texts,
+    wording,
 )
-from vqrae.data.scenes.language import COLUMNS, ROWS, vocabulary_texts, wording
 from vqrae.data.scenes.scene import (
     COLOR_NAMES,
     SceneObject,
@@ -22,6 +23,7 @@ from vqrae.data.scenes.scene import (
     is_held_out_pair,
     is_held_out_triple,
 )
+from vqrae.data.scenes.sprites import SPRITE_SETS, load_sprites
 from vqrae.data.word_tokenizer import build_word_tokenizer
 
 

@@ -17,11 +17,11 @@ from PIL import Image
 from vqrae.common.images import open_image
 from vqrae.data import tars
 from vqrae.data.conversations import IMAGE_TAG, normalize_turns
-from vqrae.data.grouping import GroupedSampler, modality_lengths
-from vqrae.data.image_folder import ImageFolder
+from vqrae.data.image_files import ImageFolder
+from vqrae.data.samples import TooManyBrokenSamples, missing_files, name_hash, split_indices
 from vqrae.data.sources import fingerprint, open_conversations, open_images, open_pairs, source_kind
+from vqrae.data.stream import GroupedSampler
 from vqrae.data.tars import TarDataset, tar_index
-from vqrae.data.tolerant import TooManyBrokenSamples, missing_files, name_hash, split_indices
 
 
 def make_image(index: int, size: tuple[int, int] = (20, 14)) -> Image.Image:
@@ -377,7 +377,7 @@ def test_tables_of_conversations(
     assert "row 2: has 1 image, but 2 <image> tags" in capsys.readouterr().err
     assert dataset[3]["image"].tobytes() == make_image(3).tobytes()
     assert "image" not in dataset[1]
-    assert modality_lengths(dataset).tolist()[:2] == [6, -4]
+    assert dataset.modality_lengths().tolist()[:2] == [6, -4]
     with pytest.raises(ValueError, match="trained on whole"):
         open_conversations(f"hf:{tmp_path / 'a.parquet'}", image_size=8, split="validation")
     assert "4 rows" in fingerprint(f"hf:{tmp_path / 'a.parquet'}")
@@ -412,7 +412,7 @@ def test_lengths_of_a_mixture_are_those_of_what_it_draws(tmp_path: Path) -> None
     mixture = open_conversations(
         f"{write_json(tmp_path / 'text', words)}*0.5+scenes*0.5", image_size=64, size=20
     )
-    lengths = modality_lengths(mixture)
+    lengths = mixture.modality_lengths()
     for index in range(20):
         record = mixture[index]
         expected = (
@@ -421,8 +421,6 @@ def test_lengths_of_a_mixture_are_those_of_what_it_draws(tmp_path: Path) -> None
             else -len(" ".join(t["value"] for t in record["conversations"]).split())
         )
         assert lengths[index] == expected
-    with pytest.raises(ValueError, match="no lengths to group by"):
-        modality_lengths(open_pairs("emoji", image_size=8))
 
 
 def test_llava_problems_are_found_when_it_is_opened(tmp_path: Path) -> None:

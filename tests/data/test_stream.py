@@ -16,12 +16,11 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vqrae.data import encoded
+from vqrae.data import samples as encoded
 from vqrae.data.emoji import BACKGROUNDS, EmojiDataset
-from vqrae.data.mixture import Mixture, parse_mixture, shuffled
+from vqrae.data.samples import TooManyBrokenSamples
 from vqrae.data.sources import fingerprint, open_conversations, open_images, open_pairs, source_kind
-from vqrae.data.stream import Draw, StreamSampler
-from vqrae.data.tolerant import TooManyBrokenSamples
+from vqrae.data.stream import Draw, Mixture, StreamSampler, parse_mixture, shuffled
 
 COUNT = 42
 

@@ -20,10 +20,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vqrae.common import files
-from vqrae.data import staging, tars
-from vqrae.data.mixture import Mixture
+from vqrae.data import tars
 from vqrae.data.sources import fingerprint, open_images, open_pairs, source_kind
-from vqrae.data.stream import Draw, OwnOrderSampler, StreamSampler
+from vqrae.data.stream import Draw, Mixture, OwnOrderSampler, StreamSampler
 from vqrae.data.tars import TarDataset
 
 
@@ -63,7 +62,7 @@ def shown(samples: list[dict]) -> list[int]:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(staging.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tars.tempfile, "gettempdir", lambda: str(tmp_path))
     return tmp_path / f"vqrae-tars-{os.getuid()}"
 
 
@@ -356,18 +355,18 @@ def test_a_copy_that_another_process_removes_is_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [tar] = write_tars(tmp_path, 1, 4)
-    stage = staging.Stage("source", capacity=2)
+    stage = tars.Stage("source", capacity=2)
     expected = os.pread(stage.descriptor(str(tar)), 10_000, 0)
     stage.files.clear()
     touch = os.utime
 
     def remove_first(path: Path, *arguments: object) -> None:
         if path.suffix == ".tar":
-            monkeypatch.setattr(staging.os, "utime", touch)
+            monkeypatch.setattr(tars.os, "utime", touch)
             path.unlink()
         touch(path)
 
-    monkeypatch.setattr(staging.os, "utime", remove_first)
+    monkeypatch.setattr(tars.os, "utime", remove_first)
     assert os.pread(stage.descriptor(str(tar)), 10_000, 0) == expected
 
 
@@ -385,7 +384,7 @@ def test_the_next_tars_are_fetched_ahead_in_training_alone(
 ) -> None:
     write_tars(tmp_path, 6, 4)
     asked: list[str] = []
-    monkeypatch.setattr(staging.Stage, "fetch_soon", lambda self, url: asked.append(url))
+    monkeypatch.setattr(tars.Stage, "fetch_soon", lambda self, url: asked.append(url))
     dataset = open_images(f"{tmp_path}/*.tar,buffer=2", image_size=8, split="all")
     assert shown([dataset[i] for i in range(24)]) == [*range(24)]
     assert asked == []

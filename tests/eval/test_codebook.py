@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vqrae.common.images import save_image, tensor_to_image
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.codebook import evaluate as codebook
 from vqrae.eval.codebook.evaluate import (
     CodebookStatistics,

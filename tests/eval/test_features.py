@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vqrae.common.images import save_image, tensor_to_image
-from vqrae.data.scenes import SceneDataset, SceneObject
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.scene import SceneObject
 from vqrae.eval.features import evaluate as features
 from vqrae.eval.features.evaluate import FeaturesConfig, evaluate_features, extract, teacher_cosines
 from vqrae.eval.features.labelled import (

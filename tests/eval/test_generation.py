@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from vqrae.common.images import image_to_tensor
-from vqrae.data.scenes import COLORS, FAMILIES, SceneSampler, benchmark_prompts, load_sprites
+from vqrae.data.scenes.language import FAMILIES, benchmark_prompts
+from vqrae.data.scenes.scene import COLORS, SceneSampler
+from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.drawing import claim_folder
 from vqrae.eval.geneval import list_samples, sample_path
 from vqrae.eval.geneval import scenes as generation

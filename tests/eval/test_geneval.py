@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqrae.data.scenes import COLORS as COLOR_VALUES
+from vqrae.data.scenes.scene import COLORS as COLOR_VALUES
 from vqrae.eval.geneval import (
     MAX_OBJECTS,
     Detection,

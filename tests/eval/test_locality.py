@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqrae.common.files import read_json
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.scene import COLOR_VALUES
 from vqrae.eval.ablations import locality
 from vqrae.eval.ablations.locality import conditional_entropy, object_knowledge, plain_patches

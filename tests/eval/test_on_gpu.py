@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fake_gpu import fake_gpu
 
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.features.evaluate import FeaturesConfig, extract, teacher_cosines
 from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
 from vqrae.eval.reconstruction.metrics import FrechetMetric

@@ -11,8 +11,8 @@ import torch
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import read_json, weights_fingerprint
-from vqrae.data.scenes import load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.scenes.sprites import load_sprites
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.eval.ablations import locality
 from vqrae.eval.features import evaluate as features

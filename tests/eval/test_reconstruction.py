@@ -14,9 +14,9 @@ import torchvision
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from vqrae.common.images import save_image, tensor_to_image
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.samples import TooManyBrokenSamples
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.sources import open_images
-from vqrae.data.tolerant import TooManyBrokenSamples
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.reconstruction import networks
 from vqrae.eval.reconstruction.evaluate import ReconstructionConfig, evaluate_reconstruction

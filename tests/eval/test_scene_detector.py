@@ -7,8 +7,17 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import fft, ndimage
 
-from vqrae.data.scenes import COLORS, SceneDataset, load_sprites, render
-from vqrae.data.scenes.scene import COLOR_NAMES, COLOR_VALUES, Background, Scene, SceneObject
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.scene import (
+    COLOR_NAMES,
+    COLOR_VALUES,
+    COLORS,
+    Background,
+    Scene,
+    SceneObject,
+    render,
+)
+from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.geneval import Detection
 from vqrae.eval.geneval.scene_detector import SceneColorClassifier, SceneDetector
 

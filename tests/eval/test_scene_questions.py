@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from vqrae.common.config import load_config, shipped_config
-from vqrae.data.scenes import Question, SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.language import Question
 from vqrae.eval.understanding import scene_questions
 from vqrae.eval.understanding.scene_questions import (
     BlindGuesser,

@@ -15,7 +15,7 @@ from datasets import Dataset, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.understanding import evaluate as understanding
 from vqrae.eval.understanding.benchmarks import BENCHMARKS, paper_row
 from vqrae.eval.understanding.lmms_tasks.gqa import FOLDER_VARIABLE, join_local_images

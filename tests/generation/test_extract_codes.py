@@ -8,7 +8,7 @@ import torch
 
 from vqrae.common.files import weights_fingerprint
 from vqrae.data.code_shards import CodeDataset
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.generation import extract_codes
 from vqrae.generation.extract_codes import CaptionedImages
 from vqrae.tokenizer.modeling import VQRAEModel

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.run import read_metrics
 from vqrae.data.code_shards import CodeDataset
-from vqrae.data.scenes import SPRITE_SETS
 from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.scenes.sprites import SPRITE_SETS
 from vqrae.data.sources import (
     fingerprint,
     is_encoded,

@@ -6,8 +6,9 @@ import torch
 from transformers import SiglipModel
 
 from vqrae.common.trainer import OptimizationConfig
-from vqrae.data.scenes import SceneDataset, load_sprites
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.scenes.sprites import load_sprites
 from vqrae.data.word_tokenizer import END, build_word_tokenizer
 from vqrae.quickstart import pretrain_encoder
 from vqrae.quickstart.pretrain_encoder import (

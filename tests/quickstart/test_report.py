@@ -12,7 +12,7 @@ from PIL import Image
 from vqrae.common.files import read_json, write_json
 from vqrae.common.images import save_image
 from vqrae.data.code_shards import CodeManifest, CodeWriter
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.geneval import sample_path, write_prompts, write_rows
 from vqrae.eval.geneval.scenes import SceneBenchmark, satisfying_images
 from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction

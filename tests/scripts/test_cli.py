@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vqrae.common.files import weights_fingerprint
-from vqrae.data.scenes import load_sprites
 from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.scenes.sprites import load_sprites
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation.modeling import build_generator
 from vqrae.generation.vocabulary import VisualVocabulary

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.images import image_to_tensor
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.build import (

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.understanding.answers import answer_file
 from vqrae.understanding.build import build_llava
 from vqrae.understanding.chat import Chat

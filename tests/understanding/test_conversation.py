@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from vqrae.common.trainer import IGNORE_INDEX
-from vqrae.data.scenes import SceneDataset
-from vqrae.data.tolerant import TooManyBrokenSamples
+from vqrae.data.samples import TooManyBrokenSamples
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.understanding.build import (
     build_llava,

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from vqrae.common.distributed import attention_implementation
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.quickstart import train_llm
 from vqrae.understanding import train
 from vqrae.understanding.build import build_llava

@@ -17,7 +17,7 @@ from transformers import (
 
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.images import image_to_tensor
-from vqrae.data.scenes import SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.scripts.cli import main
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.graft import graft

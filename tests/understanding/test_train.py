@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.run import read_metrics
-from vqrae.data.scenes import SPRITE_SETS, SceneDataset
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.sprites import SPRITE_SETS
 from vqrae.quickstart import train_llm
 from vqrae.understanding import train
 from vqrae.understanding.chat import Chat

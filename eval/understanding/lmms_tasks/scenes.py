@@ -18,7 +18,8 @@ from PIL import Image
 from vqrae.common.cli import parse_arguments
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, write_text
-from vqrae.data.scenes import SceneDataset, load_sprites
+from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.understanding.scene_questions import is_correct, validation_questions
 
 TASK = "vqrae_scenes"
