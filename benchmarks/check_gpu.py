@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from vqrae.benchmarks.sampler import GREEDY, QWEN3_0_6B, random_generator
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
@@ -474,7 +474,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> int:
     """Check the GPU, print the table and write the JSON; 1 when a row has a problem."""
-    options = parse_arguments(Options, argv)
+    options = parse(Options, argv)
     chosen = [case for case in cases() if options.only in case.name]
     if options.reference:
         numbers = {

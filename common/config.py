@@ -1,7 +1,8 @@
-"""YAML files and `key.path=value` overrides, parsed into typed dataclasses.
+"""YAML files and command-line values, converted to typed dataclasses.
 
-A run is a YAML file. Every key must be a field of the dataclass that reads it, every value is converted to the field's
-declared type or refused, and all problems of a file are reported together, before anything is built.
+A run is a YAML file. Every key must be a field of the dataclass that reads it, and every value is
+converted to the declared type of its field or refused. All problems of a file are reported together,
+before anything is built.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -25,37 +26,34 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message lists every problem found."""
 
 
+# ---- YAML
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars (`1e-4` is a number, `on` is a word) that refuses duplicate keys."""
+    """SafeLoader with YAML 1.2 scalars (`1e-4` is a number, `on` a word) and no duplicate keys."""
 
 
 _StrictLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF")
+_BOOL = re.compile(r"^(true|false)$", re.IGNORECASE)
+_FLOAT = re.compile(
+    r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"
 )
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"
-    ),
-    list("-+0123456789."),
-)
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError(
-                f"{node.start_mark.name}, line {node.start_mark.line + 1}: key {key!r} is given twice"
-            )
-    return {
-        key: loader.construct_object(value, deep=True)
-        for key, (_, value) in zip(keys, node.value, strict=True)
-    }
+    values: dict = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node)
+        if key in values:
+            place = f"{node.start_mark.name}, line {node.start_mark.line + 1}"
+            raise ConfigError(f"{place}: key {key!r} is given twice")
+        values[key] = loader.construct_object(value_node, deep=True)
+    return values
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
@@ -65,7 +63,7 @@ def parse_yaml(text: str, *, source: str = "YAML") -> Any:
     """Parse YAML text with the strict loader.
 
     Raises:
-        ConfigError: naming `source`, for text that is no YAML.
+        ConfigError: naming `source`, for text that is not YAML.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
@@ -73,19 +71,42 @@ def parse_yaml(text: str, *, source: str = "YAML") -> Any:
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path.absolute()} does not exist")
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8-sig"), source=str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}): save it in that encoding") from None
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path} holds {type(values).__name__}, expected a mapping")
+    return values or {}
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML text."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120)
+
+
+# ---- checks
+
+
 def check_range(config: Any, *names: str, low: float, high: float = sys.float_info.max) -> None:
-    """Refuse numbers of a dataclass outside of [low, high]; None passes, infinity only with `high=math.inf`.
+    """Refuse numbers of a dataclass outside of [low, high]; None passes.
+
+    Infinity passes only with `high=math.inf`.
 
     Raises:
         ValueError: naming every field that is out of its range.
     """
     top = "" if high >= sys.float_info.max else f" and at most {high:g}"
-    values = {name: getattr(config, name) for name in names}
-    problems = [
-        f"{name}: got {value}, expected at least {low:g}{top}"
-        for name, value in values.items()
-        if value is not None and not low <= value <= high
-    ]
+    problems = []
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            problems.append(f"{name}: got {value}, expected at least {low:g}{top}")
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -98,78 +119,136 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"{hint}Available: {', '.join(known)}."
 
 
-def _convert(value: Any, annotation: Any, where: str, problems: list[str]) -> Any:
+# ---- conversion
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """Text from the command line. It is read when the type of its field is known."""
+
+    text: str
+
+    def read(self, annotation: Any, where: str) -> Any:
+        """Text as it is for a field of type `str`, else the value that it is as YAML."""
+        kinds = union_members(annotation)
+        if kinds - {types.NoneType} != {str}:
+            return parse_yaml(self.text, source=f"{where}={self.text}")
+        return None if self.text == "null" and types.NoneType in kinds else self.text
+
+
+def union_members(annotation: Any) -> set[Any]:
+    """The types that a value may have: those of a union, or the one."""
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    return set(get_args(annotation)) if is_union else {annotation}
+
+
+Problems = list[str]
+
+
+def _convert(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
     """Convert `value` to `annotation`, or note in `problems` why that is impossible."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        choices = [argument for argument in arguments if argument is not type(None)]
-        for choice in choices:
-            trial: list[str] = []
+    if isinstance(value, Argument):
+        value = value.read(annotation, where)
+    if dataclasses.is_dataclass(annotation):
+        return _build(typing.cast(type, annotation), value, where, problems)
+    converter = _CONVERTERS.get(get_origin(annotation) or annotation, _convert_scalar)
+    return converter(value, annotation, where, problems)
+
+
+def _convert_union(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
+    choices = get_args(annotation)
+    if value is None and types.NoneType in choices:
+        return None
+    trial: Problems = []
+    for choice in choices:
+        if choice is not types.NoneType:
+            trial = []
             converted = _convert(value, choice, where, trial)
             if not trial:
                 return converted
-        problems.extend(trial)
-        return value
-    if origin is Literal:
-        if value not in arguments:
-            problems.append(
-                f"{where}: got {value!r}, expected one of {', '.join(map(repr, arguments))}"
-            )
-        return value
-    if dataclasses.is_dataclass(annotation):
-        return _build(typing.cast(type, annotation), value, where, problems)
-    if origin in (list, tuple):
-        fixed = len(arguments) if origin is tuple and Ellipsis not in arguments else None
-        if not isinstance(value, list | tuple) or (fixed and len(value) != fixed):
-            problems.append(
-                f"{where}: got {value!r}, expected a list{f' of {fixed}' if fixed else ''}"
-            )
-            return value
-        return origin(
-            _convert(item, arguments[0], f"{where}[{i}]", problems) for i, item in enumerate(value)
-        )
-    if origin is dict or annotation is dict:
-        if not isinstance(value, dict):
-            problems.append(f"{where}: got {value!r}, expected a mapping")
-        return value
-    if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isnan(value):
-            problems.append(f"{where}: got nan, expected a number")
-        return float(value)
-    if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
-        return value
-    problems.append(
-        f"{where}: got {value!r} ({type(value).__name__}), expected {annotation.__name__}"
-    )
+    problems += trial
     return value
 
 
-def _build(cls: type, values: Any, where: str, problems: list[str]) -> Any:
+def _convert_literal(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
+    choices = get_args(annotation)
+    if value not in choices:
+        problems.append(f"{where}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def _convert_sequence(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
+    kind: Any = get_origin(annotation)
+    kinds = get_args(annotation)
+    length = len(kinds) if kind is tuple and Ellipsis not in kinds else None
+    if not isinstance(value, list | tuple) or length not in (None, len(value)):
+        expected = f"a list of {length}" if length else "a list"
+        problems.append(f"{where}: got {value!r}, expected {expected}")
+        return value
+    return kind(_convert(item, kinds[0], f"{where}[{i}]", problems) for i, item in enumerate(value))
+
+
+def _convert_mapping(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
+    if isinstance(value, dict):
+        return {key: _convert(item, Any, f"{where}.{key}", problems) for key, item in value.items()}
+    problems.append(f"{where}: got {value!r}, expected a mapping")
+    return value
+
+
+def _convert_any(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
+    return _convert_mapping(value, dict, where, problems) if isinstance(value, dict) else value
+
+
+def _convert_float(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _convert_scalar(value, annotation, where, problems)
+    if math.isnan(value):
+        problems.append(f"{where}: got nan, expected a number")
+    return float(value)
+
+
+def _convert_scalar(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
+    is_bool_for_int = annotation is int and isinstance(value, bool)
+    if not isinstance(value, annotation) or is_bool_for_int:
+        got = f"{value!r} ({type(value).__name__})"
+        problems.append(f"{where}: got {got}, expected {annotation.__name__}")
+    return value
+
+
+_CONVERTERS: dict[Any, Callable[[Any, Any, str, Problems], Any]] = {
+    Any: _convert_any,
+    Union: _convert_union,
+    types.UnionType: _convert_union,
+    Literal: _convert_literal,
+    list: _convert_sequence,
+    tuple: _convert_sequence,
+    dict: _convert_mapping,
+    float: _convert_float,
+}
+
+
+def _build(cls: type, values: Any, where: str, problems: Problems) -> Any:
+    """The dataclass `cls` from a mapping; None where `problems` were found."""
     if not isinstance(values, dict):
         problems.append(f"{where or cls.__name__}: got {values!r}, expected a mapping")
         return None
     prefix = f"{where}." if where else ""
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = [key for key in values if key not in fields]
-    problems += [f"{prefix}{key}: unknown key. {did_you_mean(str(key), fields)}" for key in unknown]
-    required = (dataclasses.MISSING, dataclasses.MISSING)
+    converted = {}
+    for key, value in values.items():
+        if key in fields:
+            converted[key] = _convert(value, hints[key], f"{prefix}{key}", problems)
+        else:
+            problems.append(f"{prefix}{key}: unknown key. {did_you_mean(str(key), fields)}")
     for name, field in fields.items():
-        if name not in values and (field.default, field.default_factory) == required:
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in values:
             problems.append(f"{prefix}{name}: required, but not given")
-    known = {
-        key: _convert(value, hints[key], f"{prefix}{key}", problems)
-        for key, value in values.items()
-        if key in fields
-    }
     if problems:
         return None
     try:
-        return cls(**known)
+        return cls(**converted)
     except ValueError as error:
         problems.append(f"{where or cls.__name__}: {error}")
         return None
@@ -181,50 +260,43 @@ def build_config(cls: type[T], values: dict, *, source: str = "config") -> T:
     Raises:
         ConfigError: naming every unknown key, missing key and value of the wrong type.
     """
-    problems: list[str] = []
+    problems: Problems = []
     config = _build(cls, values, "", problems)
     if problems:
-        text = (
-            f" {problems[0]}"
-            if len(problems) == 1
-            else "".join(f"\n  {problem}" for problem in problems)
-        )
-        raise ConfigError(f"{source} cannot be used:{text}")
+        separator = " " if len(problems) == 1 else "\n  "
+        raise ConfigError(separator.join([f"{source} cannot be used:", *problems]))
     return config
 
 
-def apply_overrides(values: dict, overrides: Iterable[str]) -> dict:
-    """Return `values` with each `key.path=value` set; the value is read as YAML."""
-    for override in overrides:
-        path, separator, text = override.partition("=")
-        if not separator or not path:
-            raise ConfigError(f"got {override!r}, expected key.path=value")
-        *parents, leaf = path.split(".")
-        node = values
-        for parent in parents:
-            if node.get(parent) is None:
-                node[parent] = {}
-            node = node[parent]
-            if not isinstance(node, dict):
-                raise ConfigError(f"{override!r}: {parent!r} is a value, it has no keys")
-        node[leaf] = parse_yaml(text, source=override) if text else None
-    return values
+def set_value(values: dict, path: str, value: Any) -> None:
+    """Set the value at `key.path` of nested mappings, which are made where they are missing."""
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {parent!r} is a value, it has no keys")
+    values[leaf] = value
+
+
+def split_override(argument: str) -> tuple[str, Argument | None]:
+    """`key.path=value` -> the path and the value; an empty value is None."""
+    path, separator, text = argument.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"got {argument!r}, expected key.path=value")
+    return path, Argument(text) if text else None
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Iterable[str] = ()) -> T:
-    """Read the YAML file `path` into dataclass `cls`, with command-line `overrides` applied."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file {path.absolute()} does not exist")
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8-sig"), source=str(path))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error}): save it in that encoding") from None
-    if not isinstance(values, dict | None):
-        raise ConfigError(
-            f"{path} holds {type(values).__name__}, expected a mapping of keys to values"
-        )
-    return build_config(cls, apply_overrides(values or {}, overrides), source=str(path))
+    """Read the YAML file `path` into dataclass `cls`, with `key.path=value` overrides applied."""
+    values = read_yaml(path)
+    for override in overrides:
+        set_value(values, *split_override(override))
+    return build_config(cls, values, source=str(path))
+
+
+# ---- shipped configurations
 
 
 def shipped_config(package: str, name: str) -> Path:
@@ -243,14 +315,8 @@ def shipped_names(package: str) -> list[str]:
 
 
 def _configs_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(
-        package
-    )  # unlike `importlib.resources` it does not import the package, which takes seconds
+    # Unlike `importlib.resources`, this does not import the package, which takes seconds.
+    spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0]) / "configs"
-
-
-def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML text."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120)

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -205,6 +205,57 @@ def refuse_changes(folder: Path, changes: Collection[str]) -> None:
         )
 
 
+def open(
+    path: str | Path, settings: Any = None, *, seed: int = 0, ignore: Collection[str] = ()
+) -> "Run":
+    """Take the folder of a run, to begin it, to resume it, or to find it finished.
+
+    Left-overs of killed processes are removed. Nothing is recorded before `Run.begin`, so a finished run stays as it is.
+
+    Args:
+        path: the folder, made when missing. Nothing else may work in it until this process ends.
+        settings: the resolved configuration (a dataclass); None where another folder's decides.
+        ignore: names of fields of `settings` that decide nothing in this folder.
+
+    Raises:
+        ValueError: when another process works in the folder, or when it holds results of other settings, naming the differences.
+    """
+    return RunDirectory(path, settings, seed=seed, ignore=ignore)
+
+
+def kept(file: str | Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> Any:
+    """The JSON object in `file`, which is made and written (by the main process) where it is missing.
+
+    Every process calls this.
+
+    Args:
+        settings: what decides the value; stored in it under the key `settings`.
+        make: computes the value.
+
+    Raises:
+        ValueError: when the value in `file` was made with other settings, naming the differences.
+    """
+    file, settings = Path(file), json.loads(json.dumps(settings, default=str))
+    if file.is_file():
+        value = read_json(file)
+        recorded = value.get("settings", {})
+        names = sorted(
+            name for name in {**recorded, **settings} if recorded.get(name) != settings.get(name)
+        )
+        changes = ", ".join(
+            f"{name} {recorded.get(name)!s:.60} -> {settings.get(name)!s:.60}" for name in names
+        )
+        if changes:
+            raise ValueError(
+                f"{file} was made with other settings ({changes}): choose another output, or delete it"
+            )
+        return value
+    value = {**make(), "settings": settings}
+    if is_main_process():
+        write_json(file, value)
+    return value
+
+
 class RunDirectory:
     """Folder of one run. Only the main process writes.
 
@@ -269,6 +320,18 @@ class RunDirectory:
             write_text(self.path / "config.yaml", text)
         write_json(file, manifest)
 
+    def finished(self, steps: int, model: str | Path = "model") -> bool:
+        """Whether the run holds a model that was trained for this number of steps; says so.
+
+        Args:
+            model: where the model is, relative to the run.
+        """
+        if trained_steps(self.path / model) < steps:
+            return False
+        if is_main_process():
+            print(f"{self.path / model} is finished ({steps} steps)", flush=True)
+        return True
+
     # ---- metrics
 
     def rewind(self, step: int) -> None:
@@ -307,6 +370,9 @@ class RunDirectory:
         """Delete all but the newest `keep` checkpoints."""
         for path in self.checkpoints()[:-keep]:
             discard(path)
+
+
+Run = RunDirectory
 
 
 def discard(folder: Path) -> None:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vqrae.common.cli import read_run
+from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.data.samples import Crop
@@ -108,4 +108,4 @@ class GenerationConfig:
 def read_config(argv: list[str] | None, section: Literal["extraction", "training"]) -> Any:
     """One section of the config that the command line names (`tiny` without one), with its overrides applied."""
     arguments = (argv if argv is not None else sys.argv[1:]) or ["tiny"]
-    return read_run(GenerationConfig, "vqrae.generation", arguments, section=section)
+    return parse(GenerationConfig, arguments, package="vqrae.generation", section=section)

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import SiglipConfig, SiglipModel, SiglipVisionModel
 from transformers.trainer_utils import set_seed
 
-from vqrae.common.cli import read_run
+from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
@@ -191,7 +191,7 @@ def retrieval_accuracy(
 
 
 def main(argv: list[str] | None = None) -> None:
-    config: EncoderPretrainingConfig = read_run(EncoderPretrainingConfig, "vqrae.tokenizer", argv)
+    config = parse(EncoderPretrainingConfig, argv, package="vqrae.quickstart")
     run, max_steps = (
         RunDirectory(config.output_dir, config, seed=config.seed),
         config.optimization.max_steps,

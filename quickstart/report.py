@@ -9,7 +9,7 @@ Reads what the steps left (`report_evidence.py`) and writes report.json, report.
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json, write_text
 from vqrae.common.images import save_image
@@ -59,7 +59,7 @@ def write_report(config: ReportConfig) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(ReportConfig, argv)
+    config = parse(ReportConfig, argv)
     quiet_libraries()
     for row in write_report(config):
         mark = {True: "met", False: "below", None: ""}[row.met]

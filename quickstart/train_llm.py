@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-from vqrae.common.cli import read_run
+from vqrae.common.cli import parse
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
 from vqrae.common.run import RunDirectory, trained_steps
@@ -127,7 +127,7 @@ def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen3ForCausalLM, PreTrainedT
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: CONFIG [key.path=value …]."""
-    config: TinyLLMConfig = read_run(TinyLLMConfig, "vqrae.understanding", argv)
+    config = parse(TinyLLMConfig, argv, package="vqrae.quickstart")
     run_dir = Path(config.output_dir)
     run = RunDirectory(run_dir, config, seed=config.seed)
     if trained_steps(run_dir / "model") >= config.optimization.max_steps:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.config import did_you_mean
 from vqrae.common.errors import exit_code, run_main
 from vqrae.common.files import write_json
@@ -526,7 +526,7 @@ def prepare_process(jobs: dict[str, Job]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = parse_arguments(CheckKillConfig, argv)
+    config = parse(CheckKillConfig, argv)
     output = Path(config.output).absolute()
     parts, jobs = output / "parts", all_jobs(output / "parts")
     prepare_process(jobs)

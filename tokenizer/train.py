@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import set_seed
 
-from vqrae.common.cli import read_run
+from vqrae.common.cli import parse
 from vqrae.common.distributed import (
     attention_implementation,
     fit_batch,
@@ -32,7 +32,7 @@ from vqrae.tokenizer.stage import StageTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
-    config: TokenizerTrainConfig = read_run(TokenizerTrainConfig, "vqrae.tokenizer", argv)
+    config = parse(TokenizerTrainConfig, argv, package="vqrae.tokenizer")
     check_quantizer(config)
     if config.dry_run:
         dry_run(config)

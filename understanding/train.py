@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from vqrae.common.checkpoints import load_model
-from vqrae.common.cli import read_run
+from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.errors import require_package, run_main
@@ -359,7 +359,7 @@ def print_parameters(model: nn.Module) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: CONFIG [key.path=value …]."""
-    config: TrainConfig = read_run(TrainConfig, "vqrae.understanding", argv)
+    config = parse(TrainConfig, argv, package="vqrae.understanding")
     if config.lora is not None:
         require_package("peft", "lora")
     stages: tuple[Stage, ...] = STAGES if config.stage == "both" else (config.stage,)

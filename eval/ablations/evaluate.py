@@ -19,7 +19,7 @@ from typing import Any, Literal
 from transformers.trainer_utils import set_seed
 
 from vqrae.common.checkpoints import local_model
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
@@ -382,7 +382,7 @@ class Ablation:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(AblationConfig, argv)
+    config = parse(AblationConfig, argv)
     quiet_libraries()
     ablations = [
         Ablation(name, load_suite(source), config)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
@@ -135,7 +135,7 @@ def object_knowledge(
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(LocalityConfig, argv)
+    config = parse(LocalityConfig, argv)
     quiet_libraries()
     with processes(config.device) as device:
         model = VQRAEModel.from_pretrained(resolve_model(config.model)).to(device).eval()

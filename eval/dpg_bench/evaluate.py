@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.cli import parse, progress_line
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, sha256, write_json
@@ -185,7 +185,7 @@ def scene_ceiling(judge: VQA, items: Sequence[Item], sprites: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(DPGConfig, argv)
+    config = parse(DPGConfig, argv)
     quiet_libraries()
     out, (items, problems) = Path(config.out), load_items(config)
     if is_main_process():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import run_manifest
@@ -220,7 +220,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(FeatureQualityConfig, argv)
+    config = parse(FeatureQualityConfig, argv)
     text = markdown(compare(config)["kinds"])
     write_text(Path(config.output) / "scores.md", text)
     print(f"{text}->  {config.output}")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import is_main_process, sum_over_processes
 from vqrae.common.errors import run_main
@@ -268,7 +268,7 @@ def markdown(values: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(FeaturesConfig, argv)
+    config = parse(FeaturesConfig, argv)
     quiet_libraries()
     values = evaluate_features(config)
     if not is_main_process():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vqrae.common.cli import parse_arguments, progress_line
+from vqrae.common.cli import parse, progress_line
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json, write_text
@@ -149,7 +149,7 @@ def leakage(config: GenEvalConfig, records: list[dict[str, Any]]) -> dict[str, A
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(GenEvalConfig, argv)
+    config = parse(GenEvalConfig, argv)
     quiet_libraries()
     out, records = Path(config.out), official_prompts(config.seed)
     if config.prompts_only:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
@@ -295,7 +295,7 @@ class GenerationConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(GenerationConfig, argv)
+    config = parse(GenerationConfig, argv)
     benchmark = SceneBenchmark(
         config.sprites,
         per_family=config.per_family,

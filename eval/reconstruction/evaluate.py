@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqrae.common.checkpoints import resolve_model
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
@@ -264,7 +264,7 @@ def markdown(values: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(ReconstructionConfig, argv)
+    config = parse(ReconstructionConfig, argv)
     quiet_libraries()
     folder, protocol = resolve_model(config.model), get_protocol(config.protocol)
     with processes(config.device) as device:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json, write_text
 from vqrae.eval.results.paper_tables import (
@@ -297,7 +297,7 @@ class ResultsConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(ResultsConfig, argv)
+    config = parse(ResultsConfig, argv)
     scores = [read_score(path) for path in config.scores]
     output = Path(config.output)
     write_json(output.with_suffix(".json"), as_json(scores))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqrae.common.checkpoints import local_model
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.config import check_range, did_you_mean
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import require_package, run_main
@@ -229,7 +229,7 @@ def markdown(
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(UnderstandingConfig, argv)
+    config = parse(UnderstandingConfig, argv)
     require_package("lmms_eval", "benchmark=")
     quiet_libraries()
     if is_main_process():

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
@@ -220,7 +220,7 @@ class SceneQuestionsConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(SceneQuestionsConfig, argv)
+    config = parse(SceneQuestionsConfig, argv)
     from vqrae.understanding.chat import (
         Chat,  # the language model's imports take seconds; `--help` does without
     )

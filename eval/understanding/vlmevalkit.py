@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from vqrae.common.checkpoints import local_model
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.distributed import is_main_process, world_size
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json
@@ -132,7 +132,7 @@ def failed_benchmarks(output: Path, name: str) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(VLMEvalKitConfig, argv)
+    config = parse(VLMEvalKitConfig, argv)
     run = Path(config.root) / "run.py"
     if not run.is_file():
         raise SystemExit(

@@ -7,7 +7,6 @@ import pytest
 
 from vqrae.common.config import (
     ConfigError,
-    apply_overrides,
     build_config,
     check_range,
     load_config,
@@ -91,6 +90,8 @@ def test_overrides_follow_the_same_rules(tmp_path: Path) -> None:
     assert config.extra == {"a": {"b": [1, 2]}}
     with pytest.raises(ConfigError, match=r"expected key\.path=value"):
         load_config(Outer, path, ["--rate"])
+    with pytest.raises(ConfigError, match=r"extra=\[1 is not valid YAML"):
+        load_config(Outer, path, ["extra=[1"])
     with pytest.raises(ConfigError, match="it has no keys"):
         load_config(Outer, path, ["inner.rate.x=1"])
 
@@ -156,11 +157,6 @@ def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("inner: {rate: 1}\n", encoding="utf-8-sig")
     assert load_config(Outer, path).inner.rate == 1
-
-
-def test_a_value_that_is_no_yaml_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"name=\[1 is not valid YAML"):
-        apply_overrides({}, ["name=[1"])
 
 
 def test_shipped_names_are_suggested() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vqrae.common.files import read_json
-from vqrae.common.run import RunDirectory, changed_settings, hold, mark_trained, trained_steps
+from vqrae.common.run import RunDirectory, changed_settings, hold, kept, mark_trained, trained_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,15 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
         other.kill()
     RunDirectory(tmp_path)
     hold(tmp_path / ".lock", "again, in the same process")
+
+
+def test_a_value_is_kept_for_its_settings(tmp_path: Path) -> None:
+    file = tmp_path / "score.json"
+    values = [kept(file, {"shape": (1, 2), "seed": 0}, lambda: {"score": 1}) for _ in range(2)]
+    assert values[0] == values[1] == {"score": 1, "settings": {"shape": [1, 2], "seed": 0}}
+    with pytest.raises(ValueError, match="other settings \\(seed 0 -> 1\\)"):
+        kept(file, {"shape": (1, 2), "seed": 1}, lambda: {"score": 2})
+    assert read_json(file) == values[0]
 
 
 def test_a_model_says_how_long_it_was_trained(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vqrae.common.config import ConfigError
 from vqrae.data.scenes.scene import COLORS as COLOR_VALUES
 from vqrae.eval.geneval import (
     MAX_OBJECTS,
@@ -471,7 +472,7 @@ class TestCommand:
         [[], ["model=m", "images=."], ["images=nowhere"], ["model=m", "detector=scenes"]],
     )
     def test_what_cannot_be_meant(self, arguments: list[str]) -> None:
-        with pytest.raises(SystemExit):
+        with pytest.raises(ConfigError):
             evaluate.main(["out=o", *arguments])
 
     def test_grids(self, tmp_path: Path) -> None:

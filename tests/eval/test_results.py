@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vqrae.common.config import ConfigError
 from vqrae.common.files import read_json, write_json
 from vqrae.eval.geneval import summarize
 from vqrae.eval.results import evaluate as results
@@ -167,5 +168,5 @@ def test_command(tmp_path: Path) -> None:
     ours = tables[1]["rows"][-1]
     assert ours["manifest"]["packages"] == {"torch": "2"}
     assert json.dumps(ours["values"]["Sgl"]) == "0.25"
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError):
         results.main([])

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from vqrae.common import loading
 from vqrae.common import trainer as common_trainer
-from vqrae.common.cli import read_run
+from vqrae.common.cli import parse
 from vqrae.common.run import read_metrics, trained_steps
 from vqrae.generation.extract_codes import main as extract_codes
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
@@ -36,7 +36,7 @@ def parts(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     (folder / "tokenizer").symlink_to(tokenizer_folder.parent)
     arguments = all_jobs(folder)["llm"].arguments
     model, text_tokenizer = build_tiny_llm(
-        read_run(TinyLLMConfig, "vqrae.understanding", arguments)
+        parse(TinyLLMConfig, arguments, package="vqrae.quickstart")
     )
     model.save_pretrained(folder / "llm")
     text_tokenizer.save_pretrained(folder / "llm")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.config import load_config, shipped_config
 from vqrae.eval.ablations.evaluate import AblationConfig
 from vqrae.eval.dpg_bench.evaluate import DPGConfig
@@ -51,14 +51,14 @@ READERS: dict[str, Callable[[list[str]], object]] = {
     ),
     "vqrae.generation.extract_codes": lambda a: read_config(a, "extraction"),
     "vqrae.generation.train": lambda a: read_config(a, "training"),
-    "vqrae.eval.reconstruction.evaluate": lambda a: parse_arguments(ReconstructionConfig, a),
-    "vqrae.eval.features.evaluate": lambda a: parse_arguments(FeaturesConfig, a),
-    "vqrae.eval.understanding.scene_questions": lambda a: parse_arguments(SceneQuestionsConfig, a),
-    "vqrae.eval.ablations.evaluate": lambda a: parse_arguments(AblationConfig, a),
-    "vqrae.eval.understanding.evaluate": lambda a: parse_arguments(UnderstandingConfig, a),
-    "vqrae.eval.geneval.scenes": lambda a: parse_arguments(GenerationEvaluation, a),
-    "vqrae.eval.geneval.evaluate": lambda a: parse_arguments(GenEvalConfig, a),
-    "vqrae.eval.dpg_bench.evaluate": lambda a: parse_arguments(DPGConfig, a),
+    "vqrae.eval.reconstruction.evaluate": lambda a: parse(ReconstructionConfig, a),
+    "vqrae.eval.features.evaluate": lambda a: parse(FeaturesConfig, a),
+    "vqrae.eval.understanding.scene_questions": lambda a: parse(SceneQuestionsConfig, a),
+    "vqrae.eval.ablations.evaluate": lambda a: parse(AblationConfig, a),
+    "vqrae.eval.understanding.evaluate": lambda a: parse(UnderstandingConfig, a),
+    "vqrae.eval.geneval.scenes": lambda a: parse(GenerationEvaluation, a),
+    "vqrae.eval.geneval.evaluate": lambda a: parse(GenEvalConfig, a),
+    "vqrae.eval.dpg_bench.evaluate": lambda a: parse(DPGConfig, a),
 }
 
 

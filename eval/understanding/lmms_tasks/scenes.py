@@ -15,7 +15,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from vqrae.common.cli import parse_arguments
+from vqrae.common.cli import parse
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, write_text
 from vqrae.data.scenes.dataset import SceneDataset
@@ -115,7 +115,7 @@ def mean_of_known(values: Sequence[float | None]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    folder = write_task(parse_arguments(SceneTaskConfig, argv))
+    folder = write_task(parse(SceneTaskConfig, argv))
     print(f"task {TASK} is in {folder}: give it to lmms-eval as --include_path {folder}")
 
 
