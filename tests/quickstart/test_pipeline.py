@@ -25,10 +25,10 @@ def test_every_step_is_an_entry_point_and_lands_below_the_output(tmp_path: Path)
 @pytest.mark.parametrize(
     ("training", "package", "config", "key"),
     [
-        ("encoder", "tokenizer", "tiny_encoder", "optimization"),
+        ("encoder", "quickstart", "tiny_encoder", "optimization"),
         ("tokenizer.stage1", "tokenizer", "tiny", "stage1"),
         ("tokenizer.stage2", "tokenizer", "tiny", "stage2"),
-        ("llm", "understanding", "tiny_llm", "optimization"),
+        ("llm", "quickstart", "tiny_llm", "optimization"),
         ("understanding.pretrain", "understanding", "tiny", "pretrain"),
         ("understanding.sft", "understanding", "tiny", "sft"),
         ("generation", "generation", "tiny", "training.optimization"),
@@ -148,7 +148,7 @@ def test_what_ends_the_quickstart_ends_its_steps(tmp_path: Path) -> None:
     step.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/$3\nexec sleep 60\n")
     step.chmod(0o755)
     program = (
-        "import pathlib, sys\nfrom vqrae.common.errors import exit_code\nfrom vqrae.scripts import quickstart as q\n"
+        "import pathlib, sys\nfrom vqrae.common.errors import exit_code\nfrom vqrae.quickstart import pipeline as q\n"
         "sys.executable, folder = sys.argv[1:]\n"
         "branches = [[q.Step(name, 'x', [name], 1), q.Step(name, 'x', ['again'], 1)] for name in 'ab']\n"
         "sys.exit(exit_code(lambda: q.run_phase(branches, q.Clock(pathlib.Path(folder))), 'quickstart'))"
@@ -156,7 +156,9 @@ def test_what_ends_the_quickstart_ends_its_steps(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(step), str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     begun = [tmp_path / "a", tmp_path / "b"]
-    while not all(path.exists() and path.read_text().endswith("\n") for path in begun):
+    while process.poll() is None and not all(
+        path.exists() and path.read_text().endswith("\n") for path in begun
+    ):
         time.sleep(0.05)
     process.terminate()
     assert "quickstart: terminated" in process.communicate(timeout=30)[1]
