@@ -26,7 +26,7 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import FAMILIES
 from vqrae.eval.geneval import list_samples
 from vqrae.eval.geneval.scenes import holds_held_out
-from vqrae.eval.understanding.scene_questions import is_correct
+from vqrae.quickstart.scene_questions import is_correct
 from vqrae.tokenizer.modeling import VQRAEModel
 
 STEPS = (

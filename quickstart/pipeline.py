@@ -158,7 +158,7 @@ def understanding_steps(
         ),
         Step(
             "eval_understanding",
-            "eval.understanding.scene_questions",
+            "quickstart.scene_questions",
             [
                 f"model={output / 'understanding'}",
                 f"sprites={sprites}",
@@ -351,9 +351,6 @@ def main(argv: list[str] | None = None) -> None:
         choices=("shapes", "emoji"),
         default="shapes",
         help="what the scenes are made of",
-    )
-    parser.add_argument(
-        "--system", choices=("vqrae",), default="vqrae", help="the tokenizer that is trained"
     )
     options = parser.parse_args(argv)
     if not 0 < options.minutes < math.inf:

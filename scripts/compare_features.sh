@@ -21,4 +21,4 @@ artefact llm llm train_llm.sh
 defaults output=runs/feature_quality
 arguments+=("nproc=$nproc")
 nproc=1 # trainings and scores are launched from inside
-launch vqrae.eval.features.compare
+launch vqrae.quickstart.compare_features

@@ -28,7 +28,7 @@ if [ "$benchmark" = scenes ]; then install; else install eval; fi
 artefact model understanding train_llava.sh
 if [ "$benchmark" = scenes ]; then
   defaults output=runs/evaluation/questions.json
-  launch vqrae.eval.understanding.scene_questions
+  launch vqrae.quickstart.scene_questions
 fi
 arguments+=("benchmark=${benchmark/lmms_scenes/scenes}")
 defaults output=runs/evaluation/understanding

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Install, then run the whole pipeline on the embedded scenes, on any machine, and write a report.
 #
-#   bash scripts/quickstart.sh [--minutes M] [--sprites shapes|emoji] [--system vqrae] [--output DIR]
+#   bash scripts/quickstart.sh [--minutes M] [--sprites shapes|emoji] [--output DIR]
 #
 #   --minutes M        training time on two CPU cores (default: 12)
 #   --sprites NAME     what the scenes are made of: shapes, or emoji (Twemoji artwork)
-#   --system NAME      the tokenizer that is trained
 #   --output DIR       default: runs/quickstart
 #
 # Encoder, tokenizer, understanding, generation, all evaluations; the report is DIR/report.html.

@@ -9,6 +9,7 @@ A suite is a file of overrides (`configs/`), each run an ordinary `vqrae.tokeniz
 """
 
 import dataclasses
+import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -25,7 +26,6 @@ from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import format_duration, quiet_libraries, run_manifest
 from vqrae.data.sources import fingerprint, source_kind
-from vqrae.eval.ablations import locality
 from vqrae.eval.ablations.suites import Recipe, Row, Suite, load_suite, suite_names
 from vqrae.eval.ablations.tables import judge, markdown
 from vqrae.eval.features import evaluate as features
@@ -309,7 +309,8 @@ class Ablation:
             model.parent / "locality.json",
             self.config.data.partition(":")[2] or "shapes",
         )
-        locality.main([f"model={model}", f"output={output}", f"sprites={sprites}"])
+        evaluator = importlib.import_module(self.suite.codes_evaluator)
+        evaluator.main([f"model={model}", f"output={output}", f"sprites={sprites}"])
         values = read_json(output)
         return {"known_share": values["known_share"], **values["reconstruction"]}
 

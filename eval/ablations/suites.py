@@ -88,6 +88,8 @@ class Suite:
     recipes: tuple[Recipe, ...]
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = ()
+    codes_evaluator: str = ""
+    """Module whose `main` scores what codes know of scenes, for the columns that ask it."""
 
     def __post_init__(self) -> None:
         rows, recipes = [row.name for row in self.rows], [recipe.name for recipe in self.recipes]

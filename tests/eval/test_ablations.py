@@ -96,9 +96,11 @@ def test_what_codes_know_is_asked_of_the_scenes_they_were_trained_on(
             {"known_share": 0.5, "reconstruction": {"seen": 0.9, "held_out": 0.8}},
         )
 
-    monkeypatch.setattr(ablations.locality, "main", pretend)
+    monkeypatch.setattr("vqrae.quickstart.locality.main", pretend)
     ablation = Ablation(
-        "s", suite(columns=("known_share", "held_out")), AblationConfig(data="scenes:emoji")
+        "s",
+        suite(columns=("known_share", "held_out"), codes_evaluator="vqrae.quickstart.locality"),
+        AblationConfig(data="scenes:emoji"),
     )
     assert ablation._locality(tmp_path / "model") == {
         "known_share": 0.5,

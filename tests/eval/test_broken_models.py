@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from vqrae.eval.ablations import locality
 from vqrae.eval.features import evaluate as features
 from vqrae.eval.geneval.clip_colors import ClipColorClassifier
 from vqrae.eval.reconstruction import evaluate as reconstruction
+from vqrae.quickstart import locality
 
 
 def copy(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:

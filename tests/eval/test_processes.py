@@ -14,13 +14,12 @@ from vqrae.common.files import read_json, weights_fingerprint
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.scenes.sprites import load_sprites
 from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.eval.ablations import locality
 from vqrae.eval.features import evaluate as features
 from vqrae.eval.geneval import scenes as generation
 from vqrae.eval.sharding import run_module
-from vqrae.eval.understanding import scene_questions
 from vqrae.generation.modeling import build_generator
 from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.quickstart import locality, scene_questions
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.understanding.build import build_llava
 

@@ -25,7 +25,7 @@ from vqrae.eval.understanding.lmms_tasks.scenes import (
     process_results,
     write_task,
 )
-from vqrae.eval.understanding.scene_questions import validation_questions
+from vqrae.quickstart.scene_questions import validation_questions
 from vqrae.understanding.chat import Chat
 
 # ---- the plug-in

@@ -16,10 +16,10 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.geneval import sample_path, write_prompts, write_rows
 from vqrae.eval.geneval.scenes import SceneBenchmark, satisfying_images
 from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
-from vqrae.eval.understanding.scene_questions import evaluate_questions
 from vqrae.quickstart.evidence import CURVES, STEPS, Evidence, figure_rows, report_values
 from vqrae.quickstart.figures import curve_svg
 from vqrae.quickstart.report import ReportConfig, main, write_report
+from vqrae.quickstart.scene_questions import evaluate_questions
 from vqrae.tokenizer.modeling import VQRAEModel
 
 FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -18,9 +18,9 @@ from vqrae.eval.geneval.evaluate import GenEvalConfig
 from vqrae.eval.geneval.scenes import GenerationConfig as GenerationEvaluation
 from vqrae.eval.reconstruction.evaluate import ReconstructionConfig
 from vqrae.eval.understanding.evaluate import UnderstandingConfig
-from vqrae.eval.understanding.scene_questions import SceneQuestionsConfig
 from vqrae.generation.config import TrainingConfig, read_config
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
+from vqrae.quickstart.scene_questions import SceneQuestionsConfig
 from vqrae.quickstart.train_llm import TinyLLMConfig
 from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.understanding.train import TrainConfig
@@ -38,13 +38,13 @@ EVALUATIONS = [
 # What reads the command line of each training module.
 READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.quickstart.pretrain_encoder": lambda a: load_config(
-        EncoderPretrainingConfig, shipped_config("vqrae.tokenizer", a[0]), a[1:]
+        EncoderPretrainingConfig, shipped_config("vqrae.quickstart", a[0]), a[1:]
     ),
     "vqrae.tokenizer.train": lambda a: load_config(
         TokenizerTrainConfig, shipped_config("vqrae.tokenizer", a[0]), a[1:]
     ),
     "vqrae.quickstart.train_llm": lambda a: load_config(
-        TinyLLMConfig, shipped_config("vqrae.understanding", a[0]), a[1:]
+        TinyLLMConfig, shipped_config("vqrae.quickstart", a[0]), a[1:]
     ),
     "vqrae.understanding.train": lambda a: load_config(
         TrainConfig, shipped_config("vqrae.understanding", a[0]), a[1:]
@@ -53,7 +53,7 @@ READERS: dict[str, Callable[[list[str]], object]] = {
     "vqrae.generation.train": lambda a: read_config(a, "training"),
     "vqrae.eval.reconstruction.evaluate": lambda a: parse(ReconstructionConfig, a),
     "vqrae.eval.features.evaluate": lambda a: parse(FeaturesConfig, a),
-    "vqrae.eval.understanding.scene_questions": lambda a: parse(SceneQuestionsConfig, a),
+    "vqrae.quickstart.scene_questions": lambda a: parse(SceneQuestionsConfig, a),
     "vqrae.eval.ablations.evaluate": lambda a: parse(AblationConfig, a),
     "vqrae.eval.understanding.evaluate": lambda a: parse(UnderstandingConfig, a),
     "vqrae.eval.geneval.scenes": lambda a: parse(GenerationEvaluation, a),

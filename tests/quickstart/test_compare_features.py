@@ -9,7 +9,7 @@ from transformers import LlavaForConditionalGeneration
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import weights_fingerprint
-from vqrae.eval.features import compare as feature_quality
+from vqrae.quickstart import compare_features as feature_quality
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer import train as tokenizer_training
 from vqrae.tokenizer.modeling import VQRAEModel

@@ -11,8 +11,8 @@ from torch import Tensor
 from vqrae.common.files import read_json
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.scene import COLOR_VALUES
-from vqrae.eval.ablations import locality
-from vqrae.eval.ablations.locality import conditional_entropy, object_knowledge, plain_patches
+from vqrae.quickstart import locality
+from vqrae.quickstart.locality import conditional_entropy, object_knowledge, plain_patches
 
 
 class Codes:

@@ -1,6 +1,6 @@
 """The paper's central claim on the embedded data: which features should a unified tokenizer show to the language model?
 
-    python -m vqrae.eval.features.compare tokenizer=runs/quickstart/tokenizer llm=runs/quickstart/llm output=runs/feature_quality
+    python -m vqrae.quickstart.compare_features tokenizer=runs/quickstart/tokenizer llm=runs/quickstart/llm output=runs/feature_quality
 
 One LLaVA on each of four kinds of features, everything else equal (arXiv 2511.23386, Table 6 and section 3.4):
 
@@ -26,7 +26,7 @@ from vqrae.common.run import run_manifest
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.sharding import run_module
 from vqrae.eval.tables import markdown_table
-from vqrae.eval.understanding import scene_questions
+from vqrae.quickstart import scene_questions
 from vqrae.tokenizer import train as tokenizer_training
 from vqrae.understanding import train as llava_training
 

@@ -1,6 +1,6 @@
 """How many questions about validation scenes a model answers right, beside what guessing without eyes would reach.
 
-    python -m vqrae.eval.understanding.scene_questions model=runs/understanding num_images=500 output=questions.json
+    python -m vqrae.quickstart.scene_questions model=runs/understanding num_images=500 output=questions.json
 
 An answer counts when it equals the expected word after stripping white space and lowering case. Every second validation
 scene holds a combination that training never shows; both halves are scored apart.

@@ -11,8 +11,8 @@ from PIL import Image
 from vqrae.common.config import load_config, shipped_config
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import Question
-from vqrae.eval.understanding import scene_questions
-from vqrae.eval.understanding.scene_questions import (
+from vqrae.quickstart import scene_questions
+from vqrae.quickstart.scene_questions import (
     BlindGuesser,
     accuracies,
     evaluate_questions,

@@ -1,6 +1,6 @@
 """Does a code say what its patch shows, or what thing the patch belongs to? Measured on scenes.
 
-    python -m vqrae.eval.ablations.locality model=runs/tokenizer output=locality.json
+    python -m vqrae.quickstart.locality model=runs/tokenizer output=locality.json
 
 A patch of one colour looks the same in a star and in a circle. Where its code still tells which of the two it lies in, codes
 stand for whole things, and a thing that training never showed (a red circle) has no codes: it comes back as another one, and
