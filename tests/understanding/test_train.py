@@ -277,12 +277,6 @@ def test_language_model_trains_on_all_tokens_with_the_caption_as_context():
     assert [message["role"] for message in dialogue] == ["user", "assistant"] * (len(dialogue) // 2)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_llm"])
-def test_shipped_configs_build(name):
-    cls = train.TrainConfig if name == "tiny" else train_llm.TinyLLMConfig
-    assert isinstance(load_config(cls, shipped_config("vqrae.understanding", name)), cls)
-
-
 def test_a_step_whose_records_are_all_too_long_changes_nothing(arguments, tmp_path):
     turns = [{"from": "human", "value": "what " * 300}, {"from": "gpt", "value": "red"}]
     (tmp_path / "long.json").write_text(
