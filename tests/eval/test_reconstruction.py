@@ -134,7 +134,7 @@ def run_directory(tokenizer_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def random_images(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """Eleven images of scenes, wider than high, and a broken one among them."""
     folder = tmp_path / "images"
     scenes = SceneDataset("validation", 11)
