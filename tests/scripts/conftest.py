@@ -3,26 +3,23 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Variables of whoever runs the tests that would choose an environment or a launch.
+# Variables of whoever runs the tests that would choose an environment.
 FOREIGN = ("VIRTUAL_ENV", "CONDA_", "PYTHON", "UV_", "PIP_", "SLURM_", "MASTER_", "CUDA_")
 
 
 class Repository:
-    """A copy of the scripts, and an active environment whose `python` records its calls."""
+    """A copy of the shell files, and an active environment whose `python` records its calls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder / "repo", folder / "calls"
-        shutil.copytree(
-            ROOT / "scripts",
-            self.folder / "scripts",
-            ignore=shutil.ignore_patterns("*.py", "__pycache__"),
-        )
+        (self.folder / "scripts").mkdir(parents=True)
+        for path in [*ROOT.glob("scripts/*.sh"), ROOT / "scripts/constraints.txt"]:
+            shutil.copy(path, self.folder / "scripts")
         for name in ("setup.py", "pyproject.toml"):
             shutil.copy(ROOT / name, self.folder)
         self.make_python(folder / "env")
@@ -34,13 +31,12 @@ class Repository:
         self.environment = {**clean, "VIRTUAL_ENV": str(folder / "env"), **tools}
 
     def make_python(self, environment: Path) -> Path:
-        """A Python that lacks $MISSING, sees $GPUS, takes $SECONDS to install, and really reads configurations."""
+        """A Python that lacks $MISSING, needs $EXTRAS, and takes $INSTALL_SECONDS to install."""
         return self.make_tool(
             environment / "bin" / "python",
             'case "$*" in\n'
-            f'"- vqrae."*) exec {sys.executable} "$@" ;;\n'
-            '"- "*) cat >/dev/null; [ -z "${MISSING:-}" ] || echo "$MISSING" ;;\n'
-            '"-c import torch"*) echo "${GPUS:-0}" ;;\n'
+            '*missing.py*) [ -z "${MISSING:-}" ] || echo "$MISSING" ;;\n'
+            '*" --extras "*) echo "${EXTRAS:-}" ;;\n'
             '*" install "*) sleep ${INSTALL_SECONDS:-0}; exit ${INSTALL_FAILS:-0} ;;\n'
             "esac\n",
         )
