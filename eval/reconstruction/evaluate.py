@@ -1,134 +1,55 @@
 """How much of an image survives the codes: rFID, PSNR, SSIM, LPIPS and the use of the codebook.
 
-    python -m vqrae.eval.reconstruction.evaluate model=runs/tokenizer data=scenes output=reconstruction.json
-    torchrun --standalone --nproc_per_node 8 -m vqrae.eval.reconstruction.evaluate model=… data=imagenet/val protocol=titok output=…
+    python -m vqrae.eval.reconstruction.evaluate model=runs/tokenizer data=scenes output=scores.json
+    torchrun --standalone --nproc_per_node 8 -m vqrae.eval.reconstruction.evaluate \
+        model=… data=imagenet/val protocol=titok output=…
 
-Images stream: nothing of an evaluation grows with their number. On several processes each scores a share, and the sums are
-added, so that the numbers are those of one process. A metric whose network has no weights here is "not measured", with the
-reason; it is never taken with random ones.
+Images stream: memory does not grow with their number. Several processes share the batches and add
+up their sums, so that the numbers are those of one process. A metric whose network has no weights
+here is "not measured", with the reason.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from vqrae.common.checkpoints import resolve_model
-from vqrae.common.cli import parse
+from vqrae.common import cli, run
+from vqrae.common.checkpoints import model_fingerprint, resolve_model
 from vqrae.common.config import check_range
-from vqrae.common.distributed import is_main_process
+from vqrae.common.distributed import is_main_process, sum_over_processes
 from vqrae.common.errors import run_main
-from vqrae.common.files import write_json, write_text
-from vqrae.common.images import image_grid, save_image
+from vqrae.common.files import write_text
+from vqrae.common.images import image_grid, image_to_uint8, open_image, save_image
 from vqrae.common.run import package_versions, quiet_libraries
-from vqrae.data.sources import fingerprint, source_kind
-from vqrae.eval.manifest import model_fingerprint
-from vqrae.eval.reconstruction.frechet import FeatureStatistics
-from vqrae.eval.reconstruction.images import (
-    ImageBatches,
-    SplitChoice,
-    is_imagenet_validation,
-    open_evaluation,
-    resolve_split,
-)
-from vqrae.eval.reconstruction.metrics import Distance, FrechetMetric, ReconstructionMetrics
+from vqrae.data.image_files import ImageFolder
+from vqrae.data.sources import Samples, fingerprint, open_images, source_kind
+from vqrae.data.stream import Draw
+from vqrae.data.samples import BrokenSamples, FileSplit, TolerantDataset
+from vqrae.eval.reconstruction.frechet import FrechetMetric
+from vqrae.eval.reconstruction.metrics import ReconstructionMetrics
 from vqrae.eval.reconstruction.networks import (
     Backbone,
-    EfficientNetLite0,
+    Distance,
     Inception,
     NotMeasured,
     OriginalEncoder,
     build_lpips,
     original_tokenizer,
 )
-from vqrae.eval.reconstruction.protocols import Protocol, get_protocol
-from vqrae.eval.sharding import processes, progress_of_main
+from vqrae.eval.reconstruction.protocols import PROTOCOLS, Protocol, resize_image
+from vqrae.eval.sharding import batch_indices, processes, progress_of_main
 from vqrae.eval.tables import markdown_table
 from vqrae.tokenizer.modeling import VQRAEModel
 
-EXAMPLES = 16
-SCENES = 1000  # how many, when nobody says
-SHOWN = ("rfid", "inception_score", "lpips_vgg", "lpips_alex")
-
-
-@dataclass(frozen=True)
-class Reconstructions:
-    """Metrics with usage counts (G, K), and the first images beside their copies, (M, 3, H, W) in [0, 1]."""
-
-    metrics: dict[str, Any]
-    histogram: Tensor
-    originals: Tensor
-    copies: Tensor
-
-
-@torch.inference_mode()
-def evaluate_reconstruction(
-    model: VQRAEModel,
-    dataset: Dataset,
-    *,
-    batch_size: int = 32,
-    num_images: int | None = None,
-    num_workers: int = 0,
-    protocol: Protocol | None = None,
-    frechet: tuple[FrechetMetric, ...] = (),
-    lpips: dict[str, Distance] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Reconstructions:
-    """Encode and decode the first `num_images` (or all) images of a data set of {"image": uint8 (3, H, W)}.
-
-    In a process group each process scores its share; metrics are those of all, images those of the process.
-
-    Args:
-        frechet, lpips: what else to measure than pixels and codes.
-        progress: called with (images done, images in all).
-
-    Raises:
-        ValueError: when the data set holds fewer images than asked for, or than there are processes.
-    """
-    model = model.eval()
-    available: int = len(dataset)  # type: ignore[arg-type]  # every source of ours has a length
-    total = available if num_images is None else num_images
-    if not 0 < total <= available:
-        raise ValueError(
-            f"got num_images={total}, expected 1 to {available}, the images of this data set"
-        )
-    batches = ImageBatches(
-        dataset,
-        total,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=model.device,
-        progress=progress,
-    )
-    metrics = ReconstructionMetrics(
-        model.config.codebook_size,
-        getattr(model.quantizer, "num_codebooks", 1),
-        protocol=protocol,
-        frechet=frechet,
-        lpips=lpips,
-        device=model.device,
-    )
-    originals, copies, done = [torch.empty(0)], [torch.empty(0)], 0
-    for images in batches:
-        codes = model.encode(images)
-        reconstruction = model.decode(codes)
-        metrics.update(images, reconstruction, codes)
-        if done < EXAMPLES:
-            originals.append(images[: EXAMPLES - done].cpu())
-            copies.append(reconstruction[: EXAMPLES - done].cpu())
-        done += len(images)
-    metrics.reduce()
-    batches.reduce()
-    values = {**metrics.compute(), "broken_images": int(batches.broken)}
-    return Reconstructions(values, metrics.histogram.cpu(), torch.cat(originals), torch.cat(copies))
-
-
-# ---- the command
+EXAMPLES = 8  # originals and reconstructions in the grid
+SCENES = 1000  # scored when num_images is not given
+IMAGENET_VALIDATION = 50_000  # images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +59,19 @@ class ReconstructionConfig:
     model: str
     """Tokenizer: run directory, checkpoint folder or hub id."""
     output: str
-    """JSON file of the scores; a Markdown table and a grid of examples (originals above copies) go beside it."""
+    """JSON file of the scores; a Markdown table and a grid of examples are written next to it."""
     data: str = "scenes"
     """Source of images: scenes, scenes:emoji, a folder, FILE.jsonl or FILE.tar."""
-    split: SplitChoice = "auto"
-    """Which part of the source: its 5 % for validation, or all; auto is all of files, and validation of scenes."""
+    split: Literal["auto", "validation", "all"] = "auto"
+    """Which part of the source: its 5 % for validation, or all; auto is all of files, and
+    validation of scenes."""
     num_images: int | None = None
-    """Images to score, the first ones of the split; None: 1000 scenes, or everything that files hold."""
+    """Images to score, the first ones of the split; None: 1000 scenes, or all that files hold."""
     protocol: Literal["standard", "titok", "vgt", "maskbit", "llamagen", "rae"] = "standard"
     """Resizing, rounding and SSIM of a public evaluator, see vqrae.eval.reconstruction.protocols."""
-    frechet: tuple[Literal["inception", "efficientnet_lite0", "encoder"], ...] = ("inception",)
-    """Networks to take a Fréchet distance in: inception gives rfid and inception_score, others frechet_NAME."""
+    frechet: tuple[Literal["inception", "encoder"], ...] = ("inception",)
+    """Networks to take a Fréchet distance in: inception gives rfid and inception_score, encoder
+    gives frechet_encoder."""
     lpips: tuple[Backbone, ...] = ("vgg",)
     """Backbones of LPIPS."""
     inception_weights: str | None = None
@@ -158,9 +81,9 @@ class ReconstructionConfig:
     alex_weights: str | None = None
     """File of AlexNet weights; None: torch's cache."""
     original_encoder: str | None = None
-    """Tokenizer whose encoder is the original one, for frechet=[encoder]; None: stage 1 of the run directory."""
+    """Tokenizer with the original encoder, for frechet=[encoder]; None: stage 1 of the run."""
     reference: str | None = None
-    """Folder that keeps statistics of the originals, so that the next tokenizer is scored in less time."""
+    """Folder that keeps statistics of the originals, which the next tokenizer is scored against."""
     batch_size: int = 32
     """Images of one pass."""
     num_workers: int = 0
@@ -172,112 +95,230 @@ class ReconstructionConfig:
         check_range(self, "num_workers", low=0)
         if self.batch_size < 1 or (self.num_images is not None and self.num_images < 1):
             raise ValueError(
-                f"got num_images={self.num_images}, batch_size={self.batch_size}, expected both positive"
+                f"got num_images={self.num_images}, batch_size={self.batch_size}, "
+                "expected both positive"
             )
-        get_protocol(self.protocol)
 
 
-def build_network(name: str, config: ReconstructionConfig) -> torch.nn.Module:
-    """A network for Fréchet distances.
+# ---- data
+
+
+class ProtocolFolder(ImageFolder):
+    """Images of a folder, resized by a protocol."""
+
+    def __init__(self, folder: str, *, protocol: Protocol, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.protocol = protocol
+
+    def read(self, index: int) -> dict[str, Any]:
+        image = resize_image(open_image(self.paths[index]), self.image_size, self.protocol.resize)
+        return {"image": image_to_uint8(image)}
+
+
+def open_evaluation(config: ReconstructionConfig, image_size: int) -> tuple[Samples, FileSplit]:
+    """The images to score, {"image": uint8 (3, H, W)} each, and the split that they are.
 
     Raises:
-        NotMeasured: when its weights are not there.
+        ValueError: for a protocol that resizes otherwise than the source does: only folders keep
+            the size of their images.
     """
-    if name == "inception":
-        return Inception(config.inception_weights)
-    if name == "efficientnet_lite0":
-        return EfficientNetLite0.from_package()
-    return OriginalEncoder(original_tokenizer(config.model, config.original_encoder))
+    kind = source_kind(config.data)
+    protocol = PROTOCOLS[config.protocol]
+    size = config.num_images or (SCENES if kind == "scenes" else None)
+    split: FileSplit = "all" if kind in ("folder", "jsonl", "tar", "hf") else "validation"
+    if config.split != "auto":
+        split = config.split
+    options: dict[str, Any] = {"image_size": image_size, "size": size, "split": split}
+    if kind == "folder":
+        return ProtocolFolder(config.data, protocol=protocol, **options), split
+    if kind != "scenes" and protocol.resize != Protocol.resize:  # scenes are rendered at their size
+        raise ValueError(
+            f"{config.data} is resized by {Protocol.resize} when it is read, but this protocol "
+            f"wants {protocol.resize}: unpack it into a folder"
+        )
+    return open_images(config.data, **options), split
 
 
-@dataclass
-class Judges:
-    """What measures more than pixels and codes, and for each metric that cannot be taken the reason.
+def is_imagenet_validation(dataset: object) -> bool:
+    """Whether a data set is ImageNet's 50,000 validation images, whose names number them."""
+    if not isinstance(dataset, ImageFolder) or len(dataset) != IMAGENET_VALIDATION:
+        return False
+    expected = {f"ILSVRC2012_val_{i:08d}" for i in range(1, IMAGENET_VALIDATION + 1)}
+    return {path.stem for path in dataset.paths} == expected
+
+
+class ReadableSamples(Dataset):
+    """(index, image), or (index, error) for a broken one.
+
+    Training puts the next sample in place of a broken one; an evaluation would count it twice.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | ValueError]:
+        try:
+            if isinstance(self.dataset, TolerantDataset):
+                return index, self.dataset.read(Draw(index, 0))["image"]
+            return index, self.dataset[index]["image"]
+        except ValueError as error:
+            return index, ValueError(str(error))  # without a traceback, which no worker can send
+
+
+# ---- networks
+
+
+def build_metrics(
+    config: ReconstructionConfig, originals: dict[str, Any], device: str
+) -> tuple[list[FrechetMetric], dict[str, Distance], dict[str, str]]:
+    """Fréchet distances, LPIPS by backbone, and the reason for each metric that cannot be taken.
 
     Args:
-        identity: of the originals; kept statistics of them must have the same.
+        originals: what identifies the original images; kept statistics of them must have the same.
     """
-
-    config: ReconstructionConfig
-    identity: dict[str, Any]
-    device: str
-
-    def __post_init__(self) -> None:
-        self.frechet: list[FrechetMetric] = []
-        self.lpips: dict[str, Distance] = {}
-        self.not_measured: dict[str, str] = {}
-        for name in self.config.frechet:
-            try:
-                network: Any = build_network(name, self.config)
-            except NotMeasured as error:
-                metrics = (
-                    ("rfid", "inception_score") if name == "inception" else (f"frechet_{name}",)
-                )
-                self.not_measured |= dict.fromkeys(metrics, str(error))
-                continue
-            path, identity = self._reference(network)
-            known = (
-                FeatureStatistics.load(path, identity)
-                if path is not None and path.exists()
-                else None
+    frechet: list[FrechetMetric] = []
+    lpips: dict[str, Distance] = {}
+    not_measured: dict[str, str] = {}
+    for name in config.frechet:
+        try:
+            if name == "inception":
+                network: torch.nn.Module = Inception(config.inception_weights)
+            else:
+                network = OriginalEncoder(original_tokenizer(config.model, config.original_encoder))
+        except NotMeasured as error:
+            keys = ["rfid", "inception_score"] if name == "inception" else [f"frechet_{name}"]
+            not_measured |= dict.fromkeys(keys, str(error))
+        else:
+            metric = FrechetMetric(
+                network, device, reference=config.reference, identity=originals
             )
-            self.frechet.append(FrechetMetric(network, known, self.device))
-        for backbone in self.config.lpips:
-            try:
-                self.lpips[backbone] = build_lpips(
-                    backbone, getattr(self.config, f"{backbone}_weights")
-                )
-            except NotMeasured as error:
-                self.not_measured[f"lpips_{backbone}"] = str(error)
+            frechet.append(metric)
+    for backbone in config.lpips:
+        weights = getattr(config, f"{backbone}_weights")
+        try:
+            lpips[backbone] = build_lpips(backbone, weights, device)
+        except NotMeasured as error:
+            not_measured[f"lpips_{backbone}"] = str(error)
+    return frechet, lpips, not_measured
 
-    def _reference(self, network: Any) -> tuple[Path | None, dict[str, Any]]:
-        folder = self.config.reference
-        return Path(folder) / f"{network.name}.npz" if folder else None, {
-            **self.identity,
-            "network": network.identity,
-        }
 
-    def keep_references(self) -> None:
-        """Write the statistics of the originals that were taken in this run."""
-        for metric in self.frechet:
-            path, identity = self._reference(metric.network)
-            if path is not None and not metric.known and metric.originals.count > 1:
-                metric.originals.save(path, identity)
+# ---- scores
+
+
+@torch.inference_mode()
+def evaluate_reconstruction(
+    model: VQRAEModel,
+    dataset: Dataset,
+    *,
+    batch_size: int = 32,
+    num_images: int | None = None,
+    num_workers: int = 0,
+    protocol: Protocol | None = None,
+    frechet: Sequence[FrechetMetric] = (),
+    lpips: dict[str, Distance] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Encode and decode the first `num_images` (or all) of a data set of {"image": uint8 (3, H, W)}.
+
+    Args:
+        frechet, lpips: what else to measure than pixels and codes.
+        progress: called with (images done, images in all).
+
+    Returns:
+        The metrics of all processes, and the first images of this one with their reconstructions,
+        (M, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: when the data set holds fewer images than asked for.
+        TooManyBrokenSamples: when more of them cannot be read than a sound source has.
+    """
+    model.eval()
+    available: int = len(dataset)  # type: ignore[arg-type]  # every source of ours has a length
+    total = available if num_images is None else num_images
+    if not 0 < total <= available:
+        raise ValueError(
+            f"got num_images={total}, expected 1 to {available}, the images of this data set"
+        )
+    metrics = ReconstructionMetrics(
+        model.config.codebook_size,
+        protocol=protocol,
+        frechet=frechet,
+        lpips=lpips,
+        device=model.device,
+    )
+    loader = DataLoader(
+        ReadableSamples(dataset),
+        batch_sampler=batch_indices(total, batch_size),
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+    broken = BrokenSamples("the images")
+    originals: list[Tensor] = []
+    reconstructions: list[Tensor] = []
+    for samples in loader:
+        broken.seen += len(samples)
+        for index, sample in samples:
+            if isinstance(sample, ValueError):
+                broken.note(index, sample)
+        sound = [sample for _, sample in samples if isinstance(sample, Tensor)]
+        if sound:
+            images = torch.stack(sound).to(model.device, non_blocking=True).float() / 255
+            codes = model.encode(images)
+            reconstruction = model.decode(codes)
+            metrics.update(images, reconstruction, codes)
+            if len(originals) < EXAMPLES:
+                originals += images[: EXAMPLES - len(originals)].cpu()
+                reconstructions += reconstruction[: EXAMPLES - len(reconstructions)].cpu()
+        progress(min(samples[-1][0] + 1, total), total)
+
+    metrics.reduce()
+    count = torch.tensor(len(broken.found), device=model.device)
+    values = {**metrics.compute(), "broken_images": int(sum_over_processes(count))}
+    return values, torch.stack(originals), torch.stack(reconstructions)
+
+
+# ---- the command
 
 
 def markdown(values: dict[str, Any]) -> str:
     """The scores as a table, with what they were measured on and what was not measured."""
-    numbers = [
-        (name, f"{value:.6g}") for name, value in values.items() if type(value) in (int, float)
-    ]
-    missing = [(name, f"not measured: {reason}") for name, reason in values["not_measured"].items()]
-    settings = ", ".join(f"{name} {value}" for name, value in values["protocol"].items())
+    rows = [(name, f"not measured: {reason}") for name, reason in values["not_measured"].items()]
+    for name, value in values.items():
+        if type(value) in (int, float):
+            rows.append((name, f"{value:.6g}"))
+    protocol = ", ".join(f"{name} {value}" for name, value in values["protocol"].items())
     lines = [
         "# Reconstruction",
         "",
-        f"Tokenizer `{values['tokenizer']}` on `{values['data']}`, split {values['split']}. Protocol: {settings}.",
+        f"Tokenizer `{values['tokenizer']}` on `{values['data']}`, split {values['split']}. "
+        f"Protocol: {protocol}.",
         *values["notes"],
         "",
-        *markdown_table(("metric", "value"), [*missing, *numbers]),
+        *markdown_table(("metric", "value"), rows),
     ]
     return "\n".join(lines) + "\n"
 
 
+def summary(values: dict[str, Any]) -> str:
+    """The main numbers in a line."""
+    parts = [f"psnr {values['psnr']:.2f} dB", f"ssim {values['ssim']:.4f}"]
+    for name, value in values.items():
+        if value is not None and name.startswith(("rfid", "inception", "frechet", "lpips")):
+            parts.append(f"{name} {value:.4g}")
+    parts.append(f"codebook usage {values['codebook_usage']:.1%}")
+    parts.append(f"perplexity {values['perplexity']:.1f}")
+    where = f"{values['data']}, split {values['split']}, protocol {values['protocol']['name']}"
+    return f"{'  '.join(parts)}  ({values['num_images']} images of {where})"
+
+
 def main(argv: list[str] | None = None) -> None:
-    config = parse(ReconstructionConfig, argv)
+    config = cli.parse(ReconstructionConfig, argv)
     quiet_libraries()
-    folder, protocol = resolve_model(config.model), get_protocol(config.protocol)
+    output = Path(config.output)
+    protocol = PROTOCOLS[config.protocol]
     with processes(config.device) as device:
-        model = VQRAEModel.from_pretrained(folder).to(device)
-        split = resolve_split(config.data, config.split)
-        size = config.num_images or (SCENES if source_kind(config.data) == "scenes" else None)
-        dataset = open_evaluation(
-            config.data,
-            image_size=model.config.image_size,
-            split=split,
-            size=size,
-            protocol=protocol,
-        )
+        model = VQRAEModel.from_pretrained(resolve_model(config.model)).to(device)
+        dataset, split = open_evaluation(config, model.config.image_size)
         originals = {
             "data": fingerprint(config.data),
             "split": split,
@@ -285,52 +326,44 @@ def main(argv: list[str] | None = None) -> None:
             "image_size": model.config.image_size,
             "protocol": {"name": config.protocol, **dataclasses.asdict(protocol)},
         }
-        judges = Judges(config, originals, device)
-        result = evaluate_reconstruction(
-            model,
-            dataset,
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            protocol=protocol,
-            frechet=tuple(judges.frechet),
-            lpips=judges.lpips,
-            progress=progress_of_main("reconstruction"),
-        )
+        tokenizer = model_fingerprint(config.model)
+        frechet, lpips, not_measured = build_metrics(config, originals, device)
+
+        def score() -> dict[str, Any]:
+            metrics, images, reconstructions = evaluate_reconstruction(
+                model,
+                dataset,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                protocol=protocol,
+                frechet=frechet,
+                lpips=lpips,
+                progress=progress_of_main("reconstruction"),
+            )
+            if is_main_process():
+                for metric in frechet:
+                    metric.keep_reference()
+                grid = image_grid([images, reconstructions], labels=["original", "reconstruction"])
+                save_image(grid, output.with_suffix(".png"))
+            reasons = not_measured | metrics["not_measured"]
+            return {
+                **dict.fromkeys(reasons),
+                **metrics,
+                **originals,
+                "imagenet_validation": is_imagenet_validation(dataset),
+                "tokenizer": tokenizer,
+                "not_measured": reasons,
+                "packages": package_versions(),
+            }
+
+        networks = [metric.identity["network"] for metric in frechet]
+        settings = {**originals, "tokenizer": tokenizer, "networks": [*networks, *lpips]}
+        values = run.kept(output, settings, score)
     if is_main_process():
-        judges.keep_references()
-        origin = {
-            **originals,
-            "imagenet_validation": is_imagenet_validation(dataset),
-            "tokenizer": model_fingerprint(folder),
-            "not_measured": judges.not_measured | result.metrics["not_measured"],
-        }
-        write_result(config, result, origin)
-
-
-def write_result(
-    config: ReconstructionConfig, result: Reconstructions, origin: dict[str, Any]
-) -> None:
-    """Write JSON, Markdown and the grid of examples, and print the main numbers."""
-    unknown = dict.fromkeys(origin["not_measured"])
-    values = {**unknown, **result.metrics, **origin, "packages": package_versions()}
-    output = Path(config.output)
-    write_json(output, values)
-    write_text(output.with_suffix(".md"), markdown(values))
-    rows = [list(result.originals[:8]), list(result.copies[:8])]
-    save_image(image_grid(rows, labels=["original", "copy"]), output.with_suffix(".png"))
-    for name, reason in values["not_measured"].items():
-        print(f"{name} not measured: {reason}")
-    shown = {
-        name: value for name, value in result.metrics.items() if name in SHOWN or "frechet" in name
-    }
-    measured = "".join(
-        f"{name} {value:.4g}  " for name, value in shown.items() if value is not None
-    )
-    print(
-        f"psnr {values['psnr']:.2f} dB  ssim {values['ssim']:.4f}  {measured}codebook usage {values['codebook_usage']:.1%}  "
-        f"perplexity {values['perplexity']:.1f}  ({values['num_images']} images of {config.data}, split {values['split']}, "
-        f"protocol {config.protocol})  ->  {output}"
-    )
+        write_text(output.with_suffix(".md"), markdown(values))
+        for name, reason in values["not_measured"].items():
+            print(f"{name} not measured: {reason}")
+        print(f"{summary(values)}  ->  {output}")
 
 
 if __name__ == "__main__":

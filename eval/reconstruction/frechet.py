@@ -1,4 +1,4 @@
-"""Fréchet distance of feature sets (arXiv 1706.08500), and the Inception score, as sums that stream and merge.
+"""Fréchet distances between sets of images, and the Inception score, as sums that stream.
 
 Shapes: B batch, D feature width, C classes.
 """
@@ -17,11 +17,77 @@ from vqrae.common.distributed import sum_over_processes
 from vqrae.common.files import atomic_path
 
 
+class FrechetMetric:
+    """Fréchet distance of originals and copies in one network's features; rFID if it is Inception.
+
+    Args:
+        network: a module of `networks`.
+        reference: folder that keeps the statistics of the originals.
+        identity: of the originals; kept statistics must have the same.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        device: torch.device | str = "cpu",
+        *,
+        reference: str | Path | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.network = network.to(device)
+        self.key = "rfid" if network.name == "inception" else f"frechet_{network.name}"
+        self.file = Path(reference) / f"{network.name}.npz" if reference else None
+        self.identity = {**(identity or {}), "network": network.identity}
+        self.originals = FeatureStatistics(network.width, device)
+        self.is_known = self.file is not None and self.file.exists()
+        if self.file and self.is_known:
+            self.originals = FeatureStatistics.load(self.file, self.identity)
+        self.copies = FeatureStatistics(network.width, device)
+        classes = network.num_classes
+        self.score = InceptionScore(classes, device) if classes else None
+
+    def update(self, images: Tensor, copies: Tensor) -> None:
+        """Add a batch, both (B, 3, H, W) at the levels that the protocol wants."""
+        if not self.is_known:
+            self.originals.update(self.network(images)[0])
+        features, logits = self.network(copies)
+        self.copies.update(features)
+        if self.score is not None:
+            self.score.update(logits)
+
+    def reduce(self) -> None:
+        """Add up over all processes."""
+        if not self.is_known:
+            self.originals.reduce()
+        self.copies.reduce()
+        if self.score is not None:
+            self.score.reduce()
+
+    def keep_reference(self) -> None:
+        """Write the statistics of the originals, if they were taken in this run."""
+        if self.file and not self.is_known and self.originals.count > 1:
+            self.originals.save(self.file, self.identity)
+
+    def compute(self) -> tuple[dict[str, float | None], dict[str, str]]:
+        """The distance and, from Inception, the score; and by name why one is None.
+
+        A distance that fails costs no other metric of the run.
+        """
+        values: dict[str, float | None] = {self.key: None}
+        if self.score is not None:
+            values["inception_score"] = self.score.compute()
+        try:
+            values[self.key] = frechet_distance(self.originals, self.copies)
+        except ValueError as error:
+            return values, {self.key: str(error)}
+        return values, {}
+
+
 class FeatureStatistics:
     """Mean and covariance of features in float64, whatever their number.
 
-    A batch enters by one matrix product about its own mean (Chan, Golub and LeVeque 1983): exact where a sum of squares
-    about zero would cancel, and much faster than an outer product for each image.
+    A batch enters by one matrix product about its own mean (Chan, Golub and LeVeque 1983): exact
+    where a sum of squares about zero would cancel, and faster than an outer product per image.
 
     Args:
         width: D.
@@ -37,33 +103,22 @@ class FeatureStatistics:
         features = features.to(self.mean)
         mean = features.mean(0)
         centered = features - mean
-        self._join(len(features), mean, centered.T @ centered)
-
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Add what another one has seen."""
-        self._join(other.count, other.mean, other.scatter)
-
-    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        if count == 0:
-            return
-        total = self.count + count
+        total = self.count + len(features)
         offset = mean - self.mean
-        self.scatter += scatter
-        self.scatter.addr_(offset, offset, alpha=self.count * count / total)
-        self.mean = self.mean + offset * (count / total)
+        self.scatter += centered.T @ centered
+        self.scatter.addr_(offset, offset, alpha=self.count * len(features) / total)
+        self.mean = self.mean + offset * (len(features) / total)
         self.count = total
 
     def reduce(self) -> None:
         """Become the statistics of all processes together."""
-        count = torch.tensor([self.count], dtype=torch.int64, device=self.mean.device)
-        mean = self.mean * self.count
-        sum_over_processes(count)
-        sum_over_processes(mean)
-        mean /= count
+        count = sum_over_processes(torch.tensor([self.count], device=self.mean.device))
+        mean = sum_over_processes(self.mean * self.count) / count
         offset = self.mean - mean
         self.scatter.addr_(offset, offset, alpha=self.count)
         sum_over_processes(self.scatter)
-        self.count, self.mean = int(count.item()), mean
+        self.count = int(count.item())
+        self.mean = mean
 
     @property
     def covariance(self) -> Tensor:
@@ -78,57 +133,50 @@ class FeatureStatistics:
             )
         return self.scatter / (self.count - 1)
 
-    # ---- files
-
-    def save(self, path: str | Path, identity: dict[str, Any]) -> None:
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
         """Write the statistics to an .npz, with what they are statistics of."""
+        mu, sigma = self.mean.cpu().numpy(), self.covariance.cpu().numpy()
         with atomic_path(path) as temporary, temporary.open("wb") as stream:
-            mu, sigma = self.mean.cpu().numpy(), self.covariance.cpu().numpy()
             np.savez(stream, mu=mu, sigma=sigma, count=self.count, identity=json.dumps(identity))
 
     @classmethod
-    def load(cls, path: str | Path, identity: dict[str, Any]) -> "FeatureStatistics":
+    def load(cls, path: Path, identity: dict[str, Any]) -> "FeatureStatistics":
         """Read what `save` wrote.
 
         Raises:
-            ValueError: when the file is none, or holds statistics of anything else, naming what differs.
+            ValueError: for any other file, or statistics of something else, naming what differs.
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
-                mu, sigma, count, found = (
-                    stored["mu"],
-                    stored["sigma"],
-                    int(stored["count"]),
-                    str(stored["identity"]),
-                )
-                found = json.loads(found)
+                found = json.loads(str(stored["identity"]))
+                statistics = cls(len(stored["mu"]))
+                statistics.count = int(stored["count"])
+                statistics.mean = torch.from_numpy(stored["mu"])
+                statistics.scatter = torch.from_numpy(stored["sigma"]) * (statistics.count - 1)
         except (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as error:
             raise ValueError(
-                f"{path} holds no reference statistics: {error}. Delete it, it will be made again"
+                f"{path} holds no reference statistics: {error}. Delete it to make it again"
             ) from error
         wanted = json.loads(json.dumps(identity))  # tuples become lists
-        differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
-        if differing:
-            lines = [
-                f"{key}: the file has {found.get(key)!r}, this run {wanted.get(key)!r}"
-                for key in differing
-            ]
+        differences = [
+            f"{key}: the file has {found.get(key)!r}, this run {wanted.get(key)!r}"
+            for key in {**wanted, **found}
+            if wanted.get(key) != found.get(key)
+        ]
+        if differences:
             raise ValueError(
-                f"{path} holds statistics of something else. "
-                + "; ".join(lines)
-                + ". Name another folder, or delete the file"
+                f"{path} holds statistics of something else. {'; '.join(differences)}. "
+                "Name another folder, or delete the file"
             )
-        statistics = cls(len(mu))
-        statistics.count, statistics.mean = count, torch.from_numpy(mu)
-        statistics.scatter = torch.from_numpy(sigma) * (count - 1)
         return statistics
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0.
+    """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0 (arXiv 1706.08500).
 
-    The trace of the root is taken from the eigenvalues of A^(1/2) B A^(1/2), which is symmetric and has those of A B: real
-    ones, also where a covariance is singular, as it is for fewer images than features.
+    The trace of the root is taken from the eigenvalues of A^(1/2) B A^(1/2), which is symmetric and
+    has those of A B: real ones, also where a covariance is singular because there are fewer images
+    than features.
 
     Raises:
         ValueError: for fewer than two samples on a side, or features that are not finite.
@@ -144,9 +192,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 class InceptionScore:
-    """exp of the mean divergence of an image's class distribution from that of all images (arXiv 1606.03498).
+    """exp of the mean KL divergence of an image's class distribution from that of all images.
 
-    One split over all images, as in the evaluators of tokenizers; generators are often scored in ten, which gives less.
+    One split over all images (arXiv 1606.03498), as in the evaluators of tokenizers; generators are
+    often scored in ten splits, which gives less.
 
     Args:
         num_classes: C.
@@ -154,16 +203,16 @@ class InceptionScore:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.sums = torch.zeros(num_classes, dtype=torch.float64, device=device)
-        self.totals = torch.zeros(
-            2, dtype=torch.float64, device=device
-        )  # negative entropies, images
+        # Negative entropies, and images.
+        self.totals = torch.zeros(2, dtype=torch.float64, device=device)
 
     def update(self, logits: Tensor) -> None:
         """Add class logits (B, C)."""
         logs = logits.to(self.sums).log_softmax(1)
-        shares = logs.exp()
-        self.sums += shares.sum(0)
-        self.totals += torch.stack([(shares * logs).sum(), self.totals.new_tensor(len(logits))])
+        probabilities = logs.exp()
+        self.sums += probabilities.sum(0)
+        count = self.totals.new_tensor(len(logits))
+        self.totals += torch.stack([(probabilities * logs).sum(), count])
 
     def reduce(self) -> None:
         """Become the sums of all processes together."""

@@ -1,76 +1,23 @@
-"""Metrics of reconstructions as sums: they stream over any number of images and add up over processes."""
+"""Metrics of reconstructions as sums: they stream over any number of images and add up over processes.
+
+Shapes: B batch, N tokens, K codebook size.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vqrae.common.distributed import sum_over_processes
-from vqrae.eval.reconstruction.frechet import FeatureStatistics, InceptionScore, frechet_distance
-from vqrae.eval.reconstruction.protocols import Protocol, round_levels, ssim, to_score_size
+from vqrae.eval.reconstruction.frechet import FrechetMetric
+from vqrae.eval.reconstruction.networks import Distance
+from vqrae.eval.reconstruction.protocols import Protocol, SSIMWindow, round_levels, to_score_size
 
 MIN_SQUARED_ERROR = 1e-10  # an exact copy counts 100 dB
-FEW_IMAGES = (
-    10_000  # a Fréchet distance of fewer is far above that of the 50,000 that are published
-)
-Distance = Callable[[Tensor, Tensor], Tensor]
-
-
-class FrechetMetric:
-    """Fréchet distance between originals and copies in the features of one network; with Inception, rFID and its score.
-
-    Args:
-        network: images (B, 3, H, W) in [0, 1] -> features (B, D) and logits (or None); its `name` names the result.
-        reference: statistics of the originals, when they are known already.
-    """
-
-    def __init__(
-        self, network: Any, reference: FeatureStatistics | None, device: torch.device | str
-    ) -> None:
-        self.network = network.to(device)
-        self.known = reference is not None
-        self.originals = reference or FeatureStatistics(network.width, device)
-        self.copies = FeatureStatistics(network.width, device)
-        self.score: InceptionScore | None = None
-
-    @property
-    def key(self) -> str:
-        """`rfid` for Inception, which defines it; everything else is named for what it is."""
-        return "rfid" if self.network.name == "inception" else f"frechet_{self.network.name}"
-
-    def update(self, images: Tensor, copies: Tensor) -> None:
-        """Add a batch, both (B, 3, H, W) at the levels that the protocol wants."""
-        if not self.known:
-            self.originals.update(self.network(images)[0])
-        features, logits = self.network(copies)
-        self.copies.update(features)
-        if self.key == "rfid":
-            self.score = self.score or InceptionScore(logits.shape[1], logits.device)
-            self.score.update(logits)
-
-    def reduce(self) -> None:
-        """Add up over all processes."""
-        if not self.known:
-            self.originals.reduce()
-        self.copies.reduce()
-        if self.score is not None:
-            self.score.reduce()
-
-    def compute(self) -> tuple[dict[str, float | None], dict[str, str]]:
-        """The distance and, from Inception, the score; and by name why one of them cannot be taken.
-
-        A distance that fails costs no other metric of the run.
-        """
-        values: dict[str, float | None] = {self.key: None}
-        if self.score is not None:
-            values["inception_score"] = self.score.compute()
-        try:
-            values[self.key] = frechet_distance(self.originals, self.copies)
-        except ValueError as error:
-            return values, {self.key: str(error)}
-        return values, {}
+FEW_IMAGES = 10_000  # a Fréchet distance of fewer is far above that of the published 50,000
 
 
 class ReconstructionMetrics:
@@ -78,7 +25,6 @@ class ReconstructionMetrics:
 
     Args:
         codebook_size: K.
-        num_codebooks: G; with several, shares and perplexity are means over the codebooks.
         protocol: how images are compared.
         frechet: Fréchet distances to take.
         lpips: perceptual distances to take, by the name of their backbone.
@@ -87,23 +33,18 @@ class ReconstructionMetrics:
     def __init__(
         self,
         codebook_size: int,
-        num_codebooks: int = 1,
         *,
         protocol: Protocol | None = None,
-        frechet: tuple[FrechetMetric, ...] = (),
+        frechet: Sequence[FrechetMetric] = (),
         lpips: dict[str, Distance] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.codebook_size, self.protocol = codebook_size, protocol or Protocol()
-        self.frechet, self.lpips = frechet, lpips or {}
-        self.histogram = torch.zeros(num_codebooks, codebook_size, dtype=torch.int64, device=device)
-        self.names = [
-            "num_images",
-            "psnr",
-            "squared_error",
-            "ssim",
-            *(f"lpips_{name}" for name in self.lpips),
-        ]
+        self.protocol = protocol or Protocol()
+        self.frechet = frechet
+        self.lpips = lpips or {}
+        self.histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+        self.names = ["num_images", "psnr", "squared_error", "ssim"]
+        self.names += [f"lpips_{name}" for name in self.lpips]
         if self.protocol.ssim_data_range != 1:
             self.names.append(f"ssim_range_{self.protocol.ssim_data_range:g}")
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
@@ -113,42 +54,43 @@ class ReconstructionMetrics:
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            reconstruction: (B, 3, H', W'); what exceeds [0, 1] is clamped, another size is resized.
-            codes: (B, N), or (B, N, G) with several codebooks.
+            reconstruction: (B, 3, H', W'), clamped to [0, 1]; another size is resized.
+            codes: (B, N).
 
         Raises:
-            ValueError: when the two are not as many, or codes are of another number of codebooks.
+            ValueError: when the numbers of images differ.
         """
-        if codes.shape[2:].numel() != len(self.histogram):  # of no dimensions: 1
-            raise ValueError(
-                f"got codes {tuple(codes.shape)}, expected those of {len(self.histogram)} codebooks"
-            )
         if len(images) != len(reconstruction):
             raise ValueError(
-                f"got images {tuple(images.shape)} and reconstruction {tuple(reconstruction.shape)}, expected as many"
+                f"got images {tuple(images.shape)} and reconstruction "
+                f"{tuple(reconstruction.shape)}, expected the same number"
             )
-        protocol, side = self.protocol, images.shape[-1]
-        pair = [to_score_size(batch, protocol, side) for batch in (images, reconstruction)]
-        target, copy = (round_levels(batch, protocol.rounding) for batch in pair)
+        protocol = self.protocol
+        original = to_score_size(images, protocol, images.shape[-1])
+        reconstruction = to_score_size(reconstruction, protocol, images.shape[-1])
+
+        target = round_levels(original, protocol.rounding)
+        copy = round_levels(reconstruction, protocol.rounding)
         error = (target - copy).square().flatten(1).mean(dim=1)
         values = {
             "num_images": torch.ones_like(error),
             "psnr": -10 * error.clamp(min=MIN_SQUARED_ERROR).log10(),
             "squared_error": error,
             "ssim": ssim(target, copy, protocol.ssim_window, 1.0),
-            **{f"lpips_{name}": distance(target, copy) for name, distance in self.lpips.items()},
         }
+        for name, distance in self.lpips.items():
+            values[f"lpips_{name}"] = distance(copy, target)
         if protocol.ssim_data_range != 1:
-            values[self.names[-1]] = ssim(
-                target, copy, protocol.ssim_window, protocol.ssim_data_range
-            )
+            inflated = ssim(target, copy, protocol.ssim_window, protocol.ssim_data_range)
+            values[self.names[-1]] = inflated
         self.sums += torch.stack([values[name].double().sum() for name in self.names]).to(self.sums)
-        for counts, column in zip(
-            self.histogram, codes.reshape(-1, len(self.histogram)).T, strict=True
-        ):
-            counts += torch.bincount(column, minlength=self.codebook_size).to(counts)
+
+        counts = torch.bincount(codes.flatten(), minlength=len(self.histogram))
+        self.histogram += counts.to(self.histogram)
+
         if self.frechet:
-            target, copy = (round_levels(batch, protocol.network_rounding) for batch in pair)
+            target = round_levels(original, protocol.network_rounding)
+            copy = round_levels(reconstruction, protocol.network_rounding)
             for metric in self.frechet:
                 metric.update(target, copy)
 
@@ -163,10 +105,12 @@ class ReconstructionMetrics:
         """All metrics over everything that was added.
 
         Returns:
-            psnr (dB), ssim, lpips_*: means over images. psnr_pooled: of the squared error over all images together.
-            ssim_range_*: at the protocol's data range. rfid, inception_score, frechet_*: of the sets.
-            codebook_usage: the share of the K codes that any image used; dead_codes, dead_share: those that none did.
-            perplexity, entropy_bits: of the codes. num_images, codebook_size, ssim_variant, notes.
+            psnr (dB), ssim, lpips_*: means over images. psnr_pooled: of the squared error over all
+            images together. ssim_range_*: at the protocol's data range.
+            rfid, inception_score, frechet_*: of the sets.
+            codebook_usage: share of the K codes that any image used; dead_codes, dead_share: the
+            others. perplexity, entropy_bits: of the codes.
+            num_images, codebook_size, ssim_variant, notes.
             not_measured: the reason of each distance that is None.
 
         Raises:
@@ -176,39 +120,90 @@ class ReconstructionMetrics:
         count = int(means.pop("num_images"))
         if count == 0:
             raise ValueError("got no images, expected at least one")
-        if broken := [name for name, value in means.items() if not math.isfinite(value)]:
+        broken = [name for name, value in means.items() if not math.isfinite(value)]
+        if broken:
             raise ValueError(
-                f"got {', '.join(broken)} that are not finite: the reconstructions, or the features of "
-                "a metric's network, hold NaN. Check the weights"
+                f"got {', '.join(broken)} that are not finite: the reconstructions, or the "
+                "features of a metric's network, hold NaN. Check the weights"
             )
         means = {name: value / count for name, value in means.items()}
         pooled = -10 * math.log10(max(means.pop("squared_error"), MIN_SQUARED_ERROR))
+
         counts = self.histogram.double().cpu()
-        distribution = counts / counts.sum(dim=1, keepdim=True)
-        entropy = -torch.special.xlogy(distribution, distribution).sum(dim=1)
+        distribution = counts / counts.sum()
+        entropy = -torch.special.xlogy(distribution, distribution).sum()
         usage = (counts > 0).double().mean().item()
+
         distances: dict[str, float | None] = {}
         not_measured: dict[str, str] = {}
         for metric in self.frechet:
             found, reasons = metric.compute()
             distances |= found
             not_measured |= reasons
-        few = (
-            f"Fréchet distances of {count} images are biased upwards; published ones are of 50,000"
-        )
+        few = f"Fréchet distances of {count} images are biased upwards; published ones use 50,000"
         return {
             "psnr": means.pop("psnr"),
             "psnr_pooled": pooled,
             **means,
             **distances,
             "codebook_usage": usage,
-            "perplexity": entropy.exp().mean().item(),
-            "entropy_bits": (entropy / torch.tensor(2.0).log()).mean().item(),
+            "perplexity": entropy.exp().item(),
+            "entropy_bits": (entropy / torch.tensor(2.0).log()).item(),
             "dead_codes": int((counts == 0).sum()),
             "dead_share": 1 - usage,
             "num_images": count,
-            "codebook_size": self.codebook_size,
+            "codebook_size": len(self.histogram),
             "ssim_variant": f"{self.protocol.ssim_window}, data range 1",
             "not_measured": not_measured,
             "notes": [few] if distances and count < FEW_IMAGES else [],
         }
+
+
+# ---- SSIM
+
+
+def ssim(images: Tensor, copies: Tensor, window: SSIMWindow, data_range: float) -> Tensor:
+    """Structural similarity of images (B, 3, H, W), one value per image (B,).
+
+    The mean over channels and windows, in float64, since variances are differences of means of
+    squares. Equals scikit-image's `structural_similarity`; for `gaussian_11`, that with
+    `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`.
+
+    Raises:
+        ValueError: for images smaller than the window.
+    """
+    unbiased = 1.0
+    weights = [math.exp(-(offset**2) / (2 * 1.5**2)) for offset in range(-5, 6)]
+    weights = [weight / sum(weights) for weight in weights]
+    if window == "uniform_7":
+        weights = [1 / 7] * 7
+        unbiased = 49 / 48  # the covariance of samples: n / (n - 1)
+    side = len(weights)
+    if min(images.shape[-2:]) < side:
+        height, width = images.shape[-2:]
+        raise ValueError(
+            f"got images of {height} x {width}, expected at least {side} pixels for SSIM"
+        )
+    a, b = images.double(), copies.double()
+    if window == "gaussian_11_padded":
+        a, b = (F.pad(batch, [side // 2] * 4, mode="reflect") for batch in (a, b))
+    mean_a, mean_b = _windowed(a, weights), _windowed(b, weights)
+    variance_a = unbiased * (_windowed(a * a, weights) - mean_a**2)
+    variance_b = unbiased * (_windowed(b * b, weights) - mean_b**2)
+    covariance = unbiased * (_windowed(a * b, weights) - mean_a * mean_b)
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    values = numerator / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
+    return values.flatten(1).mean(1)
+
+
+def _windowed(images: Tensor, weights: list[float]) -> Tensor:
+    """Weighted means (B, C, H', W') over the square windows that fit into images (B, C, H, W)."""
+    for axis in (-2, -1):
+        places = images.shape[axis] - len(weights) + 1
+        total = weights[0] * images.narrow(axis, 0, places)
+        # Shifted sums take a third of the time of float64 convolutions on CPU.
+        for i, weight in enumerate(weights[1:], start=1):
+            total.add_(images.narrow(axis, i, places), alpha=weight)
+        images = total
+    return images
