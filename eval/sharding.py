@@ -74,16 +74,16 @@ def stride(items: Sequence[T]) -> Sequence[T]:
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
-def batch_indices(total: int, batch_size: int) -> Sequence[range]:
+def batch_indices(total: int, batch_size: int) -> Sequence[list[int]]:
     """This process's batches of the indices 0 … total - 1.
 
     Whole batches are shared out, so that rounding does not depend on the number of processes.
     """
     starts = range(0, total, batch_size)
-    return stride([range(start, min(start + batch_size, total)) for start in starts])
+    return stride([list(range(start, min(start + batch_size, total))) for start in starts])
 
 
-def gather(items: list[T]) -> list[T]:
+def gather(items: list[Any]) -> list[Any]:
     """The items of all processes on every one of them.
 
     With one item for each that `stride` gave out, they come in the order of the whole.
@@ -100,15 +100,6 @@ gather_strided = gather
 
 
 def share(total: int) -> range:
-    """Indices of this process's images: consecutive, sizes differ by one at most.
-
-    Raises:
-        ValueError: on every process, when there are more of them than images.
-    """
+    """This process's indices of 0 … total - 1: consecutive."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if total < size:
-        raise ValueError(
-            f"got {total} images for {size} processes, expected at least one for each: "
-            f"set nproc={total}"
-        )
     return range(rank * total // size, (rank + 1) * total // size)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torchvision.models import (
     ConvNeXt_Small_Weights,
     VGG16_Weights,
     WeightsEnum,
+    alexnet,
     convnext_small,
     vgg,
 )
@@ -69,44 +71,68 @@ class EncoderPerceptual(nn.Module):
         ).mean()
 
 
+# Where LPIPS cuts torchvision's `features` into five parts, and the channels after each. The parts
+# end in relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3 of VGG16, in the five ReLUs of AlexNet.
+LPIPS_BOUNDS = {"vgg": (0, 4, 9, 16, 23, 30), "alex": (0, 2, 5, 8, 10, 12)}
+LPIPS_CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
+
+
 class LPIPS(nn.Module):
-    """LPIPS with VGG16 (arXiv 1801.03924, version 0.1) at the resolution of the images; random until `load_pretrained`."""
+    """LPIPS 0.1 (arXiv 1801.03924) at the resolution of the images; random until weights are loaded.
 
-    # Between these layers of VGG16 lie relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, with so many channels.
-    BOUNDS, CHANNELS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)
+    Args:
+        backbone: `vgg` (VGG16) for training; `alex` (AlexNet) is a metric too.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, backbone: Literal["vgg", "alex"] = "vgg") -> None:
         super().__init__()
-        self.features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)[: self.BOUNDS[-1]]
+        self.backbone, self.bounds = backbone, LPIPS_BOUNDS[backbone]
+        if backbone == "vgg":
+            layers = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
+        else:
+            layers = alexnet().features
+        self.features = layers[: self.bounds[-1]]
         self.heads = nn.ModuleList(
-            nn.Conv2d(channels, 1, 1, bias=False) for channels in self.CHANNELS
+            nn.Conv2d(channels, 1, 1, bias=False) for channels in LPIPS_CHANNELS[backbone]
         )
         # ImageNet's statistics for images in [-1, 1], with the digits that the heads were fitted to.
         self.normalize = Normalize((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
 
     def load_pretrained(self, folder: str | None) -> None:
-        """Load torchvision's VGG16 (see `pretrained_weights`) and the linear heads that torchmetrics ships."""
-        backbone = pretrained_weights(VGG16_Weights.IMAGENET1K_V1, folder)
-        file = resources.files("torchmetrics") / "functional" / "image" / "lpips_models" / "vgg.pth"
-        with resources.as_file(file) as path:
+        """Load torchvision's VGG16 (see `pretrained_weights`) and the linear heads."""
+        self.load_backbone(pretrained_weights(VGG16_Weights.IMAGENET1K_V1, folder))
+
+    def load_backbone(self, state: dict[str, Tensor]) -> None:
+        """Load a torchvision state dict of the backbone, and the linear heads of torchmetrics."""
+        folder = resources.files("torchmetrics") / "functional" / "image" / "lpips_models"
+        with resources.as_file(folder / f"{self.backbone}.pth") as path:
             heads = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key: value for key, value in backbone.items() if key.startswith("features.")}
-        self.load_state_dict(
-            state
-            | {f"heads.{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(len(self.heads))}
-        )
+        own = {key: state[key] for key in self.state_dict() if key.startswith("features.")}
+        for i in range(len(self.heads)):
+            own[f"heads.{i}.weight"] = heads[f"lin{i}.model.1.weight"]
+        self.load_state_dict(own)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         """Mean LPIPS of images (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
+        layers = self._differences(reconstruction, images)
+        return torch.stack([layer.mean() for layer in layers]).sum()
+
+    def per_image(self, reconstruction: Tensor, images: Tensor) -> Tensor:
+        """The same for each image: (B,)."""
+        layers = self._differences(reconstruction, images)
+        return torch.stack([layer.mean((1, 2, 3)) for layer in layers]).sum(0)
+
+    def _differences(self, reconstruction: Tensor, images: Tensor) -> list[Tensor]:
+        """Weighted squared differences of each layer, (B, 1, H', W')."""
         with torch.autocast(images.device.type, enabled=False):
             hidden, target = (self.normalize(2 * x.float() - 1) for x in (reconstruction, images))
-            distances = []
-            for (start, end), head in zip(pairwise(self.BOUNDS), self.heads, strict=True):
+            differences = []
+            for (start, end), head in zip(pairwise(self.bounds), self.heads, strict=True):
                 hidden = self.features[start:end](hidden)
                 with torch.no_grad():
                     target = self.features[start:end](target)
-                distances.append(head((self._unit(hidden) - self._unit(target)).square()).mean())
-            return torch.stack(distances).sum()
+                differences.append(head((self._unit(hidden) - self._unit(target)).square()))
+            return differences
 
     @staticmethod
     def _unit(hidden: Tensor) -> Tensor:

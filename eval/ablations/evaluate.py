@@ -57,7 +57,7 @@ class AblationConfig:
     """More `key.path=value` of the tokenizer's configuration for every run; they win over the suite's."""
     num_images: int = 500
     """Images that reconstructions are scored on."""
-    frechet: Literal["encoder", "efficientnet_lite0", "inception"] = "encoder"
+    frechet: Literal["encoder", "inception"] = "encoder"
     """Network of the Fréchet distance; encoder is the original one, which needs no other weights."""
     num_train: int = 1000
     """Images that probes learn from."""

@@ -28,9 +28,9 @@ from vqrae.common.files import write_text
 from vqrae.common.images import image_grid, image_to_uint8, open_image, save_image
 from vqrae.common.run import package_versions, quiet_libraries
 from vqrae.data.image_files import ImageFolder
+from vqrae.data.samples import BrokenSamples, FileSplit, TolerantDataset
 from vqrae.data.sources import Samples, fingerprint, open_images, source_kind
 from vqrae.data.stream import Draw
-from vqrae.data.samples import BrokenSamples, FileSplit, TolerantDataset
 from vqrae.eval.reconstruction.frechet import FrechetMetric
 from vqrae.eval.reconstruction.metrics import ReconstructionMetrics
 from vqrae.eval.reconstruction.networks import (
@@ -189,9 +189,7 @@ def build_metrics(
             keys = ["rfid", "inception_score"] if name == "inception" else [f"frechet_{name}"]
             not_measured |= dict.fromkeys(keys, str(error))
         else:
-            metric = FrechetMetric(
-                network, device, reference=config.reference, identity=originals
-            )
+            metric = FrechetMetric(network, device, reference=config.reference, identity=originals)
             frechet.append(metric)
     for backbone in config.lpips:
         weights = getattr(config, f"{backbone}_weights")
@@ -307,8 +305,7 @@ def summary(values: dict[str, Any]) -> str:
             parts.append(f"{name} {value:.4g}")
     parts.append(f"codebook usage {values['codebook_usage']:.1%}")
     parts.append(f"perplexity {values['perplexity']:.1f}")
-    where = f"{values['data']}, split {values['split']}, protocol {values['protocol']['name']}"
-    return f"{'  '.join(parts)}  ({values['num_images']} images of {where})"
+    return "  ".join(parts)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -343,7 +340,9 @@ def main(argv: list[str] | None = None) -> None:
             if is_main_process():
                 for metric in frechet:
                     metric.keep_reference()
-                grid = image_grid([images, reconstructions], labels=["original", "reconstruction"])
+                grid = image_grid(
+                    [list(images), list(reconstructions)], labels=["original", "reconstruction"]
+                )
                 save_image(grid, output.with_suffix(".png"))
             reasons = not_measured | metrics["not_measured"]
             return {
@@ -363,7 +362,8 @@ def main(argv: list[str] | None = None) -> None:
         write_text(output.with_suffix(".md"), markdown(values))
         for name, reason in values["not_measured"].items():
             print(f"{name} not measured: {reason}")
-        print(f"{summary(values)}  ->  {output}")
+        source = f"{config.data}, split {split}, protocol {config.protocol}"
+        print(f"{summary(values)}  ({values['num_images']} images of {source})  ->  {output}")
 
 
 if __name__ == "__main__":

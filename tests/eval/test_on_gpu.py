@@ -9,7 +9,7 @@ from fake_gpu import fake_gpu
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.features.evaluate import FeaturesConfig, extract, teacher_cosines
 from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
-from vqrae.eval.reconstruction.metrics import FrechetMetric
+from vqrae.eval.reconstruction.frechet import FrechetMetric
 from vqrae.eval.reconstruction.networks import OriginalEncoder
 from vqrae.eval.reconstruction.protocols import PROTOCOLS
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -28,16 +28,16 @@ def test_reconstructions_are_scored(protocol: str, tokenizer_folder: Path) -> No
     with fake_gpu():
         model.to("cuda")
         network = OriginalEncoder(VQRAEModel.from_pretrained(tokenizer_folder))
-        found = evaluate_reconstruction(
+        metrics, images, copies = evaluate_reconstruction(
             model,
             SceneDataset("validation", 6),
             batch_size=4,
             protocol=PROTOCOLS[protocol],
-            frechet=(FrechetMetric(network, None, "cuda"),),
+            frechet=[FrechetMetric(network, "cuda")],
         )
-    assert found.metrics["num_images"] == 1  # what the fake GPU answers
-    assert {"psnr", "ssim", "frechet_encoder"} <= found.metrics.keys()
-    assert found.originals.shape == found.copies.shape == (6, 3, 64, 64)
+    assert metrics["num_images"] == 1  # what the fake GPU answers
+    assert {"psnr", "ssim", "frechet_encoder"} <= metrics.keys()
+    assert images.shape == copies.shape == (6, 3, 64, 64)
 
 
 def test_features_are_compared(tokenizer_folder: Path) -> None:

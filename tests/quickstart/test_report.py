@@ -59,8 +59,8 @@ def write_codes(run: Path) -> None:
 def write_evaluations(run: Path, model: VQRAEModel) -> None:
     """What the three evaluations write, by their own functions; the generator's images are scenes, some of them wrong."""
     folder = run / "evaluation"
-    result = evaluate_reconstruction(model, SceneDataset("validation", 4))
-    write_json(folder / "reconstruction.json", result.metrics)
+    metrics, *_ = evaluate_reconstruction(model, SceneDataset("validation", 4))
+    write_json(folder / "reconstruction.json", metrics)
     answers = evaluate_questions(
         lambda pairs: ["star" if "thing" in text else "purple" for _, text in pairs], num_images=8
     )

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+import lpips as reference
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image import lpips as reference
 from torchvision.models import convnext_small, vgg16
 from torchvision.transforms.v2.functional import normalize
 
@@ -53,19 +54,28 @@ def random_images(size: int = 64) -> tuple[Tensor, Tensor]:
     return (images + 0.1 * torch.randn_like(images)).requires_grad_(), images
 
 
-def test_lpips_equals_torchmetrics(lpips: LPIPS) -> None:
-    network = reference._LPIPS(
-        net="vgg", pnet_rand=True
-    )  # the heads are its own, read from its own file
-    layers = {key: value for part in network.net.children() for key, value in part.named_children()}
-    for key, layer in lpips.features.named_children():
+@pytest.mark.parametrize("backbone", ["vgg", "alex"])
+def test_lpips_is_that_of_its_package(backbone: Literal["vgg", "alex"]) -> None:
+    """Random layers; the heads are trained, and each package has its own copy of them."""
+    torch.manual_seed(0)
+    ours = LPIPS(backbone)
+    ours.load_backbone(ours.state_dict())
+    with torch.device("meta"):  # the classifier is not needed, and slow to initialise
+        theirs = reference.LPIPS(net=backbone, pnet_rand=True, pretrained=False, verbose=False)
+    theirs.to_empty(device="cpu").eval()
+    heads = Path(reference.__file__).parent / "weights" / "v0.1" / f"{backbone}.pth"
+    theirs.load_state_dict(torch.load(heads, map_location="cpu", weights_only=True), strict=False)
+    theirs.scaling_layer = reference.ScalingLayer()
+    layers = {key: value for part in theirs.net.children() for key, value in part.named_children()}
+    for key, layer in ours.features.named_children():
         layers[key].load_state_dict(layer.state_dict())
     reconstruction, images = random_images()
-    expected = network(reconstruction, images, normalize=True).mean()
-    found = lpips(reconstruction, images)
-    torch.testing.assert_close(found, expected)
+    expected = theirs(reconstruction, images, normalize=True).flatten()
+    torch.testing.assert_close(ours.per_image(reconstruction, images), expected)
+    found = ours(reconstruction, images)
+    torch.testing.assert_close(found, expected.mean())
     (gradient,) = torch.autograd.grad(found, reconstruction)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, reconstruction)[0])
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.mean(), reconstruction)[0])
 
 
 def test_convnext_compares_logits_at_224() -> None:
