@@ -143,7 +143,7 @@ def tokenizer_speed(name: str, number: int, device: torch.device) -> Callable[[]
 
 
 def search(
-    rows: int, precision: Any, settle: bool, tf32: bool, device: torch.device
+    rows: int, precision: Any, exact: bool, tf32: bool, device: torch.device
 ) -> Callable[[], Tensor]:
     """The search of 16,384 codes x 1,536, with TF32 allowed around it or not."""
     generator = torch.Generator().manual_seed(0)
@@ -154,15 +154,15 @@ def search(
     def run() -> Tensor:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         try:
-            return nearest_codes(features, table, precision=precision, settle=settle)
+            return nearest_codes(features, table, precision=precision, exact=exact)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = False
 
     return run
 
 
-def search_numbers(precision: Any, settle: bool, tf32: bool, device: torch.device) -> Numbers:
-    return search(1024, precision, settle, tf32, device)().tolist()
+def search_numbers(precision: Any, exact: bool, tf32: bool, device: torch.device) -> Numbers:
+    return search(1024, precision, exact, tf32, device)().tolist()
 
 
 def llava_step(
@@ -293,15 +293,15 @@ def cases() -> list[Case]:
             both = partial(tokenizer_numbers, name, number), partial(tokenizer_speed, name, number)
             images = config.stage_config(number).micro_batch_size
             found.append(Case(f"tokenizer {name}, stage {number}", *both, (images, "images")))
-    for title, precision, settle, tf32 in (
+    for title, precision, exact, tf32 in (
         ("fp32, as in training", "fp32", False, False),
         ("fp32, TF32 allowed", "fp32", False, True),
-        ("fp32, settled", "fp32", True, False),
-        ("bf16, settled", "bf16", True, False),
+        ("fp32, exactd", "fp32", True, False),
+        ("bf16, exactd", "bf16", True, False),
     ):
         both = (
-            partial(search_numbers, precision, settle, tf32),
-            partial(search, 8192, precision, settle, tf32),
+            partial(search_numbers, precision, exact, tf32),
+            partial(search, 8192, precision, exact, tf32),
         )
         found.append(Case(f"search {title}", *both, (8192, "features")))
     for title, llm in (("0.6B", "Qwen/Qwen3-0.6B"), ("7B", "lmsys/vicuna-7b-v1.5")):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqrae.benchmarks.harness import Row, compare, peak_memory
+from vqrae.tokenizer.quantizers.projection import ProjectedRows
 from vqrae.tokenizer.quantizers.search import Precision, nearest_codes
 from vqrae.tokenizer.quantizers.simvq import SimVQ
 
@@ -86,7 +87,8 @@ def simvq_gradient(*sizes: int) -> Callable[[], Tensor]:
     quantizer, codes, gradient = simvq(*sizes)
 
     def step() -> Tensor:
-        rows = quantizer.gather(quantizer.table(), codes)
+        weights = (quantizer.codebook, quantizer.projection.weight, quantizer.projection.bias)
+        rows = ProjectedRows.apply(quantizer.table(), codes, *weights)
         return torch.autograd.grad(rows, quantizer.projection.weight, gradient)[0]
 
     return step

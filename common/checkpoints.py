@@ -89,26 +89,32 @@ def require_kind(name: str | Path, kinds: Collection[str], expected: str) -> dic
     return values
 
 
-def load_model(kind: Any, name: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained(name)` for weights that are all there and all finite; transformers only warns, or says nothing.
+def load_model(kind: Any, name: str | Path, *, allow_unknown: bool = True, **options: Any) -> Any:
+    """`kind.from_pretrained(name)` for weights that are all there and all finite; transformers only warns, or is silent.
 
     Args:
         kind: a model class of transformers, or an `Auto` class.
+        allow_unknown: whether the folder may hold weights that the model has no place for.
 
     Raises:
-        ValueError: naming the model and its first weights that are missing, of other shapes, or not finite.
+        ValueError: naming the model and its first weights that are missing, of other shapes, unknown, or not finite.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = kind.from_pretrained(name, **options)
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} are damaged: {error}") from error
-    absent = sorted(report["missing_keys"])
-    other = sorted(key for key, *_ in report["mismatched_keys"])
-    for names, what in ((absent, "lacks weights of"), (other, "has weights of other shapes than")):
-        if names:
+    wrong = {
+        "lacks weights of": report["missing_keys"],
+        "has weights of other shapes than": [key for key, *_ in report["mismatched_keys"]],
+        "has weights unknown to": [] if allow_unknown else report["unexpected_keys"],
+    }
+    for what, keys in wrong.items():
+        if keys:
             raise ValueError(
-                f"{name} {what} a {kind.__name__}, {len(names)} of them: {', '.join(names[:3])}"
+                f"{name} {what} a {type(model).__name__}, {len(keys)} of them: "
+                f"{', '.join(sorted(keys)[:3])}; take a folder that was written whole, whose "
+                "config.json belongs to its weights"
             )
     require_finite(model, name)
     return model

@@ -23,7 +23,8 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
             found = getattr(encoder.config, key)
             if (list(found) if isinstance(found, tuple) else found) != expected:
                 raise ValueError(
-                    f"model.encoder_config.{key}: {config.encoder} has {found!r}, expected {expected!r}"
+                    f"model.encoder_config.{key}: {config.encoder} has {found!r}, "
+                    f"expected {expected!r}"
                 )
         encoder_config = encoder.config.to_diff_dict() | {"model_type": encoder.config.model_type}
     tokenizer_config = VQRAEConfig(
@@ -54,29 +55,22 @@ def check_quantizer(config: TokenizerTrainConfig) -> None:
     """
     quantizer = quantizer_class(config.model.quantizer)
     has_codebook = issubclass(quantizer, CodebookQuantizer)
-    keys = [] if has_codebook else ["revival_interval", "bypass_steps"]
-    keys += [] if quantizer.has_entropy else ["entropy_weight"]
-    stages = {
-        f"stage{n}": config.stage_config(n)
-        for n in ((1, 2) if config.stage == "both" else (config.stage,))
-    }
-    wrong = [
-        f"{name}.{key}=0" for name, stage in stages.items() for key in keys if getattr(stage, key)
-    ]
-    if (
-        issubclass(quantizer, CodebookQuantizer) and not quantizer.equals_vq
-    ):  # the metric is for the nearest row of a table
-        metrics = {
-            name: stage.codebook_metric for name, stage in stages.items() if stage.bypass_steps
-        }
-        wrong += [
-            f"{name}.codebook_metric=features"
-            for name, metric in metrics.items()
-            if metric == "pixels"
-        ]
+    wrong = []
+    for number in (1, 2) if config.stage == "both" else (config.stage,):
+        stage = config.stage_config(number)
+        if not has_codebook and stage.revival_interval:
+            wrong.append(f"stage{number}.revival_interval=0")
+        if not has_codebook and stage.bypass_steps:
+            wrong.append(f"stage{number}.bypass_steps=0")
+        if not quantizer.has_entropy and stage.entropy_weight:
+            wrong.append(f"stage{number}.entropy_weight=0")
+        in_pixels = stage.bypass_steps and stage.codebook_metric == "pixels"
+        # The metric is made for the nearest row of a table.
+        if issubclass(quantizer, CodebookQuantizer) and not quantizer.is_nearest and in_pixels:
+            wrong.append(f"stage{number}.codebook_metric=features")
     if not has_codebook and config.model.codebook_init != "random":
         wrong.append("model.codebook_init=random")
     if wrong:
         raise ValueError(
-            f"quantizer {config.model.quantizer} cannot do all that is asked for: set {' '.join(wrong)}"
+            f"quantizer {config.model.quantizer} cannot follow these settings: set {' '.join(wrong)}"
         )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
-from vqrae.tokenizer.quantizers.base import CodebookQuantizer, draw_by_error
+from vqrae.tokenizer.quantizers.base import CodebookQuantizer
+from vqrae.tokenizer.quantizers.kmeans import draw_by_error
 from vqrae.tokenizer.quantizers.search import exact_products
 
 # ---------------------------------------------------------------------------------------------- start
@@ -175,5 +176,5 @@ def reinitialize_unused_codes(
         generator = torch.Generator(errors.device).manual_seed(seed)
         chosen = draw_by_error(errors, len(unused), generator)
         # Each process drew from its own images: all take those of the main process.
-        quantizer.revive(unused, broadcast(features[chosen]))
+        quantizer.reinitialize(unused, broadcast(features[chosen]))
     return len(unused)

@@ -13,18 +13,21 @@ class VQRAEConfig(PreTrainedConfig):
     """VQRAE (arXiv 2511.23386, section 3.2).
 
     Args:
-        encoder_config: the Hugging Face configuration of the encoder as a mapping, with its `model_type`
-            (`siglip_vision_model` or `internvl_vision`).
-        feature_tap: what "the features" are, for quantizer, teacher and LLM alike. `hidden_states[-1]` is what LLaVA's
-            select layer -1 reads; for SigLIP it lies before `post_layernorm`, `last_hidden_state` behind it.
-        feature_norm: what precedes the quantizer's projection: nothing (the paper says nothing), `layernorm` without
-            affine (RAE), or `standardize` by channel statistics measured once on data (tames outlier channels).
-        quantizer: a name of `vqrae.tokenizer.quantizers.registry.QUANTIZERS`: simvq, vq, ema_vq, l2_vq, ibq or fsq.
+        encoder_config: the Hugging Face configuration of the encoder as a mapping, with its
+            `model_type` (`siglip_vision_model` or `internvl_vision`).
+        feature_tap: what "the features" are, for quantizer, teacher and LLM alike.
+            `hidden_states[-1]` is what LLaVA's select layer -1 reads; for SigLIP it is before
+            `post_layernorm`, `last_hidden_state` after it.
+        feature_norm: what precedes the quantizer's projection: nothing (the paper says nothing),
+            `layernorm` without affine (RAE), or `standardize` by channel statistics measured once
+            on data (tames outlier channels).
+        quantizer: a name of `vqrae.tokenizer.quantizers.registry.QUANTIZERS`.
         quantizer_options: further arguments of that quantizer's class.
         codebook_size: K (paper: 16384).
         codebook_dim: E (paper: 1536).
         output_patch_size: pixels of a decoded patch; None keeps the resolution.
-        output_basis: what the decoder's head speaks: `pixels`, or `dct` (cosines; learns fine detail much sooner).
+        output_basis: the decoder's outputs are `pixels`, or coefficients of cosines (`dct`), which
+            learn fine detail much sooner.
         image_mean, image_std: normalisation of images in [0, 1] before the encoder.
     """
 
@@ -45,15 +48,12 @@ class VQRAEConfig(PreTrainedConfig):
         image_std: tuple[float, ...] = (0.5, 0.5, 0.5),
         **kwargs: Any,
     ) -> None:
-        if feature_tap not in FEATURE_TAPS:
-            raise ValueError(f"feature_tap: got {feature_tap!r}, expected one of {FEATURE_TAPS}")
-        if feature_norm not in FEATURE_NORMS:
-            raise ValueError(f"feature_norm: got {feature_norm!r}, expected one of {FEATURE_NORMS}")
-        if output_basis not in OUTPUT_BASES:
-            raise ValueError(f"output_basis: got {output_basis!r}, expected one of {OUTPUT_BASES}")
-        self.encoder_config = dict(
-            encoder_config or {"model_type": "siglip_vision_model", "vision_use_head": False}
-        )
+        _require("feature_tap", feature_tap, FEATURE_TAPS)
+        _require("feature_norm", feature_norm, FEATURE_NORMS)
+        _require("output_basis", output_basis, OUTPUT_BASES)
+        # transformers also builds the configuration without any argument.
+        siglip = {"model_type": "siglip_vision_model", "vision_use_head": False}
+        self.encoder_config = dict(encoder_config or siglip)
         self.feature_tap = feature_tap
         self.feature_norm = feature_norm
         self.quantizer = quantizer
@@ -71,18 +71,15 @@ class VQRAEConfig(PreTrainedConfig):
         values = dict(self.encoder_config)
         return CONFIG_MAPPING[values.pop("model_type")](**values)
 
-    def _side(self, value: int | list[int] | tuple[int, ...]) -> int:
-        return value if isinstance(value, int) else value[0]
-
     @property
     def image_size(self) -> int:
         """Pixels of a side of the (square) input."""
-        return self._side(self.build_encoder_config().image_size)
+        return _side(self.build_encoder_config().image_size)
 
     @property
     def patch_size(self) -> int:
         """Pixels of a side of an input patch."""
-        return self._side(self.build_encoder_config().patch_size)
+        return _side(self.build_encoder_config().patch_size)
 
     @property
     def grid_size(self) -> int:
@@ -98,6 +95,16 @@ class VQRAEConfig(PreTrainedConfig):
     def feature_dim(self) -> int:
         """D, the width of the continuous features."""
         return self.build_encoder_config().hidden_size
+
+
+def _require(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of {known}")
+
+
+def _side(value: int | list[int] | tuple[int, ...]) -> int:
+    """The side of a square that some encoders describe by one number, others by two."""
+    return value if isinstance(value, int) else value[0]
 
 
 AutoConfig.register("vqrae", VQRAEConfig)

@@ -18,30 +18,27 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from vqrae.common.checkpoints import local_model, require_finite, resolve_model
+from vqrae.common.checkpoints import load_model, local_model, require_finite, resolve_model
 
 # `model_type` of a checkpoint -> its vision class; whole image-text models give their vision part.
 VISION_MODELS: dict[str, type[PreTrainedModel]] = {
     "siglip_vision_model": SiglipVisionModel,
-    "siglip": SiglipVisionModel,  # google/siglip2-*-patch16-256 and the like; only NaFlex ones are "siglip2"
+    "siglip": SiglipVisionModel,  # google/siglip2-*-patch16-256 too; only NaFlex ones are "siglip2"
     "internvl_vision": InternVLVisionModel,
     "internvl": InternVLVisionModel,  # OpenGVLab/InternVL3-*-hf
 }
-DROPOUT = ("attention_dropout", "hidden_dropout_prob", "projection_dropout")
-OPENGVLAB_FORMAT = (
-    "intern_vit_6b"  # OpenGVLab/InternViT-300M-448px-V2_5 and the like, whatever their size
-)
+# `model_type` of OpenGVLab/InternViT-300M-448px-V2_5 and the like, whatever their size
+OPENGVLAB_FORMAT = "intern_vit_6b"
 
 
 def load_encoder(source: str, attention: str) -> PreTrainedModel:
-    """The pretrained encoder in fp32, without pooling head and with all dropout off (it would blur the teacher's target).
+    """The pretrained encoder in fp32, without pooling head and without dropout.
 
     Args:
         source: run directory, checkpoint folder or hub id.
 
     Raises:
-        ValueError: for a checkpoint of another kind of model, or one that lacks weights of the encoder or holds
-            some that are not finite.
+        ValueError: for a checkpoint of another kind of model, or with weights that are missing or not finite.
     """
     source = resolve_model(source)
     values, _ = PreTrainedConfig.get_config_dict(source)
@@ -50,34 +47,23 @@ def load_encoder(source: str, attention: str) -> PreTrainedModel:
         return _load_opengvlab(source, values, attention)
     if kind not in VISION_MODELS:
         known = ", ".join([*VISION_MODELS, OPENGVLAB_FORMAT])
-        raise ValueError(
-            f"{source} is a {kind!r} checkpoint, which is no encoder of a tokenizer; expected one of {known}"
-        )
+        raise ValueError(f"{source} is a {kind!r} checkpoint, expected an encoder: one of {known}")
     vision = VISION_MODELS[kind]
-    options: dict[str, Any] = {"vision_use_head": False} if vision is SiglipVisionModel else {}
-    options |= {name: 0.0 for name in DROPOUT if hasattr(vision.config_class, name)}
+    options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
+    if vision is SiglipVisionModel:
+        options["vision_use_head"] = False
+    # Dropout would blur the target of distillation.
+    for name in ("attention_dropout", "hidden_dropout_prob", "projection_dropout"):
+        if hasattr(vision.config_class, name):
+            options[name] = 0.0
     if kind == "internvl":
         options["key_mapping"] = {r"^(model\.)?vision_tower\.": ""}
-    encoder, report = vision.from_pretrained(
-        source,
-        attn_implementation=attention,
-        dtype=torch.float32,
-        output_loading_info=True,
-        **options,
-    )
-    if report["missing_keys"]:
-        raise ValueError(
-            f"{source} lacks weights of its {vision.__name__}: {sorted(report['missing_keys'])[:5]} …"
-        )
-    require_finite(encoder, source)
-    return encoder
+    return load_model(vision, source, **options)
 
 
 def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap: str) -> Tensor:
-    """Features (B, N, D) of a Hugging Face vision encoder at the configured tap, without a class token.
-
-    Its parts are called directly, for `output_hidden_states=True` would keep the states of all layers.
-    """
+    """Features (B, N, D) of a Hugging Face vision encoder at the configured tap, without a class token."""
+    # Its parts are called directly: `output_hidden_states=True` would keep the states of all layers.
     hidden = encoder.encoder(encoder.embeddings(pixel_values)).last_hidden_state
     if feature_tap == "last_hidden_state":
         hidden = final_norm(encoder)(hidden)
@@ -85,22 +71,19 @@ def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap
 
 
 def final_norm(encoder: PreTrainedModel) -> nn.Module:
-    """What lies between `hidden_states[-1]` and `last_hidden_state`; for InternViT the identity."""
+    """The layer between `hidden_states[-1]` and `last_hidden_state`; the identity for InternViT."""
     return encoder.post_layernorm if isinstance(encoder, SiglipVisionModel) else encoder.layernorm
 
 
 # ---- OpenGVLab's own format (remote code on the hub) -> InternVLVisionModel
 
-OPENGVLAB_VALUES = {  # theirs -> Hugging Face's; what is not named here has no part in the forward pass
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "hidden_act": "hidden_act",
-    "layer_norm_eps": "layer_norm_eps",
-    "norm_type": "norm_type",
+SAME_VALUES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
+    "patch_size", "hidden_act", "layer_norm_eps", "norm_type",
+)  # fmt: skip
+# Theirs -> Hugging Face's; what is not named here has no part in the forward pass.
+OPENGVLAB_VALUES = {
+    **dict(zip(SAME_VALUES, SAME_VALUES, strict=True)),
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
 }
@@ -133,14 +116,15 @@ def convert_opengvlab(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_opengvlab(source: str, values: Mapping[str, Any], attention: str) -> PreTrainedModel:
-    config = InternVLVisionConfig(
-        **{new: values[old] for old, new in OPENGVLAB_VALUES.items() if old in values}
-    )
+    known = {new: values[old] for old, new in OPENGVLAB_VALUES.items() if old in values}
+    config = InternVLVisionConfig(**known)
     encoder = InternVLVisionModel._from_config(config, attn_implementation=attention)
     files = sorted(local_model(source).glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{source} holds no *.safetensors file")
-    state = {key: tensor for file in files for key, tensor in load_file(file).items()}
+        raise ValueError(f"{source} has no *.safetensors file")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= load_file(file)
     encoder.load_state_dict(convert_opengvlab(state))
     require_finite(encoder, source)
     return encoder

@@ -1,29 +1,30 @@
-"""VQRAE: a pretrained vision encoder, a quantizer on its features, a symmetric ViT decoder (arXiv 2511.23386).
+"""VQRAE: a pretrained vision encoder, a quantizer, a symmetric ViT decoder (arXiv 2511.23386, section 3.2).
 
     features = model.encode_features(images)   # continuous, for understanding
     codes = model.encode(images)               # discrete, for generation
     images = model.decode(codes)
+    output = model(images)                     # reconstruction and losses, for training
 
-Shapes: B batch, H W pixels, N visual tokens, D feature width, E codebook width.
+Shapes: B batch, H W pixels, N = G * G visual tokens on a grid of side G, D feature width, E codebook width, K codes,
+q output patch size.
 """
 
-import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor
 from transformers import initialization as init
 
-from vqrae.common.checkpoints import require_finite
+from vqrae.common.checkpoints import load_model
 from vqrae.common.distributed import FullPrecisionLinear
 from vqrae.tokenizer.configuration import VQRAEConfig
-from vqrae.tokenizer.decoder import DCTBasis, ViTDecoder
 from vqrae.tokenizer.encoders import encoder_features
-from vqrae.tokenizer.quantizers.base import CodebookQuantizer, Quantizer
+from vqrae.tokenizer.quantizers.base import Quantizer
 from vqrae.tokenizer.quantizers.registry import build_quantizer
 
 
@@ -57,7 +58,7 @@ class VQRAEModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = (
         r"^(in_proj|quantizer|out_proj)\.",
         r"^feature_(mean|std)$",
-    )  # regular expressions
+    )
 
     def __init__(self, config: VQRAEConfig) -> None:
         super().__init__(config)
@@ -72,73 +73,14 @@ class VQRAEModel(PreTrainedModel):
         self.out_proj = FullPrecisionLinear(config.codebook_dim, width)
         patch_size = config.output_patch_size or config.patch_size
         self.decoder = ViTDecoder(self.encoder, config.grid_size, patch_size, config.output_basis)
-        fp32: dict[str, Any] = {
-            "dtype": torch.float32
-        }  # whatever the default is while a half-precision model is built
-        self.register_buffer(
-            "image_mean", torch.tensor(config.image_mean, **fp32).view(3, 1, 1), persistent=False
-        )
-        self.register_buffer(
-            "image_std", torch.tensor(config.image_std, **fp32).view(3, 1, 1), persistent=False
-        )
+        # fp32 by name: while a half-precision model is built, the default is another.
+        image_mean = torch.tensor(config.image_mean, dtype=torch.float32).view(3, 1, 1)
+        image_std = torch.tensor(config.image_std, dtype=torch.float32).view(3, 1, 1)
+        self.register_buffer("image_mean", image_mean, persistent=False)
+        self.register_buffer("image_std", image_std, persistent=False)
         self.register_buffer("feature_mean", torch.zeros(width))
         self.register_buffer("feature_std", torch.ones(width))
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a tokenizer folder or hub id; the arguments are those of `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            ValueError: where weights are damaged, missing, left over, of another shape or not finite: codes would be noise
-                without a word.
-        """
-        with_report = kwargs.pop("output_loading_info", False)
-        kwargs = {
-            "ignore_mismatched_sizes": True,
-            **kwargs,
-            "output_loading_info": True,
-        }  # reported below
-        try:
-            model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(
-                f"the weights of {pretrained_model_name_or_path} are damaged: {error}"
-            ) from error
-        found = {**report, "mismatched_keys": {key for key, *_ in report["mismatched_keys"]}}
-        wrong = {
-            "missing_keys": "lacks",
-            "unexpected_keys": "has unknown",
-            "mismatched_keys": "has other shapes of",
-        }
-        for kind, verb in wrong.items():
-            if keys := sorted(found[kind]):
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} {verb} weights of a tokenizer: {len(keys)}, the first is {keys[0]}; "
-                    "take a folder that was written whole, whose config.json belongs to its weights"
-                )
-        require_finite(model, str(pretrained_model_name_or_path))
-        return (model, report) if with_report else model
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Decoder and projections as in ViT; the encoder initialises itself, the quantizer by its own rule."""
-        if isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, ViTDecoder):
-            init.trunc_normal_(module.positions, std=0.02)
-        elif isinstance(module, Quantizer | DCTBasis):
-            module.reset_parameters()
-        elif module is self:
-            init.copy_(self.image_mean, torch.tensor(self.config.image_mean).view(3, 1, 1))
-            init.copy_(self.image_std, torch.tensor(self.config.image_std).view(3, 1, 1))
-            init.zeros_(self.feature_mean)
-            init.ones_(self.feature_std)
 
     # ---- the four calls that everything else builds on
 
@@ -149,9 +91,9 @@ class VQRAEModel(PreTrainedModel):
             check: look at the range of values, for which a GPU is waited for; never done in training mode.
 
         Raises:
-            ValueError: for another size, integers, or values outside of [0, 1].
+            ValueError: for another size, integers, or values outside [0, 1].
         """
-        self._check_images(images)
+        check_images(images, self.config.image_size)
         if check and not self.training:
             check_range(images)
         pixel_values = self.normalize(images.float()).to(self.encoder.dtype)
@@ -159,51 +101,48 @@ class VQRAEModel(PreTrainedModel):
 
     def encode(self, images: Tensor, *, check: bool = True) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> codes (B, N), int64. `check` and errors as in `encode_features`."""
-        projected = self.project(self.encode_features(images, check=check))
+        projected_BNE = self.project(self.encode_features(images, check=check))
         with torch.autocast(images.device.type, enabled=False):
-            return self.quantizer(projected).codes
+            return self.quantizer(projected_BNE).codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, N) -> images (B, 3, H', W') in [0, 1], equal to the reconstruction that `forward` returns.
 
         Raises:
-            ValueError: for codes of another grid or outside of the codebook.
+            ValueError: for codes of another grid or outside the codebook.
         """
         expected = self.config.grid_size**2
         if codes.shape[1] != expected:
             raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, {expected})")
         if codes.min() < 0 or codes.max() >= self.config.codebook_size:
             raise ValueError(
-                f"got codes from {codes.min()} to {codes.max()}, expected 0 to {self.config.codebook_size - 1}"
+                f"got codes from {codes.min()} to {codes.max()}, "
+                f"expected 0 to {self.config.codebook_size - 1}"
             )
         with torch.autocast(codes.device.type, enabled=False):
-            hidden = self.out_proj(self.quantizer.lookup(codes))
-        return self.decode_pixels(hidden).clamp(0, 1)
+            hidden_BND = self.out_proj(self.quantizer.lookup(codes))
+        return self.decode_pixels(hidden_BND).clamp(0, 1)
 
     def forward(self, images: Tensor, *, bypass: bool = False) -> VQRAEOutput:
         """Reconstruct images (B, 3, H, W) in [0, 1].
 
         Args:
-            bypass: decode the unquantized features, as an autoencoder (a training's warm-up; codes stay what they are).
+            bypass: decode the unquantized features, as an autoencoder (to warm up a training); codes are as without.
         """
-        features = self.encode_features(images)
-        projected = self.project(features)
+        features_BND = self.encode_features(images)
+        projected_BNE = self.project(features_BND)
         with torch.autocast(images.device.type, enabled=False):
-            output = self.quantizer(projected)
-            hidden = self.out_proj(
-                self.quantizer.to_code_space(projected) if bypass else output.quantized
-            )
-        reconstruction = self.decode_pixels(hidden)
+            output = self.quantizer(projected_BNE)
+            decoded_BNE = output.quantized
+            if bypass:
+                decoded_BNE = self.quantizer.to_code_space(projected_BNE)
+            hidden_BND = self.out_proj(decoded_BNE)
+        reconstruction = self.decode_pixels(hidden_BND)
         if not self.training:
             reconstruction = reconstruction.clamp(0, 1)
-        return VQRAEOutput(reconstruction, features, output.codes, output.losses)
+        return VQRAEOutput(reconstruction, features_BND, output.codes, output.losses)
 
-    @torch.no_grad()
-    def code_vectors(self) -> Tensor:
-        """The vectors of all codes (K, E), in the order of the codes."""
-        return self.quantizer.lookup(torch.arange(self.config.codebook_size, device=self.device))
-
-    # ---- parts
+    # ---- their parts
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] -> the encoder's `pixel_values`."""
@@ -217,8 +156,9 @@ class VQRAEModel(PreTrainedModel):
         """
         if self.in_proj.weight.dtype != torch.float32:
             raise ValueError(
-                f"got a projection in {self.in_proj.weight.dtype}, expected torch.float32: codes need it. Load the folder "
-                "with from_pretrained(dtype=torch.bfloat16), which leaves it in fp32, instead of casting the whole model"
+                f"got a projection in {self.in_proj.weight.dtype}, expected torch.float32: codes "
+                "need it. Load the folder with from_pretrained(dtype=torch.bfloat16), which leaves "
+                "it in fp32, instead of casting the whole model"
             )
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
@@ -229,45 +169,33 @@ class VQRAEModel(PreTrainedModel):
             return self.in_proj(features)
 
     def decode_pixels(self, hidden: Tensor) -> Tensor:
-        """Decoder input (B, N, D) -> images; the decoder speaks the encoder's normalised pixels."""
-        return (
-            self.decoder(hidden.to(self.decoder.head.weight.dtype)).float() * self.image_std
-            + self.image_mean
-        )
+        """Decoder input (B, N, D) -> images (B, 3, H', W'), not clamped."""
+        pixel_values = self.decoder(hidden.to(self.decoder.head.weight.dtype)).float()
+        return pixel_values * self.image_std + self.image_mean
 
-    def with_plain_codebook(self) -> "VQRAEModel":
-        """An equal model with `quantizer=vq`: the same codes and images, from a table that needs nothing of its training.
+    @torch.no_grad()
+    def code_vectors(self) -> Tensor:
+        """The vectors of all codes (K, E), in the order of the codes."""
+        return self.quantizer.lookup(torch.arange(self.config.codebook_size, device=self.device))
 
-        It is another tokenizer to everything that checks fingerprints, though codes can be exchanged.
+    # ---- its folder
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **options: Any
+    ) -> "VQRAEModel":
+        """Load a tokenizer folder or hub id; the options are those of `PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: where the codes are not the nearest rows of a table.
+            ValueError: for weights that are damaged, missing, unknown, of another shape or not finite: codes would be
+                noise, without a warning.
         """
-        if not (isinstance(self.quantizer, CodebookQuantizer) and self.quantizer.equals_vq):
-            raise ValueError(
-                f"the codes of quantizer {self.config.quantizer} are not those of a plain table"
-            )
-        config = copy.deepcopy(self.config)
-        config.quantizer, config.quantizer_options = "vq", {"search": self.quantizer.search}
-        model = VQRAEModel(config).to(self.device)
-        rest = {
-            key: value
-            for key, value in self.state_dict().items()
-            if not key.startswith("quantizer.")
-        }
-        model.load_state_dict(rest | {"quantizer.codebook": self.code_vectors()})
-        return model.train(self.training)
+        return load_model(super(), pretrained_model_name_or_path, allow_unknown=False, **options)
 
-    def _check_images(self, images: Tensor) -> None:
-        size = self.config.image_size
-        if images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"got images of shape {tuple(images.shape)}, expected (B, 3, {size}, {size})"
-            )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"got images of {images.dtype}, expected floats in [0, 1]: divide 8-bit values by 255"
-            )
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write config.json, model.safetensors and preprocessor_config.json."""
+        super().save_pretrained(save_directory, **options)
+        self.image_processor().save_pretrained(save_directory)
 
     def image_processor(self) -> SiglipImageProcessor:
         """The Hugging Face image processor that prepares images as this package does.
@@ -284,10 +212,105 @@ class VQRAEModel(PreTrainedModel):
             resample=3,
         )
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write config.json, model.safetensors and preprocessor_config.json."""
-        super().save_pretrained(save_directory, **kwargs)
-        self.image_processor().save_pretrained(save_directory)
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Decoder and projections as in ViT; the encoder initialises itself, the quantizer by its own rule."""
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, ViTDecoder):
+            init.trunc_normal_(module.positions, std=0.02)
+        elif isinstance(module, Quantizer | DCTBasis):
+            module.reset_parameters()
+        elif module is self:
+            # from_pretrained builds on the meta device: what no file holds is set here.
+            init.copy_(self.image_mean, torch.tensor(self.config.image_mean).view(3, 1, 1))
+            init.copy_(self.image_std, torch.tensor(self.config.image_std).view(3, 1, 1))
+            init.zeros_(self.feature_mean)
+            init.ones_(self.feature_std)
+
+
+class ViTDecoder(nn.Module):
+    """A ViT with patch size 1 over the token grid, without convolutions.
+
+    Args:
+        encoder: whose block class and configuration the decoder mirrors: depth, width, heads, activation.
+        grid_size: G.
+        output_patch_size: q; the image has G * q pixels a side.
+        output_basis: the head's outputs are `pixels`, or coefficients of cosines (`dct`).
+    """
+
+    def __init__(
+        self, encoder: PreTrainedModel, grid_size: int, output_patch_size: int, output_basis: str
+    ) -> None:
+        super().__init__()
+        self.grid_size, self.output_patch_size = grid_size, output_patch_size
+        width = encoder.config.hidden_size
+        self.positions = nn.Parameter(torch.zeros(grid_size**2, width))
+        self.blocks = type(encoder.encoder)(encoder.config)
+        self.norm = nn.LayerNorm(width, eps=encoder.config.layer_norm_eps)
+        self.head = nn.Linear(width, 3 * output_patch_size**2)
+        self.basis = DCTBasis(output_patch_size) if output_basis == "dct" else nn.Identity()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, N, D) -> normalised pixels (B, 3, G*q, G*q)."""
+        hidden = self.blocks(features + self.positions).last_hidden_state
+        q = self.output_patch_size
+        patches = rearrange(self.head(self.norm(hidden)), "b n (c p q) -> b n c p q", c=3, p=q, q=q)
+        with torch.autocast(features.device.type, enabled=False):
+            patches = self.basis(patches.float())
+        return rearrange(patches, "b (h w) c p q -> b c (h p) (w q)", h=self.grid_size)
+
+
+class DCTBasis(nn.Module):
+    """Patches as sums of cosines: coefficients (..., 3, q, q) -> pixels of the same shape.
+
+    A linear head followed by this fixed, invertible map is still a linear head, but Adam then steps along frequencies
+    instead of pixels, each scaled like the spectra of natural images: fine ones are learned from the start, not last.
+    """
+
+    basis: Tensor
+    scale: Tensor
+
+    def __init__(self, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        for name in ("basis", "scale"):
+            empty = torch.empty(patch_size, patch_size, dtype=torch.float32)
+            self.register_buffer(name, empty, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The orthonormal DCT-II and an amplitude that falls with frequency."""
+        q = self.patch_size
+        frequency = torch.arange(q)[:, None]
+        cosines = torch.cos(math.pi * (torch.arange(q) + 0.5) * frequency / q) * math.sqrt(2 / q)
+        cosines[0] /= math.sqrt(2)
+        init.copy_(self.basis, cosines)
+        init.copy_(self.scale, q / 2 / (1 + (frequency + frequency.T) * 8 / q))
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        return self.basis.T @ (coefficients * self.scale) @ self.basis
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """Refuse images of another shape than (B, 3, size, size), and integers.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if images.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"got images of shape {tuple(images.shape)}, expected (B, 3, {size}, {size})"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"got images of {images.dtype}, expected floats in [0, 1]: divide 8-bit values by 255"
+        )
 
 
 def check_range(images: Tensor) -> None:
@@ -296,11 +319,11 @@ def check_range(images: Tensor) -> None:
     Raises:
         ValueError: naming what was found and how to change it.
     """
-    lowest, highest = (value.item() for value in images.aminmax())
-    if not (lowest >= -1e-3 and highest <= 1 + 1e-3):  # NaN fails both
+    low, high = (value.item() for value in images.aminmax())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails both
         raise ValueError(
-            f"got images with values from {lowest:.4g} to {highest:.4g}, expected [0, 1]: divide 8-bit values by 255, map "
-            "[-1, 1] by (x + 1) / 2, clamp what a resize overshoots"
+            f"got images with values from {low:.4g} to {high:.4g}, expected [0, 1]: "
+            "divide 8-bit values by 255, map [-1, 1] by (x + 1) / 2, clamp what a resize overshoots"
         )
 
 

@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 from vqrae.common import distributed
 from vqrae.tokenizer.quantizers import ibq, search
-from vqrae.tokenizer.quantizers.base import CodebookQuantizer, Quantizer, draw_by_error, kmeans
+from vqrae.tokenizer.quantizers.base import CodebookQuantizer, Quantizer
 from vqrae.tokenizer.quantizers.fsq import FSQ
 from vqrae.tokenizer.quantizers.ibq import IBQ
+from vqrae.tokenizer.quantizers.kmeans import draw_by_error, kmeans
+from vqrae.tokenizer.quantizers.projection import ProjectedRows
 from vqrae.tokenizer.quantizers.registry import QUANTIZERS, build_quantizer
 from vqrae.tokenizer.quantizers.search import nearest_codes
 from vqrae.tokenizer.quantizers.simvq import SimVQ
@@ -110,7 +112,7 @@ def test_start_from_features_and_revival(name: str) -> None:
                 quantizer(features[None]).codes.unique().numel() == 32
             )  # every code is some feature, so all are used
         dead, targets = torch.tensor([3, 17]), torch.full((2, 16), 9.0) + torch.eye(2, 16)
-        quantizer.revive(dead, targets)
+        quantizer.reinitialize(dead, targets)
         expected = quantizer.to_code_space(targets)
         torch.testing.assert_close(quantizer.lookup(dead), expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="expected at least as many"):
@@ -132,7 +134,8 @@ def test_simvq_gradient_equals_that_of_the_whole_table(tokens: int, train_codebo
     (naive_projection(quantizer, codes) * weights).sum().backward()
     expected = [p.grad.clone() for p in quantizer.parameters()]
     quantizer.zero_grad()
-    total = (quantizer.gather(quantizer.table(), codes) * weights).sum()
+    trained = (quantizer.codebook, quantizer.projection.weight, quantizer.projection.bias)
+    total = (ProjectedRows.apply(quantizer.table(), codes, *trained) * weights).sum()
     with torch.autocast(
         "cpu", torch.bfloat16
     ):  # as in the loop, where it must not reach the gradient
@@ -217,7 +220,7 @@ def test_ema_code_that_nothing_chooses_stays() -> None:
     assert (quantizer.codebook[5] == 100).all()
     assert quantizer.codebook.isfinite().all()
     with torch.no_grad():
-        quantizer.revive(torch.tensor([5]), features[0, :1])
+        quantizer.reinitialize(torch.tensor([5]), features[0, :1])
     assert quantizer.cluster_size[5] == 1
     assert quantizer(features).codes[0, 0] == 5
     quantizer.after_step(TAKEN)

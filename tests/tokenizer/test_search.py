@@ -157,13 +157,13 @@ def shortened_products(request: pytest.FixtureRequest) -> Iterator[tuple[str, st
         part.fp32_precision = "none"
 
 
-@pytest.mark.parametrize("settle", [True, False])
+@pytest.mark.parametrize("exact_ties", [True, False])
 def test_the_search_and_its_table_are_fp32_whatever_is_allowed_outside(
-    settle: bool, shortened_products: tuple[str, str]
+    exact_ties: bool, shortened_products: tuple[str, str]
 ) -> None:
-    quantizer = SimVQ(16, 4).train(not settle)
+    quantizer = SimVQ(16, 4).train(not exact_ties)
     with SettingsAtProducts() as settings, torch.no_grad():
-        quantizer.nearest(torch.randn(1, 3, 4), quantizer.table())
+        quantizer.choose(torch.randn(1, 3, 4), quantizer.table())
     assert settings.seen == {("ieee", "ieee")}
     after = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
     assert after == shortened_products

@@ -1,4 +1,7 @@
-"""VQ whose table follows running means of features instead of gradients (VQ-VAE-2, arXiv 1906.00446)."""
+"""VQ whose table follows running means of features instead of gradients (VQ-VAE-2, arXiv 1906.00446).
+
+Shapes: B batch, N visual tokens, E codebook width, K codebook size.
+"""
 
 import torch
 from torch import Tensor
@@ -12,8 +15,8 @@ from vqrae.tokenizer.quantizers.search import Precision
 class EMAVQ(CodebookQuantizer):
     """Code k is the decayed mean of the features that chose it, and `cluster_size` their decayed number.
 
-    A code that nothing chose stays where it is, however long: the usual ratio of decayed sums ends in 0 / 0, or with
-    smoothing at the origin. It comes back by `revive`, as in every quantizer (`revival_interval` of a stage).
+    An unused code stays where it is: the usual ratio of decayed sums ends in 0 / 0, or with smoothing at
+    the origin. `reinitialize` moves it, as in every quantizer (`revival_interval` of a stage).
 
     Args:
         codebook_size: K.
@@ -38,7 +41,9 @@ class EMAVQ(CodebookQuantizer):
         self.decay = decay
         self.register_buffer("codebook", torch.empty(codebook_size, codebook_dim))
         self.register_buffer("cluster_size", torch.empty(codebook_size))
-        self._sums: Tensor | None = None
+        self._sums: Tensor | None = (
+            None  # (K, E + 1) of the step so far: features, and their number
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -47,15 +52,15 @@ class EMAVQ(CodebookQuantizer):
         init.ones_(self.cluster_size)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        output = super().forward(features)
-        del output.losses["codebook_loss"]  # moves nothing here
+        codes = self.choose(features, self.codebook)
+        quantized = self.lookup(codes)
         if self.training:
-            self._collect(features.detach().flatten(0, -2), output.codes.flatten())
-        return output
+            self._collect(features.detach().flatten(0, -2), codes.flatten())
+        losses = {"commitment_loss": (quantized.detach() - features).square().mean()}
+        return QuantizerOutput(self.straight_through(features, quantized), codes, losses)
 
     @torch.no_grad()
     def _collect(self, features: Tensor, codes: Tensor) -> None:
-        """Add features and their number to their codes' sums (K, E + 1), until the step is done."""
         if self._sums is None:
             self._sums = features.new_zeros(self.codebook_size, self.codebook_dim + 1)
         self._sums[:, :-1].index_add_(0, codes, features)
@@ -63,14 +68,14 @@ class EMAVQ(CodebookQuantizer):
 
     @torch.no_grad()
     def after_step(self, taken: Tensor) -> None:
-        """Move the table by what all processes saw since the last step: one sum over processes for all of it."""
+        """Move the table by what all processes saw since the last step, with one sum over processes."""
         if self._sums is None:
             return
         sums = sum_over_processes(torch.where(taken, self._sums, 0))
         totals, counts = sums[:, :-1], sums[:, -1]
         kept = torch.where(taken, self.decay, 1) * self.cluster_size
         self.cluster_size.copy_(kept + (1 - self.decay) * counts)
-        # (kept e + (1 - decay) sum z) / cluster_size, written as a step from e, which is none where nothing was counted.
+        # (kept e + (1 - decay) sum z) / cluster_size as a step from e, which is 0 for an unused code.
         share = torch.where(counts > 0, (1 - self.decay) / self.cluster_size, 0)
         self.codebook.add_(share[:, None] * (totals - counts[:, None] * self.codebook))
         self._sums.zero_()
@@ -81,6 +86,6 @@ class EMAVQ(CodebookQuantizer):
         self.cluster_size.fill_(1)
 
     @torch.no_grad()
-    def revive(self, dead: Tensor, features: Tensor) -> None:
-        super().revive(dead, features)
-        self.cluster_size[dead] = 1
+    def reinitialize(self, codes: Tensor, features: Tensor) -> None:
+        super().reinitialize(codes, features)
+        self.cluster_size[codes] = 1

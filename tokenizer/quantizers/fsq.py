@@ -1,4 +1,7 @@
-"""Finite scalar quantization (FSQ, arXiv 2309.15505): every channel is rounded to one of a few levels. Nothing is learned."""
+"""Finite scalar quantization (FSQ, arXiv 2309.15505): every channel is rounded to one of a few levels; nothing is learned.
+
+Shapes: B batch, N visual tokens, E channels.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +14,12 @@ from vqrae.tokenizer.quantizers.base import Quantizer, QuantizerOutput
 
 
 class FSQ(Quantizer):
-    """A code is a number whose digits are the channels' levels, the first channel the lowest.
+    """A code is a number whose digits are the levels of the channels, the first channel the lowest.
 
     Args:
         codebook_size: K, the product of the levels.
         codebook_dim: E, the number of levels.
-        levels: how many values each channel has, such as [8, 8, 8, 8, 4] for K = 16384; the paper advises at least 5.
+        levels: values of each channel, such as [8, 8, 8, 8, 4] for K = 16384; the paper advises at least 5.
 
     Raises:
         ValueError: when K or E disagree with the levels.
@@ -31,30 +34,25 @@ class FSQ(Quantizer):
             raise ValueError(f"levels: got {list(levels)}, expected at least 2 for every channel")
         if (codebook_size, codebook_dim) != (math.prod(levels), len(levels)):
             raise ValueError(
-                f"levels {list(levels)} make codebook_size={math.prod(levels)} and codebook_dim={len(levels)}, "
-                f"but codebook_size={codebook_size} and codebook_dim={codebook_dim} are set"
+                f"levels {list(levels)} make codebook_size={math.prod(levels)} and "
+                f"codebook_dim={len(levels)}, got {codebook_size} and {codebook_dim}: set these"
             )
         self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
         self._levels = tuple(levels)
-        self.register_buffer(
-            "levels", torch.empty(len(levels), dtype=torch.int64), persistent=False
-        )
-        self.register_buffer("bases", torch.empty(len(levels), dtype=torch.int64), persistent=False)
+        shape = len(levels)
+        self.register_buffer("levels", torch.empty(shape, dtype=torch.int64), persistent=False)
+        self.register_buffer("bases", torch.empty(shape, dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        init.copy_(self.levels, torch.tensor(self._levels))
-        init.copy_(
-            self.bases,
-            torch.tensor([math.prod(self._levels[:i]) for i in range(len(self._levels))]),
-        )
+        levels = torch.tensor(self._levels)
+        init.copy_(self.levels, levels)
+        init.copy_(self.bases, levels.cumprod(0) // levels)
 
     def to_code_space(self, features: Tensor) -> Tensor:
-        """Squash each channel to a hair more than the span of its levels: all are reached, none is left, and 0 stays 0.
-
-        An even number of levels lies half a step off the centre of tanh.
-        """
+        """Squash each channel to slightly more than the span of its levels, so that all are reached; 0 stays 0."""
         reach = (self.levels - 1) * (1 + 1e-3) / 2
+        # An even number of levels is half a step off the centre of tanh.
         off_centre = (self.levels % 2 == 0) / 2
         bounded = torch.tanh(features + torch.atanh(off_centre / reach)) * reach - off_centre
         return bounded / (self.levels // 2)
@@ -62,14 +60,10 @@ class FSQ(Quantizer):
     def forward(self, features: Tensor) -> QuantizerOutput:
         features = self.to_code_space(features)
         half = self.levels // 2
-        digits = (
-            features.detach() * half
-        ).nan_to_num().round().long() + half  # NaN is no digit, but a loss
+        # NaN has no digit; it still reaches the losses through the straight-through path.
+        digits = (features.detach() * half).nan_to_num().round().long() + half
         codes = (digits * self.bases).sum(-1)
-        quantized = self.lookup(codes)
-        if self.training:
-            quantized = features + (quantized - features).detach()
-        return QuantizerOutput(quantized, codes, {})
+        return QuantizerOutput(self.straight_through(features, self.lookup(codes)), codes, {})
 
     def lookup(self, codes: Tensor) -> Tensor:
         half = self.levels // 2

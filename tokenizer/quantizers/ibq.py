@@ -1,7 +1,9 @@
-"""Index back-propagation (IBQ, arXiv 2412.02692; SEED-Voken): the choice itself gets a gradient, and through it every code.
+"""Index back-propagation (IBQ, arXiv 2412.02692; SEED-Voken): the choice itself gets a gradient, and with it every code.
 
-The code with the largest product z.e is chosen. Backward, the choice is taken for the softmax over all K products. Its
-(B N, K) probabilities are recomputed in blocks there, and never exist at once.
+The code with the largest product z.e is chosen. The backward pass treats the choice as the softmax over all
+K products, whose (B N, K) probabilities are recomputed in blocks and never exist at once.
+
+Shapes: B batch, N visual tokens, E codebook width, K codebook size.
 """
 
 from typing import Any
@@ -14,12 +16,12 @@ from vqrae.tokenizer.quantizers.base import QuantizerOutput
 from vqrae.tokenizer.quantizers.search import Precision, best_codes
 from vqrae.tokenizer.quantizers.vq import VQ
 
-# Logits held at once, in blocks of features; the backward pass holds as many numbers three times.
+# Logits of a block of features; the backward pass holds three times as many numbers.
 BLOCK_LOGITS = 2**22
 
 
 class IBQ(VQ):
-    """The public code weighs `index_loss` 1, `commitment_loss` 1 and `codebook_loss` 0.25; `entropy_loss` is optional.
+    """The public code weighs `index_loss` 1, `commitment_loss` 1, `codebook_loss` 0.25; `entropy_loss` is optional.
 
     Args:
         codebook_size: K.
@@ -28,7 +30,7 @@ class IBQ(VQ):
         search: see `CodebookQuantizer`.
     """
 
-    equals_vq = False
+    is_nearest = False
     has_entropy = True
 
     def __init__(
@@ -42,24 +44,24 @@ class IBQ(VQ):
         super().__init__(codebook_size, codebook_dim, search=search)
         self.entropy_temperature = entropy_temperature
 
-    def nearest(self, features: Tensor, table: Tensor) -> Tensor:
-        """Codes of the largest product z.e, IBQ's logit."""
+    def choose(self, features: Tensor, table: Tensor) -> Tensor:
+        """Codes (B, N) of the largest product z.e, IBQ's logit."""
         offsets = torch.zeros(len(table), dtype=torch.float64, device=table.device)
-        return best_codes(features, table, offsets, precision=self.search, settle=not self.training)
+        return best_codes(features, table, offsets, precision=self.search, exact=not self.training)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         output = super().forward(features)
+        # In place of the straight-through copy, whose gradient reaches the features alone.
         output.quantized = IndexBackPropagation.apply(features, self.codebook, output.codes)
         output.losses["index_loss"] = (output.quantized - features).square().mean()
         if self.compute_entropy:
-            output.losses["entropy_loss"] = entropy_loss(
-                features, self.codebook, self.entropy_temperature
-            )
+            entropy = entropy_loss(features, self.codebook, self.entropy_temperature)
+            output.losses["entropy_loss"] = entropy
         return output
 
 
 class IndexBackPropagation(torch.autograd.Function):
-    """Forward the chosen rows of the table; backward as if p + (one-hot - p).detach() had been multiplied with the table."""
+    """Forward: the chosen rows. Backward: as if p + (one-hot - p).detach() had been multiplied with the table."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, table: Tensor, codes: Tensor) -> Tensor:
@@ -72,14 +74,12 @@ class IndexBackPropagation(torch.autograd.Function):
         features, table, codes = ctx.saved_tensors
         size = max(1, BLOCK_LOGITS // len(table))
         gradient = gradient.flatten(0, -2)
+        blocks = zip(features.flatten(0, -2).split(size), gradient.split(size), strict=True)
         feature_gradients, table_gradient = [], torch.zeros_like(table)
-        with torch.autocast(
-            features.device.type, enabled=False
-        ):  # backward may run inside of the loop's autocast
+        # The backward pass may run inside the loop's autocast.
+        with torch.autocast(features.device.type, enabled=False):
             table_gradient.index_add_(0, codes.flatten(), gradient)
-            for block, given in zip(
-                features.flatten(0, -2).split(size), gradient.split(size), strict=True
-            ):
+            for block, given in blocks:
                 probabilities = (block @ table.T).softmax(-1)
                 by_choice = given @ table.T
                 by_choice -= (by_choice * probabilities).sum(-1, keepdim=True)
@@ -92,8 +92,8 @@ class IndexBackPropagation(torch.autograd.Function):
 def entropy_loss(features: Tensor, table: Tensor, temperature: float) -> Tensor:
     """Mean entropy of each feature's distribution over codes, minus the entropy of the mean distribution.
 
-    Low when single choices are sure and all codes are in use (as LFQ, arXiv 2310.05737). Blocks are recomputed in
-    the backward pass. The mean is over the features (B, N, E) of this process.
+    Low when single choices are sure and all codes are in use (as in LFQ, arXiv 2310.05737). The mean is over
+    the features (B, N, E) of this process; blocks are recomputed in the backward pass.
     """
 
     def block_entropy(block: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,15 +102,14 @@ def entropy_loss(features: Tensor, table: Tensor, temperature: float) -> Tensor:
         return -(probabilities * logarithms).sum(), probabilities.sum(0)
 
     flat = features.flatten(0, -2)
-    blocks = flat.split(max(1, BLOCK_LOGITS // len(table)))
-    parts = [
-        checkpoint(block_entropy, block, table, use_reentrant=False, preserve_rng_state=False)
-        for block in blocks
-    ]
-    mean = torch.stack([share for _, share in parts]).sum(0) / len(flat)
-    mean = mean.clamp(
-        min=torch.finfo(mean.dtype).tiny
-    )  # the logarithm's slope at 0 is infinite, and 0 is frequent
-    return (
-        torch.stack([entropy for entropy, _ in parts]).sum() / len(flat) + (mean * mean.log()).sum()
-    )
+    entropies, shares = [], []
+    for block in flat.split(max(1, BLOCK_LOGITS // len(table))):
+        entropy, share = checkpoint(
+            block_entropy, block, table, use_reentrant=False, preserve_rng_state=False
+        )
+        entropies.append(entropy)
+        shares.append(share)
+    mean = torch.stack(shares).sum(0) / len(flat)
+    # The slope of the logarithm at 0 is infinite, and 0 is frequent.
+    mean = mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    return torch.stack(entropies).sum() / len(flat) + (mean * mean.log()).sum()

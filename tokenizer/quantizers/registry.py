@@ -8,9 +8,8 @@ from vqrae.tokenizer.quantizers.base import Quantizer
 from vqrae.tokenizer.quantizers.ema_vq import EMAVQ
 from vqrae.tokenizer.quantizers.fsq import FSQ
 from vqrae.tokenizer.quantizers.ibq import IBQ
-from vqrae.tokenizer.quantizers.l2_vq import L2VQ
 from vqrae.tokenizer.quantizers.simvq import SimVQ
-from vqrae.tokenizer.quantizers.vq import VQ
+from vqrae.tokenizer.quantizers.vq import L2VQ, VQ
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "simvq": SimVQ,
@@ -34,23 +33,20 @@ def quantizer_class(name: str) -> type[Quantizer]:
 
 
 def build_quantizer(name: str, codebook_size: int, codebook_dim: int, **options: Any) -> Quantizer:
-    """The quantizer of that name, with the options of its class.
+    """The quantizer of that name; `options` are the keyword-only arguments of its class.
 
     Raises:
         ValueError: for an unknown name or option, listing the known ones, and for a missing option.
     """
     quantizer = quantizer_class(name)
-    known = {
-        key: parameter
-        for key, parameter in inspect.signature(quantizer).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    parameters = inspect.signature(quantizer).parameters.values()
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     for key in options:
         if key not in known:
             raise ValueError(
                 f"quantizer_options.{key}: unknown option of {name}. {did_you_mean(key, known)}"
             )
-    for key, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and key not in options:
+    for key, default in known.items():
+        if default is inspect.Parameter.empty and key not in options:
             raise ValueError(f"quantizer_options.{key} is required by {name}")
     return quantizer(codebook_size, codebook_dim, **options)

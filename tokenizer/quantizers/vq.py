@@ -1,10 +1,13 @@
-"""Plain vector quantization (VQ-VAE, arXiv 1711.00937), started as VQGAN does."""
+"""Plain vector quantization (VQ-VAE, arXiv 1711.00937), and the same on the unit sphere (ViT-VQGAN, 2110.04627).
+
+Shapes: B batch, N visual tokens, E codebook width, K codebook size.
+"""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
-from vqrae.tokenizer.quantizers.base import CodebookQuantizer
+from vqrae.tokenizer.quantizers.base import CodebookQuantizer, QuantizerOutput
 from vqrae.tokenizer.quantizers.search import Precision
 
 
@@ -25,5 +28,28 @@ class VQ(CodebookQuantizer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1/K, so that all codes are about equally near to any feature."""
+        """Uniform in +-1/K as in VQGAN: at first all codes are about equally near to any feature."""
         init.uniform_(self.codebook, -1 / self.codebook_size, 1 / self.codebook_size)
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        z_BNE = self.to_code_space(features)
+        table_KE = self.table()
+        codes_BN = self.choose(z_BNE, table_KE)
+        chosen_BNE = nn.functional.embedding(codes_BN, table_KE)
+        losses = {
+            "codebook_loss": (chosen_BNE - z_BNE.detach()).square().mean(),
+            "commitment_loss": (chosen_BNE.detach() - z_BNE).square().mean(),
+        }
+        return QuantizerOutput(self.straight_through(z_BNE, chosen_BNE), codes_BN, losses)
+
+
+class L2VQ(VQ):
+    """Features and table are normalised, and so is what the decoder gets: the nearest code has the largest cosine."""
+
+    is_nearest = False
+
+    def table(self) -> Tensor:
+        return self.to_code_space(self.codebook)
+
+    def to_code_space(self, features: Tensor) -> Tensor:
+        return nn.functional.normalize(features, dim=-1)
