@@ -328,14 +328,13 @@ def _open(
     if holds_conversations(source):
         return ConversationRows(source, examine)
     if kind == "tar":
-        paths, key, _ = parse_tars(source)
+        paths, keys, _ = parse_tars(source)
         tars = []
         for path in paths:
             try:
-                tar = f"{path},caption={key}" if key else path
-                tars.append(
-                    Inspector(TarDataset(tar, image_size=8, captions="optional", split="all"))
-                )
+                tar = TarDataset(path, image_size=8, split="all")
+                tar.reads_captions, tar.caption_keys = True, keys
+                tars.append(Inspector(tar))
             except ValueError as error:
                 report.problem("damaged tars", str(error))
         return ConcatDataset(tars) if tars else []

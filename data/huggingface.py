@@ -10,12 +10,12 @@ import numpy as np
 
 from vqrae.common.config import did_you_mean
 from vqrae.common.files import read_bytes, with_retries
-from vqrae.data.samples import Encoded, EncodedImages, FileSplit, checksum, name_hash, split_indices
+from vqrae.data.samples import Encoded, EncodedImages, checksum, name_hash
 from vqrae.data.stream import Draw
 
 PREFIX = "hf:"
 OPTIONS = ("config", "split", "image", "caption")
-CAPTION_COLUMNS = (
+CAPTION_COLUMNS = [
     "caption",
     "captions",
     "text",
@@ -24,7 +24,7 @@ CAPTION_COLUMNS = (
     "sentence",
     "sentences",
     "description",
-)
+]
 
 
 def parse_name(source: str) -> tuple[str, dict[str, str]]:
@@ -50,7 +50,7 @@ def parse_name(source: str) -> tuple[str, dict[str, str]]:
 
 
 def open_table(source: str) -> Any:
-    """The `datasets.Dataset` behind a source name.
+    """The `datasets.Dataset` of a source name.
 
     Raises:
         FileNotFoundError, ConnectionError: when there is none, or the hub cannot be reached.
@@ -71,9 +71,8 @@ def open_table(source: str) -> Any:
         raise ValueError(f"{source} cannot be read: {error.__cause__ or error}") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
-    split = options.get("split") or (
-        "train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else None
-    )
+    default = "train" if "train" in loaded or len(loaded) > 1 else next(iter(loaded))
+    split = options.get("split", default)
     if split not in loaded:
         raise ValueError(
             f"{source} has the splits {', '.join(loaded)}: name one, as in {PREFIX}{name},split={next(iter(loaded))}"
@@ -81,34 +80,36 @@ def open_table(source: str) -> Any:
     return loaded[split]
 
 
+def named_column(source: str, features: Any, key: str) -> str | None:
+    """The column that the option `key` of a source names, None when it names none.
+
+    Raises:
+        ValueError: when the table lacks it.
+    """
+    column = parse_name(source)[1].get(key)
+    if column is not None and column not in features:
+        raise ValueError(f"{source}: no column {column!r}. {did_you_mean(column, list(features))}")
+    return column
+
+
+def _holds_images(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    is_binary = getattr(feature, "dtype", "") in ("binary", "large_binary")
+    return is_binary or isinstance(feature, datasets.Image)
+
+
 def find_columns(source: str, features: Any) -> tuple[str, str | None]:
-    """Names of the image column and of the caption column (None when there is none), as named or as found.
+    """The image column and the caption column (None when there is none), as named or as found.
 
     Raises:
         ValueError: when a named column is absent, or the image column is not clear.
     """
-    import datasets
-
-    _, options = parse_name(source)
-    for key in ("image", "caption"):
-        if key in options and options[key] not in features:
-            raise ValueError(
-                f"{source}: no column {options[key]!r}. {did_you_mean(options[key], list(features))}"
-            )
-
-    def is_image(feature: Any) -> bool:
-        if isinstance(feature, dict):
-            return "bytes" in feature
-        return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in (
-            "binary",
-            "large_binary",
-        )
-
-    images = (
-        [options["image"]]
-        if "image" in options
-        else [name for name, kind in features.items() if is_image(kind)]
-    )
+    image = named_column(source, features, "image")
+    caption = named_column(source, features, "caption")
+    images = [image] if image else [name for name in features if _holds_images(features[name])]
     if len(images) != 1:
         found = (
             f"columns {', '.join(images)} hold images"
@@ -116,10 +117,7 @@ def find_columns(source: str, features: Any) -> tuple[str, str | None]:
             else f"no column of {', '.join(features)} holds images"
         )
         raise ValueError(f"{source}: {found}; name the one to use with ,image=COLUMN")
-    caption = options.get("caption") or next(
-        (name for name in CAPTION_COLUMNS if name in features), None
-    )
-    return images[0], caption
+    return images[0], caption or next((name for name in CAPTION_COLUMNS if name in features), None)
 
 
 def without_decoding(table: Any, column: str) -> Any:
@@ -141,43 +139,32 @@ def stored_bytes(value: Any, name: str) -> bytes:
         ValueError: when there is none.
     """
     if isinstance(value, dict):
-        value = value.get("bytes") or (
-            read_bytes(Path(value["path"])) if value.get("path") else None
-        )
+        path = value.get("path")
+        value = value.get("bytes") or (read_bytes(path) if path else None)
     if not isinstance(value, bytes) or not value:
         raise ValueError(f"{name}: holds no image")
     return value
 
 
 class HuggingFaceDataset(EncodedImages):
-    """Rows of a Hugging Face data set; a list of captions gives another one each epoch. See `ImageFolder` for the split.
+    """Rows of a Hugging Face data set, in their memory-mapped Arrow files; the split hashes row numbers.
 
-    Rows stay in their memory-mapped Arrow files; 5 % of the chosen Hugging Face split, by row number, are for validation.
+    Where a row has a list of captions, each epoch takes the next.
     """
 
-    def __init__(
-        self,
-        source: str,
-        *,
-        image_size: int,
-        captions: bool,
-        size: int | None = None,
-        split: FileSplit = "train",
-        **reading: Any,
-    ) -> None:
-        super().__init__(source, image_size=image_size, captions=captions, **reading)
+    def __init__(self, source: str, **options: Any) -> None:
+        super().__init__(source, **options)
         table = open_table(source)
         self.image_column, self.caption_column = find_columns(source, table.features)
-        if captions and self.caption_column is None:
+        if self.captions and self.caption_column is None:
             raise ValueError(
                 f"{source} has no caption column among {', '.join(table.features)}: name one with ,caption=COLUMN"
             )
         table = without_decoding(table, self.image_column)
-        self.table = table.select_columns(
-            [name for name in (self.image_column, self.caption_column) if name]
-        )
-        hashes = np.array([name_hash(str(row)) for row in range(len(table))])
-        self.rows = split_indices(hashes, split, source)[:size].astype(np.int32)
+        columns = [name for name in (self.image_column, self.caption_column) if name]
+        self.table = table.select_columns(columns)
+        hashes = [name_hash(str(row)) for row in range(len(table))]
+        self.rows = self.chosen(hashes).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -192,12 +179,12 @@ class HuggingFaceDataset(EncodedImages):
             caption = caption[draw.epoch % len(caption)] if caption else None
         return Encoded(name, data, caption if isinstance(caption, str) else None)
 
-
-def table_fingerprint(source: str) -> str:
-    """Rows of a data set and a checksum of a hundred of them, evenly spread."""
-    table = open_table(source)
-    for column in table.features:
-        table = without_decoding(table, column)
-    rows = np.unique(np.linspace(0, len(table) - 1, 100).astype(int)).tolist()
-    content = [repr(table[row]).encode() for row in rows]
-    return f"{len(table)} rows, crc32 {checksum(b''.join(content))}"
+    @staticmethod
+    def fingerprint(source: str) -> str:
+        """Rows of a data set and a checksum of a hundred of them, evenly spread."""
+        table = open_table(source)
+        for column in table.features:
+            table = without_decoding(table, column)
+        rows = np.unique(np.linspace(0, len(table) - 1, 100).astype(int)).tolist()
+        content = b"".join(repr(table[row]).encode() for row in rows)
+        return f"{len(table)} rows, crc32 {checksum(content)}"

@@ -1,4 +1,4 @@
-"""A folder of images as a data set."""
+"""Images as files: a folder, or a JSON-lines file of images and captions."""
 
 import os
 import sys
@@ -7,19 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vqrae.common.files import parse_json, printable, raw_lines, read_bytes
 from vqrae.common.images import IMAGE_SUFFIXES, OTHER_IMAGES
 from vqrae.data.samples import (
     Encoded,
     EncodedImages,
-    FileSplit,
     checksum,
+    leave_out,
     missing_files,
     name_hash,
-    split_indices,
-    step_over,
     summary,
     utf8,
 )
@@ -30,7 +26,7 @@ def list_images(folder: str | Path) -> list[Path]:
     """All images below `folder`, sorted by path; hidden files are left out.
 
     Linked folders are followed. One that is reached in several ways is read once, by its own path where it has one below
-    `folder`: so links cannot run in circles, and no image is in both splits.
+    `folder`: so links cannot form a loop, and no image is in both splits.
 
     Raises:
         FileNotFoundError: when there is no such folder, or no image in it.
@@ -50,57 +46,36 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder, those behind links last."""
+    """All files below a folder, those of linked folders last."""
 
     def report(error: OSError) -> None:
-        print(
-            printable(f"{error.filename} is left out: {error.strerror}"),
-            file=sys.stderr,
-            flush=True,
-        )
+        told = f"{error.filename} is left out: {error.strerror}"
+        print(printable(told), file=sys.stderr, flush=True)
 
     seen: set[tuple[int, int]] = set()
     starts = [str(folder)]
     while starts:
-        links = []
+        links: list[str] = []
         for start in starts:
             for place, folders, files in os.walk(start, onerror=report):
                 status = os.stat(place)
-                if (identity := (status.st_dev, status.st_ino)) in seen:
+                if (status.st_dev, status.st_ino) in seen:
                     folders.clear()
                     continue
-                seen.add(identity)
+                seen.add((status.st_dev, status.st_ino))
                 yield from (Path(place, name) for name in files)
-                links += [
-                    path
-                    for path in (os.path.join(place, name) for name in folders)
-                    if os.path.islink(path)
-                ]
+                links += filter(os.path.islink, (os.path.join(place, name) for name in folders))
         starts = sorted(links)
 
 
 class ImageFolder(EncodedImages):
-    """Images below a folder.
+    """Images below a folder; see `EncodedImages` for the options."""
 
-    Args:
-        size: use the first `size` images only.
-        split: `train` leaves 5 % (by name) to `validation`; `all` is everything.
-        reading: how images are read, see `EncodedImages`.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        image_size: int,
-        size: int | None = None,
-        split: FileSplit = "train",
-        **reading: Any,
-    ) -> None:
-        super().__init__(str(folder), image_size=image_size, **reading)
+    def __init__(self, folder: str | Path, **options: Any) -> None:
+        super().__init__(str(folder), **options)
         found = list_images(folder)
-        hashes = np.array([name_hash(path.relative_to(folder).as_posix()) for path in found])
-        self.paths = [found[i] for i in split_indices(hashes, split, self.source)][:size]
+        hashes = [name_hash(path.relative_to(folder).as_posix()) for path in found]
+        self.paths = [found[i] for i in self.chosen(hashes)]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -109,25 +84,46 @@ class ImageFolder(EncodedImages):
         path = self.paths[draw]
         return Encoded(str(path), read_bytes(path))
 
+    @staticmethod
+    def fingerprint(source: str | Path) -> str:
+        """Names and sizes of all images below a folder in one number."""
+        lines = []
+        for path in list_images(source):
+            try:
+                size = path.stat().st_size
+            except OSError:  # a link to nowhere, a broken sample like any other
+                size = -1
+            lines.append(f"{path.relative_to(source).as_posix()} {size}")
+        listing = "\n".join(lines)
+        return f"{len(lines)} images, crc32 {checksum(utf8(listing))}"
 
-def folder_fingerprint(folder: str | Path) -> str:
-    """Names and sizes of all images below `folder` in one number."""
-    folder = Path(folder)
-    found = list_images(folder)
-    listing = "\n".join(f"{path.relative_to(folder).as_posix()} {_size(path)}" for path in found)
-    return f"{len(found)} images, crc32 {checksum(utf8(listing))}"
+
+def file_fingerprint(source: str) -> str:
+    """Size and checksum of a file."""
+    content = Path(source).read_bytes()
+    return f"{len(content)} bytes, crc32 {checksum(content)}"
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file; -1 for a link that leads nowhere, a broken sample like any other."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+def parse_pair(line: bytes, where: str) -> tuple[str, str]:
+    """(image, caption) of a line {"image": path, "caption": text}.
+
+    Raises:
+        ValueError: when it cannot be used, naming `where`.
+    """
+    record = parse_json(line, where)
+    fields = record if isinstance(record, dict) else {}
+    if "conversations" in fields:
+        raise ValueError(
+            f"{where}: holds a conversation among captions: give conversations a file of their own"
+        )
+    image, caption = fields.get("image"), fields.get("caption")
+    if not isinstance(image, str) or not isinstance(caption, str):
+        raise ValueError(f"{where}: image and caption must both be text")
+    return image, caption.strip()
 
 
 def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """(image, caption) of each usable line {"image": path, "caption": text}, and what is wrong with each other line.
+    """(image, caption) of each usable line, and what is wrong with each other line.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -147,37 +143,19 @@ def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     return pairs, problems
 
 
-def parse_pair(line: bytes, where: str) -> tuple[str, str]:
-    """(image, caption) of a line.
-
-    Raises:
-        ValueError: when it cannot be used, naming `where`.
-    """
-    record = parse_json(line, where)
-    if isinstance(record, dict) and "conversations" in record:
-        raise ValueError(
-            f"{where}: holds a conversation among captions: give conversations a file of their own"
-        )
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(key), str) for key in ("image", "caption")
-    ):
-        raise ValueError(f"{where}: image and caption must both be text")
-    return record["image"], record["caption"].strip()
-
-
 def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
-    """(image, caption) of every line; images lie relative to the file's folder.
+    """(image, caption) of every line; images are relative to the file's folder.
 
     Raises:
         FileNotFoundError: when the file, or an image that it names, does not exist; the first few are listed.
-        ValueError: when there is no usable line, or too many cannot be used (see `step_over`).
+        ValueError: when there is no usable line, or too many cannot be used (see `leave_out`).
     """
     path = Path(path)
     pairs, problems = scan_jsonl(path)
     if not pairs:
         form = '{"image": "image.jpg", "caption": "text"}'
         raise ValueError(f"{path} holds no usable line; each must be {form}{summary(problems)}")
-    step_over(path, problems, len(pairs) + len(problems))
+    leave_out(path, problems, len(pairs) + len(problems))
     missing = [str(file) for file in missing_files(path.parent / image for image, _ in pairs)]
     if missing:
         raise FileNotFoundError(
@@ -188,27 +166,17 @@ def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
 
 
 class CaptionedImages(EncodedImages):
-    """Images and captions of a JSON-lines file; see `scan_jsonl` for the format, `ImageFolder` for the split.
+    """Images and captions of a JSON-lines file, see `parse_pair`.
 
     Args:
         strict: False leaves out lines that cannot be used, and looks for images only when they are read.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        image_size: int,
-        captions: bool = True,
-        size: int | None = None,
-        split: FileSplit = "train",
-        strict: bool = True,
-        **reading: Any,
-    ) -> None:
-        super().__init__(str(path), image_size=image_size, captions=captions, **reading)
-        found, self.folder = read_jsonl(path) if strict else scan_jsonl(path)[0], Path(path).parent
-        hashes = np.array([name_hash(image) for image, _ in found])
-        self.pairs = [found[i] for i in split_indices(hashes, split, self.source)][:size]
+    def __init__(self, path: str | Path, *, strict: bool = True, **options: Any) -> None:
+        super().__init__(str(path), **options)
+        self.folder = Path(path).parent
+        found = read_jsonl(path) if strict else scan_jsonl(path)[0]
+        self.pairs = [found[i] for i in self.chosen([name_hash(image) for image, _ in found])]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -216,3 +184,5 @@ class CaptionedImages(EncodedImages):
     def encoded(self, draw: Draw) -> Encoded:
         image, caption = self.pairs[draw]
         return Encoded(str(self.folder / image), read_bytes(self.folder / image), caption)
+
+    fingerprint = staticmethod(file_fingerprint)

@@ -1,4 +1,4 @@
-"""What all data sets made of files share: splits, and stepping over broken samples."""
+"""What data sets of files share: splits, skipping of broken samples, and encoded image -> cropped uint8 tensor."""
 
 import io
 import math
@@ -21,13 +21,87 @@ from vqrae.common.images import open_image, resize_and_crop, stored_size
 from vqrae.data.stream import Draw
 
 FileSplit = Literal["train", "validation", "all"]
+Crop = Literal["center", "random", "zoom"]
 VALIDATION_SHARE = 0.05
-BROKEN_SHARE = 0.05  # beyond this share the source itself is at fault
-BROKEN_WINDOW = 100  # samples that a share is taken of at least: one broken image among the first three stops nothing
+BROKEN_SHARE = 0.05  # with more than this the source itself is at fault
+BROKEN_WINDOW = 100  # samples that the share refers to at least: one broken of three stops nothing
+ZOOM = 0.8  # smallest part of the shorter edge that a zoom keeps
+
+
+# ---- names, splits and lists
+
+
+def utf8(name: str) -> bytes:
+    """A name as bytes, also one that is not Unicode (Latin-1 file names)."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+def name_hash(name: str) -> int:
+    """A hash of a sample's name that is the same on every machine and in every process."""
+    return zlib.crc32(utf8(name))
+
+
+def checksum(data: bytes) -> str:
+    """CRC-32 in hexadecimal: enough to notice that a source has changed."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarray:
+    """Samples of a split: the 5 % with the largest name hash (at least one) are for validation.
+
+    Raises:
+        ValueError: when there are too few samples to hold any out.
+    """
+    if split == "all":
+        return np.arange(len(hashes))
+    if len(hashes) < 2:
+        raise ValueError(
+            f"{source} holds {len(hashes)} samples, too few for training and validation: give more, or split=all"
+        )
+    held_out = max(1, round(VALIDATION_SHARE * len(hashes)))
+    order = np.argsort(hashes, kind="stable")
+    return np.sort(order[-held_out:] if split == "validation" else order[:-held_out])
+
+
+def missing_files(paths: Iterable[Path]) -> list[Path]:
+    """Those of `paths` that do not exist; each folder is listed once, which is quick on network drives."""
+    by_folder: dict[Path, dict[str, Path]] = defaultdict(dict)
+    for path in paths:
+        by_folder[path.parent][path.name] = path
+    missing: list[Path] = []
+    for folder, names in by_folder.items():
+        present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        missing += [path for name, path in names.items() if name not in present]
+    return sorted(missing)
+
+
+def summary(problems: list[str], limit: int = 5) -> str:
+    """The first few problems, one per line, and the number of the others."""
+    more = [f"… and {len(problems) - limit} more"] if len(problems) > limit else []
+    return "\n  ".join(["", *problems[:limit], *more])
+
+
+def leave_out(source: str | Path, problems: list[str], total: int) -> None:
+    """Report the entries of a list that are left out.
+
+    Raises:
+        ValueError: when they are more than a sound list has, naming the first.
+    """
+    found = f"{source}: {len(problems)} of {total} entries cannot be used"
+    if len(problems) > BROKEN_SHARE * total:
+        raise ValueError(
+            f"{found}; repair or remove them, or let `vqrae check-data {source} --write-clean NEW` write the "
+            f"others{summary(problems)}"
+        )
+    if problems:
+        print(printable(f"{found} and are left out{summary(problems)}"), file=sys.stderr)
+
+
+# ---- broken samples
 
 
 class TooManyBrokenSamples(RuntimeError):
-    """More samples could not be read than a sound source has."""
+    """More samples cannot be read than in a sound source."""
 
 
 class Unwanted(ValueError):
@@ -49,7 +123,7 @@ class BrokenSamples:
         """Count a sample that cannot be used, once however often it comes.
 
         Raises:
-            TooManyBrokenSamples: when they are more than `BROKEN_SHARE` of what was seen.
+            TooManyBrokenSamples: when they are more than `BROKEN_SHARE` of the samples seen.
         """
         if sample not in self.found:
             self.found.add(sample)
@@ -63,11 +137,11 @@ class BrokenSamples:
 
 
 class TolerantDataset(Dataset, ABC):
-    """A map-style data set that answers a broken sample with the next readable one, reports it and counts it.
+    """A map-style data set that replaces a broken sample by the next readable one, and reports and counts it.
 
-    Subclasses give `__len__`, and `read(draw)`, which raises ValueError for a sample that cannot be read, `Unwanted` for one
-    that a filter leaves out: it is answered likewise, counted apart and not reported.
-    Substitution keeps the length and the order exact, so that resuming and sharding need no bookkeeping.
+    Subclasses define `__len__` and `read(draw)`, which raises ValueError for a broken sample and `Unwanted` for one that a
+    filter leaves out; that is replaced likewise, but counted apart and not reported. Replacement keeps the length and the
+    order exact, so that resuming and sharding need no bookkeeping.
     """
 
     def __init__(self, source: str) -> None:
@@ -77,12 +151,12 @@ class TolerantDataset(Dataset, ABC):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of plain indices (`accelerate` and `Trainer` call this where it exists); a `Draw` carries its own."""
+        """The epoch of plain indices (`accelerate` and `Trainer` call this); a `Draw` carries its own."""
         self.epoch = epoch
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of samples, broken ones included."""
+        """Number of samples, including broken ones."""
 
     @abstractmethod
     def read(self, draw: Draw) -> dict[str, Any]:
@@ -111,81 +185,14 @@ class TolerantDataset(Dataset, ABC):
         )
 
 
-def step_over(source: str | Path, problems: list[str], total: int) -> None:
-    """Say which entries of a list are left out.
-
-    Raises:
-        ValueError: when they are more than a sound list has, listing the first.
-    """
-    if len(problems) > BROKEN_SHARE * total:
-        raise ValueError(
-            f"{source}: {len(problems)} of {total} entries cannot be used; mend or remove them, or let "
-            f"`vqrae check-data {source} --write-clean NEW` write the others{summary(problems)}"
-        )
-    if problems:
-        told = f"{source}: {len(problems)} of {total} entries cannot be used and are left out{summary(problems)}"
-        print(printable(told), file=sys.stderr, flush=True)
-
-
-def name_hash(name: str) -> int:
-    """A hash of a sample's name that is the same on every machine and in every process."""
-    return zlib.crc32(utf8(name))
-
-
-def utf8(name: str) -> bytes:
-    """A name as bytes, also one that is not Unicode (Latin-1 file names)."""
-    return name.encode("utf-8", "surrogatepass")
-
-
-def checksum(data: bytes) -> str:
-    """CRC-32 in hexadecimal: enough to notice that a source has changed."""
-    return f"{zlib.crc32(data):08x}"
-
-
-def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarray:
-    """Which samples belong to `split`: the 5 % with the largest name hash (at least one) are for validation.
-
-    Raises:
-        ValueError: when there are too few samples to hold any back.
-    """
-    if split == "all":
-        return np.arange(len(hashes))
-    if len(hashes) < 2:
-        raise ValueError(
-            f"{source} holds {len(hashes)} samples, too few for training and validation: give more, or split=all"
-        )
-    held_out = max(1, round(VALIDATION_SHARE * len(hashes)))
-    order = np.argsort(hashes, kind="stable")
-    return np.sort(order[-held_out:] if split == "validation" else order[:-held_out])
-
-
-def missing_files(paths: Iterable[Path]) -> list[Path]:
-    """Those of `paths` that do not exist; each folder is listed once, which is quick on network drives too."""
-    by_folder: dict[Path, dict[str, Path]] = defaultdict(dict)
-    for path in paths:
-        by_folder[path.parent][path.name] = path
-    missing: list[Path] = []
-    for folder, names in by_folder.items():
-        present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        missing += [path for name, path in names.items() if name not in present]
-    return sorted(missing)
-
-
-def summary(problems: list[str], limit: int = 5) -> str:
-    """The first few problems, one to a line, and how many more there are."""
-    more = [f"… and {len(problems) - limit} more"] if len(problems) > limit else []
-    return "\n  ".join(["", *problems[:limit], *more])
-
-
-Crop = Literal["center", "random", "zoom"]
-ZOOM = 0.8  # smallest part of the shorter edge that a zoom keeps
+# ---- encoded images
 
 
 class Encoded(NamedTuple):
     """A sample as it is stored."""
 
     name: str
-    """What messages call it: a path, a member of a tar, a row of a table."""
+    """Its name in messages: a path, a member of a tar, a row of a table."""
     data: bytes
     caption: str | None = None
 
@@ -193,14 +200,16 @@ class Encoded(NamedTuple):
 class EncodedImages(TolerantDataset):
     """Images of any size, mode and orientation -> {"image": uint8 (3, H, W)}, with `captions` also {"caption": str}.
 
-    Subclasses give `__len__` and `encoded(draw)`.
+    Subclasses define `__len__` and `encoded(draw)`, and `fingerprint(source)` for a run's manifest.
 
     Args:
         captions: a sample needs a caption; without one it is broken.
+        split: `train` leaves 5 % (by name) to `validation`; `all` is everything.
+        size: use the first `size` samples of the split.
         crop: see `fit_image`; decided by (seed, epoch, index) alone, so that a resumed run sees the same images.
         draft: decode JPEGs at the smallest eighth of their size that the crop needs: faster, and slightly softer.
         min_edge: leave out images whose shorter edge has fewer pixels.
-        max_aspect: leave out images whose longer edge is more than so many times the shorter; 0 takes all.
+        max_aspect: leave out images whose longer edge is more than this multiple of the shorter; 0 takes all.
     """
 
     def __init__(
@@ -209,6 +218,8 @@ class EncodedImages(TolerantDataset):
         *,
         image_size: int,
         captions: bool = False,
+        split: FileSplit = "train",
+        size: int | None = None,
         crop: Crop = "center",
         seed: int = 0,
         draft: bool = False,
@@ -216,13 +227,19 @@ class EncodedImages(TolerantDataset):
         max_aspect: float = 0.0,
     ) -> None:
         super().__init__(source)
-        self.image_size, self.captions, self.crop, self.seed = image_size, captions, crop, seed
+        self.image_size, self.captions = image_size, captions
+        self.split, self.size = split, size
+        self.crop, self.seed = crop, seed
         self.draft = math.ceil(image_size / (ZOOM if crop == "zoom" else 1)) if draft else 0
         self.min_edge, self.max_aspect = min_edge, max_aspect
 
+    def chosen(self, hashes: np.ndarray | list[int]) -> np.ndarray:
+        """Indices of the samples to use, given the `name_hash` of all."""
+        return split_indices(np.asarray(hashes), self.split, self.source)[: self.size]
+
     @abstractmethod
     def encoded(self, draw: Draw) -> Encoded:
-        """The stored bytes of a sample and its caption, if it has one; ValueError when they cannot be had."""
+        """The stored bytes of a sample and its caption, if it has one; ValueError when they cannot be read."""
 
     def texts(self, index: int) -> list[str]:
         """The caption of a sample, if it can be read."""
@@ -245,9 +262,9 @@ class EncodedImages(TolerantDataset):
         caption = (sample.caption or "").strip()
         if self.captions and not caption:
             raise ValueError(f"{sample.name}: it has no readable caption")
-        rng = (
-            np.random.default_rng([self.seed, draw.epoch, draw]) if self.crop != "center" else None
-        )
+        rng = None
+        if self.crop != "center":
+            rng = np.random.default_rng([self.seed, draw.epoch, draw])
         image = fit_image(self.image(sample, draw), self.image_size, self.crop, rng)
         return {"image": image, "caption": caption} if self.captions else {"image": image}
 
@@ -255,7 +272,7 @@ class EncodedImages(TolerantDataset):
 def fit_image(
     image: Image.Image, size: int, crop: Crop = "center", rng: np.random.Generator | None = None
 ) -> Tensor:
-    """RGB image -> uint8 (3, size, size): the shorter edge resized (bicubic, antialiased), then a square cut out.
+    """RGB image -> uint8 (3, size, size): resize the shorter edge (bicubic, antialiased) and cut out a square.
 
     Args:
         crop: `center`; `random`: anywhere along the longer edge (paper, Table 7); `zoom`: a square of 80 to 100 % of the
@@ -269,7 +286,6 @@ def fit_image(
         scale = rng.uniform(ZOOM, 1) if crop == "zoom" else 1.0
         edge = max(1, round(min(image.size) * scale))
         left, top = (int(rng.integers(extent - edge + 1)) for extent in image.size)
-        image = image.resize(
-            (size, size), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge)
-        )
+        box = (left, top, left + edge, top + edge)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()

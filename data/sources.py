@@ -1,76 +1,86 @@
 """One word names a source of samples, everywhere: in a YAML file, on the command line, in a manifest.
 
-    scenes, scenes:emoji      the embedded scenes, with drawn shapes or with Twemoji artwork
+    scenes, scenes:emoji      the embedded scenes, of plain shapes or of Twemoji artwork
     emoji                     the embedded real images, 4,009 named emoji
     FOLDER                    images below a folder
     FILE.jsonl                lines {"image": path, "caption": text}, or conversations, one record a line
-    FILE.tar                  WebDataset tars, KEY.jpg beside KEY.txt or KEY.json; also a glob, or a range shard-{000..012}.tar,
-                              also s3://, https:// or hf://datasets/OWNER/NAME/
-    hf:NAME                   a Hugging Face data set: hub id, folder or FILE.parquet; options: see `vqrae.data.huggingface`
+    FILE.tar                  WebDataset tars, KEY.jpg with KEY.txt or KEY.json; also a glob, a range
+                              shard-{000..012}.tar, s3://, https:// or hf://datasets/OWNER/NAME/
+    hf:NAME                   a Hugging Face data set: hub id, folder or FILE.parquet; options: see
+                              `vqrae.data.huggingface`
     FILE.json                 conversations in LLaVA's format
     CODES                     a folder of code shards: captioned images that a tokenizer has encoded
     A*0.7+B*0.3               a mixture of these
 
-All but scenes, conversations and codes hold 5 % (by name) back as their `validation` split; conversations and codes are used
-whole.
-`docs/data.md` has an example of each.
+All but scenes, conversations and codes hold out 5 % (by name) as their `validation` split;
+conversations and codes are used whole. `docs/data.md` has an example of each.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from vqrae.common.config import did_you_mean
-from vqrae.data.code_shards import CodeDataset, codes_fingerprint, is_code_set, read_manifest
+from vqrae.data.code_shards import CodeDataset, is_code_set, read_manifest
 from vqrae.data.conversations import Conversations, ConversationTable, has_record_lines
-from vqrae.data.emoji import EmojiDataset, artwork_folder
-from vqrae.data.huggingface import (
-    PREFIX,
-    HuggingFaceDataset,
-    open_table,
-    parse_name,
-    table_fingerprint,
-)
-from vqrae.data.image_files import CaptionedImages, ImageFolder, folder_fingerprint
-from vqrae.data.samples import Crop, FileSplit, TolerantDataset, checksum
+from vqrae.data.emoji import EmojiDataset
+from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, open_table, parse_name
+from vqrae.data.image_files import CaptionedImages, ImageFolder
+from vqrae.data.remote import is_remote
+from vqrae.data.samples import Crop, FileSplit, TolerantDataset
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.scenes.sprites import SPRITE_SETS
 from vqrae.data.stream import Mixture, parse_mixture
-from vqrae.data.tars import TarDataset, is_remote, is_tar, tars_fingerprint
+from vqrae.data.tars import TarDataset, is_tar
 
 Samples = SceneDataset | TolerantDataset | CodeDataset | Mixture  # all map-style, with a length
-Kind = Literal["scenes", "emoji", "folder", "jsonl", "tar", "hf", "json", "codes", "mixture"]
 DEFAULT_SCENES = {"train": 1_000_000, "validation": 1_000}
+FORMS = "scenes, emoji, a folder, a .jsonl, .tar or .json file, or hf:NAME"
+
+READERS: dict[str, Any] = {
+    "scenes": SceneDataset,
+    "emoji": EmojiDataset,
+    "folder": ImageFolder,
+    "jsonl": CaptionedImages,
+    "tar": TarDataset,
+    "hf": HuggingFaceDataset,
+    "json": Conversations,
+    "codes": CodeDataset,
+}
+"""Kind of a source -> its data set, which also knows its `fingerprint`. Mixtures are made of these."""
+IMAGES = ("emoji", "folder", "jsonl", "tar", "hf")
+CAPTIONS = ("emoji", "jsonl", "tar", "hf")
 
 
-def source_kind(source: str) -> Kind:
-    """What a source name stands for.
+def source_kind(source: str) -> str:
+    """The meaning of a source name: a key of `READERS`, or `mixture`.
 
     Raises:
         ValueError: when it is none of the forms above, or names an unknown sprite set.
         FileNotFoundError: when it looks like a path and nothing is there.
     """
+    name, _, sprites = source.partition(":")
     if parse_mixture(source):
         return "mixture"
-    if is_remote(source) and not is_tar(source):
+    if is_tar(source):
+        return "tar"
+    if is_remote(source):
         raise ValueError(
-            f"of {source}: only tars are read from URLs; for a data set of the hub write hf:OWNER/NAME"
+            f"of {source}: only tars are read from URLs; for a data set of the hub write "
+            "hf:OWNER/NAME"
         )
-    if source.startswith(PREFIX) and not is_tar(source):
+    if source.startswith(PREFIX):
         parse_name(source)
         return "hf"
-    name, _, sprites = source.partition(":")
     if name == "scenes":
         if sprites and sprites not in SPRITE_SETS:
             raise ValueError(f"unknown scenes {sprites!r}. {did_you_mean(sprites, SPRITE_SETS)}")
         return "scenes"
     if source == "emoji":
         return "emoji"
-    if is_tar(source):
-        return "tar"
     if source.endswith(".jsonl"):
         return "json" if has_record_lines(source) else "jsonl"
     if source.endswith(".json"):
@@ -81,12 +91,13 @@ def source_kind(source: str) -> Kind:
         raise ValueError(
             f"data source {source} is a file of unknown kind: expected .jsonl, .tar or .json"
         )
-    hint = (
-        "; each part of a mixture needs its weight, as in scenes*1+emoji*1" if "+" in source else ""
-    )
+    weights = "; each part of a mixture needs its weight, as in scenes*1+emoji*1"
     raise FileNotFoundError(
-        f"data source {source} does not exist: give scenes, emoji, a folder, a .jsonl, .tar or .json file, or hf:NAME{hint}"
+        f"data source {source} does not exist: give {FORMS}{weights if '+' in source else ''}"
     )
+
+
+# ---- opening
 
 
 def open_images(
@@ -102,31 +113,21 @@ def open_images(
     """Images of a source -> map-style data set of {"image": uint8 (3, H, W)}.
 
     Args:
-        size: use so many samples; scenes default to a million for training and 1000 for validation.
-        crop: which square of an image is used, see `fit_image`; scenes are square and endless, and take none.
+        size: samples to use; of scenes by default a million for training and 1000 for validation.
+        crop: which square of an image is used, see `fit_image`; scenes are square and take none.
         seed: of random crops, of scenes, of a mixture's order.
         filters: `draft`, `min_edge`, `max_aspect` of stored images, see `EncodedImages`.
     """
-    options: dict[str, Any] = {
-        "image_size": image_size,
-        "split": split,
-        "crop": crop,
-        "seed": seed,
-        **filters,
-    }
     kind = source_kind(source)
+    options: dict[str, Any] = {"image_size": image_size, "split": split, "seed": seed}
     if kind == "mixture":
-        return _mix(source, open_images, size=size, **options)
+        return _mix(source, open_images, size=size, crop=crop, **filters, **options)
     if kind == "scenes":
-        return _scenes(source, "image", image_size=image_size, size=size, split=split, seed=seed)
-    if kind == "folder":
-        return ImageFolder(source, size=size, **options)
-    if kind in ("json", "codes"):
+        return _scenes(source, "image", size=size, **options)
+    if kind not in IMAGES:
         held = "conversations" if kind == "json" else "codes"
-        raise ValueError(
-            f"{source} holds {held}; for images give scenes, emoji, a folder, a .jsonl, a .tar or hf:NAME"
-        )
-    return CAPTIONED[kind](source, captions=False, size=size, **options)
+        raise ValueError(f"{source} holds {held}; for images give {FORMS}")
+    return READERS[kind](source, size=size, crop=crop, **filters, **options)
 
 
 def open_pairs(
@@ -143,20 +144,20 @@ def open_pairs(
 
     Args:
         detailed: captions of scenes name every colour and relation (for contrastive training).
-        crop: as for `open_images`; a crop may lose what the caption speaks of.
+        crop: as for `open_images`; a crop may lose what the caption mentions.
     """
-    options: dict[str, Any] = {"image_size": image_size, "size": size, "split": split, "seed": seed}
     kind = source_kind(source)
+    options: dict[str, Any] = {"image_size": image_size, "split": split, "seed": seed}
     if kind == "mixture":
-        return _mix(source, open_pairs, detailed=detailed, crop=crop, **options)
+        return _mix(source, open_pairs, size=size, detailed=detailed, crop=crop, **options)
     if kind == "scenes":
-        return _scenes(source, "detailed_pair" if detailed else "pair", **options)
-    if kind in ("folder", "json", "codes"):
-        forms = "scenes, emoji, a .jsonl of image and caption, a .tar of KEY.jpg and KEY.txt, or hf:NAME"
+        return _scenes(source, "detailed_pair" if detailed else "pair", size=size, **options)
+    if kind not in CAPTIONS:
         raise ValueError(
-            f"{source} has no {'images' if kind == 'codes' else 'captions'}: give {forms}"
+            f"{source} has no {'images' if kind == 'codes' else 'captions'}: give scenes, emoji, "
+            "a .jsonl of image and caption, a .tar of KEY.jpg and KEY.txt, or hf:NAME"
         )
-    return CAPTIONED[kind](source, captions=True, crop=crop, **options)
+    return READERS[kind](source, captions=True, size=size, crop=crop, **options)
 
 
 def open_pairs_or_codes(
@@ -167,72 +168,19 @@ def open_pairs_or_codes(
     split: FileSplit = "train",
     seed: int = 0,
 ) -> Samples:
-    """What a generator learns from: captioned images, or code shards, {"codes": int64 (N,), "caption": str}, or a mixture.
+    """Data for a generator: captioned images, {"codes": int64 (N,), "caption": str}, or a mixture.
 
     Args:
         tokenizer_fingerprint: code shards of another tokenizer are refused.
     """
     kind = source_kind(source)
+    options: dict[str, Any] = {"image_size": image_size, "split": split, "seed": seed}
     if kind == "mixture":
-        options = {"image_size": image_size, "tokenizer_fingerprint": tokenizer_fingerprint}
-        return _mix(source, open_pairs_or_codes, size=None, split=split, seed=seed, **options)
+        options["tokenizer_fingerprint"] = tokenizer_fingerprint
+        return _mix(source, open_pairs_or_codes, size=None, **options)
     if kind == "codes":
         return CodeDataset(source, tokenizer_fingerprint=tokenizer_fingerprint)
-    return open_pairs(source, image_size=image_size, split=split, seed=seed)
-
-
-def is_encoded(samples: Samples) -> bool:
-    """Whether all samples are codes already."""
-    if isinstance(samples, Mixture):
-        return all(is_encoded(part) for part in samples.parts)
-    return isinstance(samples, CodeDataset)
-
-
-def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
-    """What is written in a data set, read without decoding an image: captions, or questions and answers.
-
-    Args:
-        limit: ask that many samples of each part of a mixture, evenly spread. Scenes give sentences with all of their words.
-    """
-    if isinstance(samples, Mixture):
-        return [text for part in samples.parts for text in texts_of(part, limit)]
-    if isinstance(samples, SceneDataset):
-        return vocabulary_texts(samples.sprites.names)
-    spread = np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
-    indices = np.unique(spread).tolist()
-    if own_order := getattr(samples, "training_index", None):
-        # Only the remote tars that training reads first.
-        indices = [own_order(place, 0) for place in range(len(indices))]
-    return [text for index in indices for text in samples.texts(index)]
-
-
-def vocabulary(source: str) -> list[str]:
-    """Sentences with every word of the scenes in a source, whatever their sprites; none for other data, see `texts_of`."""
-    if parts := parse_mixture(source):
-        return [text for name, _ in parts for text in vocabulary(name)]
-    if source.partition(":")[0] == "scenes":
-        return [
-            text for sprites in SPRITE_SETS.values() for text in vocabulary_texts(sprites.names)
-        ]
-    if is_code_set(source):  # its source reads like `scenes (train, seed 0)`
-        return vocabulary(read_manifest(source).source.rpartition(" (")[0])
-    return []
-
-
-CAPTIONED: dict[str, Callable[..., Any]] = {
-    "emoji": EmojiDataset,
-    "jsonl": CaptionedImages,
-    "tar": TarDataset,
-    "hf": HuggingFaceDataset,
-}
-
-
-def holds_conversations(source: str) -> bool:
-    """Whether a source, or part of a mixture, consists of conversations in LLaVA's format."""
-    kind = source_kind(source)
-    if kind == "mixture":
-        return any(holds_conversations(name) for name, _ in parse_mixture(source))
-    return kind == "json" or (kind == "hf" and "conversations" in open_table(source).features)
+    return open_pairs(source, **options)
 
 
 def open_conversations(
@@ -245,28 +193,24 @@ def open_conversations(
     skip_missing: int = 0,
     seed: int = 0,
 ) -> Samples:
-    """Conversations of a source -> map-style data set of LLaVA records whose `image` is an RGB image (or absent).
+    """Conversations of a source -> map-style data set of LLaVA records with an RGB `image` or none.
 
     Args:
         image_size: of rendered scenes; images of a LLaVA file keep their own size.
-        image_folder: where a LLaVA file's images lie; its own folder when not given.
-        skip_missing: so many records of a LLaVA file may lack their images, and are left out.
+        image_folder: the folder of a LLaVA file's images; the file's own by default.
+        skip_missing: up to this number of records of a LLaVA file may lack their images.
     """
     kind = source_kind(source)
+    options: dict[str, Any] = {"image_size": image_size, "split": split, "seed": seed}
+    files: dict[str, Any] = {"image_folder": image_folder, "skip_missing": skip_missing}
     if kind == "mixture":
-        options = {
-            "image_size": image_size,
-            "image_folder": image_folder,
-            "skip_missing": skip_missing,
-        }
-        return _mix(source, open_conversations, size=size, split=split, seed=seed, **options)
+        return _mix(source, open_conversations, size=size, **files, **options)
     if kind == "scenes":
-        return _scenes(
-            source, "conversation", image_size=image_size, size=size, split=split, seed=seed
-        )
-    if kind not in ("json", "hf"):
+        return _scenes(source, "conversation", size=size, **options)
+    if not holds_conversations(source):
         raise ValueError(
-            f"{source} holds no conversations: give scenes, a .json file in LLaVA's format, or hf:NAME"
+            f"{source} holds no conversations: give scenes, a .json file in LLaVA's format, or "
+            "hf:NAME with a column conversations"
         )
     if split == "validation":
         raise ValueError(
@@ -274,7 +218,7 @@ def open_conversations(
         )
     if kind == "hf":
         return ConversationTable(source, size=size)
-    return Conversations(source, image_folder=image_folder, size=size, skip_missing=skip_missing)
+    return Conversations(source, size=size, **files)
 
 
 def _mix(
@@ -292,47 +236,71 @@ def _mix(
 
 
 def _scenes(
-    source: str, item: Any, *, image_size: int, size: int | None, split: FileSplit, seed: int
+    source: str, item: Any, *, size: int | None, split: Any, **options: Any
 ) -> SceneDataset:
     if split == "all":
         raise ValueError("scenes have no end: split must be train or validation")
     sprites = source.partition(":")[2] or "shapes"
-    return SceneDataset(
-        split,
-        size or DEFAULT_SCENES[split],
-        item=item,
-        image_size=image_size,
-        sprites=sprites,
-        seed=seed,
-    )
+    size = size or DEFAULT_SCENES[split]
+    return SceneDataset(split, size, item=item, sprites=sprites, **options)
+
+
+# ---- questions about sources
+
+
+def is_encoded(samples: Samples) -> bool:
+    """Whether all samples are codes already."""
+    if isinstance(samples, Mixture):
+        return all(map(is_encoded, samples.parts))
+    return isinstance(samples, CodeDataset)
+
+
+def holds_conversations(source: str) -> bool:
+    """Whether a source, or part of a mixture, consists of conversations in LLaVA's format."""
+    kind = source_kind(source)
+    if kind == "mixture":
+        return any(holds_conversations(name) for name, _ in parse_mixture(source))
+    return kind == "json" or (kind == "hf" and "conversations" in open_table(source).features)
+
+
+def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
+    """Captions, or questions and answers, read without decoding an image.
+
+    Args:
+        limit: samples that are asked of each part of a mixture, evenly spread. Scenes answer with
+            sentences that hold all of their words.
+    """
+    if isinstance(samples, Mixture):
+        return [text for part in samples.parts for text in texts_of(part, limit)]
+    if isinstance(samples, SceneDataset):
+        return vocabulary_texts(samples.sprites.names)
+    spread = np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
+    indices = np.unique(spread).tolist()
+    if own_order := getattr(samples, "training_index", None):
+        # Only the remote tars that training reads first.
+        indices = [own_order(place, 0) for place in range(len(indices))]
+    return [text for index in indices for text in samples.texts(index)]
+
+
+def vocabulary(source: str) -> list[str]:
+    """Sentences with every word of the scenes in a source, whatever their sprites; see `texts_of`."""
+    if parts := parse_mixture(source):
+        return [text for name, _ in parts for text in vocabulary(name)]
+    if source.partition(":")[0] == "scenes":
+        return [
+            text for sprites in SPRITE_SETS.values() for text in vocabulary_texts(sprites.names)
+        ]
+    if is_code_set(source):  # its source reads like `scenes (train, seed 0)`
+        return vocabulary(read_manifest(source).source.rpartition(" (")[0])
+    return []
 
 
 def fingerprint(source: str) -> str:
     """Identity of a source for a run's manifest: what it is, how much, and a checksum.
 
-    Scenes are identified by what they render; files by content; folders and tars by names and sizes; Hugging Face data sets by
-    their rows, of which a hundred are read.
+    Scenes are identified by what they render; files by content; folders and tars by names and sizes;
+    Hugging Face data sets by their rows, of which a hundred are read.
     """
-    kind = source_kind(source)
-    if kind == "mixture":
-        return "; ".join(
-            f"{float(weight):g} of {fingerprint(name)}" for name, weight in parse_mixture(source)
-        )
-    if kind == "scenes":
-        dataset = _scenes(source, "pair", image_size=64, size=4, split="train", seed=0)
-        drawn = b"".join(
-            dataset.pixels(i).tobytes() + dataset.caption(i).encode() for i in range(len(dataset))
-        )
-        return f"{source}: crc32 {checksum(drawn)}"
-    if kind == "emoji":
-        return f"{source}: {folder_fingerprint(artwork_folder())}"
-    if kind == "folder":
-        return f"{source}: {folder_fingerprint(source)}"
-    if kind == "tar":
-        return f"{source}: {tars_fingerprint(source)}"
-    if kind == "hf":
-        return f"{source}: {table_fingerprint(source)}"
-    if kind == "codes":
-        return f"{source}: {codes_fingerprint(source)}"
-    content = Path(source).read_bytes()
-    return f"{source}: {len(content)} bytes, crc32 {checksum(content)}"
+    if parts := parse_mixture(source):
+        return "; ".join(f"{float(weight):g} of {fingerprint(name)}" for name, weight in parts)
+    return f"{source}: {READERS[source_kind(source)].fingerprint(source)}"

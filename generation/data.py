@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqrae.common.trainer import IGNORE_INDEX
-from vqrae.data.stream import Draw, shuffled
+from vqrae.data.stream import draw_at
 from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary, pad_left
 
 _DROPOUT_STREAM = 1  # a random stream of its own: dropping a caption never changes the order
@@ -40,13 +40,7 @@ class TrainingStream(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """{"codes": int64 (N,)} or {"image": uint8 (3, H, W)}, and "caption": str"""
-        size = len(self.samples)
-        epoch, place = divmod(position, size)
-        own_order = getattr(
-            self.samples, "training_index", None
-        )  # of a mixture, of tars with a buffer
-        index = own_order(place, epoch) if own_order else shuffled(place, size, self.seed, epoch)
-        sample = self.samples[Draw(index, epoch)]
+        sample = self.samples[draw_at(self.samples, position, self.seed)]
         dropped = (
             np.random.default_rng([self.seed, position, _DROPOUT_STREAM]).random()
             < self.caption_dropout

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vqrae.data.samples import checksum
 from vqrae.data.scenes.language import (
     DESCRIBE,
     Question,
@@ -134,6 +135,13 @@ class SceneDataset(Dataset):
             "image": Image.fromarray(self.pixels(index)),
             "conversations": turns,
         }
+
+    @staticmethod
+    def fingerprint(source: str) -> str:
+        """A checksum of the first images and captions of a source, `scenes` or `scenes:SPRITES`."""
+        scenes = SceneDataset(size=4, sprites=source.partition(":")[2] or "shapes")
+        rendered = [scenes.pixels(i).tobytes() + scenes.caption(i).encode() for i in range(4)]
+        return f"crc32 {checksum(b''.join(rendered))}"
 
     def modality_lengths(self) -> np.ndarray:
         """All have an image and are about equally long, see `GroupedSampler`; int64 (scenes,)."""

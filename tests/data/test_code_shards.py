@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter, verify_shard
+from vqrae.data.stream import Draw
 
 MANIFEST = CodeManifest(
     tokenizer_fingerprint="a" * 64,
@@ -51,7 +52,7 @@ def test_draws_take_every_caption_equally_often(tmp_path: Path) -> None:
     write(tmp_path)
     dataset = CodeDataset(tmp_path)
     for i in range(7):
-        assert Counter(dataset.sample(i, draw)["caption"] for draw in range(6)) == dict.fromkeys(
+        assert Counter(dataset[Draw(i, epoch)]["caption"] for epoch in range(6)) == dict.fromkeys(
             CAPTIONS[i], 3
         )
     assert (

@@ -212,7 +212,7 @@ def test_records_of_every_odd_kind_are_left_out_by_name(
     assert len(dataset) == 121
     told = capsys.readouterr().err
     assert "6 of 127 entries cannot be used and are left out" in told
-    assert "has a video, of which this model perceives nothing" in told
+    assert "has a video, which this model cannot perceive" in told
     assert main(["check-data", source]) == 1
     assert "6 unusable records" in capsys.readouterr().out
 

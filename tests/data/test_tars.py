@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vqrae.common import files
-from vqrae.data import tars
+from vqrae.data import remote, tars
 from vqrae.data.sources import fingerprint, open_images, open_pairs, source_kind
 from vqrae.data.stream import Draw, Mixture, OwnOrderSampler, StreamSampler
 from vqrae.data.tars import TarDataset
@@ -62,7 +62,7 @@ def shown(samples: list[dict]) -> list[int]:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tars.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(remote.tempfile, "gettempdir", lambda: str(tmp_path))
     return tmp_path / f"vqrae-tars-{os.getuid()}"
 
 
@@ -81,7 +81,7 @@ def test_names_with_dots_are_samples_and_fields_of_a_sample_are_not(tmp_path: Pa
     samples = [pairs[i] for i in range(len(pairs))]
     assert [sample["caption"] for sample in samples] == ["a", "b", "c", "d", "e", "f"]
     assert shown(samples)[:3] + shown(samples)[4:] == [1, 2, 3, 5, 6]
-    assert len(set(tars.tar_index(tmp_path / "a.tar")[:, 5].tolist())) == 6, (
+    assert len(set(tars.tar_index(str(tmp_path / "a.tar"))[1:, 5].tolist())) == 6, (
         "each has a hash of its own"
     )
 
@@ -166,7 +166,7 @@ def test_a_tar_that_cannot_be_read_is_not_called_damaged(
 
     monkeypatch.setattr(tars.tarfile, "open", refuse)
     with pytest.raises(OSError, match=r"0000\.tar cannot be read: Too many open files"):
-        tars.tar_index(path)
+        tars.tar_index(str(path))
 
 
 # ---- storage that stumbles
@@ -317,8 +317,8 @@ def test_globs_of_any_file_system(tmp_path: Path) -> None:
     assert sorted(int(pairs[i]["caption"]) for i in range(12)) == list(range(12))
     for source, message in (
         ("s3://bucket/pairs.jsonl", "only tars are read from URLs"),
-        ("memory://set/0000.tar,bufer=1", "expected FILE.tar, and behind it"),
-        ("memory://set/0000.tar,buffer=0", "expected FILE.tar, and behind it"),
+        ("memory://set/0000.tar,bufer=1", "expected FILE.tar, then ,caption=KEY"),
+        ("memory://set/0000.tar,buffer=0", "expected FILE.tar, then ,caption=KEY"),
         ("unknown://x/{0..1}.tar", "unknown"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -355,18 +355,18 @@ def test_a_copy_that_another_process_removes_is_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [tar] = write_tars(tmp_path, 1, 4)
-    stage = tars.Stage("source", capacity=2)
+    stage = remote.Stage("source", capacity=2)
     expected = os.pread(stage.descriptor(str(tar)), 10_000, 0)
     stage.files.clear()
     touch = os.utime
 
     def remove_first(path: Path, *arguments: object) -> None:
         if path.suffix == ".tar":
-            monkeypatch.setattr(tars.os, "utime", touch)
+            monkeypatch.setattr(remote.os, "utime", touch)
             path.unlink()
         touch(path)
 
-    monkeypatch.setattr(tars.os, "utime", remove_first)
+    monkeypatch.setattr(remote.os, "utime", remove_first)
     assert os.pread(stage.descriptor(str(tar)), 10_000, 0) == expected
 
 
@@ -384,7 +384,7 @@ def test_the_next_tars_are_fetched_ahead_in_training_alone(
 ) -> None:
     write_tars(tmp_path, 6, 4)
     asked: list[str] = []
-    monkeypatch.setattr(tars.Stage, "fetch_soon", lambda self, url: asked.append(url))
+    monkeypatch.setattr(remote.Stage, "fetch_soon", lambda self, url: asked.append(url))
     dataset = open_images(f"{tmp_path}/*.tar,buffer=2", image_size=8, split="all")
     assert shown([dataset[i] for i in range(24)]) == [*range(24)]
     assert asked == []
