@@ -1,1 +1,1 @@
-"""The commands of `vqrae`, one module a job; each has a `register(commands)`."""
+"""The commands of `vqrae`: dataclasses of their options, each with a method `run`."""

@@ -1,127 +1,108 @@
-"""Ask about images."""
+"""Ask an understanding model about images."""
 
-import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-from vqrae.scripts.commands.shared import add_command, quiet
+from PIL import Image
+from transformers import TextStreamer
+from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from vqrae.understanding.chat import Chat
+from vqrae.common.checkpoints import local_model
+from vqrae.common.cli import progress_line
+from vqrae.common.config import check_range
+from vqrae.common.files import printable, weights_fingerprint
+from vqrae.common.images import open_image
+from vqrae.data.word_tokenizer import unknown_words
+from vqrae.understanding.answers import answer_file
+from vqrae.understanding.chat import Chat
 
-HELP = "Ask about the image. `/image FILE` shows another one, `/new` forgets everything, an empty line ends."
-
-
-def register(commands: Any) -> None:
-    """Add this module's commands."""
-    command = add_command(commands, "chat", chat, "ask about images", model="understanding model")
-    command.add_argument(
-        "--image", action="append", default=[], help="an image; may be given several times"
-    )
-    command.add_argument("--question", help="ask once; without it, ask interactively")
-    command.add_argument(
-        "--questions",
-        metavar="FILE.jsonl",
-        help='answer every line: {"question": TEXT, "image": FILE}',
-    )
-    command.add_argument(
-        "--out",
-        metavar="FILE.jsonl",
-        help="where the answers to --questions go; resumes where it ends",
-    )
-    command.add_argument(
-        "--image-folder", help="where the images of --questions lie (default: beside it)"
-    )
-    command.add_argument(
-        "--batch-size", type=int, default=16, help="of --questions (default: %(default)s)"
-    )
-    command.add_argument(
-        "--max-new-tokens", type=int, default=128, help="longest answer (default: %(default)s)"
-    )
+HELP = "`/image FILE` shows another image, `/new` forgets everything, an empty line ends."
 
 
-def chat(arguments: argparse.Namespace) -> None:
-    """Answer one question, a file of them, or talk until the input ends."""
-    from vqrae.common.files import printable
-    from vqrae.common.images import open_image
-    from vqrae.data.word_tokenizer import unknown_words
-    from vqrae.understanding.chat import Chat
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Ask about images: one question, a file of questions, or interactively."""
 
-    if (arguments.questions is None) != (arguments.out is None):
-        raise ValueError("--questions and --out belong together: give both, or neither")
-    if min(arguments.batch_size, arguments.max_new_tokens) < 1:
-        raise ValueError("--batch-size and --max-new-tokens must be positive")
-    if arguments.question is not None and not arguments.question.strip():
-        raise ValueError("--question: got an empty one, expected text")
-    quiet()
-    images = [open_image(path) for path in arguments.image]
-    model = Chat.from_pretrained(
-        arguments.model, device=arguments.device, max_new_tokens=arguments.max_new_tokens
-    )
-    if arguments.questions:
-        _answer_file(model, arguments)
-    elif arguments.question is not None:
-        if unknown := unknown_words(model.text_tokenizer, arguments.question):
-            print(
-                printable(f"vqrae: words that the model does not know: {', '.join(unknown)}"),
-                file=sys.stderr,
-            )
-        print(model.answer([(images, arguments.question)])[0])
-    else:
-        _talk(model, images)
+    model: str
+    """Understanding model: run directory, model folder or hub id."""
+    image: tuple[str, ...] = ()
+    """An image; may be given several times."""
+    question: str | None = None
+    """Ask once; without it, ask interactively."""
+    questions: str | None = None
+    """FILE.jsonl whose lines are answered: {"question": TEXT, "image": FILE}"""
+    out: str | None = None
+    """FILE.jsonl for the answers to `questions`; the same command continues it."""
+    image_folder: str | None = None
+    """Where the images of `questions` are, if not next to it."""
+    batch_size: int = 16
+    """Questions of a file that are answered at once."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    device: str | None = None
+    """cpu, cuda, ...; by default CUDA if torch sees a GPU."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "batch_size", "max_new_tokens", low=1)
+        if (self.questions is None) != (self.out is None):
+            raise ValueError("questions and out belong together: give both, or neither")
+        if self.question is not None and not self.question.strip():
+            raise ValueError("question: got an empty one, expected text")
+
+    def run(self) -> None:
+        logging.disable_progress_bar()
+        images = [open_image(path) for path in self.image]
+        tokens = self.max_new_tokens
+        chat = Chat.from_pretrained(self.model, device=self.device, max_new_tokens=tokens)
+        if self.questions and self.out:
+            self.answer(chat, self.questions, self.out)
+        elif self.question is not None:
+            if unknown := unknown_words(chat.text_tokenizer, self.question):
+                note = f"vqrae: words that the model does not know: {', '.join(unknown)}"
+                print(printable(note), file=sys.stderr)
+            print(chat.answer([(images, self.question)])[0])
+        else:
+            talk(chat, images)
+
+    def answer(self, chat: Chat, questions: str, out: str) -> None:
+        """Answer a file."""
+        done = answer_file(
+            chat,
+            questions,
+            out,
+            fingerprint=weights_fingerprint(local_model(self.model)),
+            image_folder=self.image_folder,
+            batch_size=self.batch_size,
+            progress=progress_line("chat"),
+        )
+        before = f" ({done.resumed} from before)" if done.resumed else ""
+        failed = f", {done.failed} failed: see their `error`" if done.failed else ""
+        print(f"{done.total} answers{before} are in {out}{failed}")
 
 
-def _answer_file(model: "Chat", arguments: argparse.Namespace) -> None:
-    from vqrae.common.checkpoints import local_model
-    from vqrae.common.cli import progress_line
-    from vqrae.common.files import weights_fingerprint
-    from vqrae.understanding.answers import answer_file
-
-    done = answer_file(
-        model,
-        arguments.questions,
-        arguments.out,
-        fingerprint=weights_fingerprint(local_model(arguments.model)),
-        image_folder=arguments.image_folder,
-        batch_size=arguments.batch_size,
-        progress=progress_line("chat"),
-    )
-    before = f" ({done.resumed} from before)" if done.resumed else ""
-    broken = f", {done.failed} failed: see their `error`" if done.failed else ""
-    print(f"{done.total} answers{before} are in {arguments.out}{broken}")
-
-
-def _talk(model: "Chat", images: list) -> None:
-    from transformers import TextStreamer
-
-    from vqrae.common.files import printable
-    from vqrae.common.images import open_image
-
-    print(HELP)
-    session = model.session()
-    while line := _ask():
+def talk(chat: Chat, images: list[Image.Image]) -> None:
+    """Answer questions from the terminal until an empty line or the end of the input."""
+    print(f"Ask about the image. {HELP}")
+    session = chat.session()
+    while line := read_line():
         command, _, rest = line.partition(" ")
         try:
             if command == "/image":
                 images.append(open_image(rest.strip()))
             elif command == "/new":
-                session, images = model.session(), []
+                session, images = chat.session(), []
             elif command.startswith("/"):
                 raise ValueError(f"unknown command {command}. {HELP}")
             else:
-                session.ask(
-                    line,
-                    images,
-                    streamer=TextStreamer(
-                        model.text_tokenizer, skip_prompt=True, skip_special_tokens=True
-                    ),
-                )
+                options = {"skip_prompt": True, "skip_special_tokens": True}
+                streamer = TextStreamer(chat.text_tokenizer, **options)
+                session.ask(line, images, streamer=streamer)
                 images = []  # the session remembers them
         except ValueError as error:
             print(printable(f"vqrae: {error}"), file=sys.stderr)
 
 
-def _ask() -> str:
+def read_line() -> str:
     try:
         return input("> ").strip()
     except EOFError:

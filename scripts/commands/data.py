@@ -1,109 +1,137 @@
 """What to know of data before training on it."""
 
-import argparse
 import functools
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+import sys
+from dataclasses import asdict, dataclass
 
-from vqrae.scripts.commands.shared import add_command
-from vqrae.scripts.commands.training import add_config, processor_of, read_run
+from transformers import LlavaProcessor
+from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from vqrae.data.checks import Examine
-
-
-def register(commands: Any) -> None:
-    """Add this module's commands."""
-    command = add_command(
-        commands, "check-data", check_data, "read a whole data source before training on it"
-    )
-    command.description = check_data.__doc__
-    command.add_argument(
-        "source",
-        help="scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, code shards, a mixture",
-    )
-    command.add_argument(
-        "--image-folder", help="where the images of a FILE.json lie (default: beside it)"
-    )
-    command.add_argument(
-        "--limit", type=int, help="read so many samples, evenly spread (default: all)"
-    )
-    command.add_argument(
-        "--workers", type=int, default=0, help="processes that decode (default: %(default)s)"
-    )
-    command.add_argument("--json", metavar="FILE", help="write the whole report there, too")
-    command.add_argument(
-        "--write-clean",
-        metavar="FILE",
-        help="of a FILE.json or FILE.jsonl, write what is usable there",
-    )
-    add_config(command)
+from vqrae.common.cli import progress_line
+from vqrae.common.config import check_range, load_config, shipped_config
+from vqrae.common.files import printable, write_json
+from vqrae.data.checks import check_source, require_target, write_clean
+from vqrae.data.stream import parse_mixture
+from vqrae.data.word_tokenizer import is_word_tokenizer
+from vqrae.understanding.build import load_processor
+from vqrae.understanding.conversation import examine_length
+from vqrae.understanding.inspection import describe_batch
+from vqrae.understanding.train import (
+    Stage,
+    TrainConfig,
+    build_collator,
+    learn_words_of_data,
+    open_data,
+)
+from vqrae.understanding.words import describe_unknown, texts_in
 
 
-def check_data(arguments: argparse.Namespace) -> int:
-    """Read a source before training on it: sizes, broken and missing images, captions, duplicates. Exit code 1: problems.
+@dataclass(frozen=True, kw_only=True)
+class CheckData:
+    """Read a source before training on it: sizes, broken and missing images, captions, duplicates.
 
-    With --config, which names a LLaVA run, also conversations that are too long for it, and words that it has no ids for. With
-    --write-clean, what is usable of a FILE.json or FILE.jsonl is written, and the exit code is 0.
+    Exit code 1: problems. With config, which names a LLaVA run, also conversations that are too long for it, and words for
+    which it has no ids. With write_clean, the usable entries of a FILE.json or FILE.jsonl are written, and the exit code is 0.
     """
-    from vqrae.common.cli import progress_line
-    from vqrae.common.files import write_json
-    from vqrae.data.checks import check_source, require_target, write_clean
-    from vqrae.data.stream import parse_mixture
 
-    if min(1 if arguments.limit is None else arguments.limit, arguments.workers + 1) < 1:
-        raise ValueError(
-            f"got --limit {arguments.limit} --workers {arguments.workers}, expected positive numbers"
-        )
-    if arguments.write_clean:
-        require_target(arguments.source, arguments.write_clean, arguments.image_folder)
-    examine = length_examiner(arguments) if arguments.config else None
-    reports = []
-    for source in [name for name, _ in parse_mixture(arguments.source)] or [arguments.source]:
-        progress = progress_line("check-data")
-        options = {
-            "image_folder": arguments.image_folder,
-            "limit": arguments.limit,
-            "workers": arguments.workers,
-        }
-        reports.append(check_source(source, progress=progress, examine=examine, **options))
-        print(reports[-1].text())
-        if arguments.config and (words := words_in_question(arguments, source)):
-            print(f"note: {words}")
-    if arguments.json:
-        write_json(arguments.json, [asdict(report) for report in reports])
-    if arguments.write_clean:
-        options = {
-            "image_folder": arguments.image_folder,
-            "examine": examine,
-            "unfit": reports[0].unfit,
-        }
-        kept = write_clean(arguments.source, arguments.write_clean, **options)
-        print(f"{arguments.write_clean}: {kept.written} of {kept.total} entries")
-        return 0
-    return 1 if any(report.problems for report in reports) else 0
+    source: str
+    """scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, code shards, a mixture."""
+    image_folder: str | None = None
+    """Where the images of a FILE.json are, if not next to it."""
+    limit: int | None = None
+    """Samples to read, evenly spread; by default all."""
+    workers: int = 0
+    """Processes that decode."""
+    json: str | None = None
+    """FILE for the whole report."""
+    write_clean: str | None = None
+    """FILE for the usable entries."""
+    config: str | None = None
+    """A name in understanding/configs, or FILE.yaml; key=value changes it, such as tokenizer=RUN."""
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_range(self, "limit", low=1)
+        check_range(self, "workers", low=0)
+        if self.overrides and self.config is None:
+            raise ValueError(
+                f"got {self.overrides[0]}, which changes a configuration: give --config"
+            )
+
+    def run(self) -> int:
+        folder = {"image_folder": self.image_folder}
+        if self.write_clean:
+            require_target(self.source, self.write_clean, **folder)
+        examine = None
+        if self.config:
+            config = read_config(self.config, self.overrides)
+            processor = processor_of(config)
+            length = config.max_length
+            examine = functools.partial(examine_length, processor=processor, max_length=length)
+        reports = []
+        for source in [name for name, _ in parse_mixture(self.source)] or [self.source]:
+            report = check_source(
+                source,
+                limit=self.limit,
+                workers=self.workers,
+                progress=progress_line("check-data"),
+                examine=examine,
+                **folder,
+            )
+            print(report.text())
+            reports.append(report)
+            if self.config and (words := describe_unknown(processor.tokenizer, texts_in(source))):
+                learned = is_word_tokenizer(processor.tokenizer)
+                print(printable(f"note: {words}{'; training gives them ids' if learned else ''}"))
+        if self.json:
+            write_json(self.json, [asdict(report) for report in reports])
+        if self.write_clean:
+            unfit = reports[0].unfit
+            kept = write_clean(
+                self.source, self.write_clean, unfit=unfit, examine=examine, **folder
+            )
+            print(f"{self.write_clean}: {kept.written} of {kept.total} entries")
+            return 0
+        return int(any(report.problems for report in reports))
 
 
-def words_in_question(arguments: argparse.Namespace, source: str) -> str | None:
-    """The words of conversations that the run's language model has no ids for, in one line."""
-    from vqrae.common.files import printable
-    from vqrae.data.word_tokenizer import is_word_tokenizer
-    from vqrae.understanding.words import describe_unknown, texts_in
+@dataclass(frozen=True, kw_only=True)
+class InspectBatch:
+    """Print the first samples of a LLaVA run as one batch, trained tokens in colour."""
 
-    text_tokenizer = processor_of(read_run(arguments)).tokenizer
-    words = describe_unknown(text_tokenizer, texts_in(source))
-    if words is None:
-        return None
-    return printable(
-        f"{words}; training gives them ids" if is_word_tokenizer(text_tokenizer) else words
-    )
+    config: str
+    """A name in understanding/configs, or FILE.yaml; key=value changes it, such as tokenizer=RUN."""
+    overrides: tuple[str, ...] = ()
+    stage: Stage = "sft"
+    samples: int = 4
+    """Taken from the beginning."""
+    no_color: bool = False
+    """Trained tokens in [[ ]]; so it is unless the output is a terminal."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "samples", low=1)
+
+    def run(self) -> None:
+        logging.disable_progress_bar()
+        config = read_config(self.config, self.overrides)
+        processor = processor_of(config)
+        learn_words_of_data(config, processor.tokenizer)
+        dataset = open_data(config, self.stage, processor.image_processor.crop_size["height"])
+        samples = [dataset[i] for i in range(min(self.samples, len(dataset)))]
+        batch = build_collator(config, self.stage, processor)(samples)
+        color = sys.stdout.isatty() and not self.no_color
+        print(describe_batch(batch, processor, color=color))
 
 
-def length_examiner(arguments: argparse.Namespace) -> "Examine":
-    """Finds the conversations that are longer than the run's max_length."""
-    from vqrae.understanding.conversation import examine_length
+def read_config(name: str, overrides: tuple[str, ...]) -> TrainConfig:
+    return load_config(TrainConfig, shipped_config("vqrae.understanding", name), overrides)
 
-    config = read_run(arguments)
-    return functools.partial(
-        examine_length, processor=processor_of(config), max_length=config.max_length
+
+def processor_of(config: TrainConfig) -> LlavaProcessor:
+    """What that run would encode text and images with; no weights are loaded."""
+    return load_processor(
+        config.tokenizer,
+        config.llm,
+        chat_template=config.chat_template,
+        aspect_ratio=config.aspect_ratio,
     )

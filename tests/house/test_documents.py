@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vqrae.scripts.cli import _parser
+from vqrae.scripts import cli
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -39,7 +39,7 @@ def test_commands_parse(document: Path) -> None:
                 if key == "config" and not value.endswith(".yaml"):
                     assert value in CONFIG_NAMES, line
         elif words[0] == "vqrae" and words[1:] != ["--help"]:
-            assert _parser().parse_args(words[1:]), line
+            assert cli.read(words[1:]), line
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

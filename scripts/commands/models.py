@@ -1,0 +1,50 @@
+"""A tokenizer's encoder in another model, and what a training would need."""
+
+from dataclasses import dataclass
+
+from transformers.utils import logging
+
+from vqrae.common.config import check_range
+from vqrae.planning.memory_plan import GPU_COUNTS, plan, render
+from vqrae.understanding.graft import graft
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graft:
+    """Put a tokenizer's encoder into InternVL3, in place of its vision tower; plain transformers opens the result."""
+
+    model: str
+    """InternVL3: folder, or hub id that ends in -hf."""
+    tokenizer: str
+    """Run directory, model folder or hub id."""
+    out: str
+    """Folder for the new model, which must not exist."""
+
+    def run(self) -> None:
+        logging.disable_progress_bar()
+        folder = graft(self.model, self.tokenizer, self.out)
+        how = "open it with AutoModelForImageTextToText"
+        print(f"{folder}: {how}; manifest.json says what it was made from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say what each training of a configuration needs: parameters, activations, memory by GPUs and ZeRO stage."""
+
+    config: str
+    """A name such as siglip2_256 or tokenizer/tiny, or FILE.yaml; key=value changes it, as sft.micro_batch_size=8."""
+    overrides: tuple[str, ...] = ()
+    gpus: tuple[int, ...] = GPU_COUNTS
+    """May be given several times."""
+    gpu_memory: float = 80
+    """GB of one GPU."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "gpu_memory", low=1)
+        if min(self.gpus) < 1:
+            raise ValueError(f"gpus: got {min(self.gpus)}, expected at least 1")
+
+    def run(self) -> None:
+        jobs = plan(self.config, self.overrides)
+        texts = [render(job, gpus=self.gpus, gpu_memory=self.gpu_memory) for job in jobs]
+        print("\n\n".join(texts))
