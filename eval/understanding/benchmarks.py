@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from vqrae.common.files import write_text
-from vqrae.eval.results.paper_tables import UNDERSTANDING
+from vqrae.eval.results.evaluate import paper_tables
 from vqrae.eval.understanding.lmms_tasks.gqa import FOLDER_VARIABLE
 
 
@@ -163,12 +163,12 @@ def paper_row(model_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         text.get("hidden_size"),
     )
     wanted = _PAPER_MODELS.get(key, ("SigLIP2", "V-7B", 512))
-    [row] = [
-        row for row in UNDERSTANDING.rows if str(row[0]).startswith("VQRAE") and row[1:4] == wanted
-    ]
+    table = paper_tables()["understanding"]
+    ours = [row for row in table.rows if str(row[0]).startswith("VQRAE")]
+    [row] = [row for row in ours if row[1:4] == list(wanted)]
     encoder, llm, pixels = wanted
     name = f"paper, {encoder}-{pixels}, {llm.replace('V-', 'Vicuna-')}{'' if key in _PAPER_MODELS else ' (another model)'}"
-    return name, dict(zip(UNDERSTANDING.columns[3:], row[4:], strict=True))
+    return name, dict(zip(list(table.columns)[3:], row[4:], strict=True))
 
 
 def task_name(name: str, data: Path | None) -> str:
