@@ -1,4 +1,4 @@
-"""The model that a user means (a run directory, a checkpoint folder or a hub id): finding it, loading it whole."""
+"""Models named by users (run directory, checkpoint folder or hub id): finding and loading them."""
 
 import re
 from collections.abc import Collection
@@ -13,39 +13,42 @@ from transformers import PreTrainedConfig
 from vqrae.common.files import read_json, weights_fingerprint
 
 OUTPUTS = "runs"
-"""Where trainings write by default: `runs/x` is a folder, also while there is none."""
+"""Where trainings write by default: `runs/x` is a folder and not a hub id, also while it is missing."""
 
 
 def resolve_model(name: str | Path) -> str:
-    """The model folder (with `config.json`) behind `name`, or `name` itself when it is a hub id.
+    """The model folder (with `config.json`) of `name`, or `name` itself when it is a hub id.
 
-    A run directory holds its finished model in `model/`; while training, the newest `step-N/model` stands in.
+    A run directory holds its finished model in `model/`; until then the newest `step-N/model` is used.
 
     Raises:
         FileNotFoundError: when `name` is neither a folder with a model nor a hub id.
     """
     folder = Path(name)
     if folder.is_dir():
-        steps = sorted(
-            folder.glob("step-*"),
-            key=lambda p: int(p.name.split("-")[1]) if p.name[5:].isdigit() else -1,
-        )
-        for candidate in (folder, folder / "model", *(step / "model" for step in reversed(steps))):
+        steps = [step / "model" for step in reversed(numbered(folder, "step"))]
+        for candidate in (folder, folder / "model", *steps):
             if (candidate / "config.json").is_file():
                 return str(candidate)
         raise FileNotFoundError(
-            f"{folder} holds no model: neither config.json nor model/config.json nor step-N/model is there"
+            f"{folder} holds no model: neither config.json nor model/config.json nor step-N/model"
         )
     may_be_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and folder.parts[0] != OUTPUTS
     if may_be_on_hub and not folder.parent.is_dir():
         return str(name)
     raise FileNotFoundError(
-        f"{name} does not exist: give a run directory, a checkpoint folder or a hub id such as org/name"
+        f"{name} does not exist: give a run directory, a checkpoint folder or a hub id (org/name)"
     )
 
 
+def numbered(folder: Path, prefix: str) -> list[Path]:
+    """The folders `PREFIX-N` of checkpoints, by N."""
+    found = [path for path in folder.glob(f"{prefix}-*") if path.name[len(prefix) + 1 :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def local_model(name: str | Path) -> Path:
-    """The folder behind `name` as `resolve_model` finds it; a hub id is downloaded first."""
+    """The folder that `resolve_model` finds; a hub id is downloaded first."""
     resolved = resolve_model(name)
     if Path(resolved).is_dir():
         return Path(resolved)
@@ -71,33 +74,34 @@ def require_kind(name: str | Path, kinds: Collection[str], expected: str) -> dic
 
     Args:
         name: what `resolve_model` returns.
-        kinds: values of `model_type` that will do.
-        expected: what they are, for the message.
+        kinds: accepted values of `model_type`.
+        expected: what these are, for the message.
 
     Raises:
-        FileNotFoundError: for a hub id that is neither in the cache nor within reach.
+        FileNotFoundError: for a hub id that is neither cached nor reachable.
         ValueError: for a model of another kind.
     """
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
     except OSError as error:
         raise FileNotFoundError(
-            f"{name} is no folder here, and its config.json could not be had from the hub: {str(error).splitlines()[0]}"
+            f"{name} is not a folder here, and the hub gave no config.json: {str(error).splitlines()[0]}"
         ) from error
     if values.get("model_type") not in kinds:
         raise ValueError(f"{name} is a {values.get('model_type')!r} model, expected {expected}")
     return values
 
 
-def load_model(kind: Any, name: str | Path, *, allow_unknown: bool = True, **options: Any) -> Any:
-    """`kind.from_pretrained(name)` for weights that are all there and all finite; transformers only warns, or is silent.
+def load_model(kind: Any, name: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained(name)`, refused where transformers would only warn.
 
     Args:
         kind: a model class of transformers, or an `Auto` class.
         allow_unknown: whether the folder may hold weights that the model has no place for.
 
     Raises:
-        ValueError: naming the model and its first weights that are missing, of other shapes, unknown, or not finite.
+        ValueError: naming the first weights that are damaged, missing, of other shapes, unknown or
+            not finite.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -121,7 +125,7 @@ def load_model(kind: Any, name: str | Path, *, allow_unknown: bool = True, **opt
 
 
 def require_finite(model: nn.Module, source: str | Path) -> None:
-    """Refuse a model that holds a weight or buffer which is NaN or infinite: all that it computes would be wrong.
+    """Refuse a model that holds a weight or buffer which is NaN or infinite.
 
     Args:
         source: how the user named the model.
@@ -129,21 +133,26 @@ def require_finite(model: nn.Module, source: str | Path) -> None:
     Raises:
         ValueError: naming the model and the first such tensor.
     """
-    tensors = {
-        name: tensor.detach()
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if tensor.is_floating_point() and not tensor.is_meta and tensor.numel()
-    }
+    name = first_nonfinite(model)
+    if name is not None:
+        raise ValueError(
+            f"{source}: {name} holds values that are not finite, so the training that wrote it had "
+            "diverged; take an earlier checkpoint, or train again with lower learning rates"
+        )
+
+
+def first_nonfinite(model: nn.Module) -> str | None:
+    """Name of the first parameter or buffer that is NaN or infinite; under ZeRO-3 of the local parts."""
+    tensors = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        tensor = getattr(tensor, "ds_tensor", tensor).detach()
+        if tensor.is_floating_point() and not tensor.is_meta and tensor.numel():
+            tensors[name] = tensor
     if not tensors:
-        return
-    # The extremes carry a NaN along and need no copy of the tensor, as `isfinite` would. A GPU is
-    # waited for once for all of them.
+        return None
+    # The extremes carry a NaN along and need no copy of the tensor, as `isfinite` would. The host
+    # waits for a GPU once for all of them.
     extremes = [torch.stack(tensor.aminmax()).float() for tensor in tensors.values()]
     together = torch.stack([pair.to(extremes[0].device) for pair in extremes])
     diverged = (~together.isfinite()).any(-1).tolist()
-    if any(diverged):
-        name = list(tensors)[diverged.index(True)]
-        raise ValueError(
-            f"{source}: {name} holds values that are not finite, so the training that wrote it had diverged; "
-            "take an earlier checkpoint, or train again with lower learning rates"
-        )
+    return list(tensors)[diverged.index(True)] if any(diverged) else None

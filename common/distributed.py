@@ -1,30 +1,41 @@
-"""What differs between machines: attention kernels, threads, CPU process groups, DeepSpeed without a GPU."""
+"""What differs between machines and numbers of processes: devices, kernels, batches, ZeRO, signals."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+
+from vqrae.common.files import atomic_path
+
+STALL_SECONDS = 600
+"""No sample takes that long: a loader whose workers gave nothing for this time has lost them."""
 
 
 def attention_implementation(
     choice: str = "auto", *, half: bool = True, device: str | torch.device | None = None
 ) -> str:
-    """Resolve `auto`: flash-attention 2 when installed on CUDA, `sdpa` on CUDA, plain matmul-softmax on CPU.
+    """Resolve `auto`: on CUDA flash-attention 2 if installed, else `sdpa`; on CPU `eager`.
 
-    On CPU `eager` trains small models faster: a ViT of width 192 twice, a Qwen3 of width 192 1.4 times as fast as `sdpa`.
+    On CPU `eager` trains a ViT of width 192 twice as fast as `sdpa`, and a Qwen3 1.4 times as fast.
 
     Args:
-        half: whether the model computes in fp16 or bf16 (autocast counts), which is all that flash-attention accepts.
-        device: that the model is for; None means CUDA when there is one.
+        half: whether the model computes in fp16 or bf16 (autocast counts), as flash-attention demands.
+        device: of the model; None means CUDA when there is one.
 
     Raises:
         ValueError: when flash-attention is chosen for a model that computes in fp32.
     """
     if choice.startswith("flash_attention") and not half:
         raise ValueError(
-            f"got attention {choice} in fp32, expected fp16 or bf16: set bf16=true, or attention sdpa"
+            f"got {choice} in fp32, expected 16 bits: set bf16=true, or attention sdpa"
         )
     if choice != "auto":
         return choice
@@ -56,7 +67,7 @@ def choose_device(name: str | torch.device | None = None) -> str:
         raise ValueError(
             f"device {name} cannot be used here: {str(error).splitlines()[0]}"
         ) from None
-    # Counted and not tried, for a tensor would open this process's share of a GPU that another rank works on.
+    # Not tried with a tensor, which would allocate a context on a GPU that belongs to another rank.
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
@@ -75,7 +86,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+def sum_over_processes(tensor: Tensor) -> Tensor:
     """`tensor` summed over all processes, in place; as it is where there is one process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
@@ -83,36 +94,58 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def end_process_group() -> None:
-    """Leave the process group together, before the interpreter ends: a thread of it that is still at work then aborts."""
+    """Leave the process group together: one that ends earlier would abort the others' threads."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def shared_path(path: Path) -> Iterator[Path]:
+    """`atomic_path` for a folder that all processes write to; all enter and leave it together."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    with atomic_path(path) if is_main_process() else nullcontext() as temporary:
+        names = [temporary]
+        broadcast_object_list(names)
+        yield Path(str(names[0]))
+        PartialState().wait_for_everyone()
+    PartialState().wait_for_everyone()
+
+
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """`DataLoader` arguments for this number of workers; one that dies silently is noticed."""
+    return {"num_workers": num_workers, "timeout": STALL_SECONDS if num_workers else 0}
+
+
+# ---- ZeRO
+
+
 def prepare_cpu_deepspeed() -> None:
-    """Let DeepSpeed start on CPU without its 90 s build of the shared-memory collective; gloo takes its place."""
+    """Spare DeepSpeed on CPU its 90 s build of a shared-memory collective; gloo takes its place."""
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
 
-    # A private table, and the only switch there is: absent in some release, the build merely takes its time again.
+    # A private table, but the only switch; in a release without it, the build only takes its time.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 class FullPrecisionLinear(torch.nn.Linear):
     """A linear layer that computes outside of autocast.
 
-    A class of its own, for DeepSpeed adds up the gradients of exactly `nn.Linear` in the lower precision of autocast.
+    A class of its own: DeepSpeed sums gradients of exactly `nn.Linear` in autocast's lower precision.
     """
 
 
 def require_same_partition(folder: Path, state: dict[str, Any], *, zero: int) -> None:
-    """Refuse a training state that ZeRO cannot read: its parts belong to one stage and one number of processes.
+    """Refuse a training state that ZeRO cannot read: it is cut for one stage and process count.
 
     Args:
         folder: of the checkpoint, for the message.
-        state: `zero` and `processes` of the launch that wrote it; a state that does not say is let through.
+        state: `zero` and `processes` of the launch that wrote it; missing ones are not compared.
 
     Raises:
         ValueError: naming what to set.
@@ -120,12 +153,12 @@ def require_same_partition(folder: Path, state: dict[str, Any], *, zero: int) ->
     found, processes = state.get("zero", zero), state.get("processes", world_size())
     if found != zero:
         raise ValueError(
-            f"{folder} was written with zero={found}, got zero={zero}: set zero={found} to continue"
+            f"{folder} was written with zero={found}, got zero={zero}: set zero={found}"
         )
     if zero and processes != world_size():
         raise ValueError(
-            f"{folder} holds optimizer states in {processes} parts, one for each process of DeepSpeed, "
-            f"got {world_size()} processes: launch {processes} (nproc=), or set another output_dir"
+            f"{folder} holds optimizer states in {processes} parts, one per process, got "
+            f"{world_size()} processes: launch {processes} (nproc=), or set another output_dir"
         )
 
 
@@ -140,33 +173,105 @@ def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager:
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
+# ---- batches
+
+
 def fit_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> tuple[int, int]:
-    """Micro-batch size and micro-batches per optimizer step that keep the global batch size on this many processes.
+    """Micro-batch size, and micro-batches per optimizer step, that keep the global batch size.
 
     Args:
-        micro_batch_size: what fits one process; less is taken where the processes together would exceed the global batch.
+        micro_batch_size: what fits one process; lowered where all processes would exceed the batch.
 
     Raises:
-        ValueError: when it does not divide.
+        ValueError: when the batch does not divide, saying what would.
     """
     share, rest = divmod(global_batch_size, processes)
     if rest or not share:
-        counts = [
-            count
-            for count in range(1, min(global_batch_size, 2 * processes) + 1)
-            if global_batch_size % count == 0
-        ]
+        most = min(global_batch_size, 2 * processes)
+        counts = [n for n in range(1, most + 1) if global_batch_size % n == 0]
         raise ValueError(
-            f"global_batch_size {global_batch_size} cannot be shared evenly by {processes} processes: launch "
-            f"{', '.join(map(str, counts))} processes (nproc=), or set global_batch_size to a multiple of {processes}, "
-            f"such as {max(share, 1) * processes}"
+            f"global_batch_size {global_batch_size} cannot be shared evenly by {processes} processes: "
+            f"launch {', '.join(map(str, counts))} processes (nproc=), or set global_batch_size to a "
+            f"multiple of {processes}, such as {max(share, 1) * processes}"
         )
     micro_batch_size = min(micro_batch_size, share)
     if share % micro_batch_size:
         fits = max(size for size in range(1, micro_batch_size) if share % size == 0)
         raise ValueError(
-            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
-            f"{processes} processes = {micro_batch_size * processes}: set micro_batch_size to {fits}, or to another divisor "
-            f"of {share}"
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size "
+            f"{micro_batch_size} x {processes} processes = {micro_batch_size * processes}: "
+            f"set micro_batch_size to {fits}, or to another divisor of {share}"
         )
     return micro_batch_size, share // micro_batch_size
+
+
+# ---- signals
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM ends a training after its step, with a checkpoint; a second one at once.
+
+    Processes get their signals at different steps, so they agree on one. The sum that is started after
+    one step is read after the next: the device has finished it by then, and no step waits for it.
+
+    Attributes:
+        signal: number of the signal that reached this process or (once agreed) any; 0 for none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.signal = device, 0
+        self._process = os.getpid()
+        self._handlers: dict[int, Any] = {}
+        self._answer: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def __enter__(self) -> "StopRequest":
+        # Only the main thread may handle signals.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        at_once = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, at_once)
+        if os.getpid() != self._process:  # a worker of a loader; its training will end it
+            return
+        self.signal = number
+        name = signal.Signals(number).name
+        message = f"{name}: the training stops after this step and keeps a checkpoint"
+        print(message, file=sys.stderr, flush=True)
+
+    def agreed(self) -> bool:
+        """Whether to stop here. All processes ask after each step and get the same answer."""
+        if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+            return self.signal != 0
+        answer, self._answer = self._answer, self._ask()
+        if answer is None:
+            return False
+        found, copied = answer
+        if copied is not None:
+            copied.synchronize()
+        self.signal = self.signal or int(found)
+        return int(found) != 0
+
+    def end_process(self, step: int) -> NoReturn:
+        """Report that the training ended at `step`, and exit with the code of the signal."""
+        if is_main_process():
+            print(f"stopped at step {step}: the same command continues", flush=True)
+        end_process_group()
+        raise SystemExit(128 + self.signal)
+
+    def _ask(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        found = torch.full((), self.signal, device=self.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        if found.device.type != "cuda":
+            return found, None
+        host = torch.empty_like(found, device="cpu", pin_memory=True)
+        copied = torch.cuda.Event()
+        host.copy_(found, non_blocking=True)
+        copied.record()
+        return host, copied

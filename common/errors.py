@@ -1,4 +1,4 @@
-"""What a user reads when something goes wrong: one line on stderr and an exit code. Importing it costs nothing heavy."""
+"""What a user reads when something goes wrong: one line on stderr and an exit code. Light to import."""
 
 import importlib.metadata
 import importlib.util
@@ -32,15 +32,16 @@ def require_package(module: str, purpose: str) -> None:
 
 
 def exit_code(run: Callable[[], int | None], program: str) -> int:
-    """Run a command; what is wrong with its input or its machine becomes one line on stderr, not a traceback.
+    """Run a command; a fault of its input or its machine becomes one line on stderr, not a traceback.
 
-    Errors of the program itself (TypeError, KeyError, …) keep their traceback; VQRAE_DEBUG=1 shows that of all.
+    Errors of the program itself (TypeError, KeyError, …) keep their traceback; VQRAE_DEBUG=1 shows all.
 
     Args:
-        program: named at the beginning of the line.
+        program: the name at the start of the line.
 
     Returns:
-        What `run` returned (0 for None), 2 for a mistake of the user, 1 for a training that diverged, 130 after Ctrl-C.
+        What `run` returned (0 for None), 2 for a mistake of the user, 1 for a training that diverged,
+        130 after Ctrl-C.
 
     Raises:
         SystemExit: with 143, after SIGTERM.
@@ -60,9 +61,9 @@ def exit_code(run: Callable[[], int | None], program: str) -> int:
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run the `main` of a module that was started with `python -m`, and end the process with its exit code."""
+    """Run the `main` of a module that was started with `python -m`, and exit with its code."""
     spec = sys.modules["__main__"].__spec__
-    code = exit_code(main, spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name)
+    code = exit_code(main, spec.name if spec else Path(sys.argv[0]).name)
     if code == 0 and "torch" in sys.modules:
         from vqrae.common.distributed import end_process_group
 
@@ -72,18 +73,17 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
 @contextmanager
 def _ended_by_terminate(program: str) -> Iterator[None]:
-    """SIGTERM ends the block like Ctrl-C does, so that `finally` and `with` come to their end; a second one at once."""
+    """SIGTERM ends the block like Ctrl-C, so that `finally` and `with` run; a second one at once."""
     process = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)
-        if os.getpid() == process:  # not a worker that was forked from it
+        if os.getpid() == process:  # a forked worker inherits this handler
             _report(program, "terminated")
         raise SystemExit(TERMINATED)
 
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # only that one may handle signals
+    # Only the main thread may handle signals.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, end)
@@ -94,43 +94,47 @@ def _ended_by_terminate(program: str) -> Iterator[None]:
 
 
 def _report(program: str, message: str) -> None:
-    process = (
-        f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    )
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    process = f" (process {os.environ['RANK']})" if several else ""
     print(f"{program}{process}: {message}", file=sys.stderr, flush=True)
 
 
 def _message(error: Exception) -> str | None:
     """What to tell the user; None for an error of the program, whose traceback is wanted."""
-    torch = sys.modules.get("torch")
-    no_memory = "DefaultCPUAllocator: can't allocate" in str(error)  # a plain RuntimeError
-    if (
-        no_memory
-        or isinstance(error, MemoryError)
-        or (torch and isinstance(error, torch.OutOfMemoryError))
-    ):
-        return f"out of memory, choose a smaller batch: {_one_line(error)}"
+    line = _one_line(error)
     if isinstance(error, ImportError):
         return _missing_package(error)
+    if _is_out_of_memory(error):
+        return f"out of memory, choose a smaller batch: {line}"
+    if "DataLoader timed out" in line or "DataLoader worker" in line:
+        return (
+            f"the workers that load data stopped ({line}): mostly /dev/shm is full (df -h /dev/shm; "
+            "in docker --shm-size=16g). Make room, or set num_workers or dataloader_num_workers to 0"
+        )
     of_ours = type(error).__module__.startswith("vqrae.")
     if not (of_ours or isinstance(error, ValueError | OSError | FloatingPointError)):
         return None
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return printable(f"{Path(os.fsdecode(error.filename)).absolute()}: {error.strerror}")
-    text = (
-        printable(str(error)) if of_ours else _one_line(error)
-    )  # the problems of a configuration have a line each
+    # The problems of a configuration have a line each.
+    text = printable(str(error)) if of_ours else line
     folder = printable(os.getcwd())
     if type(error) is FileNotFoundError and folder not in text:
         text += f" (relative paths start at {folder})"
     return text if of_ours or _is_raised_here(error) else f"{text} ({DEBUG_VARIABLE}=1 shows where)"
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return "DefaultCPUAllocator: can't allocate" in str(error)  # a plain RuntimeError
+
+
 def _one_line(error: Exception) -> str:
     text = str(error).strip()
-    if (
-        text.startswith("Caught ") and "Original Traceback" in text
-    ):  # the loader wraps what its workers raise
+    # A loader wraps what its workers raise.
+    if text.startswith("Caught ") and "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
     return printable(" ".join(text.split())) or type(error).__name__
 
@@ -140,21 +144,18 @@ def _is_raised_here(error: Exception) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and (trace.tb_frame.f_globals.get("__package__") or "").startswith(
-        "vqrae."
-    )
+    package = trace.tb_frame.f_globals.get("__package__") if trace is not None else None
+    return (package or "").startswith("vqrae.")
 
 
 def _missing_package(error: ImportError) -> str | None:
     if not isinstance(error, ModuleNotFoundError):
-        # transformers and accelerate say so, without a name, where a package of their own extras is missing.
+        # transformers and accelerate raise it without a name for a missing package of their extras.
         return None if error.name else _one_line(error)
     top = (error.name or "").partition(".")[0]
-    return (
-        f"the package {top} is not installed: {_install_command(top)}"
-        if top in _optional_packages()
-        else None
-    )
+    if top not in _optional_packages():
+        return None
+    return f"the package {top} is not installed: {_install_command(top)}"
 
 
 def _install_command(module: str) -> str:
@@ -162,7 +163,7 @@ def _install_command(module: str) -> str:
 
 
 def _optional_packages() -> dict[str, str]:
-    """The requirement of each package of the extras, such as `peft>=0.17`, by the name that it is imported by."""
+    """Requirements of the extras, such as `peft>=0.17`, by the name that imports the package."""
     found = {}
     for line in importlib.metadata.requires("vqrae") or []:
         requirement, _, marker = line.partition(";")

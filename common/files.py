@@ -1,4 +1,4 @@
-"""Files that are whole or absent (written to a temporary name, then renamed), and reading of text that people bring."""
+"""Files that are whole or absent (written to a temporary name, then renamed), and robust reading."""
 
 import contextlib
 import errno
@@ -21,31 +21,26 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)@([0-9a-f]{8})\.tmp")
-_STALE_SECONDS = (
-    24 * 3600
-)  # a temporary of another host that did not change for so long has no writer
-# Control characters, overrides of the writing direction, and halves of surrogate pairs, which no encoding holds.
+_STALE_SECONDS = 24 * 3600  # after which a temporary of another host has no writer
+# Control characters, overrides of the writing direction, and halves of surrogate pairs.
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path (file or folder) that replaces `path` when the block ends without an error.
+    """Yield a temporary path (file or folder) that replaces `path` when the block ends without error.
 
-    What killed processes left in the folder is removed at the first write into it.
+    The first write into a folder removes what killed processes left there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent.absolute())
-    suffix = f"{os.getpid()}@{_host()}.tmp"
-    temporary, replaced = (
-        path.with_name(f".{path.name}.{suffix}"),
-        path.with_name(f".{path.name}.old.{suffix}"),
-    )
+    _remove_leftovers_once(path.parent.absolute())
+    temporary = _temporary(path)
+    replaced = _temporary(path.with_name(f"{path.name}.old"))
     _remove(temporary)
     try:
         yield temporary
-        if path.is_dir():  # a rename cannot replace a folder that holds something
+        if path.is_dir():  # a rename cannot replace a folder that is not empty
             os.replace(path, replaced)
         try:
             os.replace(temporary, path)
@@ -58,6 +53,36 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _remove(replaced)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder under a temporary name: one that is half removed must not be taken for whole."""
+    temporary = _temporary(folder)
+    folder.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def remove_leftovers(folder: Path, *, exclusive: bool = False) -> None:
+    """Remove temporaries whose writers are dead, or on another host and idle for a day.
+
+    Args:
+        exclusive: the caller holds the folder, so nobody else can be writing.
+    """
+    for path in folder.glob(".*.tmp"):
+        if (match := _TEMPORARY.fullmatch(path.name)) is None:
+            continue
+        with contextlib.suppress(OSError):  # another process removes it at the same time
+            dead = match[2] == _host() and not _is_alive(int(match[1]))
+            if exclusive or dead or time.time() - _last_change(path) > _STALE_SECONDS:
+                _remove(path)
+
+
+# Listing a large folder at each write would take quadratic time.
+_remove_leftovers_once = functools.lru_cache(maxsize=4096)(remove_leftovers)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}@{_host()}.tmp")
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -67,24 +92,10 @@ def _remove(path: Path) -> None:
 
 @functools.cache
 def _host() -> str:
-    """Names the processes that this one can see: another host or container may use the same process ids."""
+    """Names the processes that this one can see: other hosts and containers reuse process ids."""
     namespace = Path("/proc/self/ns/pid")
     number = namespace.stat().st_ino if namespace.exists() else 0
     return f"{zlib.crc32(f'{platform.node()} {number}'.encode()):08x}"
-
-
-@functools.lru_cache(
-    maxsize=4096
-)  # once per folder: listing a large one at each write would take quadratic time
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporaries whose writers are dead, or on another host and idle for a day."""
-    for entry in os.scandir(folder):
-        if (match := _TEMPORARY.fullmatch(entry.name)) is None:
-            continue
-        with contextlib.suppress(OSError):  # another process removes it at the same time
-            dead = match[2] == _host() and not _is_alive(int(match[1]))
-            if dead or time.time() - _last_change(Path(entry.path)) > _STALE_SECONDS:
-                _remove(Path(entry.path))
 
 
 def _is_alive(process: int) -> bool:
@@ -112,20 +123,16 @@ _TRANSIENT = {
     errno.EREMOTEIO,
     errno.ENETUNREACH,
 }
-_EXHAUSTED = {
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-}  # of this process or machine, whatever is read
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # a fault of the machine, not the file
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before another try
 
 
 def with_retries(read: Callable[[], T], name: str | Path) -> T:
-    """What `read` returns; errors that network storage gets over are tried again for ten seconds.
+    """What `read` returns; transient errors of network storage are retried for ten seconds.
 
     Raises:
         ValueError: when it still cannot be read, naming `name`.
-        OSError: when this process has run out of descriptors or memory, which is no fault of the file.
+        OSError: when this process has run out of descriptors or memory.
     """
     for pause in (*_PAUSES, None):
         try:
@@ -142,13 +149,13 @@ def with_retries(read: Callable[[], T], name: str | Path) -> T:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a regular file; see `with_retries` for the errors. A pipe is refused at once, not waited for."""
+    """The content of a regular file, see `with_retries`. A pipe is refused instead of waited for."""
 
     def read() -> bytes:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except ValueError as error:  # a zero byte, half of a surrogate pair
-            raise ValueError(f"{str(path)!r} cannot be the name of a file: {error}") from error
+            raise ValueError(f"{str(path)!r} is not a file name: {error}") from error
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError("not a regular file")
@@ -188,9 +195,9 @@ def decode_text(data: bytes, where: str | Path) -> str:
 
 
 def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, content without line end) of each line; only a newline ends one, as in the JSON Lines format.
+    """(number from 1, content without line end) of each line; only a newline ends one.
 
-    `str.splitlines` also splits at U+2028, U+0085 and form feeds, which are ordinary characters inside JSON and prompts.
+    `str.splitlines` also splits at U+2028, U+0085 and form feeds, which JSON and prompts may hold.
     """
     with Path(path).open("rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -211,10 +218,10 @@ def parse_json(data: bytes | str, where: str | Path, *, allow_half_pairs: bool =
     """The value of a JSON text.
 
     Args:
-        allow_half_pairs: leave it to the caller to look for half surrogate pairs, which cannot be encoded again.
+        allow_half_pairs: accept half surrogate pairs, which cannot be encoded again.
 
     Raises:
-        ValueError: when it is not JSON, is nested too deeply or holds half of a surrogate pair, naming `where`.
+        ValueError: when it is not JSON, is nested too deeply or holds half of a surrogate pair.
     """
     text = decode_text(data, where) if isinstance(data, bytes) else data
     try:
@@ -224,7 +231,7 @@ def parse_json(data: bytes | str, where: str | Path, *, allow_half_pairs: bool =
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: holds half of a surrogate pair, which is no text") from error
+        raise ValueError(f"{where}: holds half of a surrogate pair, not text") from error
     except RecursionError:
         raise ValueError(f"{where}: JSON that is nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
@@ -279,9 +286,7 @@ def weights_fingerprint(folder: str | Path) -> str:
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(
-            f"{folder} holds no *.safetensors file, so it is not a checkpoint folder"
-        )
+        raise FileNotFoundError(f"{folder} holds no *.safetensors: it is not a checkpoint folder")
     return sha256(*files)
 
 
@@ -303,6 +308,6 @@ def require_same_tokenizer(expected: str, found: str, artefact: str) -> None:
     """
     if expected != found:
         raise ValueError(
-            f"{artefact} was made with tokenizer {found[:16]}, but the tokenizer in use is {expected[:16]}: "
-            "its codes would decode to noise. Make it again with this tokenizer, or name the other one."
+            f"{artefact} was made with tokenizer {found[:16]}, but the tokenizer in use is "
+            f"{expected[:16]}: its codes would decode to noise. Make it again, or name the other one."
         )

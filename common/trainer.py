@@ -1,13 +1,11 @@
-"""What every job on the Hugging Face `Trainer` shares: arguments, engine, log line, resume."""
+"""What every job on the Hugging Face `Trainer` shares: arguments, log line, checkpoints, resume."""
 
 import dataclasses
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,28 +16,24 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vqrae.common.checkpoints import first_nonfinite, numbered
 from vqrae.common.config import check_range
 from vqrae.common.distributed import (
+    STALL_SECONDS,
+    StopRequest,
     fit_batch,
     is_main_process,
     prepare_cpu_deepspeed,
     require_same_partition,
+    shared_path,
     sum_over_processes,
     world_size,
 )
-from vqrae.common.files import atomic_path, read_json
-from vqrae.common.loading import STALL_SECONDS, stalls_explained
+from vqrae.common.files import remove_leftovers
 from vqrae.common.optim import Muon, muon_groups
-from vqrae.common.run import (
-    RunDirectory,
-    discard,
-    format_duration,
-    mark_trained,
-    remove_temporaries,
-)
-from vqrae.common.stopping import StopRequest
+from vqrae.common.run import Run, format_duration, mark_trained, prune
 
-IGNORE_INDEX = -100  # labels that carry no loss
+IGNORE_INDEX = -100  # label of tokens without loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +52,8 @@ class OptimizationConfig:
     lr_scheduler_type: Literal["cosine", "constant_with_warmup", "linear"] = "cosine"
     weight_decay: float = 0.0
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon` orthogonalises the updates of matrices (scaled like AdamW's, so rates carry over); vectors, embeddings and
-    heads stay with AdamW. ZeRO cuts matrices into pieces: there it is AdamW for all."""
+    """`muon` orthogonalises the updates of matrices (scaled like AdamW's, so rates carry over);
+    vectors, embeddings and heads stay with AdamW. ZeRO cuts matrices: there it is AdamW for all."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -75,24 +69,10 @@ class OptimizationConfig:
     """Further `TrainingArguments`, under their Hugging Face names."""
 
     def __post_init__(self) -> None:
-        check_range(
-            self,
-            "max_steps",
-            "global_batch_size",
-            "micro_batch_size",
-            "save_steps",
-            "logging_steps",
-            low=1,
-        )
-        check_range(
-            self,
-            "save_total_limit",
-            "dataloader_num_workers",
-            "learning_rate",
-            "warmup_steps",
-            low=0,
-        )
-        check_range(self, "weight_decay", "adam_epsilon", low=0)
+        positive = ("max_steps", "global_batch_size", "micro_batch_size", "save_steps")
+        check_range(self, *positive, "logging_steps", low=1)
+        check_range(self, "save_total_limit", "dataloader_num_workers", "learning_rate", low=0)
+        check_range(self, "warmup_steps", "weight_decay", "adam_epsilon", low=0)
         check_range(self, "adam_beta1", "adam_beta2", low=0, high=1)
         check_range(self, "max_grad_norm", low=0, high=math.inf)
 
@@ -104,7 +84,7 @@ def training_arguments(
     deepspeed = None
     if config.zero:
         prepare_cpu_deepspeed()
-        deepspeed = str(resources.files("vqrae.scripts") / "deepspeed" / f"zero{config.zero}.json")
+        deepspeed = str(Path(__file__).parent / "deepspeed" / f"zero{config.zero}.json")
     named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for ours in ("global_batch_size", "micro_batch_size", "optimizer", "zero", "extra"):
         named.pop(ours)
@@ -124,13 +104,12 @@ def training_arguments(
         report_to=[],
         save_strategy="steps",
         ddp_find_unused_parameters=False,
-        accelerator_config={
-            "non_blocking": True
-        },  # batches lie in pinned memory and are copied while the device computes
+        # Batches in pinned memory are copied while the device computes.
+        accelerator_config={"non_blocking": True},
         **named,
         **config.extra,
     )
-    # A plain process on a machine with n GPUs would else become nn.DataParallel, which cuts our batches apart.
+    # Else a plain process on n GPUs would use nn.DataParallel, which splits our batches.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
@@ -138,78 +117,59 @@ def training_arguments(
 def build_optimizers(
     config: OptimizationConfig, model: nn.Module
 ) -> tuple[torch.optim.Optimizer | None, None]:
-    """`Trainer(optimizers=…)`: Muon for the trainable matrices of a model, or (None, None), which is Trainer's AdamW."""
+    """`Trainer(optimizers=…)`: Muon, or (None, None), which is Trainer's AdamW."""
     if config.optimizer == "adamw":
         return None, None
     if config.zero:
         if is_main_process():
-            print(
-                f"optimizer: adamw instead of muon, for zero={config.zero} cuts matrices into pieces",
-                flush=True,
-            )
+            print(f"optimizer: adamw, not muon, since zero={config.zero} cuts matrices", flush=True)
         return None, None
+    groups = muon_groups(model, config.weight_decay)
     betas = (config.adam_beta1, config.adam_beta2)
-    muon = Muon(
-        muon_groups(model, config.weight_decay), lr=config.learning_rate, nesterov=True, betas=betas
-    )
-    return muon, None
+    return Muon(groups, lr=config.learning_rate, nesterov=True, betas=betas), None
 
 
 def diverged(problem: str) -> FloatingPointError:
-    """The error of a training that cannot go on. A checkpoint brings its learning rate along, hence the advice."""
-    return FloatingPointError(
-        f"{problem}. Start again with a lower learning_rate and another output_dir"
-    )
+    """The error of a training that cannot continue: its checkpoint would restore the learning rate."""
+    advice = "Start again with a lower learning_rate and another output_dir"
+    return FloatingPointError(f"{problem}. {advice}")
 
 
 class InstrumentCallback(TrainerCallback):
-    """One line per logging step with progress and time left; the same numbers in the run directory."""
+    """One line per logging step, with the remaining time; the same numbers go to the run directory."""
 
-    def __init__(self, run: RunDirectory, name: str) -> None:
+    def __init__(self, run: Run, name: str) -> None:
         self.run, self.name = run, name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.rewind(state.global_step)
         self._clock, self._first_step = time.time(), state.global_step
 
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
             return
+        step = state.global_step
         if not math.isfinite(logs["loss"]):
-            first = state.global_step - args.logging_steps
+            first = step - args.logging_steps
             raise diverged(
-                f"{self.name}: the loss is {logs['loss']} between steps {first} and {state.global_step}"
+                f"{self.name}: the loss is {logs['loss']} between steps {first} and {step}"
             )
-        done = state.global_step - self._first_step
-        seconds = (time.time() - self._clock) / max(done, 1)
-        samples = (
-            args.train_batch_size
-            * args.gradient_accumulation_steps
-            * args.world_size
-            / max(seconds, 1e-9)
-        )
-        left = format_duration(seconds * (state.max_steps - state.global_step))
-        values: dict[str, float] = {
-            key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs
-        }
-        self.run.log(state.global_step, {**values, "samples_per_second": samples})
+        seconds = max(time.time() - self._clock, 1e-9) / max(step - self._first_step, 1)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        names = ("loss", "grad_norm", "learning_rate")
+        values = {name: float(logs[name]) for name in names if name in logs}
+        self.run.log(step, {**values, "samples_per_second": batch / seconds})
         if is_main_process():
-            numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            left = format_duration(seconds * (state.max_steps - step))
+            speed = f"{batch / seconds:.1f} samples/s"
             print(
-                f"{self.name} {state.global_step}/{state.max_steps}  {numbers}  {samples:.1f} samples/s  {left} left",
-                flush=True,
+                f"{self.name} {step}/{state.max_steps}  {numbers}  {speed}  {left} left", flush=True
             )
 
 
 class WholeTrainer(Trainer):
-    """`Trainer` whose checkpoints are whole or absent, whenever it is killed, and hold no model that has diverged."""
+    """`Trainer` whose checkpoints are whole or absent, and never of a model that has diverged."""
 
     _staging: Path | None = None
 
@@ -222,7 +182,7 @@ class WholeTrainer(Trainer):
     def _run_epoch(self, **options: Any) -> None:
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**options)
-        else:  # resumed from the checkpoint of the last step, where Trainer would take one more
+        else:  # resumed from the checkpoint of the last step: Trainer would take one more
             self.control.should_training_stop = True
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -232,29 +192,27 @@ class WholeTrainer(Trainer):
         self.require_finite_weights()
         output_dir = Path(str(self.args.output_dir))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = output_dir / ".saving.tmp"
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            staging, self._staging = self._staging, None
-        self.accelerator.wait_for_everyone()  # each process writes its part
-        if self.args.should_save:
-            (staging / name).rename(output_dir / name)
-            staging.rmdir()
-            prune(output_dir, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+        with shared_path(output_dir / name) as self._staging:  # each process writes its part
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                staging, self._staging = self._staging, None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                for file in (staging / name).iterdir():
+                    file.rename(staging / file.name)
+                (staging / name).rmdir()
+        if self.args.should_save and self.args.save_total_limit:
+            prune(checkpoints(output_dir), self.args.save_total_limit)
 
-    @torch.no_grad()
     def require_finite_weights(self) -> None:
-        """Refuse to keep a model that is worth nothing; every process takes part.
+        """Refuse to keep a model that has diverged; every process takes part.
 
         Raises:
-            FloatingPointError: when a trained weight is not a finite number.
+            FloatingPointError: when a weight is not a finite number.
         """
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        kept = [getattr(p, "ds_tensor", p) for p in trained]  # under ZeRO-3 the part that is here
-        finite = torch.stack([weight.isfinite().all() for weight in kept])
-        if sum_over_processes((~finite).sum()) > 0:
+        found = first_nonfinite(self.model) is not None
+        if sum_over_processes(torch.tensor(int(found), device=self.args.device)) > 0:
             raise diverged(f"the weights are not finite at step {self.state.global_step}")
 
 
@@ -273,8 +231,8 @@ def check_launch(config: OptimizationConfig, output_dir: Path) -> None:
     """Refuse, before anything is built, what this number of processes cannot train or resume.
 
     Raises:
-        ValueError: when the batch cannot be shared by the processes, or when DeepSpeed cut the newest checkpoint into the parts
-            of another number of processes.
+        ValueError: when the batch cannot be shared by the processes, or when DeepSpeed cut the newest
+            checkpoint for another number of processes.
     """
     fit_batch(config.global_batch_size, config.micro_batch_size, world_size())
     for newest in checkpoints(output_dir)[-1:]:
@@ -283,52 +241,29 @@ def check_launch(config: OptimizationConfig, output_dir: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a `Trainer` in a folder, oldest first."""
-    found = sorted(
-        folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-    )
-    return [path for path in found if _is_whole(path)]
-
-
-def prune(folder: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints (None or 0: keep all), and those that are not whole."""
-    whole = checkpoints(folder)
-    kept = whole[-keep:] if keep else whole
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if path not in kept:
-            discard(path)
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds the file that is written last; one that another trainer was killed over does not."""
-    try:
-        return "global_step" in read_json(checkpoint / "trainer_state.json")
-    except (FileNotFoundError, ValueError):
-        return False
+    """The checkpoints of a `Trainer` in a folder, oldest first."""
+    return numbered(folder, PREFIX_CHECKPOINT_DIR)
 
 
 def run_trainer(trainer: Trainer) -> None:
-    """Train, continuing from the newest whole checkpoint in the output directory; what is not whole there is removed.
+    """Train, continuing from the newest checkpoint in the output directory.
 
     Raises:
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
         FloatingPointError: when the training has diverged.
     """
     trainer.remove_callback(PrinterCallback)  # the instrument callback prints the line
-    # Checks of transformers for which the host would wait in every forward pass; our collators count image tokens.
+    # Checks of transformers for which the host would wait in every forward pass; our collators count
+    # image tokens.
     os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
     output_dir = Path(str(trainer.args.output_dir))
-    found = checkpoints(output_dir)
-    trainer.accelerator.wait_for_everyone()
-    if is_main_process():
-        prune(output_dir, trainer.args.save_total_limit)
-        remove_temporaries(output_dir)
-    trainer.accelerator.wait_for_everyone()
-    with StopRequest(trainer.args.device) as request, stalls_explained():
+    if is_main_process() and output_dir.is_dir():
+        remove_leftovers(output_dir, exclusive=True)
+    newest = next(reversed(checkpoints(output_dir)), None)
+    with StopRequest(trainer.args.device) as request:
         callback = StopCallback(request)
         trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if callback.stopped:
         request.end_process(trainer.state.global_step)
 
@@ -341,27 +276,21 @@ def save_model(
     Every process calls this: under ZeRO-3 the weights are gathered from all.
 
     Args:
-        complete: writes what else belongs to a finished run, given the folder before it gets its name.
+        complete: writes what else belongs to the model, into the folder before it gets its name.
     """
     trainer.require_finite_weights()
     trainer.model.config.use_cache = True  # Trainer turned it off
-    staging = folder.with_name(f".{folder.name}.tmp")
-    if trainer.is_world_process_zero():
-        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed here
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(staging))
-    if trainer.is_world_process_zero():
-        if complete is not None:
-            complete(staging)
-        (staging / "training_args.bin").unlink()  # a pickle has no place in a model folder
-        mark_trained(staging, trainer.state.global_step)
-        with atomic_path(folder) as whole:
-            os.replace(staging, whole)
-    trainer.accelerator.wait_for_everyone()
+    with shared_path(folder) as temporary:
+        trainer.save_model(str(temporary))
+        if trainer.is_world_process_zero():
+            if complete is not None:
+                complete(temporary)
+            (temporary / "training_args.bin").unlink()  # a pickle is not part of a model
+            mark_trained(temporary, trainer.state.global_step)
 
 
 def free_engine(trainer: Trainer) -> None:
-    """Take DeepSpeed off a model that is trained: its hooks on gradients would keep the model alive for ever."""
+    """Take DeepSpeed off a trained model: its hooks on gradients would keep the model alive."""
     if trainer.deepspeed is not None:
         trainer.deepspeed.destroy()
         # Else the next from_pretrained would partition its weights by these settings.

@@ -17,10 +17,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vqrae.common.checkpoints import local_model
-from vqrae.common.distributed import world_size
+from vqrae.common.distributed import worker_options, world_size
 from vqrae.common.errors import run_main
 from vqrae.common.files import weights_fingerprint
-from vqrae.common.loading import stalls_explained, worker_options
 from vqrae.common.run import format_duration
 from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.data.scenes.dataset import SceneDataset
@@ -185,8 +184,7 @@ def extract(config: ExtractionConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with stalls_explained():
-        extract(read_config(argv, "extraction"))
+    extract(read_config(argv, "extraction"))
 
 
 if __name__ == "__main__":

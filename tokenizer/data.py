@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vqrae.common.loading import worker_options
+from vqrae.common.distributed import worker_options
 from vqrae.data.samples import FileSplit
 from vqrae.data.sources import open_images, source_kind
 from vqrae.data.stream import Draw, StreamSampler, parse_mixture

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vqrae.common.checkpoints import require_finite
-from vqrae.common.distributed import fit_batch, is_main_process, world_size
+from vqrae.common.distributed import StopRequest, fit_batch, is_main_process, world_size
 from vqrae.common.files import atomic_path
 from vqrae.common.images import image_grid, save_image
-from vqrae.common.loading import stalls_explained
 from vqrae.common.memory import count_parameters
+from vqrae.common.optim import warmup_cosine
 from vqrae.common.run import RunDirectory, format_duration, mark_trained
-from vqrae.common.schedule import warmup_cosine
-from vqrae.common.stopping import StopRequest
 from vqrae.tokenizer.codebook import (
     CodeUsage,
     initialize_codebook,
@@ -182,7 +180,7 @@ class StageTrainer:
         Raises:
             SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
         """
-        with StopRequest(self.device) as request, stalls_explained():
+        with StopRequest(self.device) as request:
             self.loop(request)
         self.engine.wait_for_everyone()
         self.engine.free_memory()

@@ -20,7 +20,7 @@ def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(
         resolve_model("runs/siglip2_512")
     assert resolve_model("org/name") == "org/name"
     with pytest.raises(
-        FileNotFoundError, match=r"^org/name is no folder here, and its config.json"
+        FileNotFoundError, match=r"^org/name is not a folder here, and the hub gave no config.json"
     ):
         require_kind("org/name", ("llava",), "a LLaVA")
 

@@ -11,8 +11,8 @@ from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import fit_batch
 from vqrae.common.files import atomic_path, require_same_tokenizer, weights_fingerprint, write_json
 from vqrae.common.images import image_grid, image_to_tensor, open_image, tensor_to_uint8
+from vqrae.common.optim import warmup_cosine
 from vqrae.common.run import RunDirectory, format_duration, read_metrics
-from vqrae.common.schedule import warmup_cosine
 from vqrae.data.stream import StreamSampler
 
 

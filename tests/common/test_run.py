@@ -85,9 +85,9 @@ def test_a_run_without_results_may_begin_with_other_settings(tmp_path: Path) -> 
 
 
 def test_what_killed_processes_left_is_removed(run: Path) -> None:
-    (run / ".model.123.tmp").mkdir()
-    (run / ".model.123.tmp" / "model.safetensors").touch()
-    (run / ".config.yaml.9.tmp").touch()
+    (run / ".model.123@00000000.tmp").mkdir()
+    (run / ".model.123@00000000.tmp" / "model.safetensors").touch()
+    (run / ".config.yaml.9@00000000.tmp").touch()
     RunDirectory(run, Settings()).begin()
     assert [path.name for path in run.glob(".*")] == [".lock"]
 
