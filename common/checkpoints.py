@@ -92,7 +92,7 @@ def require_kind(name: str | Path, kinds: Collection[str], expected: str) -> dic
     return values
 
 
-def load_model(kind: Any, name: str | Path, **options: Any) -> Any:
+def load_model(kind: Any, name: str | Path, *, allow_unknown: bool = True, **options: Any) -> Any:
     """`kind.from_pretrained(name)`, refused where transformers would only warn.
 
     Args:
