@@ -24,7 +24,7 @@ from vqrae.common.run import read_metrics
 from vqrae.data.code_shards import read_manifest
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import FAMILIES
-from vqrae.eval.geneval import list_samples
+from vqrae.eval.geneval.folders import list_samples
 from vqrae.eval.geneval.scenes import holds_held_out
 from vqrae.quickstart.scene_questions import is_correct
 from vqrae.tokenizer.modeling import VQRAEModel

@@ -24,8 +24,10 @@ from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
 from vqrae.common.run import quiet_libraries
 from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.scenes.language import benchmark_prompts
 from vqrae.data.scenes.scene import COLOR_VALUES
-from vqrae.eval.geneval.scenes import SceneBenchmark
+from vqrae.data.scenes.sprites import load_sprites
+from vqrae.eval.geneval.scenes import ceilings
 from vqrae.eval.manifest import model_fingerprint, score_manifest
 from vqrae.eval.sharding import gather_strided, processes, progress_of_main, stride
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -143,8 +145,14 @@ def main(argv: list[str] | None = None) -> None:
             size=config.num_images, image_size=model.config.image_size, sprites=config.sprites
         )
         knowledge = object_knowledge(model, scenes, config.batch_size)
-        benchmark = SceneBenchmark(config.sprites, per_family=PROMPTS, images_per_prompt=IMAGES)
-        ceiling = benchmark.ceilings(model, progress_of_main)["reconstruction"]
+        prompts = benchmark_prompts(load_sprites(config.sprites).names, PROMPTS)
+        ceiling = ceilings(
+            prompts,
+            model,
+            sprites=config.sprites,
+            images_per_prompt=IMAGES,
+            progress=progress_of_main,
+        )["reconstruction"]
     if not is_main_process():
         return
     reconstruction = {half: ceiling[half]["overall"] for half in ("seen", "held_out")}

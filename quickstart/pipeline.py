@@ -201,13 +201,12 @@ def generation_steps(output: Path, steps: dict[str, int], sprites: str, source: 
         ),
         Step(
             "eval_generation",
-            "eval.geneval.scenes",
+            "eval.geneval.evaluate",
             [
                 f"model={output / 'generation'}",
                 f"tokenizer={output / 'tokenizer'}",
                 f"sprites={sprites}",
                 f"output={output / 'evaluation' / 'generation.json'}",
-                f"images={output / 'evaluation' / 'images'}",
             ],
             60,
         ),

@@ -27,9 +27,15 @@ from vqrae.eval.dpg_bench.judges import VQA, JudgeName, ask_what_is_known, build
 from vqrae.eval.dpg_bench.questions import Item, read_questions, write_questions
 from vqrae.eval.dpg_bench.scenes import scene_items, true_images
 from vqrae.eval.dpg_bench.scores import Answers, official_scores, summarize
-from vqrae.eval.drawing import ImagesConfig, Order, claim_folder, draw_missing, image_seed
+from vqrae.eval.generated import (
+    ImageRequest,
+    ImagesConfig,
+    claim_folder,
+    generate_missing,
+    image_seed,
+)
 from vqrae.eval.manifest import score_manifest
-from vqrae.eval.sharding import gather, processes, stride
+from vqrae.eval.sharding import gather, processes, progress_of_main, stride
 
 Outcome = tuple[str, list[list[str]] | None, str]
 """Item id, its answers, or None and the reason."""
@@ -39,6 +45,8 @@ Outcome = tuple[str, list[list[str]] | None, str]
 class DPGConfig(ImagesConfig):
     """Score images of dense prompts by questions about them; `images` holds ITEM.png for every item: one, or a 2 x 2 grid."""
 
+    out: str
+    """Folder of everything that is written."""
     questions: str = "scenes"
     """DPG-Bench's table (dpg_bench.csv), or scenes: prompts and questions about embedded scenes."""
     num_prompts: int | None = None
@@ -97,19 +105,19 @@ def draw_grids(config: DPGConfig, items: Sequence[Item], out: Path, device: str)
         "prompts": [item.prompt for item in items],
         "images_per_prompt": config.images_in_a_file,
     }
-    claim_folder(out / "singles", {**config.drawing_settings(), **asked}, "out")
+    claim_folder(out / "singles", {**config.generation_settings(), **asked}, "out")
     places = [
         [out / "singles" / item.id / f"{i}.png" for i in range(config.images_in_a_file)]
         for item in items
     ]
     orders = [
-        Order(item.prompt, image_seed(number, sample), path)
+        ImageRequest(item.prompt, image_seed(number, sample), path)
         for number, (item, paths) in enumerate(zip(items, places, strict=True))
         for sample, path in enumerate(paths)
     ]
-    progress = progress_line("images") if is_main_process() else None
+    progress = progress_of_main("images")
     generator = config.load_generator(device)
-    draw_missing(
+    generate_missing(
         generator, orders, sampling=config.sampling, batch_size=config.batch_size, progress=progress
     )
     if is_main_process():
@@ -172,7 +180,7 @@ def judge_folder(
             progress(done, len(mine))
     everything = {name: (given, reason) for name, given, reason in gather(outcomes)}
     in_order = [(item.id, *everything[item.id]) for item in items]
-    answers = {name: given for name, given, _ in in_order if given is not None}
+    answers: dict[str, Answers] = {name: given for name, given, _ in in_order if given is not None}
     return answers, {name: reason for name, given, reason in in_order if given is None}
 
 
@@ -191,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_main_process():
         out.mkdir(parents=True, exist_ok=True)
         hold(out / ".lock", str(out))
-    with processes(config.chosen_device()) as device:
+    with processes(config.device) as device:
         judge = build_judge(
             config.judge,
             model=config.judge_model,

@@ -12,7 +12,7 @@ from vqrae.data.scenes.scene import COLOR_NAMES, Scene
 from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.dpg_bench.judges import JudgeError
 from vqrae.eval.dpg_bench.questions import Item, Question
-from vqrae.eval.geneval import Detection, confident_objects, relative_position
+from vqrae.eval.geneval.rules import Detection, confident_objects, relative_position
 from vqrae.eval.geneval.scene_detector import SceneColorClassifier, SceneDetector
 
 

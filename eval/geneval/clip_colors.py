@@ -1,4 +1,4 @@
-"""GenEval's colour test: CLIP ViT-L/14 of OpenAI decides which of ten colours the masked crop of an object has."""
+"""GenEval's colour test: OpenAI's CLIP ViT-L/14 names the colour of the masked crop of an object."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +16,7 @@ from torchvision.transforms import (
 )
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
-from vqrae.common.checkpoints import load_model, resolve_model
-from vqrae.common.files import weights_fingerprint
+from vqrae.common.checkpoints import load_model, model_fingerprint, resolve_model
 from vqrae.eval.geneval.rules import COLORS, Detection
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -32,24 +31,19 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
     """An object cut out along its box, grey where its mask is not."""
-    if detection.mask is not None:
-        if detection.mask.shape != (image.height, image.width):
+    if (mask := detection.mask) is not None:
+        if mask.shape != (image.height, image.width):
             raise ValueError(
-                f"got a mask of {detection.mask.shape} for an image of {image.size}, expected the same size"
+                f"got a mask of {mask.shape} for an image of {image.size}, expected the same size"
             )
-        image = Image.composite(
-            image, Image.new("RGB", image.size, BACKGROUND), Image.fromarray(detection.mask)
-        )
+        grey = Image.new("RGB", image.size, BACKGROUND)
+        image = Image.composite(image, grey, Image.fromarray(mask))
     left, top, right, bottom = (round(edge) for edge in detection.box)
     return image.crop((left, top, right, bottom))
 
 
 class ClipColorClassifier:
-    """Zero-shot colours by CLIP.
-
-    Args:
-        identity: which weights these are.
-    """
+    """Zero-shot colours by CLIP; `identity` says which weights."""
 
     def __init__(
         self, model: CLIPModel, text_tokenizer: PreTrainedTokenizerBase, name: str, identity: str
@@ -66,34 +60,27 @@ class ClipColorClassifier:
         """Load a CLIP folder or hub id.
 
         Raises:
-            ValueError: when its activation is not the quick GELU that OpenAI's weights were trained with.
+            ValueError: when its activation is not the quick GELU that OpenAI trained with.
         """
         folder = resolve_model(name)
         model = load_model(CLIPModel, folder)
         activation = model.config.vision_config.hidden_act
         if activation != "quick_gelu":
             raise ValueError(
-                f"{name} runs with {activation}, expected quick_gelu: these are not OpenAI's weights as trained"
+                f"{name} has activation {activation}, expected quick_gelu as OpenAI's weights need"
             )
-        identity = weights_fingerprint(folder) if Path(folder).is_dir() else name
-        return cls(
-            model.to(device),
-            AutoTokenizer.from_pretrained(folder),
-            f"clip({Path(name).name})",
-            identity,
-        )
+        text_tokenizer = AutoTokenizer.from_pretrained(folder)
+        title = f"clip({Path(name).name})"
+        return cls(model.to(device), text_tokenizer, title, model_fingerprint(name))
 
     @torch.inference_mode()
     def classify(
         self, image: Image.Image, detections: Sequence[Detection], class_name: str
     ) -> list[str]:
         """The most similar of the ten colours for each object."""
-        pixel_values = torch.stack(
-            [self._transform(crop_object(image, detection)) for detection in detections]
-        )
-        pooled = self.model.vision_model(
-            pixel_values=pixel_values.to(self.model.device)
-        ).pooler_output
+        crops = [self._transform(crop_object(image, detection)) for detection in detections]
+        pixel_values = torch.stack(crops).to(self.model.device)
+        pooled = self.model.vision_model(pixel_values=pixel_values).pooler_output
         images = self.model.visual_projection(pooled)
         similarity = images / images.norm(dim=-1, keepdim=True) @ self._color_vectors(class_name).T
         return [COLORS[index] for index in similarity.argmax(-1).tolist()]
@@ -101,20 +88,13 @@ class ClipColorClassifier:
     def _color_vectors(self, class_name: str) -> Tensor:
         """One unit vector per colour (10, D): the mean over templates of unit vectors."""
         if class_name not in self._colors:
-            texts = [
-                template.format(color=color, name=class_name)
-                for color in COLORS
-                for template in TEMPLATES
-            ]
-            inputs = self.text_tokenizer(texts, padding=True, return_tensors="pt").to(
-                self.model.device
-            )
-            pooled = self.model.text_model(**inputs).pooler_output
+            texts: list[str] = []
+            for color in COLORS:
+                texts += [text.format(color=color, name=class_name) for text in TEMPLATES]
+            inputs = self.text_tokenizer(texts, padding=True, return_tensors="pt")
+            pooled = self.model.text_model(**inputs.to(self.model.device)).pooler_output
             vectors = self.model.text_projection(pooled)
-            vectors = (
-                (vectors / vectors.norm(dim=-1, keepdim=True))
-                .view(len(COLORS), len(TEMPLATES), -1)
-                .mean(1)
-            )
+            vectors = vectors / vectors.norm(dim=-1, keepdim=True)
+            vectors = vectors.view(len(COLORS), len(TEMPLATES), -1).mean(1)
             self._colors[class_name] = vectors / vectors.norm(dim=-1, keepdim=True)
         return self._colors[class_name]

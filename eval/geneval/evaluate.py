@@ -1,218 +1,252 @@
-"""GenEval: write its prompts, draw images of them, score them, or score images that anybody drew.
+"""GenEval (Ghosh et al., arXiv 2310.11513): images of its prompts, generated here or given, and scored.
 
-    python -m vqrae.eval.geneval.evaluate prompts_only=true out=geneval
-    python -m vqrae.eval.geneval.evaluate model=runs/generation out=geneval
-    python -m vqrae.eval.geneval.evaluate images=IMAGES out=geneval detector=transformers
+    python -m vqrae.eval.geneval.evaluate model=runs/generation output=scenes/generation.json
+    python -m vqrae.eval.geneval.evaluate suite=official model=runs/generation output=geneval/scores.json
+    python -m vqrae.eval.geneval.evaluate suite=official images=FOLDER output=geneval/scores.json
+    python -m vqrae.eval.geneval.evaluate suite=official prompts_only=true output=geneval/scores.json
 
-Writes scores.json and results.jsonl (GenEval's own format) into `out`. The detector is tested before anything is drawn; its
-rows are kept in `out`/rows, so that an interrupted run scores only the rest.
+`suite=scenes` asks for embedded scenes and scores by exact rules, with two ceilings: scenes that satisfy
+the prompts, and their reconstructions by the tokenizer. `suite=official` has GenEval's own prompts and
+detector. An interrupted run keeps the images and rows that it has.
+
+    OUTPUT.json, OUTPUT.jsonl   scores with their manifest; GenEval's results file
+    images/, rows/              next to them: what was generated, and each image's row
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vqrae.common.cli import parse, progress_line
+from vqrae.common.cli import parse
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json, write_text
-from vqrae.common.run import hold, quiet_libraries
-from vqrae.data.scenes.language import FAMILIES
-from vqrae.eval.drawing import ImagesConfig, claim_folder, draw_missing
+from vqrae.common.run import hold, quiet_libraries, run_manifest
+from vqrae.data.scenes.language import FAMILIES, benchmark_prompts
+from vqrae.data.scenes.sprites import load_sprites
+from vqrae.eval.generated import ImagesConfig, claim_folder, generate_missing
+from vqrae.eval.geneval.clip_colors import CLIP
 from vqrae.eval.geneval.folders import (
-    image_orders,
+    image_requests,
     read_prompts,
     score_folder,
     uneven_prompts,
     write_grids,
     write_prompts,
-    write_rows,
 )
-from vqrae.eval.geneval.judges import DetectorName, Judges, build_judges, require_known_classes
+from vqrae.eval.geneval.judges import Judges, coco_judges, require_known_classes, scene_judges
 from vqrae.eval.geneval.leakage import leakage_report, training_captions
 from vqrae.eval.geneval.prompts import OFFICIAL_SEED, metadata_lines, official_prompts, suite_name
-from vqrae.eval.geneval.scores import summarize
-from vqrae.eval.manifest import score_manifest
+from vqrae.eval.geneval.rules import Record, summarize
+from vqrae.eval.geneval.scenes import ceilings, scene_scores
 from vqrae.eval.reconstruction.networks import NotMeasured
-from vqrae.eval.sharding import processes
+from vqrae.eval.sharding import processes, progress_of_main
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenEvalConfig(ImagesConfig):
-    """GenEval with its own prompts, or on any folder of images in its layout."""
+    """Score images by GenEval's rules: of prompts about embedded scenes, or of its own prompts."""
 
-    prompts_only: bool = False
-    """Write evaluation_metadata.jsonl, with captions= also leakage.json, and stop."""
-    seed: int = OFFICIAL_SEED
-    """Of the prompts: 43 gives the official 553, any other a fresh suite."""
+    suite: Literal["scenes", "official"] = "scenes"
+    """scenes: prompts about embedded scenes, exact detector; official: GenEval's own."""
+    output: str
+    """JSON file of the scores; GenEval's results file goes next to it as .jsonl, and images/."""
     images_per_prompt: int = 4
-    """Images that are drawn of each prompt; the official number is 4."""
-    detector: DetectorName = "mmdet"
-    """GenEval's own checkpoint, another one of transformers, or the rule-based one of the embedded scenes."""
+    """Images of each prompt; the official number is 4."""
+    seed: int = OFFICIAL_SEED
+    """Of the prompts: 43 gives the official 553, any other number a fresh suite."""
+    sprites: str = "shapes"
+    """What scenes are made of: shapes or emoji."""
+    per_family: int = 25
+    """Prompts of each of the six families about scenes."""
+    detector: Literal["mmdet", "transformers"] = "mmdet"
+    """Of the official suite: GenEval's own checkpoint, or another one of transformers."""
     weights: str | None = None
     """The detector's weights: mmdetection's .pth, or a folder or hub id of transformers."""
-    clip: str = "openai/clip-vit-large-patch14"
+    clip: str = CLIP
     """CLIP for colours: folder or hub id."""
     known_image: str | None = None
-    """A photograph with a person, for the detector's self-test; matplotlib's sample when not given."""
-    sprites: str = "shapes"
-    """What scenes are made of, for detector=scenes."""
+    """A photograph with a person, for the detector's self-test; matplotlib's sample by default."""
+    prompts_only: bool = False
+    """Write evaluation_metadata.jsonl, with captions= also leakage.json, and stop."""
     captions: str | None = None
     """Training captions to look for the prompts in: any data source, or FILE.txt."""
     num_captions: int | None = None
-    """Look at so many captions; else at all, of scenes at 100,000."""
+    """Look at the first captions only; at all by default, of scenes at 100,000."""
 
     def __post_init__(self) -> None:
-        if self.prompts_only:
-            return
-        super().__post_init__()
-        if self.model is not None and self.detector == "scenes":
-            raise ValueError(
-                "detector=scenes knows sprites only and cannot see GenEval's objects: score a generator of scenes with "
-                "python -m vqrae.eval.geneval.scenes, or give images="
-            )
-        if self.images_per_prompt < 1:
-            raise ValueError(
-                f"got images_per_prompt={self.images_per_prompt}, expected a positive number"
-            )
+        load_sprites(self.sprites)
+        if not self.prompts_only:
+            super().__post_init__()
+        if min(self.images_per_prompt, self.per_family) < 1:
+            raise ValueError("images_per_prompt and per_family must be positive")
+        if Path(self.output).suffix != ".json":
+            raise ValueError(f"got output={self.output}, expected a .json file")
 
 
-def draw_suite(
-    config: GenEvalConfig, records: list[dict[str, Any]], folder: Path, device: str
-) -> None:
-    """Draw the images of a suite that `folder` lacks."""
-    suite = {"suite": suite_name(records), "images_per_prompt": config.images_per_prompt}
-    claim_folder(folder, {**config.drawing_settings(), **suite}, "out")
-    if is_main_process():
-        write_prompts(folder, records)
-    orders = image_orders(folder, records, config.images_per_prompt)
-    draw_missing(
-        config.load_generator(device),
-        orders,
-        sampling=config.sampling,
-        batch_size=config.batch_size,
-        progress=progress_line("images") if is_main_process() else None,
-    )
-    if is_main_process():
-        write_grids(folder)
+def suite_records(config: GenEvalConfig) -> list[Record]:
+    """The prompts to generate images of."""
+    if config.suite == "official":
+        return official_prompts(config.seed)
+    return benchmark_prompts(load_sprites(config.sprites).names, config.per_family, config.seed)
 
 
-def score(
-    config: GenEvalConfig, judges: Judges, folder: Path
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Scores and result rows of a folder of images.
+def suite_title(config: GenEvalConfig, records: list[Record]) -> str:
+    """What scores call the suite: `official`, the choice of scenes, or a checksum."""
+    if config.suite == "scenes" and config.model is not None:
+        return f"scenes({config.sprites}, {config.per_family} per family, seed {config.seed})"
+    return suite_name(records)
+
+
+def build_judges(config: GenEvalConfig, device: str) -> Judges:
+    """Detector and colour classifier of the suite, tested; exits with code 2 when weights are missing."""
+    if config.suite == "scenes":
+        return scene_judges(config.sprites)
+    try:
+        return coco_judges(
+            config.detector,
+            weights=config.weights,
+            clip=config.clip,
+            known_image=config.known_image,
+            device=device,
+        )
+    except NotMeasured as error:
+        print(f"detector={config.detector}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def score(config: GenEvalConfig, judges: Judges, folder: Path) -> dict[str, Any]:
+    """Score a folder of images; the rows go to the results file.
 
     Raises:
         ValueError: when the folder holds no images, or prompts that the detector cannot judge.
     """
-    records = read_prompts(folder)
+    output, records = Path(config.output), read_prompts(folder)
     require_known_classes(judges, records)
-    progress = progress_line("scores") if is_main_process() else None
-    broken: dict[str, str] = {}
-    rows = score_folder(
-        folder,
-        judges.detector,
-        judges.classifier,
-        known=judges.known,
-        progress=progress,
-        broken=broken,
-        kept=None
-        if config.detector == "scenes"
-        else Path(config.out) / "rows",  # rules without weights are fast
-        identity=judges.identity,
-    )
+    kept = output.with_name("rows") if config.suite == "official" else None  # exact rules are fast
+    rows, broken = score_folder(folder, judges, progress=progress_of_main("scores"), kept=kept)
+    if is_main_process():
+        write_text(output.with_suffix(".jsonl"), metadata_lines(rows))
+    if config.suite == "official":
+        scores = summarize(rows)
+    else:
+        scores = scene_scores(rows, records, load_sprites(config.sprites).names)
     settings = folder / "settings.json"
-    manifest = score_manifest(
-        detector=judges.detector.name,
-        weights=judges.identity,
-        suite=suite_name(records),
-        images=read_json(settings) if settings.is_file() else {"folder": str(folder)},
-    )
-    found = {
+    manifest = {
+        **run_manifest(),
+        "detector": judges.detector.name,
+        "weights": judges.identity,
+        "suite": suite_title(config, records),
+        "images": read_json(settings) if settings.is_file() else {"folder": str(folder)},
+    }
+    problems: dict[str, Any] = {
         "num_broken": len(broken),
         "broken": broken,
         "incomplete": uneven_prompts(folder, rows),
-        "mistaken_colors": judges.mistaken,
+        "mistaken_colors": judges.mistaken_colors,
     }
-    return {"benchmark": judges.benchmark, **summarize(rows), **found, "manifest": manifest}, rows
+    if (
+        config.suite == "scenes"
+    ):  # the quickstart's report copies the file: only what there is to tell
+        problems = {key: value for key, value in problems.items() if value}
+    return {"benchmark": judges.benchmark, **scores, **problems, "manifest": manifest}
 
 
-def leakage(config: GenEvalConfig, records: list[dict[str, Any]]) -> dict[str, Any]:
+def leakage(config: GenEvalConfig, records: list[Record]) -> dict[str, Any]:
     """How many of the prompts are among the training captions."""
     assert config.captions is not None
     captions = training_captions(config.captions, config.num_captions)
-    return {
-        "captions": config.captions,
-        **leakage_report([record["prompt"] for record in records], captions),
-    }
+    report = leakage_report([record["prompt"] for record in records], captions)
+    return {"captions": config.captions, **report}
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(GenEvalConfig, argv)
     quiet_libraries()
-    out, records = Path(config.out), official_prompts(config.seed)
+    output, records = Path(config.output), suite_records(config)
     if config.prompts_only:
-        if not is_main_process():
-            return
-        write_text(out / "evaluation_metadata.jsonl", metadata_lines(records))
-        print(
-            f"{len(records)} prompts, suite {suite_name(records)}  ->  {out / 'evaluation_metadata.jsonl'}"
-        )
-        if config.captions is not None:
-            found = leakage(config, records)
-            write_json(out / "leakage.json", found)
-            print(leakage_line(found))
-        return
-    with processes(config.chosen_device()) as device:
-        try:
-            judges = build_judges(
-                config.detector,
-                weights=config.weights,
-                clip=config.clip,
-                sprites=config.sprites,
-                known_image=config.known_image,
-                device=device,
-            )
-        except NotMeasured as error:
-            print(f"detector={config.detector}: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
         if is_main_process():
-            out.mkdir(parents=True, exist_ok=True)
-            hold(out / ".lock", str(out))
-        folder = Path(config.images) if config.images is not None else out / "images"
-        if config.images is None:
-            draw_suite(config, records, folder, device)
-        values, rows = score(config, judges, folder)
+            write_prompts_only(config, records)
+        return
+    with processes(config.device) as device:
+        judges = build_judges(config, device)
+        if is_main_process():
+            output.parent.mkdir(parents=True, exist_ok=True)
+            hold(output.with_name(".lock"), str(output.parent))
+        ceiling = None
+        if config.model is None:
+            folder = Path(str(config.images))
+        else:
+            # ---- images: what the folder lacks is generated
+            folder = output.with_name("images")
+            suite = {"suite": suite_name(records), "images_per_prompt": config.images_per_prompt}
+            claim_folder(folder, {**config.generation_settings(), **suite}, "output")
+            if is_main_process():
+                write_prompts(folder, records)
+            generator = config.load_generator(device)
+            generate_missing(
+                generator,
+                image_requests(folder, records, config.images_per_prompt),
+                sampling=config.sampling,
+                batch_size=config.batch_size,
+                progress=progress_of_main("images"),
+            )
+            if is_main_process():
+                write_grids(folder)
+            if config.suite == "scenes":
+                ceiling = ceilings(
+                    records,
+                    generator.tokenizer,
+                    sprites=config.sprites,
+                    images_per_prompt=config.images_per_prompt,
+                    progress=progress_of_main,
+                )
+        # ---- scores
+        values = score(config, judges, folder)
     if is_main_process():
+        if ceiling is not None:
+            images = values["manifest"]["images"]
+            values |= {key: images[key] for key in ("generator", "dtype", "sampling")}
+            values |= {"ceiling": ceiling, "detector": judges.detector.name}
         if config.captions is not None:
             values["leakage"] = leakage(config, read_prompts(folder))
-        write_rows(out / "results.jsonl", rows)
-        write_json(out / "scores.json", values)
+        write_json(output, values)
         print(text_table(values))
-        print(f"{values['num_images']} images of {folder}  ->  {out / 'scores.json'}")
+        print(f"{values['num_images']} images in {folder}  ->  {output}")
+
+
+def write_prompts_only(config: GenEvalConfig, records: list[Record]) -> None:
+    """Write GenEval's file of prompts, and the leakage report where there are captions."""
+    file = Path(config.output).with_name("evaluation_metadata.jsonl")
+    write_text(file, metadata_lines(records))
+    print(f"{len(records)} prompts, suite {suite_name(records)}  ->  {file}")
+    if config.captions is not None:
+        found = leakage(config, records)
+        write_json(file.with_name("leakage.json"), found)
+        print(leakage_line(found))
 
 
 def text_table(values: dict[str, Any]) -> str:
-    """The scores for people, with intervals, and what is wrong with the folder or the prompts."""
+    """The scores for people, with intervals or ceilings, and what is wrong with images or prompts."""
+    manifest, ceiling = values["manifest"], values.get("ceiling", {})
     lines = [
-        f"{values['benchmark']}, detector {values['manifest']['detector']}, suite {values['manifest']['suite']}"
+        f"{values['benchmark']}, detector {manifest['detector']}, suite {manifest['suite']}",
+        f"{'':<16}{'score':>8}   {'95 % interval':<16}"
+        + "".join(f"{name:>16}" for name in ceiling),
     ]
     for key in (*FAMILIES, "overall"):
         if key in values:
             low, high = values["intervals"][key]
-            lines.append(f"{key:<16}{values[key]:>8.1%}   [{low:.1%}, {high:.1%}]")
-    if values["num_broken"]:
-        reason = next(iter(values["broken"].values()))
-        lines.append(f"BROKEN: {values['num_broken']} images are not in the score; {reason}")
-    if values["mistaken_colors"]:
-        lines.append(
-            f"WARNING: the colour classifier fails on plain balls: {values['mistaken_colors']}; check its weights"
-        )
-    if values["incomplete"]:
-        lines.append(
-            f"INCOMPLETE: {len(values['incomplete'])} prompts lack images, such as {values['incomplete'][0]}"
-        )
+            line = f"{key:<16}{values[key]:>8.1%}   {f'[{low:.1%}, {high:.1%}]':<16}"
+            lines.append(line + "".join(f"{found[key]:>16.1%}" for found in ceiling.values()))
+    if broken := values.get("broken"):
+        reason = next(iter(broken.values()))
+        lines.append(f"BROKEN: {len(broken)} images are not in the score; {reason}")
+    if mistaken := values.get("mistaken_colors"):
+        lines.append(f"WARNING: the colour classifier fails on plain balls: {mistaken}")
+    if incomplete := values.get("incomplete"):
+        lines.append(f"INCOMPLETE: {len(incomplete)} prompts lack images, such as {incomplete[0]}")
     if "leakage" in values:
         lines.append(leakage_line(values["leakage"]))
     return "\n".join(lines)
@@ -221,8 +255,9 @@ def text_table(values: dict[str, Any]) -> str:
 def leakage_line(found: dict[str, Any]) -> str:
     """A leakage report in one line."""
     return (
-        f"leakage: {found['normalized']} of {found['num_prompts']} prompts are among {found['num_captions']} captions "
-        f"({found['exact']} of them exactly), {found['contained']} are part of longer ones"
+        f"leakage: {found['normalized']} of {found['num_prompts']} prompts are among "
+        f"{found['num_captions']} captions ({found['exact']} of them exactly), "
+        f"{found['contained']} are part of longer ones"
     )
 
 

@@ -1,162 +1,140 @@
-"""What sees for GenEval, by name, with images on which it must prove that it does."""
+"""A detector with its colour classifier, and the tests that both must pass before they score."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw
 
 from vqrae.common.images import open_image
 from vqrae.data.scenes.scene import COLORS as COLOR_VALUES
+from vqrae.data.scenes.sprites import load_sprites
+from vqrae.eval.geneval.clip_colors import ClipColorClassifier
+from vqrae.eval.geneval.mask2former import HUGGING_FACE, Mask2FormerDetector
 from vqrae.eval.geneval.prompts import OBJECT_NAMES
-from vqrae.eval.geneval.rules import ColorClassifier, Detection, Detector, KnownImage, require_sight
+from vqrae.eval.geneval.rules import ColorClassifier, Detection, Detector, Record, evaluate_image
+from vqrae.eval.geneval.scene_detector import SceneColorClassifier, SceneDetector
 
-DetectorName = Literal["mmdet", "transformers", "scenes"]
-CLEAR_COLORS = (
-    "red",
-    "yellow",
-    "green",
-    "blue",
-    "black",
-    "white",
-)  # nobody mistakes a ball of these for another
+CLEAR_COLORS = ("red", "yellow", "green", "blue", "black", "white")  # unmistakable on a ball
+PERSON: Record = {
+    "tag": "single_object",
+    "include": [{"class": "person", "count": 1}],
+    "prompt": "a photograph of a person",
+}
 
 
 @dataclass(frozen=True)
 class Judges:
-    """A detector and a colour classifier that belong together.
+    """A detector and the colour classifier that goes with it.
 
     Attributes:
-        benchmark: what scores by them are called: `GenEval` for the official detector alone.
-        names: classes that the detector knows.
-        known: what `require_sight` asks it.
-        identity: which weights they are made of.
-        mistaken: plain colours that the classifier calls by another name, with that name.
+        benchmark: what their scores are called: `GenEval` for the official detector alone.
+        classes: what the detector knows.
+        identity: which weights they have.
+        mistaken_colors: plain colours that the classifier mistakes, with its answers.
     """
 
     benchmark: str
     detector: Detector
     classifier: ColorClassifier
-    names: frozenset[str]
-    known: list[KnownImage]
+    classes: frozenset[str]
     identity: dict[str, str]
-    mistaken: dict[str, str]
+    mistaken_colors: dict[str, str] = field(default_factory=dict)
 
 
-def build_judges(
-    name: DetectorName,
+def scene_judges(sprites: str) -> Judges:
+    """The rule-based detector of embedded scenes."""
+    loaded = load_sprites(sprites)
+    detector, classes = SceneDetector(loaded), frozenset(loaded.names)
+    return Judges(
+        "GenEval-scenes", detector, SceneColorClassifier(), classes, {"detector": "rules"}
+    )
+
+
+def coco_judges(
+    name: str,
     *,
     weights: str | None = None,
     clip: str,
-    sprites: str = "shapes",
     known_image: str | None = None,
     device: str = "cpu",
 ) -> Judges:
-    """Load and test a detector with its colour classifier.
+    """A Mask2Former on COCO with CLIP for colours, loaded and tested.
 
     Args:
-        name: `mmdet`, GenEval's own checkpoint; `transformers`, one of Hugging Face; `scenes`, the rule-based one.
-        weights: checkpoint of the first two, see `Mask2FormerDetector`.
-        clip: CLIP folder or hub id for colours.
-        sprites: what scenes are made of.
+        name: `mmdet`, GenEval's own checkpoint; `transformers`, one of Hugging Face.
+        weights: of the detector, see `Mask2FormerDetector`.
+        clip: CLIP folder or hub id.
         known_image: a photograph with a person in it; matplotlib's sample when not given.
 
     Raises:
         NotMeasured: when weights are missing, with where to get them.
         RuntimeError: when the detector is blind.
     """
-    if name == "scenes":
-        judges = _scene_judges(sprites)
-    else:
-        judges = _coco_judges(name, weights, clip, known_image, device)
-    require_sight(judges.detector, judges.classifier, judges.known)
-    return judges
-
-
-def _scene_judges(sprites: str) -> Judges:
-    from vqrae.eval.geneval.scenes import SceneBenchmark
-
-    benchmark = SceneBenchmark(sprites)
-    names = frozenset(benchmark.sprites.names)
-    identity = {"detector": "rules"}
-    return Judges(
-        "GenEval-scenes",
-        benchmark.detector,
-        benchmark.classifier,
-        names,
-        benchmark.known,
-        identity,
-        {},
-    )
-
-
-def _coco_judges(
-    name: DetectorName, weights: str | None, clip: str, known_image: str | None, device: str
-) -> Judges:
-    from vqrae.eval.geneval.clip_colors import ClipColorClassifier
-    from vqrae.eval.geneval.mask2former import HUGGING_FACE, Mask2FormerDetector
-
     if name == "mmdet":
         detector, benchmark = Mask2FormerDetector.from_mmdet(weights, device), "GenEval"
     else:
-        detector, benchmark = (
-            Mask2FormerDetector.from_transformers(weights or HUGGING_FACE, device),
-            "GenEval-HF",
-        )
+        detector = Mask2FormerDetector.from_transformers(weights or HUGGING_FACE, device)
+        benchmark = "GenEval-HF"
     classifier = ClipColorClassifier.from_pretrained(clip, device)
-    record: dict[str, Any] = {
-        "tag": "single_object",
-        "include": [{"class": "person", "count": 1}],
-        "prompt": "a photograph of a person",
-    }
-    known = [(open_image(known_image or sample_photograph()), record)]
+    require_sight(detector, classifier, open_image(known_image or sample_photograph()), PERSON)
     identity = {"detector": detector.identity, "colors": classifier.identity}
-    mistaken = mistaken_colors(classifier)
-    return Judges(
-        benchmark, detector, classifier, frozenset(OBJECT_NAMES), known, identity, mistaken
-    )
+    classes, mistaken = frozenset(OBJECT_NAMES), mistaken_colors(classifier)
+    return Judges(benchmark, detector, classifier, classes, identity, mistaken)
+
+
+def require_sight(
+    detector: Detector, classifier: ColorClassifier, image: Image.Image, record: Record
+) -> None:
+    """Refuse a detector that fails on an image that satisfies `record`.
+
+    A broken installation would otherwise score everything near zero, without an error.
+
+    Raises:
+        RuntimeError: naming the detector and what it missed.
+    """
+    row = evaluate_image(image, record, detector, classifier)
+    if not row["correct"]:
+        raise RuntimeError(
+            f"detector {detector.name} fails on a known image of {record['prompt']!r}: "
+            f"{row['reason']}. It found {row['details']}. Its scores would be meaningless: check its "
+            "weights, configuration and compiled kernels"
+        )
 
 
 def sample_photograph() -> Path:
-    """A photograph of one person that an installed package carries: matplotlib's portrait of Grace Hopper.
-
-    Raises:
-        FileNotFoundError: when the installation left the sample data out.
-    """
-    import matplotlib
-
+    """A photograph of one person that is always installed: matplotlib's portrait of Grace Hopper."""
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing, the self-test needs a photograph of a person: give known_image=FILE"
-        )
+        raise FileNotFoundError(f"{path} is missing: give known_image=, a photograph with a person")
     return path
 
 
 def mistaken_colors(classifier: ColorClassifier) -> dict[str, str]:
-    """What a classifier calls plain balls whose colour it does not name."""
-    found = {}
+    """What a classifier calls plain balls whose colour it gets wrong."""
+    mistaken = {}
     for color in CLEAR_COLORS:
         image, mask = Image.new("RGB", (224, 224), (120, 130, 140)), Image.new("1", (224, 224))
-        paint = tuple(round(255 * value) for value in COLOR_VALUES[color])
-        ImageDraw.Draw(image).ellipse((32, 32, 192, 192), fill=paint)
+        fill = tuple(round(255 * value) for value in COLOR_VALUES[color])
+        ImageDraw.Draw(image).ellipse((32, 32, 192, 192), fill=fill)
         ImageDraw.Draw(mask).ellipse((32, 32, 192, 192), fill=1)
         ball = Detection("sports ball", 1.0, (32, 32, 193, 193), np.asarray(mask))
-        [found[color]] = classifier.classify(image, [ball], ball.name)
-    return {color: answer for color, answer in found.items() if answer != color}
+        [answer] = classifier.classify(image, [ball], ball.name)
+        if answer != color:
+            mistaken[color] = answer
+    return mistaken
 
 
-def require_known_classes(judges: Judges, records: list[dict[str, Any]]) -> None:
-    """Refuse prompts about classes that the detector has never heard of: they could only score zero.
+def require_known_classes(judges: Judges, records: list[Record]) -> None:
+    """Refuse prompts about classes that the detector does not know: they could only score zero.
 
     Raises:
         ValueError: naming some of them.
     """
     asked = {clause["class"] for record in records for clause in record["include"]}
-    unknown = sorted(asked - judges.names)
-    if unknown:
+    if unknown := sorted(asked - judges.classes):
         raise ValueError(
-            f"prompts ask for {', '.join(unknown[:5])} ({len(unknown)} classes) that detector {judges.detector.name} does "
-            "not know: give the detector= that belongs to these prompts"
+            f"prompts ask for {', '.join(unknown[:5])} ({len(unknown)} classes), which detector "
+            f"{judges.detector.name} does not know: give the suite= that these prompts belong to"
         )

@@ -16,7 +16,7 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.sources import open_pairs, source_kind
 from vqrae.data.stream import Draw, parse_mixture
 
-SCENES = 100_000  # captions of an endless source that are looked at when no number is given
+SCENES = 100_000  # captions that are taken of scenes, which are endless, when no number is given
 EXAMPLES = 20
 TEMPLATE = re.compile(r"^an? photo of ")  # GenEval's
 
@@ -26,32 +26,31 @@ def training_captions(source: str, limit: int | None = None) -> Iterator[str]:
 
     Args:
         source: what `vqrae.data.sources` accepts, or FILE.txt with one caption per line.
-        limit: the first so many, of each part of a mixture.
+        limit: take the first ones only, of each part of a mixture.
     """
     if source.endswith(".txt"):
         yield from islice((line.strip() for _, line in text_lines(source) if line.strip()), limit)
         return
-    if source_kind(source) == "mixture":
+    kind = source_kind(source)
+    if kind == "mixture":
         for part, _ in parse_mixture(source):
             yield from training_captions(part, limit)
-        return
-    if source_kind(source) == "jsonl":
+    elif kind == "jsonl":
         yield from islice((caption for _, caption in scan_jsonl(source)[0]), limit)
-        return
-    if source_kind(source) == "scenes":
+    elif kind == "scenes":
         scenes = open_pairs(source, image_size=64, size=limit or SCENES)
         assert isinstance(scenes, SceneDataset)
-        yield from (scenes.caption(i) for i in range(len(scenes)))
-        return
-    pairs = open_pairs(source, image_size=64, size=limit, split="all")
-    assert isinstance(pairs, EncodedImages)
-    for index in range(len(pairs)):
-        try:
-            caption = pairs.encoded(Draw(index, 0)).caption
-        except ValueError:  # an image that cannot be read, which training skips too
-            continue
-        if caption:
-            yield caption.strip()
+        yield from map(scenes.caption, range(len(scenes)))
+    else:
+        pairs = open_pairs(source, image_size=64, size=limit, split="all")
+        assert isinstance(pairs, EncodedImages)
+        for index in range(len(pairs)):
+            try:
+                caption = pairs.encoded(Draw(index, 0)).caption
+            except ValueError:  # an unreadable image, which training skips too
+                continue
+            if caption:
+                yield caption.strip()
 
 
 def normalized(text: str) -> str:
@@ -64,9 +63,9 @@ def leakage_report(prompts: Sequence[str], captions: Iterable[str]) -> dict[str,
     """How many benchmark prompts occur among captions.
 
     Returns:
-        num_prompts and num_captions; `exact` and `normalized`, prompts that equal a caption as they are and after
-        `normalized`; `contained`, prompts that make up part of a longer caption; `template_captions`, captions that start
-        like a GenEval prompt; the first `examples` of prompts found.
+        num_prompts and num_captions; the prompts that equal a caption, `exact` and `normalized`;
+        `contained`, prompts within a longer caption; `template_captions`, captions that start like a
+        GenEval prompt; the first `examples` of prompts found.
     """
     wanted, plain = set(prompts), {normalized(prompt) for prompt in prompts}
     lengths = sorted({len(prompt.split()) for prompt in plain})
@@ -77,18 +76,14 @@ def leakage_report(prompts: Sequence[str], captions: Iterable[str]) -> dict[str,
     for caption in captions:
         total += 1
         template += bool(TEMPLATE.match(caption.casefold()))
-        if caption in wanted:
-            exact.add(caption)
+        exact |= wanted & {caption}
         text = normalized(caption)
-        if text in plain:
-            equal.add(text)
+        equal |= plain & {text}
         words = text.split()
         for length in lengths:
-            if length >= len(words):
-                break
-            contained |= plain & {
-                " ".join(words[i : i + length]) for i in range(len(words) - length + 1)
-            }
+            starts = range(len(words) - length + 1) if length < len(words) else ()
+            contained |= plain & {" ".join(words[i : i + length]) for i in starts}
+    found = [prompt for prompt in prompts if normalized(prompt) in equal | contained]
     return {
         "num_prompts": len(prompts),
         "num_captions": total,
@@ -96,7 +91,5 @@ def leakage_report(prompts: Sequence[str], captions: Iterable[str]) -> dict[str,
         "normalized": sum(normalized(prompt) in equal for prompt in prompts),
         "contained": sum(normalized(prompt) in contained for prompt in prompts),
         "template_captions": template,
-        "examples": sorted(prompt for prompt in wanted if normalized(prompt) in equal | contained)[
-            :EXAMPLES
-        ],
+        "examples": sorted(set(found))[:EXAMPLES],
     }

@@ -1,9 +1,8 @@
-"""Mask2Former (arXiv 2112.01527) on COCO as GenEval's detector, in plain transformers: no mmcv, no compiled kernels.
+"""Mask2Former (arXiv 2112.01527) on COCO as GenEval's detector, in plain transformers.
 
-Two sources of weights. `from_mmdet` takes GenEval's own checkpoint, so that its scores are GenEval's; `from_transformers`
-takes a Hugging Face checkpoint, which is another training run: its scores carry another name.
-
-Pre- and post-processing are mmdetection's, not those of the Hugging Face processor, which drops overlaps and resizes masks.
+`from_mmdet` takes GenEval's own checkpoint, so that its scores are GenEval's; `from_transformers` takes
+a Hugging Face checkpoint, another training run whose scores carry another name. Pre- and post-processing
+are mmdetection's: the Hugging Face processor drops overlaps and resizes masks.
 """
 
 from pathlib import Path
@@ -16,27 +15,26 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from vqrae.common.checkpoints import load_model, resolve_model
-from vqrae.common.files import weights_fingerprint
+from vqrae.common.checkpoints import load_model, model_fingerprint, resolve_model
 from vqrae.eval.geneval.mmdet_keys import from_mmdet
 from vqrae.eval.geneval.prompts import OBJECT_NAMES
 from vqrae.eval.geneval.rules import Box, Detection
 from vqrae.eval.reconstruction.networks import find_weights
 
-MMDET_FILE = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
+MMDET_CONFIG = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
+MMDET_FILE = f"{MMDET_CONFIG}_20220504_001756-743b7d99.pth"
 MMDET_URL = (
-    "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
-    + MMDET_FILE
+    f"https://download.openmmlab.com/mmdetection/v2.0/mask2former/{MMDET_CONFIG}/{MMDET_FILE}"
 )
 HUGGING_FACE = "facebook/mask2former-swin-small-coco-instance"
 
 # The test pipeline of mmdetection's configuration.
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-MMDET_PADDING = 128  # grey level, before normalising; detectron2, where Hugging Face's weights come from, pads with zeros after it
+MMDET_PADDING = 128  # grey level, before normalising; detectron2 trained Hugging Face's with zeros
 MAX_PER_IMAGE = 100
 
-# Of scalars that training hooks may have left among a checkpoint's metadata: harmless, but not loaded by default.
+# Of scalars that training hooks may leave in a checkpoint's metadata: harmless, but not allowed by default.
 _NUMPY_SCALARS: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),  # its name before numpy 2
     np.dtype,
@@ -73,12 +71,12 @@ class Mask2FormerDetector:
         identity: str,
         padding: int | None = None,
     ) -> None:
-        self.model, self.name, self.identity = model.eval().requires_grad_(False), name, identity
-        self.padding = padding
+        self.model, self.padding = model.eval().requires_grad_(False), padding
+        self.name, self.identity = name, identity
 
     @classmethod
     def from_mmdet(cls, weights: str | None = None, device: str = "cpu") -> "Mask2FormerDetector":
-        """With GenEval's checkpoint, from `weights` or torch's cache.
+        """With GenEval's checkpoint, from the file `weights` or torch's cache.
 
         Raises:
             NotMeasured: when it is not there, with the address to get it from.
@@ -88,6 +86,7 @@ class Mask2FormerDetector:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             stored = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
         model = Mask2FormerForUniversalSegmentation(swin_small_config())
+        # Not strict for the sake of NOT_IN_MMDET alone: `from_mmdet` refuses everything else.
         model.load_state_dict(from_mmdet(stored, model.state_dict()), strict=False)
         return cls(model.to(device), "mask2former-swin-s(mmdet)", MMDET_FILE, MMDET_PADDING)
 
@@ -100,36 +99,33 @@ class Mask2FormerDetector:
         Raises:
             ValueError: when its classes are not COCO's 80 things in COCO's order.
         """
-        folder = resolve_model(name)
-        model = load_model(Mask2FormerForUniversalSegmentation, folder)
+        model = load_model(Mask2FormerForUniversalSegmentation, resolve_model(name))
         labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-        # Names differ in places ("mouse", "couch"/"sofa"); these are far apart and spelt the same everywhere.
+        # Names differ in places ("mouse", "couch"/"sofa"); these are far apart and spelt the same.
         anchors = {0: "person", 15: "cat", 22: "zebra", 46: "banana", 74: "clock", 79: "toothbrush"}
-        if len(labels) != len(OBJECT_NAMES) or any(
-            labels[i] != label for i, label in anchors.items()
-        ):
+        is_coco = len(labels) == len(OBJECT_NAMES)
+        if not is_coco or any(labels[i] != label for i, label in anchors.items()):
             raise ValueError(
-                f"{name} has {len(labels)} classes {labels[:3]} …, expected COCO's 80 things in COCO's order"
+                f"{name} has {len(labels)} classes {labels[:3]} …, expected COCO's 80 in its order"
             )
-        identity = weights_fingerprint(folder) if Path(folder).is_dir() else name
-        return cls(model.to(device), f"mask2former-hf({Path(name).name})", identity)
+        title = f"mask2former-hf({Path(name).name})"
+        return cls(model.to(device), title, model_fingerprint(name))
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> list[Detection]:
         """The 100 best pairs of query and class, masks (H, W) bool at the image's size."""
         pixel_values, resized = prepare(image, self.padding)
         output = self.model(pixel_values=pixel_values.to(self.model.device))
+        classes, masks = output.class_queries_logits[0], output.masks_queries_logits[0]
         padded = (pixel_values.shape[-2], pixel_values.shape[-1])
-        size = (image.height, image.width)
-        return instances(
-            output.class_queries_logits[0], output.masks_queries_logits[0], padded, resized, size
-        )
+        return instances(classes, masks, padded, resized, (image.height, image.width))
 
 
 def prepare(image: Image.Image, padding: int | None = None) -> tuple[Tensor, tuple[int, int]]:
-    """RGB image -> (1, 3, H, W) as the detector wants it, and the (height, width) in it that the image covers.
+    """RGB image -> (1, 3, H, W) as the detector wants it, and the (height, width) that the image covers.
 
-    Resized to fit 800 x 1333 without antialiasing, like OpenCV, to whole grey levels; padded to multiples of 32.
+    Resized to fit 800 x 1333 without antialiasing, like OpenCV, to whole grey levels; padded to
+    multiples of 32.
 
     Args:
         padding: grey level of the margin, normalised like the image; None leaves zeros.
@@ -158,20 +154,17 @@ def instances(
     Args:
         class_logits: (queries, classes + 1), the last one for "nothing".
         mask_logits: (queries, h, w).
-        padded, resized, size: (height, width) of the network's input, of the image in it, of the image itself.
+        padded, resized, size: (height, width) of the network's input, of the image in it, of the image.
     """
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     num_classes = probabilities.shape[1]
     scores, places = probabilities.flatten().topk(min(MAX_PER_IMAGE, probabilities.numel()))
     queries, labels = places // num_classes, places % num_classes
     masks: dict[int, tuple[np.ndarray, float]] = {}
+    # Query by query: all masks at the image's size would fill the memory.
     for query in queries.unique().tolist():
-        logits = F.interpolate(
-            mask_logits[None, query : query + 1].float(),
-            padded,
-            mode="bilinear",
-            align_corners=False,
-        )
+        logits = mask_logits[None, query : query + 1].float()
+        logits = F.interpolate(logits, padded, mode="bilinear", align_corners=False)
         logits = logits[..., : resized[0], : resized[1]]
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)[0, 0]
         inside = logits > 0

@@ -1,23 +1,23 @@
-"""GenEval's prompts by its published rules: seed 43 gives the 553 official ones byte for byte, other seeds fresh suites.
+"""GenEval's prompts by its published rules: seed 43 gives the 553 official ones, byte for byte.
 
-Scores on the official suite compare with other papers'. A fresh suite of the same families cannot have leaked into anybody's
-training captions.
+Scores on the official suite compare with other papers'. Any other seed gives a fresh suite of the same
+families, which cannot have leaked into training captions.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vqrae.data.scenes.language import NUMBER_WORDS, plural, with_article
-from vqrae.eval.geneval.rules import COLORS
+from vqrae.data.scenes.scene import RELATIONS
+from vqrae.eval.geneval.rules import COLORS, Record
 
 OFFICIAL_SEED = 43
 OFFICIAL_MD5 = "9a0ed515640279a48ed3380d90aec0ed"  # of the official evaluation_metadata.jsonl
 DRAWS = 100  # of each task but single_object, before repetitions are dropped
-RELATIONS = ("left of", "right of", "above", "below")
 
 # COCO's 80 things in COCO's order; "mouse", "remote" and "keyboard" have a word more so that a prompt is understood.
 OBJECT_NAMES = (
@@ -32,28 +32,27 @@ OBJECT_NAMES = (
 )  # fmt: skip
 
 
-def official_prompts(seed: int = OFFICIAL_SEED) -> list[dict[str, Any]]:
+def official_prompts(seed: int = OFFICIAL_SEED) -> list[Record]:
     """A suite of GenEval prompts over COCO's objects, as metadata records in the official order.
-
-    The order of the draws is part of the rules: all of them come from one generator.
 
     Args:
         seed: 43 is the official suite; any other a fresh one (0 has 548 prompts, 42 has 559).
     """
+    # The order of the draws is part of the rules: all of them come from one random generator.
     rng = np.random.default_rng(seed)
     count = len(OBJECT_NAMES)
     records = [_single_object(int(index)) for index in rng.choice(count, size=count, replace=False)]
-    for draw in (_two_object, _counting, _colors, _position, _color_attr):
-        records += [draw(rng) for _ in range(DRAWS)]
+    for sample in (_two_object, _counting, _colors, _position, _color_attr):
+        records += [sample(rng) for _ in range(DRAWS)]
     return list({json.dumps(record): record for record in records}.values())
 
 
-def metadata_lines(records: Iterable[dict[str, Any]]) -> str:
+def metadata_lines(records: Sequence[Record]) -> str:
     """The content of `evaluation_metadata.jsonl`."""
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def suite_name(records: Sequence[dict[str, Any]]) -> str:
+def suite_name(records: Sequence[Record]) -> str:
     """`official` for the 553 official records, else `md5:` and the first digits of the suite's checksum."""
     digest = hashlib.md5(metadata_lines(records).encode(), usedforsecurity=False).hexdigest()
     return "official" if digest == OFFICIAL_MD5 else f"md5:{digest[:8]}"
@@ -66,7 +65,7 @@ def _clause(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
     return {"class": name, "count": count, **more}
 
 
-def _record(tag: str, include: list[dict[str, Any]], phrase: str) -> dict[str, Any]:
+def _record(tag: str, include: list[dict[str, Any]], phrase: str) -> Record:
     return {"tag": tag, "include": include, "prompt": f"a photo of {phrase}"}
 
 
@@ -75,49 +74,42 @@ def _pair(rng: np.random.Generator) -> tuple[str, str]:
     return OBJECT_NAMES[a], OBJECT_NAMES[b]
 
 
-def _single_object(index: int) -> dict[str, Any]:
+def _single_object(index: int) -> Record:
     name = OBJECT_NAMES[index]
     return _record("single_object", [_clause(name)], with_article(name))
 
 
-def _two_object(rng: np.random.Generator) -> dict[str, Any]:
+def _two_object(rng: np.random.Generator) -> Record:
     a, b = _pair(rng)
-    return _record(
-        "two_object", [_clause(a), _clause(b)], f"{with_article(a)} and {with_article(b)}"
-    )
+    phrase = f"{with_article(a)} and {with_article(b)}"
+    return _record("two_object", [_clause(a), _clause(b)], phrase)
 
 
-def _counting(rng: np.random.Generator) -> dict[str, Any]:
+def _counting(rng: np.random.Generator) -> Record:
     name = OBJECT_NAMES[rng.choice(len(OBJECT_NAMES))]
     count = int(rng.integers(2, 4, endpoint=True))
     record = _record("counting", [_clause(name, count)], f"{NUMBER_WORDS[count]} {plural(name)}")
-    return {
-        "tag": record["tag"],
-        "include": record["include"],
-        "exclude": [_clause(name, count + 1)],
-        "prompt": record["prompt"],
-    }
+    exclude = [_clause(name, count + 1)]
+    # The order of keys counts: the official file is matched byte for byte.
+    return {"tag": "counting", "include": record["include"], "exclude": exclude, **record}
 
 
-def _colors(rng: np.random.Generator) -> dict[str, Any]:
+def _colors(rng: np.random.Generator) -> Record:
     name = OBJECT_NAMES[rng.choice(len(OBJECT_NAMES) - 1) + 1]  # no coloured person
     color = COLORS[rng.choice(len(COLORS))]
     return _record("colors", [_clause(name, color=color)], with_article(f"{color} {name}"))
 
 
-def _position(rng: np.random.Generator) -> dict[str, Any]:
+def _position(rng: np.random.Generator) -> Record:
     a, b = _pair(rng)
     relation = RELATIONS[rng.choice(len(RELATIONS))]
     include = [_clause(b), _clause(a, position=[relation, 0])]
     return _record("position", include, f"{with_article(a)} {relation} {with_article(b)}")
 
 
-def _color_attr(rng: np.random.Generator) -> dict[str, Any]:
-    names = [
-        OBJECT_NAMES[index + 1]
-        for index in rng.choice(len(OBJECT_NAMES) - 1, size=2, replace=False)
-    ]
-    colors = [COLORS[index] for index in rng.choice(len(COLORS), size=2, replace=False)]
-    include = [_clause(name, color=color) for name, color in zip(names, colors, strict=True)]
-    phrases = [with_article(f"{color} {name}") for name, color in zip(names, colors, strict=True)]
-    return _record("color_attr", include, " and ".join(phrases))
+def _color_attr(rng: np.random.Generator) -> Record:
+    names = rng.choice(len(OBJECT_NAMES) - 1, size=2, replace=False) + 1
+    colors = rng.choice(len(COLORS), size=2, replace=False)
+    pairs = [(OBJECT_NAMES[name], COLORS[color]) for name, color in zip(names, colors, strict=True)]
+    phrase = " and ".join(with_article(f"{color} {name}") for name, color in pairs)
+    return _record("color_attr", [_clause(name, color=color) for name, color in pairs], phrase)

@@ -1,8 +1,8 @@
-"""GenEval's scoring rules (Ghosh et al., arXiv 2310.11513; MIT), over any detector and colour classifier.
+"""GenEval's scoring rules (Ghosh et al., arXiv 2310.11513; MIT), from detections to scores.
 
-The rules are those of the official `evaluate_images.py` and `summary_scores.py`, edge cases included: the same detections
-give the same verdicts, reasons and numbers. What sees is an argument, so that COCO detectors and the rule-based one of the
-embedded scenes share this file; every score should be quoted with the detector's name.
+The rules are those of the official `evaluate_images.py` and `summary_scores.py`, edge cases included:
+the same detections give the same verdicts, reasons and numbers. Detector and colour classifier are
+arguments, so quote every score with the detector's name.
 """
 
 import json
@@ -17,16 +17,20 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 MAX_OBJECTS = 16  # per class and image
 POSITION_MARGIN = 0.1  # share of both objects' extents that an offset must exceed to count
 POSITION_THRESHOLD = 0.5  # of the offset's length
+INTERVAL_METHOD = (
+    "tasks: 95 % Wilson with prompts as trials, for images of one prompt are alike; "
+    "overall: the tasks' intervals combined (MOVER)"
+)
 
+Record = dict[str, Any]
+"""GenEval's metadata of a prompt: tag, include, [exclude,] prompt."""
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in pixels."""
-KnownImage = tuple[Image.Image, dict[str, Any]]
-"""An image and a record that it satisfies without doubt."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object that a detector found; `mask`, where there is one, is for the colour classifier that goes with it."""
+    """One detected object; `mask` (H, W), where there is one, is for the colour classifier."""
 
     name: str
     score: float
@@ -35,14 +39,14 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects. Detections count above `threshold`, in the counting task above `counting_threshold`."""
+    """Finds objects that count above `threshold`, in the counting task above `counting_threshold`."""
 
     name: str
     threshold: float
     counting_threshold: float
 
     def detect(self, image: Image.Image) -> list[Detection]:
-        """All objects in an RGB image, in any order, also the doubtful ones."""
+        """All objects in an RGB image, in any order, uncertain ones included."""
 
 
 class ColorClassifier(Protocol):
@@ -57,14 +61,6 @@ class ColorClassifier(Protocol):
 # ---- one image
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether an image holds what its prompt asks for, and if not, why (one line per violated clause)."""
-
-    correct: bool
-    reason: str
-
-
 def confident_objects(
     detections: Iterable[Detection], threshold: float
 ) -> dict[str, list[Detection]]:
@@ -77,16 +73,15 @@ def confident_objects(
 
 
 def relative_position(a: Box, b: Box) -> set[str]:
-    """Where box `a` lies seen from `b`: up to two of left of, right of, above, below; empty when too close to say."""
-    edges_a, edges_b = (
-        np.array(a, dtype=float).reshape(2, 2),
-        np.array(b, dtype=float).reshape(2, 2),
-    )
-    offset = edges_a.mean(axis=0) - edges_b.mean(axis=0)
-    extents = np.abs(edges_a[1] - edges_a[0]) + np.abs(edges_b[1] - edges_b[0])
+    """Where box `a` is as seen from `b`: up to two of left of, right of, above, below."""
+    corners_a = np.array(a, dtype=float).reshape(2, 2)
+    corners_b = np.array(b, dtype=float).reshape(2, 2)
+    offset = corners_a.mean(axis=0) - corners_b.mean(axis=0)
+    extents = np.abs(corners_a[1] - corners_a[0]) + np.abs(corners_b[1] - corners_b[0])
     revised = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_MARGIN * extents, 0)
     if np.all(np.abs(revised) < 1e-3):
         return set()
+    # Divided by the length of the offset itself, as the official code does, not of the revised one.
     dx, dy = revised / np.linalg.norm(offset)
     holds = {
         "left of": dx < -POSITION_THRESHOLD,
@@ -100,104 +95,145 @@ def relative_position(a: Box, b: Box) -> set[str]:
 def judge(
     image: Image.Image,
     objects: dict[str, list[Detection]],
-    metadata: dict[str, Any],
+    record: Record,
     classifier: ColorClassifier,
-) -> Verdict:
-    """Judge an image by the objects in it (`confident_objects`).
+) -> list[str]:
+    """Why an image with these `confident_objects` misses its prompt, one line per clause; [] if right.
 
-    All `include` clauses must hold, and no `exclude` clause may. A clause looks at its `count` most confident objects
-    only: their colours and their positions against every object of the clause it points to, which must hold itself.
+    All `include` clauses must hold, and no `exclude` clause may. A clause looks at its `count` most
+    confident objects only: at their colours, and at their positions relative to every object of the
+    clause that it points to, which must hold itself.
     """
     reasons: list[str] = []
-    groups: list[list[Detection] | None] = []
-    for clause in metadata.get("include", []):
+    groups: list[list[Detection] | None] = []  # of each clause, None where it does not hold
+    for clause in record.get("include", []):
         name, count = clause["class"], clause["count"]
         found = objects.get(name, [])[:count]
-        problems = []
         if len(found) < count:
-            problems.append(f"expected {name}>={count}, found {len(found)}")
+            problem = f"expected {name}>={count}, found {len(found)}"
         else:
+            problem = ""
             if "color" in clause:
-                problems += _color_problems(clause, classifier.classify(image, found, name))
-            if "position" in clause and not problems:
-                problems += _position_problems(clause, found, groups)
-        groups.append(None if problems else found)
-        reasons += problems
-    for clause in metadata.get("exclude", []):
-        found = objects.get(clause["class"], [])
+                problem = _color_problem(clause, classifier.classify(image, found, name))
+            if "position" in clause and not problem:
+                problem = _position_problem(clause, found, groups[clause["position"][1]])
+        groups.append(None if problem else found)
+        reasons += [problem] if problem else []
+    for clause in record.get("exclude", []):
+        name, found = clause["class"], objects.get(clause["class"], [])
         if len(found) >= clause["count"]:
-            reasons.append(f"expected {clause['class']}<{clause['count']}, found {len(found)}")
-    return Verdict(not reasons, "\n".join(reasons))
+            reasons.append(f"expected {name}<{clause['count']}, found {len(found)}")
+    return reasons
 
 
-def _color_problems(clause: dict[str, Any], colors: list[str]) -> list[str]:
+def _color_problem(clause: dict[str, Any], colors: list[str]) -> str:
     wanted, count = clause["color"], clause["count"]
-    if colors.count(wanted) >= count:
-        return []
+    right = colors.count(wanted)
+    if right >= count:
+        return ""
     found = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
-    return [
-        f"expected {wanted} {clause['class']}>={count}, found {colors.count(wanted)} {wanted}; and {found}"
-    ]
+    return f"expected {wanted} {clause['class']}>={count}, found {right} {wanted}; and {found}"
 
 
-def _position_problems(
-    clause: dict[str, Any], found: list[Detection], groups: list[list[Detection] | None]
-) -> list[str]:
-    wanted, target = clause["position"]
-    targets = groups[target]
+def _position_problem(
+    clause: dict[str, Any], found: list[Detection], targets: list[Detection] | None
+) -> str:
+    name, wanted = clause["class"], clause["position"][0]
     if targets is None:
-        return [f"no target for {clause['class']} to be {wanted}"]
+        return f"no target for {name} to be {wanted}"
     for a in found:
         for b in targets:
             relations = relative_position(a.box, b.box)
             if wanted not in relations:
-                return [
-                    f"expected {clause['class']} {wanted} target, found {' and '.join(sorted(relations))} target"
-                ]
-    return []
+                seen = " and ".join(sorted(relations))
+                return f"expected {name} {wanted} target, found {seen} target"
+    return ""
 
 
 def evaluate_image(
     image: Image.Image,
-    metadata: dict[str, Any],
+    record: Record,
     detector: Detector,
     classifier: ColorClassifier,
     filename: str = "",
 ) -> dict[str, Any]:
-    """One row of GenEval's results: filename, tag, prompt, correct, reason, metadata and details (both JSON strings).
+    """One row of GenEval's results file: filename, tag, prompt, correct, reason, metadata, details.
 
-    `details` holds [x0, y0, x1, y1, score] of every object that counted, by class.
+    `metadata` and `details` are JSON strings; `details` holds [x0, y0, x1, y1, score] of every object
+    that counted, by class.
     """
-    threshold = detector.counting_threshold if metadata["tag"] == "counting" else detector.threshold
+    counting = record["tag"] == "counting"
+    threshold = detector.counting_threshold if counting else detector.threshold
     objects = confident_objects(detector.detect(image), threshold)
-    verdict = judge(image, objects, metadata, classifier)
-    details = {
-        name: [[*map(float, d.box), float(d.score)] for d in found]
-        for name, found in objects.items()
-    }
+    reasons = judge(image, objects, record, classifier)
+    details = {}
+    for name, found in objects.items():
+        details[name] = [[*map(float, d.box), float(d.score)] for d in found]
     return {
         "filename": filename,
-        "tag": metadata["tag"],
-        "prompt": metadata["prompt"],
-        "correct": verdict.correct,
-        "reason": verdict.reason,
-        "metadata": json.dumps(metadata),
+        "tag": record["tag"],
+        "prompt": record["prompt"],
+        "correct": not reasons,
+        "reason": "\n".join(reasons),
+        "metadata": json.dumps(record),
         "details": json.dumps(details),
     }
 
 
-def require_sight(
-    detector: Detector, classifier: ColorClassifier, known: Iterable[KnownImage]
-) -> None:
-    """Refuse a detector that fails on known images: a broken installation would otherwise score everything near zero.
+# ---- all images
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Share of correct images per task, and the unweighted mean of tasks as `overall`.
+
+    Returns:
+        overall, one score per tag in order of appearance, `correct_images`, `correct_prompts` (with any
+        correct image), num_images, num_prompts; `intervals`, 95 % bounds per tag and of `overall`.
 
     Raises:
-        RuntimeError: naming the detector and what it missed.
+        ValueError: without rows.
     """
-    for image, metadata in known:
-        row = evaluate_image(image, metadata, detector, classifier)
-        if not row["correct"]:
-            raise RuntimeError(
-                f"detector {detector.name} fails on a known image of {metadata['prompt']!r}: {row['reason']}. It saw "
-                f"{row['details']}. Scores from it would mean nothing: check its weights, configuration and compiled kernels."
-            )
+    if not rows:
+        raise ValueError("got no results, expected at least one image")
+    tasks: dict[
+        str, dict[str, list[bool]]
+    ] = {}  # tag -> prompt's metadata -> one verdict per image
+    for row in rows:
+        tasks.setdefault(row["tag"], {}).setdefault(row["metadata"], []).append(row["correct"])
+    scores: dict[str, float] = {}
+    intervals: dict[str, tuple[float, float]] = {}
+    correct_prompts: list[bool] = []
+    for tag, prompts in tasks.items():
+        verdicts = list(prompts.values())
+        scores[tag] = float(np.mean(np.concatenate(verdicts)))
+        intervals[tag] = wilson_interval(scores[tag] * len(verdicts), len(verdicts))
+        correct_prompts += map(any, verdicts)
+    shares = [(scores[tag], *intervals[tag]) for tag in tasks]
+    return {
+        "overall": float(np.mean(list(scores.values()))),
+        **scores,
+        "correct_images": float(np.mean([row["correct"] for row in rows])),
+        "correct_prompts": float(np.mean(correct_prompts)),
+        "num_images": len(rows),
+        "num_prompts": len(correct_prompts),
+        "intervals": {"overall": mean_interval(shares), **intervals},
+        "interval_method": INTERVAL_METHOD,
+    }
+
+
+def wilson_interval(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Bounds of a share from `correct` of `total` independent trials (Wilson 1927); 95 % by default."""
+    share, spread = correct / total, z * z / total
+    center = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * float(np.sqrt(share * (1 - share) / total + spread / (4 * total)))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def mean_interval(shares: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Bounds of the mean of independent shares (value, low, high), by MOVER (Zou and Donner 2008).
+
+    Unlike a bootstrap it does not promise certainty where every task is all right or all wrong.
+    """
+    values, lows, highs = np.array(shares).T
+    below, above = (np.linalg.norm(bounds - values) / len(values) for bounds in (lows, highs))
+    return float(values.mean() - below), float(values.mean() + above)

@@ -1,13 +1,16 @@
-"""A rule-based detector for the embedded scenes, behind the protocols of `eval/geneval.py`: no weights, nothing learned.
+"""A rule-based detector for the embedded scenes: no weights, nothing learned.
 
-Analysis by synthesis. The background is fitted where no object covers it. Every pixel is explained as a blend of the
-background and one of the ten colours; where a colour prevails, connected pixels form a thing. The thing's coverage map is
-compared with every sprite at several sizes, positions and blurs, all treated alike; the best one gives name and box. The
-score is a soft intersection over union, so a blob that looks like no sprite scores low and is not counted.
+Analysis by synthesis. The background is fitted where no object covers it. Every pixel is explained as a
+blend of the background and one of the ten colours; connected pixels where a colour prevails form a thing.
+The thing's coverage map is compared with every sprite at several sizes, positions and blurs; the best one
+gives name and box. The score is a soft intersection over union, so a blob that resembles no sprite scores
+low and is not counted.
+
+Shapes: S = SIDE pixels, P pixels of a selection, M sprites (names), K = 10 colours.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,76 +19,75 @@ from scipy import ndimage
 
 from vqrae.data.scenes.scene import COLOR_NAMES, COLOR_VALUES, MARGIN
 from vqrae.data.scenes.sprites import SpriteSet
-from vqrae.eval.geneval import Box, Detection
+from vqrae.eval.geneval.rules import Box, Detection
 
 SIDE = 64  # pixels of a side that the rules are tuned for; other images are scaled to it
 SIZES = (14, 44)  # sprite sizes that are looked for, inclusive; wider than what scenes hold
 MIN_AREA = 36  # pixels; smaller things are specks
-REACH = 5  # pixels around a thing in which its faint parts (a thin handle, a blurred tip) still belong to it
+REACH = (
+    5  # pixels around a thing within which its faint parts (a handle, a blurred tip) belong to it
+)
 FAINT = 0.12  # coverage below this is background
 SMOOTHING = 1.0  # pixels of blur that thing and sprites get alike, against noise and blotches
 BLURS = (0.0, 0.7, 1.3)  # further blurs of the sprites, in pixels: a soft image is not a wrong one
 SHIFTS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
-OPACITY = 0.3  # weight of "the blend should be opaque" against "the blend should match" when a colour is chosen
-DISTINCTION = 0.03  # overlap by which the best name must lead the second; a smaller lead costs score in proportion
-PURITY = 0.6  # a thing with a smaller share of pixels of its own colour loses score in proportion
+OPACITY = 0.3  # of "the blend should be opaque" vs "the blend should match" when choosing a colour
+DISTINCTION = 0.03  # overlap by which the best name must lead; a smaller lead costs score
+PURITY = 0.6  # share of a thing's pixels that must have its colour; fewer cost score
+
+Thing = tuple[np.ndarray, np.ndarray]
+"""Connected opaque pixels, and the territory in which its faint parts may be; both (S, S) bool."""
 
 
 class SceneDetector:
     """Finds the sprites of one set in an image; see the module.
 
     Attributes:
-        threshold: score above which a thing counts as seen. True scenes of shapes score 0.98 and more, after a blur of one
-            pixel above 0.9, at a reconstruction's 28 dB above 0.8; an oblong or a half disc stays below 0.74.
+        threshold: score above which a thing counts as seen. True scenes of shapes score 0.98 and more,
+            after a blur of one pixel above 0.9, at a reconstruction's 28 dB above 0.8; an oblong or a half
+            disc stays below 0.74.
         counting_threshold: the same for GenEval's counting task.
     """
 
-    def __init__(
-        self, sprites: SpriteSet, *, threshold: float = 0.74, counting_threshold: float = 0.74
-    ) -> None:
+    threshold = counting_threshold = 0.74
+
+    def __init__(self, sprites: SpriteSet) -> None:
         self.name = f"scene-detector({sprites.name})"
-        self.threshold, self.counting_threshold = threshold, counting_threshold
         self._matcher = SpriteMatcher(sprites)
 
     def detect(self, image: Image.Image) -> list[Detection]:
-        """Every thing in the image under its best name, whatever the score. Masks are (64, 64) bool."""
-        view = _View.of(image)
-        found = []
-        for thing in _things(view.opaque):
+        """Every thing in the image under its best name, whatever the score. Masks are (S, S) bool."""
+        view = View.of(image)
+        components, _ = ndimage.label(view.opaque)
+        found: list[Detection] = []
+        for thing in _divide(components):
             whole = self._recognize(view, thing)
-            parts = (
-                []
-                if whole.score > self.threshold
-                else [self._recognize(view, part) for part in _split(view, thing)]
-            )
+            parts: list[Detection] = []
+            if whole.score <= self.threshold:  # two objects that touch?
+                parts = [self._recognize(view, part) for part in _split(view, thing)]
             found += parts if any(part.score > self.threshold for part in parts) else [whole]
         width, height = image.size[0] / SIDE, image.size[1] / SIDE
-        return [
-            Detection(
-                d.name,
-                d.score,
-                (d.box[0] * width, d.box[1] * height, d.box[2] * width, d.box[3] * height),
-                d.mask,
-            )
-            for d in found
-        ]
+        scaled = []
+        for item in found:
+            x0, y0, x1, y1 = item.box
+            box = (x0 * width, y0 * height, x1 * width, y1 * height)
+            scaled.append(Detection(item.name, item.score, box, item.mask))
+        return scaled
 
-    def _recognize(self, view: "_View", thing: "_Thing") -> Detection:
-        color = _color(view, thing.mask)
+    def _recognize(self, view: "View", thing: Thing) -> Detection:
+        mask, territory = thing
+        color = _color(view, mask)
         difference = COLOR_VALUES[color] - view.background
         square = np.square(difference).sum(axis=-1)
         coverage = ((view.pixels - view.background) * difference).sum(axis=-1) / square
-        coverage = np.where(
-            thing.territory & (np.abs(coverage) > FAINT), coverage.clip(-0.5, 1.5), 0
-        )
+        visible = territory & (np.abs(coverage) > FAINT)
+        coverage = np.where(visible, coverage.clip(-0.5, 1.5), 0)
         # A lighter or darker tone of the colour moves the coverage by this much.
-        tint = float(
-            (COLOR_VALUES[color] * difference).sum(axis=-1)[thing.mask].mean()
-            / square[thing.mask].mean()
-        )
+        shift = (COLOR_VALUES[color] * difference).sum(axis=-1)
+        tint = float(shift[mask].mean() / square[mask].mean())
         name, overlap, box = self._matcher.match(coverage, tint)
-        purity = float((view.labels[_interior(thing.mask)] == color).mean())
-        return Detection(name, overlap * min(1.0, purity / PURITY), box, thing.mask)
+        purity = float((view.labels[_interior(mask)] == color).mean())
+        return Detection(name, overlap * min(1.0, purity / PURITY), box, mask)
 
 
 class SceneColorClassifier:
@@ -95,20 +97,22 @@ class SceneColorClassifier:
         self, image: Image.Image, detections: Sequence[Detection], class_name: str
     ) -> list[str]:
         """One colour name per detection of `SceneDetector`."""
-        view = _View.of(image)
-        return [
-            COLOR_NAMES[_color(view, detection.mask)]
-            for detection in detections
-            if detection.mask is not None
-        ]
+        view = View.of(image)
+        masks = [detection.mask for detection in detections if detection.mask is not None]
+        return [COLOR_NAMES[_color(view, mask)] for mask in masks]
 
 
 # ---- pixels
 
 
 @dataclass(frozen=True)
-class _View:
-    """An image, explained: pixels and background (64, 64, 3) in [0, 1]; colour index and opacity of each pixel (64, 64)."""
+class View:
+    """An image and its explanation: background, and each pixel's colour index and opacity.
+
+    Attributes:
+        pixels, background: (S, S, 3) in [0, 1].
+        labels, opaque: (S, S).
+    """
 
     pixels: np.ndarray
     background: np.ndarray
@@ -116,13 +120,14 @@ class _View:
     opaque: np.ndarray
 
     @classmethod
-    def of(cls, image: Image.Image) -> "_View":
+    def of(cls, image: Image.Image) -> "View":
         image = image.convert("RGB")
         if image.size != (SIDE, SIDE):
             image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
         pixels = np.asarray(image, dtype=np.float32) / 255
         background = fit_background(pixels, _border())
         labels, opaque = _label(pixels, background)
+        # Again, with everything that the first fit took for background.
         visible = ~ndimage.binary_dilation(opaque, iterations=4)
         if visible.mean() > 0.2:
             background = fit_background(pixels, visible)
@@ -131,14 +136,14 @@ class _View:
 
 
 def fit_background(pixels: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Continue a background below the things on it: a plane, plus the one periodic texture that fits it best.
+    """Continue a background below the things on it: a plane, plus the periodic texture that fits best.
 
     Args:
-        pixels: (64, 64, 3) in [0, 1].
-        visible: (64, 64), where it is the background that one sees; a minority of outliers is forgiven.
+        pixels: (S, S, 3) in [0, 1].
+        visible: (S, S), where the background shows; a minority of outliers is tolerated.
 
     Returns:
-        The background, (64, 64, 3).
+        The background, (S, S, 3).
     """
     values = pixels[visible]
     inliers = np.abs(values - np.median(values, axis=0)).max(axis=1) < 0.2
@@ -146,44 +151,42 @@ def fit_background(pixels: np.ndarray, visible: np.ndarray) -> np.ndarray:
         inliers[:] = True
     values, designs = values[inliers], _background_designs()
     design = designs[:, visible][:, inliers]  # (textures, P, 4)
-    moment = design.transpose(0, 2, 1) @ values
-    weights = np.linalg.solve(
-        design.transpose(0, 2, 1) @ design + np.eye(4, dtype=np.float32), moment
-    )
+    transposed = design.transpose(0, 2, 1)
+    moment = transposed @ values
+    # Ridge regression; of all textures, the one that explains the most variance.
+    weights = np.linalg.solve(transposed @ design + np.eye(4, dtype=np.float32), moment)
     best = (weights * moment).sum(axis=(1, 2)).argmax()
     return designs[best] @ weights[best]
 
 
 def _border() -> np.ndarray:
-    """The pixels that objects keep away from, (64, 64) bool."""
+    """The pixels that objects keep away from, (S, S) bool."""
     return np.pad(np.zeros((SIDE - 2 * MARGIN,) * 2, dtype=bool), MARGIN, constant_values=True)
 
 
 @functools.lru_cache(maxsize=1)
 def _background_designs() -> np.ndarray:
-    """Regressors [1, x, y, wave] for the periodic textures of scenes, (textures, 64, 64, 4)."""
+    """Regressors [1, x, y, wave] for the periodic textures of scenes, (textures, S, S, 4)."""
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
     waves = []
     for period in (8, 16):
-        waves += [
-            np.sin(2 * np.pi * (np.cos(a) * x + np.sin(a) * y) / period)
-            for a in np.arange(4) * np.pi / 4
-        ]
+        for along in (np.cos(a) * x + np.sin(a) * y for a in np.arange(4) * np.pi / 4):
+            waves += [np.sin(2 * np.pi * along / period)]
         waves.append((x // period + y // period) % 2 - 0.5)
-        waves.append(
-            ((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (0.3 * period) ** 2)
-            - 0.3
-        )
-    # Large dots do not show on the border: centred there, they get no weight from it instead of trading with the plane.
-    waves = [wave - wave[_border()].mean() for wave in waves]
-    designs = [
-        np.stack([np.ones_like(x), x / SIDE - 0.5, y / SIDE - 0.5, wave], axis=-1) for wave in waves
-    ]
+        radius = (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2
+        waves.append((radius < (0.3 * period) ** 2) - 0.3)
+    designs = []
+    for wave in waves:
+        # Large dots do not show on the border: centred there, they get no weight from it instead of
+        # competing with the plane.
+        wave = wave - wave[_border()].mean()
+        plane = [np.ones_like(x), x / SIDE - 0.5, y / SIDE - 0.5]
+        designs.append(np.stack([*plane, wave], axis=-1))
     return np.stack(designs).astype(np.float32)
 
 
 def _label(pixels: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Explain every pixel as a blend: colour index, and whether the colour has more than half of the blend."""
+    """Every pixel as a blend: colour index, and whether the colour has more than half of it."""
     departure = pixels - background
     labels = np.zeros(pixels.shape[:2], dtype=np.int64)
     opaque = np.zeros(pixels.shape[:2], dtype=bool)
@@ -195,58 +198,45 @@ def _label(pixels: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _blend(departure: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cost and share (P, 10) of every colour in the blend that best explains a departure (P, 3) from the background.
+    """Cost and share (P, K) of each colour in the blend that explains a departure (P, 3) best.
 
     With OPACITY = 1 the cost would be the squared distance to the pure colour; less forgives blurred edges.
     """
-    difference = COLOR_VALUES - background[:, None]  # (P, 10, 3)
+    difference = COLOR_VALUES - background[:, None]  # (P, K, 3)
     square = np.square(difference).sum(axis=-1)
     product = np.einsum("pc,pkc->pk", departure, difference)
     share = (product / square).clip(0, 1)
-    mismatch = (
-        np.square(departure).sum(axis=-1)[:, None] - 2 * share * product + np.square(share) * square
-    )
+    distance = np.square(departure).sum(axis=-1)[:, None]
+    mismatch = distance - 2 * share * product + np.square(share) * square
     return mismatch + OPACITY * np.square(1 - share) * square, share
 
 
 # ---- things
 
 
-@dataclass(frozen=True)
-class _Thing:
-    """Connected opaque pixels, and the surroundings in which its faint parts may lie; both (64, 64) bool."""
-
-    mask: np.ndarray
-    territory: np.ndarray
-
-
-def _things(opaque: np.ndarray) -> Iterator[_Thing]:
-    components, _ = ndimage.label(opaque)
-    return _divide(components)
-
-
-def _split(view: _View, thing: _Thing) -> Iterator[_Thing]:
-    """The thing's regions of one colour each: two objects that touch. Nothing when one colour fills it."""
-    regions = np.zeros(thing.mask.shape, dtype=np.int64)
-    for color in np.unique(view.labels[thing.mask]):
-        core = ndimage.binary_opening(thing.mask & (view.labels == color))
+def _split(view: View, thing: Thing) -> list[Thing]:
+    """The thing's regions of one colour each; none when one colour fills it."""
+    mask = thing[0]
+    regions = np.zeros(mask.shape, dtype=np.int64)
+    for color in np.unique(view.labels[mask]):
+        core = ndimage.binary_opening(mask & (view.labels == color))
         pieces, _ = ndimage.label(core)
         regions = np.where(core, pieces + regions.max(), regions)
-    parts = list(_divide(regions))
-    return iter(parts if len(parts) > 1 else [])
+    parts = _divide(regions)
+    return parts if len(parts) > 1 else []
 
 
-def _divide(components: np.ndarray) -> Iterator[_Thing]:
+def _divide(components: np.ndarray) -> list[Thing]:
     """Things from an image of component numbers; a faint pixel belongs to the nearest of them."""
     areas = np.bincount(components.ravel())
     areas[0] = 0
     kept = np.flatnonzero(areas >= MIN_AREA)
+    if not len(kept):
+        return []
     components = np.where(np.isin(components, kept), components, 0)
-    if len(kept):
-        distance, nearest = ndimage.distance_transform_edt(components == 0, return_indices=True)
-        owner = np.where(distance <= REACH, components[tuple(nearest)], 0)
-        for number in kept:
-            yield _Thing(components == number, owner == number)
+    distance, nearest = ndimage.distance_transform_edt(components == 0, return_indices=True)
+    owner = np.where(distance <= REACH, components[tuple(nearest)], 0)
+    return [(components == number, owner == number) for number in kept]
 
 
 def _interior(mask: np.ndarray) -> np.ndarray:
@@ -255,7 +245,7 @@ def _interior(mask: np.ndarray) -> np.ndarray:
     return eroded if eroded.sum() >= 8 else mask
 
 
-def _color(view: _View, mask: np.ndarray) -> int:
+def _color(view: View, mask: np.ndarray) -> int:
     """Index of the colour that best explains the mean of a thing's interior."""
     inside = _interior(mask)
     mean, base = view.pixels[inside].mean(axis=0), view.background[inside].mean(axis=0)
@@ -267,11 +257,18 @@ def _color(view: _View, mask: np.ndarray) -> int:
 
 
 @dataclass(frozen=True)
-class _Bank:
-    """All sprites at one size, centred by their mass: templates (names, blurs, 64 * 64), boxes (names, 4), areas (names,)."""
+class TemplateBank:
+    """All sprites at one size, centred by their mass.
+
+    Attributes:
+        coverage: (M, blurs, S * S).
+        shading: the same of coverage * (shade - 1); zero for sprites of one tone.
+        boxes: (M, 4).
+        areas: (M,).
+    """
 
     coverage: np.ndarray
-    shading: np.ndarray  # coverage * (shade - 1); zero for sprites of one tone
+    shading: np.ndarray
     boxes: np.ndarray
     areas: np.ndarray
 
@@ -289,38 +286,32 @@ class SpriteMatcher:
         The score is the soft intersection over union, less where another name fits nearly as well.
 
         Args:
-            coverage: (64, 64), how much of each pixel a thing covers.
+            coverage: (S, S), how much of each pixel a thing covers.
             tint: change of coverage per unit of the sprite's shade.
         """
         area = max(float(coverage.sum()), 1.0)
-        y, x = (
-            int(np.clip((coverage * axis).sum() / area, 0, SIDE) + 0.5)
-            for axis in np.mgrid[0:SIDE, 0:SIDE]
-        )
+        mass = [float((coverage * axis).sum() / area) for axis in np.mgrid[0:SIDE, 0:SIDE]]
+        y, x = (int(min(max(center, 0), SIDE) + 0.5) for center in mass)
         window = np.pad(_smooth(coverage, SMOOTHING), SIDE)
         top, left = y + SIDE // 2, x + SIDE // 2
-        views = np.stack(
-            [window[top + dy :, left + dx :][:SIDE, :SIDE].ravel() for dy, dx in SHIFTS]
-        )
+        shifted = [window[top + dy :, left + dx :][:SIDE, :SIDE].ravel() for dy, dx in SHIFTS]
+        views = np.stack(shifted)
         overlaps = np.zeros(len(self.sprites.names))
         boxes = np.zeros((len(overlaps), 4))
         for size, names in self._candidates(area).items():
             bank = self._bank(size)
-            templates = bank.coverage[names] + (
-                tint * bank.shading[names] if bank.shading.any() else 0
-            )
+            templates = bank.coverage[names]
+            if bank.shading.any():
+                templates = templates + tint * bank.shading[names]
             for name, blurred in zip(names, templates, strict=True):
-                error = (
-                    np.square(blurred).sum(axis=1)[:, None] - 2 * blurred @ views.T
-                )  # + the same constant for all
+                # Squared distance of each blur and shift, less a constant.
+                error = np.square(blurred).sum(axis=1)[:, None] - 2 * blurred @ views.T
                 blur, shift = np.unravel_index(error.argmin(), error.shape)
                 overlap = _soft_iou(blurred[blur], views[shift])
                 if overlap > overlaps[name]:
                     dy, dx = SHIFTS[shift]
-                    overlaps[name], boxes[name] = (
-                        overlap,
-                        bank.boxes[name] + np.array([x + dx, y + dy] * 2) - SIDE // 2,
-                    )
+                    overlaps[name] = overlap
+                    boxes[name] = bank.boxes[name] + np.array([x + dx, y + dy] * 2) - SIDE // 2
         second, first = np.argsort(overlaps)[-2:]
         x0, y0, x1, y1 = (float(edge) for edge in boxes[first])
         certainty = min(1.0, (overlaps[first] - overlaps[second]) / DISTINCTION)
@@ -335,31 +326,27 @@ class SpriteMatcher:
                 sizes.setdefault(size, []).append(name)
         return sizes
 
-    def _make_bank(self, size: int) -> _Bank:
-        drawn = [self.sprites.draw(name, size) for name in self.sprites.names]
-        canvases = np.zeros((2, len(drawn), len(BLURS), SIDE, SIDE), dtype=np.float32)
-        boxes, areas = [], []
-        for i, (mask, shade) in enumerate(drawn):
-            y, x = (
-                round(float((mask * axis).sum() / mask.sum())) for axis in np.mgrid[0:size, 0:size]
-            )
+    def _make_bank(self, size: int) -> TemplateBank:
+        names = self.sprites.names
+        layers = np.zeros((2, len(names), len(BLURS), SIDE, SIDE), dtype=np.float32)
+        boxes, areas = np.zeros((len(names), 4), dtype=np.int64), np.zeros(len(names))
+        axes = np.mgrid[0:size, 0:size]
+        for i, name in enumerate(names):
+            mask, shade = self.sprites.draw(name, size)
+            y, x = (round(float((mask * axis).sum() / mask.sum())) for axis in axes)
             top, left = SIDE // 2 - y, SIDE // 2 - x
+            place = slice(top, top + size), slice(left, left + size)
             for j, blur in enumerate(BLURS):
-                for canvas, layer in zip(
-                    canvases[:, i, j], (mask, mask * (shade - 1)), strict=True
-                ):
-                    canvas[top : top + size, left : left + size] = layer
+                for canvas, layer in zip(layers[:, i, j], (mask, mask * (shade - 1)), strict=True):
+                    canvas[place] = layer
                     canvas[:] = _smooth(canvas, float(np.hypot(blur, SMOOTHING)))
-            rows, columns = (
-                np.flatnonzero((mask > 0.5).any(axis=1)),
-                np.flatnonzero((mask > 0.5).any(axis=0)),
-            )
-            boxes.append(
-                (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
-            )
-            areas.append(float(mask.sum()))
-        coverage, shading = canvases.reshape(2, len(drawn), len(BLURS), -1)
-        return _Bank(coverage, shading, np.array(boxes), np.array(areas))
+            inside = mask > 0.5
+            rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+            boxes[i] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+            boxes[i] += (left, top) * 2
+            areas[i] = mask.sum()
+        coverage, shading = layers.reshape(2, len(names), len(BLURS), -1)
+        return TemplateBank(coverage, shading, boxes, areas)
 
 
 def _smooth(array: np.ndarray, sigma: float) -> np.ndarray:

@@ -570,8 +570,8 @@ class TestCommand:
                 return torch.stack([image_to_tensor(truth[prompt]) for prompt in prompts])
 
         monkeypatch.setattr(Generator, "from_pretrained", lambda *arguments, **options: Perfect())
-        for function in ("model_fingerprint", "tokenizer_fingerprint"):
-            monkeypatch.setattr(f"vqrae.eval.drawing.{function}", lambda name: "f" * 64)
+        for function in ("model_fingerprint", "recorded_tokenizer"):
+            monkeypatch.setattr(f"vqrae.eval.generated.{function}", lambda name: "f" * 64)
         arguments = ["model=m", f"out={tmp_path}", "num_prompts=6", "sampling.guidance_scale=4"]
         evaluate.main(arguments)
         values = read_json(tmp_path / "scores.json")

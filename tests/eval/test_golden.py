@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import Mask2FormerForUniversalSegmentation
 
-from vqrae.eval.geneval import OBJECT_NAMES
 from vqrae.eval.geneval.mask2former import MEAN as GREY
 from vqrae.eval.geneval.mask2former import MMDET_PADDING, STD, instances, prepare, swin_small_config
 from vqrae.eval.geneval.mmdet_keys import from_mmdet
+from vqrae.eval.geneval.prompts import OBJECT_NAMES
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -15,7 +15,7 @@ from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.scenes.sprites import load_sprites
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.eval.features import evaluate as features
-from vqrae.eval.geneval import scenes as generation
+from vqrae.eval.geneval import evaluate as geneval
 from vqrae.eval.sharding import run_module
 from vqrae.generation.modeling import build_generator
 from vqrae.generation.vocabulary import VisualVocabulary
@@ -87,8 +87,8 @@ def test_two_processes_give_the_numbers_of_one(
         ),
         (scene_questions, {"CHUNK": 5}, [f"model={llava}", "num_images=3", "max_new_tokens=2"]),
         (
-            generation,
-            {"BATCH": 5},
+            geneval,
+            {},
             [f"model={generator}", "per_family=2", "images_per_prompt=1", "batch_size=4"],
         ),
     ]
@@ -96,7 +96,7 @@ def test_two_processes_give_the_numbers_of_one(
     for module, settings, arguments in commands:
         for name, value in settings.items():
             monkeypatch.setattr(module, name, value)
-        name = module.__name__.rpartition(".")[2]
+        name = module.__name__
         module.main([*arguments, f"output={tmp_path / 'one' / name}.json"])
         numbers = ",".join(f"{key}={value}" for key, value in settings.items())
         pairs += [
@@ -113,7 +113,7 @@ def test_two_processes_give_the_numbers_of_one(
     )
     assert result.returncode == 0, result.stderr[-3000:]
     for module, *_ in commands:
-        file = f"{module.__name__.rpartition('.')[2]}.json"
+        file = f"{module.__name__}.json"
         one, two = (read_json(tmp_path / folder / file) for folder in ("one", "two"))
         one.pop("manifest", None), two.pop("manifest", None)
         assert two == one, module.__name__

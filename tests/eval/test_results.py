@@ -8,7 +8,7 @@ import pytest
 
 from vqrae.common.config import ConfigError
 from vqrae.common.files import read_json, write_json
-from vqrae.eval.geneval import summarize
+from vqrae.eval.geneval.rules import summarize
 from vqrae.eval.results import evaluate as results
 from vqrae.eval.results.evaluate import GENEVAL_COLUMNS, paper_tables, read_score
 

@@ -18,7 +18,7 @@ from vqrae.data.scenes.scene import (
     render,
 )
 from vqrae.data.scenes.sprites import load_sprites
-from vqrae.eval.geneval import Detection
+from vqrae.eval.geneval.rules import Detection
 from vqrae.eval.geneval.scene_detector import SceneColorClassifier, SceneDetector
 
 SETS = ("shapes", "emoji")

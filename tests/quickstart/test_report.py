@@ -13,8 +13,11 @@ from vqrae.common.files import read_json, write_json
 from vqrae.common.images import save_image
 from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.data.scenes.dataset import SceneDataset
-from vqrae.eval.geneval import sample_path, write_prompts, write_rows
-from vqrae.eval.geneval.scenes import SceneBenchmark, satisfying_images
+from vqrae.data.scenes.language import benchmark_prompts
+from vqrae.data.scenes.sprites import load_sprites
+from vqrae.eval.geneval import evaluate as geneval
+from vqrae.eval.geneval.folders import sample_path, write_prompts
+from vqrae.eval.geneval.scenes import ceilings, satisfying_images
 from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
 from vqrae.quickstart.evidence import CURVES, STEPS, Evidence, figure_rows, report_values
 from vqrae.quickstart.figures import curve_svg
@@ -65,15 +68,22 @@ def write_evaluations(run: Path, model: VQRAEModel) -> None:
         lambda pairs: ["star" if "thing" in text else "purple" for _, text in pairs], num_images=8
     )
     write_json(folder / "questions.json", answers)
-    benchmark = SceneBenchmark(per_family=2, images_per_prompt=2)
-    write_prompts(folder / "images", benchmark.records)
-    images = satisfying_images(benchmark.records, benchmark.sprites, image_size=64, per_prompt=2)
+    shapes = load_sprites("shapes")
+    prompts = benchmark_prompts(shapes.names, 2)
+    write_prompts(folder / "images", prompts)
+    images = satisfying_images(prompts, shapes, image_size=64, per_prompt=2)
     for i, (image, _) in enumerate(images):
         shown = image if i % 4 else Image.new("RGB", (64, 64), "gray")
         save_image(shown, sample_path(folder / "images", i // 2, i % 2))
-    scores, rows = benchmark.score_folder(folder / "images")
-    write_rows(folder / "generation.jsonl", rows)
-    ceiling = benchmark.ceilings(model, lambda name: lambda done, total: None)
+    geneval.main([f"images={folder / 'images'}", f"output={folder / 'generation.json'}"])
+    ceiling = ceilings(
+        prompts,
+        model,
+        sprites="shapes",
+        images_per_prompt=2,
+        progress=lambda name: lambda done, total: None,
+    )
+    scores = read_json(folder / "generation.json")
     write_json(folder / "generation.json", {**scores, "ceiling": ceiling})
 
 

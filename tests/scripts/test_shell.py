@@ -47,8 +47,6 @@ def test_arguments_reach_the_launcher(repository: Any) -> None:
 @pytest.mark.parametrize(
     ("script", "argument", "module"),
     [
-        ("eval_geneval", "model=m", "eval.geneval.scenes"),
-        ("eval_geneval", "prompts_only=true", "eval.geneval.evaluate"),
         ("eval_understanding", "model=m", "quickstart.scene_questions"),
         ("eval_understanding", "benchmark=pope", "eval.understanding.evaluate"),
     ],

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqrae.eval.geneval import COLORS, OBJECT_NAMES, Detection, evaluate_image, official_prompts
+from vqrae.eval.geneval.prompts import OBJECT_NAMES, official_prompts
+from vqrae.eval.geneval.rules import COLORS, Detection, evaluate_image
 
 IMAGE = Image.new("RGB", (64, 64))
 Boxes = list[np.ndarray]
