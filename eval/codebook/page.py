@@ -162,7 +162,7 @@ def draw_spacing(axes: Axes, spacing: np.ndarray, used: np.ndarray, error: float
     values = [group for group, _ in groups.values() if len(group)]
     colors = [color for group, color in groups.values() if len(group)]
     names = [name for name, (group, _) in groups.items() if len(group)]
-    axes.hist(values, edges, stacked=True, color=colors, label=names, linewidth=0)
+    axes.hist(values, edges.tolist(), stacked=True, color=colors, label=names, linewidth=0)
     mark(axes, error, "rms error")
     label = "distance of a code to its nearest other"
     axes.set(xlim=(0, edges[-1]), xlabel=label, ylabel="codes")

@@ -1,4 +1,4 @@
-"""What frozen features know about labels: nearest neighbours, and a linear map in closed form.
+"""What frozen features say about labels: nearest neighbours, and a linear map in closed form.
 
 Shapes: M samples, D feature width, C classes. Labels are int64 in 0 … C - 1.
 """
@@ -15,17 +15,24 @@ HELD_OUT = 5  # every fifth sample chooses the ridge
 
 
 @dataclass(frozen=True)
-class Samples:
+class LabelledFeatures:
     """Features (M, D) and labels (M,)."""
 
     features: Tensor
     labels: Tensor
 
 
+def majority_share(asked: LabelledFeatures) -> float:
+    """Accuracy of always answering the most frequent class."""
+    return torch.bincount(asked.labels).max().item() / len(asked.labels)
+
+
 def knn_accuracy(
-    known: Samples, asked: Samples, *, k: int = 20, temperature: float = 0.07
+    known: LabelledFeatures, asked: LabelledFeatures, *, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Share of samples whose class the k nearest known ones vote for, by cosine (the protocol of DINO, arXiv 2104.14294).
+    """Share of samples whose class the k nearest known ones vote for, by cosine.
+
+    The protocol of DINO (arXiv 2104.14294).
 
     Args:
         temperature: a neighbour of cosine c votes with weight exp(c / temperature).
@@ -48,22 +55,23 @@ def knn_accuracy(
     return right / len(asked.labels)
 
 
-def linear_accuracy(known: Samples, asked: Samples) -> float:
+def linear_accuracy(known: LabelledFeatures, asked: LabelledFeatures) -> float:
     """Share of samples that ridge regression onto one-hot labels puts into the right class.
 
-    Closed form, so nothing has to converge. Features are standardised; the ridge is the one of `RIDGES` that is best on every
-    fifth known sample when it is fitted on the others, the larger one of equals.
+    Closed form, so nothing has to converge. Features are standardised. The ridge is the one of
+    `RIDGES` that is best on every fifth known sample when it is fitted on the others; of equals the
+    larger one.
     """
-    mean, std = known.features.double().mean(0), known.features.double().std(0).clamp(min=1e-6)
+    mean = known.features.double().mean(0)
+    std = known.features.double().std(0).clamp(min=1e-6)
     x, tests = ((samples.features.double() - mean) / std for samples in (known, asked))
     num_classes = int(max(known.labels.max(), asked.labels.max())) + 1
+    targets = F.one_hot(known.labels, num_classes).double()
     held_out = torch.arange(len(x), device=x.device) % HELD_OUT == 0
-    fitted = _ridge_maps(x[~held_out], F.one_hot(known.labels[~held_out], num_classes).double())
+    fitted = _ridge_maps(x[~held_out], targets[~held_out])
     scores = [_accuracy(linear, x[held_out], known.labels[held_out]) for linear in fitted]
     best = max(range(len(RIDGES)), key=lambda i: (scores[i], i))
-    return _accuracy(
-        _ridge_maps(x, F.one_hot(known.labels, num_classes).double())[best], tests, asked.labels
-    )
+    return _accuracy(_ridge_maps(x, targets)[best], tests, asked.labels)
 
 
 def _ridge_maps(x: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -82,8 +90,3 @@ def _ridge_maps(x: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _accuracy(linear: tuple[Tensor, Tensor], x: Tensor, labels: Tensor) -> float:
     weights, bias = linear
     return ((x @ weights + bias).argmax(1) == labels).double().mean().item()
-
-
-def majority_share(asked: Samples) -> float:
-    """Accuracy of always answering the most frequent class: what chance gives."""
-    return torch.bincount(asked.labels).max().item() / len(asked.labels)
