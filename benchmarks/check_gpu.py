@@ -11,6 +11,7 @@ memory or time or otherwise, says so, and the others go on. A compiled sampler r
 import contextlib
 import dataclasses
 import gc
+import itertools
 import math
 import os
 import subprocess
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,7 +37,8 @@ from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json
 from vqrae.common.memory import GIB
-from vqrae.common.run import RunDirectory
+from vqrae.common.run import Run, read_metrics
+from vqrae.common.run import open as open_run
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.tables import markdown_table
 from vqrae.generation.config import GenerationConfig
@@ -49,9 +52,10 @@ from vqrae.planning.empty_models import llm_config, tokenizer_config
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
+from vqrae.tokenizer.data import StageImages
 from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.quantizers.search import nearest_codes
-from vqrae.tokenizer.stage import StageTrainer
+from vqrae.tokenizer.train import train_stage
 from vqrae.understanding.build import build_processor, llava_config, prepare_text_tokenizer
 from vqrae.understanding.packing import PackingCollator
 from vqrae.understanding.train import freeze
@@ -101,45 +105,53 @@ class Row:
 # ---- the hot paths
 
 
-def tokenizer_stage(name: str, number: int, *overrides: str, born_on: str = "cpu") -> StageTrainer:
-    """A stage of a published tokenizer, ready for `train_step`.
+def tokenizer_steps(
+    name: str, number: int, run: Run, *overrides: str, born_on: str = "cpu"
+) -> Iterator[int]:
+    """The loop of a stage of a published tokenizer, set up; `next` takes a step.
 
     Args:
         born_on: the device that draws the random weights.
     """
-    config = load_config(
-        TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), ["dry_run=2", *overrides]
-    )
-    config = rehearsal(config, number)
+    given = ["dry_run=100", "log_steps=1", *overrides]
+    config = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), given)
+    config = dataclasses.replace(rehearsal(config, number), save_steps=1000, sample_steps=1000)
     torch.manual_seed(0)
     with torch.device(born_on):
         model = build_tokenizer(
             dataclasses.replace(config.model, encoder=None),
             attention_implementation(config.attention),
         )
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = StageTrainer(config, number, model, RunDirectory(folder, config))
-    trainer.set_mode()
-    return trainer
+    steps = train_stage(config, number, model, run)
+    next(steps)
+    return steps
 
 
 def tokenizer_numbers(name: str, number: int, device: torch.device) -> Numbers:
-    """Losses of one image in one step."""
+    """Losses and gradient norm of one image in one step."""
     exact = [
         "bf16=false",
         "tf32=false",
         "attention=sdpa",
         f"model.encoder_config.num_hidden_layers={LAYERS}",
     ]
-    trainer = tokenizer_stage(name, number, "micro_batch_size=1", *exact)
-    trainer.train_step(0, trainer.images.micro_batches(0))
-    return [*trainer.losses.means().values(), float(trainer.grad_norm)]
+    with tempfile.TemporaryDirectory() as folder:
+        next(tokenizer_steps(name, number, open_run(folder), "micro_batch_size=1", *exact))
+        (row,) = read_metrics(folder)
+    return [value for key, value in row.items() if key.endswith(("_loss", "_norm"))]
 
 
 def tokenizer_speed(name: str, number: int, device: torch.device) -> Callable[[], Any]:
-    trainer = tokenizer_stage(name, number, born_on=device.type)
-    batch = next(trainer.images.micro_batches(0))  # reading images is not what is timed
-    return lambda: trainer.train_step(0, iter([batch]))
+    read_images = StageImages.micro_batches
+
+    def repeat_one(images: StageImages, start: int) -> Iterator[Tensor]:
+        # Reading images is not what is timed.
+        yield from itertools.repeat(next(read_images(images, start)))
+
+    folder = tempfile.mkdtemp()  # small; the loop logs as long as it is timed
+    with mock.patch.object(StageImages, "micro_batches", repeat_one):
+        steps = tokenizer_steps(name, number, open_run(folder), born_on=device.type)
+    return lambda: next(steps)
 
 
 def search(

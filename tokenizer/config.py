@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from vqrae.common.config import check_range
+from vqrae.common.optim import warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +161,21 @@ class StageConfig:
         )
         return bool(self.distillation_weight) or perceptual
 
-    def is_adversarial(self, step: int) -> bool:
-        """Whether the discriminator has a part in a step."""
-        return self.adversarial_weight > 0 and step >= self.discriminator_start
+    def rate_factor(self, step: int, *, begin: int = 0) -> float:
+        """What learning rates are multiplied by at a step: linear warm-up, then cosine, counted from step `begin`."""
+        return warmup_cosine(
+            step - begin,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.max_steps - begin,
+            end=self.end_lr / self.decoder_lr,
+        )
 
-    def adversarial_ramp(self, step: int) -> float:
-        """Share of the adversarial weight at a step from the discriminator's start on."""
-        return min(1.0, (step - self.discriminator_start + 1) / max(1, self.discriminator_ramp))
+    def adversarial_weight_at(self, step: int) -> float:
+        """The adversarial weight at a step: 0 before `discriminator_start`, then the ramp."""
+        begun = step - self.discriminator_start
+        if begun < 0:
+            return 0.0
+        return self.adversarial_weight * min(1.0, (begun + 1) / max(1, self.discriminator_ramp))
 
     def is_revival(self, done: int) -> bool:
         """Whether unused codes come back to life behind so many steps."""

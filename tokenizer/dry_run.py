@@ -1,10 +1,12 @@
 """`dry_run=N`: the real configuration for N steps on rendered scenes, then what it took and what the full run would need.
 
 Nothing is downloaded and nothing is kept (see `vqrae.common.dry_run`). The discriminator takes part from the first step on; the
-global batch is one micro-batch of every process. Behind the steps come previews, a checkpoint and its restore.
+global batch is one micro-batch of every process. A checkpoint, previews and a restore follow the steps.
 """
 
 import dataclasses
+import gc
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.trainer_utils import set_seed
 
 from vqrae.common.distributed import attention_implementation, is_main_process, world_size
 from vqrae.common.dry_run import GPUS, DryRunReport, held_bytes, is_here, peak_bytes
 from vqrae.common.memory import GIB, count_parameters, state_bytes, weight_bytes
-from vqrae.common.run import RunDirectory
+from vqrae.common.run import Run, read_metrics
+from vqrae.common.run import open as open_run
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import ModelConfig, StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.configuration import FEATURE_TAPS
-from vqrae.tokenizer.data import resize
+from vqrae.tokenizer.data import StageImages
 from vqrae.tokenizer.encoders import encoder_features
-from vqrae.tokenizer.losses import distillation_loss
-from vqrae.tokenizer.stage import StageTrainer
+from vqrae.tokenizer.losses import build_loss_networks, distillation_loss
+from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.train import train_stage
 
 
 def dry_run(config: TokenizerTrainConfig) -> None:
@@ -33,7 +38,7 @@ def dry_run(config: TokenizerTrainConfig) -> None:
     for number in [1, 2] if config.stage == "both" else [config.stage]:
         with scratch_folder(Path(config.output_dir)) as folder:
             rehearsed = rehearsal(config, number)
-            run = RunDirectory(folder / f"stage{number}", rehearsed, seed=config.seed)
+            run = open_run(folder / f"stage{number}", rehearsed, seed=config.seed)
             run.begin()
             report = measure(rehearsed, number, run, config.stage_config(number))
         if is_main_process():
@@ -60,7 +65,7 @@ def rehearsal(config: TokenizerTrainConfig, number: int) -> TokenizerTrainConfig
     stage = config.stage_config(number)
     short = dataclasses.replace(
         stage,
-        max_steps=config.dry_run,
+        max_steps=config.dry_run + 1,  # the last one is not taken: it would write the model
         global_batch_size=stage.micro_batch_size * world_size(),
         discriminator_start=0,
         bypass_steps=0,
@@ -74,6 +79,9 @@ def rehearsal(config: TokenizerTrainConfig, number: int) -> TokenizerTrainConfig
         data=dataclasses.replace(config.data, train="scenes", validation=None, num_workers=0),
         micro_batch_size=None,
         random_perceptual_weights=True,
+        log_steps=1,
+        save_steps=max(1, config.dry_run),
+        sample_steps=max(1, config.dry_run),
     )
 
 
@@ -84,90 +92,40 @@ def without_download(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, encoder=None)
 
 
-def rehearse_checkpoint(trainer: StageTrainer, step: int) -> None:
-    """Previews, a checkpoint and its restore, and what the features are at both taps."""
-    begin = time.perf_counter()
-    trainer.save(step)
-    if is_main_process():
-        trainer.save_previews(step)
-    checkpoint = trainer.run.path / f"step-{step}"
-    trainer.restore(checkpoint)
-    trainer.engine.wait_for_everyone()
-    if is_main_process():
-        gib = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / GIB
-        seconds = time.perf_counter() - begin
-        print(
-            f"dry run of stage {trainer.number}: previews, a checkpoint of {gib:.2f} GiB and its restore: {seconds:.1f} s"
-        )
-        print("\n".join(describe_taps(trainer)), flush=True)
-    trainer.engine.wait_for_everyone()
-
-
-@torch.no_grad()
-def describe_taps(trainer: StageTrainer) -> list[str]:
-    """How large the features are at each tap, and what their distillation loss would be after these steps."""
-    model = trainer.model
-    lines = [
-        "features of the preview images: root mean square, largest channel's, distillation loss"
-    ]
-    with trainer.autocast():
-        pixel_values = model.normalize(resize(trainer.previews, trainer.image_size))
-        for tap in FEATURE_TAPS:
-            features = encoder_features(model.encoder, pixel_values, tap).float()
-            loss = "no teacher"
-            if trainer.teacher is not None:
-                loss = f"{distillation_loss(features, encoder_features(trainer.teacher, pixel_values, tap)):.3g}"
-            squares = features.square().mean((0, 1))
-            chosen = "  (feature_tap of this run)" if tap == model.config.feature_tap else ""
-            lines.append(
-                f"  {tap:22}{squares.mean().sqrt():10.3g}{squares.max().sqrt():10.3g}  {loss:>10}{chosen}"
-            )
-    return lines
-
-
-def measure(
-    config: TokenizerTrainConfig, number: int, run: RunDirectory, full: StageConfig
-) -> DryRunReport:
-    """Run the rehearsal of a stage that is `full` in reality."""
+def measure(config: TokenizerTrainConfig, number: int, run: Run, full: StageConfig) -> DryRunReport:
+    """Run the rehearsal of a stage that is `full` in reality, with a checkpoint and its restore."""
     before = held_bytes()
-    model = build_tokenizer(
-        config.model, attention_implementation(config.attention, half=config.bf16)
-    )
-    trainer = StageTrainer(config, number, model, run)
-    trainer.set_mode()
-    batches = trainer.images.micro_batches(0)
-    seconds = []
-    for step in range(config.dry_run):
-        begin = time.perf_counter()
-        trainer.train_step(step, batches)
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        if is_main_process():
-            print(
-                f"dry run of stage {number}: step {step + 1}/{config.dry_run} took {seconds[-1]:.1f} s",
-                flush=True,
-            )
+    model = build_model(config)
+    steps = train_stage(config, number, model, run)
+    for done in itertools.islice(steps, 1 + config.dry_run):  # and a checkpoint, and previews
+        if is_main_process() and done:
+            print(f"dry run of stage {number}: step {done}/{config.dry_run}", flush=True)
+    peak = peak_bytes()
+    # Parameters as numbers alone: the networks themselves are those of the loop.
+    with torch.device("meta"):
+        stage, original = config.stage_config(number), Path("none")
+        networks = build_loss_networks(config, stage, model, original, torch.device("meta"))
     modules = {
         "encoder": model.encoder,
         "projections": nn.ModuleList([model.in_proj, model.out_proj]),
         "quantizer": model.quantizer,
         "decoder": model.decoder,
         "tokenizer, total": model,
-        "teacher": trainer.teacher,
-        "perceptual network": trainer.perceptual,
-        "discriminator": trainer.discriminator if trainer.stage.adversarial_weight else None,
+        "teacher": networks.teacher,
+        "perceptual network": networks.perceptual,
+        "discriminator": networks.discriminator,
     }
     present = {name: module for name, module in modules.items() if module is not None}
     resident = nn.ModuleList(present.values())  # counts what is part of several only once
     weights, (_, trained) = weight_bytes(resident), count_parameters(resident)
+    rows = read_metrics(run.path)
     report = DryRunReport(
         name=f"stage {number}",
         samples="images",
         parts={name: count_parameters(module) for name, module in present.items()},
-        seconds=seconds,
+        seconds=[stage.global_batch_size / row["images_per_second"] for row in rows],
         before_bytes=before,
-        peak_bytes=peak_bytes(),
+        peak_bytes=peak,
         model_bytes=state_bytes(weights, trained, zero=0, gpus=1),
         gpu_bytes={zero: state_bytes(weights, trained, zero=zero, gpus=GPUS) for zero in (0, 1, 2)},
         micro_batch_size=full.micro_batch_size,
@@ -175,7 +133,64 @@ def measure(
         max_steps=full.max_steps,
         global_batch_size=full.global_batch_size,
     )
-    rehearse_checkpoint(trainer, config.dry_run)
-    trainer.engine.free_memory()
-    trainer.d_engine.free_memory()
+    del model, steps, networks, modules, present, resident
+    gc.collect()
+    rehearse_restore(config, number, run)
     return report
+
+
+def build_model(config: TokenizerTrainConfig) -> VQRAEModel:
+    """The tokenizer as it enters the rehearsal; the same one in every call."""
+    set_seed(config.seed)
+    attention = attention_implementation(config.attention, half=config.bf16)
+    return build_tokenizer(config.model, attention)
+
+
+def rehearse_restore(config: TokenizerTrainConfig, number: int, run: Run) -> None:
+    """Resume from the checkpoint, and say how large its features are at both taps, next to the original encoder's."""
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    model = build_model(config)
+    images = StageImages(
+        config.data,
+        config.stage_config(number),
+        size=model.config.image_size,
+        seed=config.seed,
+        number=number,
+        rank=0,
+        world_size=1,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    ).previews()
+    originals = tap_features(config, model.to(images.device), images)
+    begin = time.perf_counter()
+    steps = train_stage(config, number, model, run)
+    assert next(steps) == config.dry_run
+    seconds = time.perf_counter() - begin
+    if is_main_process():
+        gib = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()) / GIB
+        print(
+            f"dry run of stage {number}: a checkpoint of {gib:.2f} GiB, restored in {seconds:.1f} s"
+        )
+        print(
+            "features of validation images: root mean square, largest channel's, distillation loss"
+        )
+        for tap, features in tap_features(config, model, images).items():
+            squares = features.square().mean((0, 1))
+            chosen = "  (feature_tap of this run)" if tap == model.config.feature_tap else ""
+            print(
+                f"  {tap:22}{squares.mean().sqrt():10.3g}{squares.max().sqrt():10.3g}"
+                f"  {distillation_loss(features, originals[tap]):10.3g}{chosen}",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def tap_features(
+    config: TokenizerTrainConfig, model: VQRAEModel, images: Tensor
+) -> dict[str, Tensor]:
+    """Features of images at each tap."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bf16):
+        pixel_values = model.normalize(images)
+        return {
+            tap: encoder_features(model.encoder, pixel_values, tap).float() for tap in FEATURE_TAPS
+        }

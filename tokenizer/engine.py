@@ -1,9 +1,10 @@
 """The training engines of the tokenizer: one `Accelerator` for the tokenizer, one for the discriminator.
 
-Each holds one model and one optimizer, so the same loop runs in one process, under DDP and under DeepSpeed ZeRO-1/2
-(where every trained model needs an engine of its own).
+Each holds one network and one optimizer, so the same loop runs in one process, under DDP, and under DeepSpeed ZeRO-1/2,
+which needs an engine for every trained network.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from accelerate.utils import (
     DistributedType,
     broadcast,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vqrae.common.distributed import prepare_cpu_deepspeed
@@ -24,27 +25,28 @@ from vqrae.tokenizer.config import StageConfig
 from vqrae.tokenizer.encoders import final_norm
 from vqrae.tokenizer.modeling import VQRAEModel
 
-BUCKET = 100_000_000  # values that ZeRO sends at once: buffers of 0.4 GB each instead of the default's 2 GB
+BUCKET = (
+    100_000_000  # values in one ZeRO message: buffers of 0.4 GB each, where the default has 2 GB
+)
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Let fp32 products and convolutions of this process use TF32 on CUDA, or not.
-
-    By the older of PyTorch's switches, for `torch.compile` asks that one and fails after the newer.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    """Let fp32 products and convolutions of this process use TF32 on CUDA, or not."""
+    # The older of PyTorch's two switches: torch.compile reads it, and fails where the newer was set.
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def build_accelerators(
     stage: StageConfig, *, zero: int, accumulation: int, bf16: bool
 ) -> tuple[Accelerator, Accelerator]:
-    """Accelerators for tokenizer and discriminator.
+    """Accelerators of the tokenizer and of the discriminator.
 
-    Precision is the loop's matter (parameters stay fp32, forward passes run under autocast), so none is set here.
+    Precision is the loop's: parameters stay fp32 and forward passes run under autocast, so none is set here.
     """
     on_cpu = not torch.cuda.is_available()
     if not zero:
-        # Else DDP holds all gradients twice, and sends the codebook, which is equal everywhere, in every forward pass.
+        # By default DDP holds all gradients twice, and sends the codebook, equal everywhere, in every forward pass.
         lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         options: dict[str, Any] = {
             "gradient_accumulation_steps": accumulation,
@@ -52,9 +54,9 @@ def build_accelerators(
         }
         return Accelerator(cpu=on_cpu, **options), Accelerator(cpu=on_cpu, **options)
     prepare_cpu_deepspeed()
-    AcceleratorState._reset_state()  # plugins are read once per process; the second stage brings its own
+    AcceleratorState._reset_state()  # plugins are read once per process; stage 2 brings its own
     if on_cpu:
-        PartialState(cpu=True)  # `Accelerator(cpu=True)` would drop DeepSpeed without a word
+        PartialState(cpu=True)  # `Accelerator(cpu=True)` would silently drop DeepSpeed
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -68,24 +70,22 @@ def build_accelerators(
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
     }
-    # The discriminator judges in fp32, so its gradients are added up in fp32 as well.
-    judging = settings | {"torch_autocast": {"enabled": False}}
+    # The discriminator computes in fp32, so its gradients are summed in fp32 as well.
+    in_fp32 = settings | {"torch_autocast": {"enabled": False}}
     plugins = {
-        name: DeepSpeedPlugin(hf_ds_config=dict(chosen))
-        for name, chosen in (("tokenizer", settings), ("discriminator", judging))
+        "tokenizer": DeepSpeedPlugin(hf_ds_config=settings),
+        "discriminator": DeepSpeedPlugin(hf_ds_config=in_fp32),
     }
     first = Accelerator(deepspeed_plugins=plugins)
     if first.distributed_type != DistributedType.DEEPSPEED:
-        raise RuntimeError(
-            f"zero={zero} was asked for, but accelerate chose {first.distributed_type}"
-        )
+        raise RuntimeError(f"got zero={zero}, but accelerate chose {first.distributed_type}")
     return first, Accelerator()
 
 
 def prepare(
     accelerator: Accelerator, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, Any]:
-    """Wrap a model and its optimizer for the engine `name`."""
+    """Wrap a network and its optimizer for the engine `name`."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.select_deepspeed_plugin(name)
     return accelerator.prepare(model, optimizer)
@@ -93,20 +93,40 @@ def prepare(
 
 @torch.no_grad()
 def share_from_main(module: nn.Module) -> None:
-    """Every process takes over the main one's weights and buffers, after work whose rounding may differ among them."""
+    """Give every process the main one's weights and buffers, after work whose rounding may differ between machines."""
     for tensor in (*module.parameters(), *module.buffers()):
         broadcast(tensor.data)
 
 
 def refresh_master_weights(optimizer: Any) -> None:
-    """Let ZeRO know of weights that were changed by hand: it trains copies of its own, which the next step would bring back."""
+    """Push edited weights into ZeRO's fp32 masters, or the next step overwrites them."""
     zero = getattr(optimizer, "optimizer", optimizer)
     if hasattr(zero, "refresh_fp32_params"):
         zero.refresh_fp32_params()
 
 
+def clip_gradients(
+    engine: Accelerator, optimizer: Any, parameters: Iterable[nn.Parameter], max_norm: float
+) -> Tensor:
+    """Clip gradients, and make the next `optimizer.step()` a no-op where their norm is not finite.
+
+    Fused AdamW reads `found_inf`, which a gradient scaler sets, on the device: weights, moments and step count then stay.
+    DeepSpeed clips, checks and skips by itself, with a host synchronisation of its own.
+
+    Returns:
+        The norm before clipping over all processes, a scalar tensor; NaN where it is not finite.
+    """
+    norm = torch.as_tensor(engine.clip_grad_norm_(parameters, max_norm), device=engine.device)
+    finite = norm.isfinite()
+    optimizer.optimizer.found_inf = (~finite).float()
+    return torch.where(finite, norm, torch.nan)
+
+
+# ---------------------------------------------------------------------------------------------- optimizers
+
+
 def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
-    """Stage 1 freezes the encoder; what lies behind the feature tap never gets a gradient and is frozen too."""
+    """Freeze the encoder where the stage says so, and always what follows the feature tap and gets no gradient."""
     model.encoder.requires_grad_(not stage.freeze_encoder)
     if model.config.feature_tap == "hidden_states[-1]":
         final_norm(model.encoder).requires_grad_(False)
@@ -129,33 +149,30 @@ def build_optimizer(
 def parameter_groups(
     modules: dict[str, tuple[nn.Module, float]], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups of the trainable parameters of modules with their learning rates.
+    """Two groups of trainable parameters per module, without the empty ones: first `plain` (vectors), then matrices.
 
-    Vectors (biases, norms, positions, scales) are `plain`: not decayed. Groups without parameters are left out.
+    Plain ones, which are biases, norms, scales and positions, are not decayed.
     """
-    groups = []
+    groups: list[dict[str, Any]] = []
     for name, (module, learning_rate) in modules.items():
-        trainable = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
-        plain = {key for key, p in trainable if p.ndim < 2 or "position" in key}
-        for is_plain, keys in ((True, plain), (False, {key for key, _ in trainable} - plain)):
-            group = {
-                "lr": learning_rate,
-                "weight_decay": 0.0 if is_plain else weight_decay,
-                "name": name,
-                "plain": is_plain,
-            }
-            parameters = [p for key, p in trainable if key in keys]
-            if parameters:
-                groups.append({"params": parameters, **group})
+        plain: list[nn.Parameter] = []
+        matrices: list[nn.Parameter] = []
+        for key, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                is_plain = parameter.ndim < 2 or "position" in key
+                (plain if is_plain else matrices).append(parameter)
+        group = {"lr": learning_rate, "name": name}
+        if plain:
+            groups.append({"params": plain, "weight_decay": 0.0, "plain": True, **group})
+        if matrices:
+            groups.append(
+                {"params": matrices, "weight_decay": weight_decay, "plain": False, **group}
+            )
     return groups
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """`torch.compile` every transformer block of a model, in place; equal blocks share one compilation.
-
-    Args:
-        options: of `torch.compile`.
-    """
+    """`torch.compile` (with its options) every transformer block in place; equal blocks share one compilation."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(**options)

@@ -1,32 +1,44 @@
-"""Loss terms of the tokenizer, unweighted. Images are fp32 in [0, 1], not clamped, outside of autocast.
+"""Loss terms of the tokenizer, unweighted, and the networks that some of them need.
+
+Images are fp32 in [0, 1], not clamped, and compared outside of autocast.
 
 Shapes: B batch, N visual tokens, D feature width.
 """
 
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from vqrae.common.distributed import is_main_process
+from vqrae.common.files import atomic_path
+from vqrae.tokenizer.config import StageConfig, TokenizerTrainConfig
+from vqrae.tokenizer.discriminator import build_discriminator
+from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.perceptual import build_perceptual
 
 
-def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error over all pixels (VQRAE Eq. 2, first term)."""
-    return nn.functional.mse_loss(reconstruction, images)
+def distillation_loss(features_BND: Tensor, teacher_features_BND: Tensor) -> Tensor:
+    """Mean squared error to the features of the frozen original encoder (VQRAE Eq. 5)."""
+    return F.mse_loss(features_BND.float(), teacher_features_BND.float())
 
 
-def distillation_loss(features: Tensor, teacher_features: Tensor) -> Tensor:
-    """Mean squared error (B, N, D) to the frozen original encoder, on continuous features (VQRAE Eq. 5)."""
-    return nn.functional.mse_loss(features.float(), teacher_features.float())
+# ---------------------------------------------------------------------------------------------- adversarial
 
 
 def generator_hinge_loss(fake_logits: Tensor) -> Tensor:
-    """What the tokenizer minimises: the discriminator's logits on reconstructions should rise."""
+    """What the tokenizer minimises: the discriminator's logits of reconstructions should rise."""
     return -fake_logits.mean()
 
 
 def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """What the discriminator minimises: real above 1, reconstructions below -1."""
-    return 0.5 * (
-        nn.functional.relu(1 - real_logits).mean() + nn.functional.relu(1 + fake_logits).mean()
-    )
+    """What the discriminator minimises: real images above 1, reconstructions below -1."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 class LeCam(nn.Module):
@@ -42,30 +54,98 @@ class LeCam(nn.Module):
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
         self.decay = decay
-        self._observed: list[Tensor] = []
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
 
     def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """`relu(E[D(real)] - fake_mean)^2 + relu(real_mean - E[D(fake)])^2`, a scalar."""
-        real, fake = real_logits.mean(), fake_logits.mean()
-        return (
-            nn.functional.relu(real - self.fake_mean).square()
-            + nn.functional.relu(self.real_mean - fake).square()
-        )
-
-    def observe(self, real_logits: Tensor, fake_logits: Tensor) -> None:
-        """Take note of the logits of one micro-batch."""
-        self._observed.append(torch.stack([real_logits.mean(), fake_logits.mean()]).detach())
-
-    def take_means(self) -> Tensor:
-        """The means (2,) of real and fake logits over what was observed since the last call."""
-        means = torch.stack(self._observed).mean(0)
-        self._observed.clear()
-        return means
+        real_term = F.relu(real_logits.mean() - self.fake_mean).square()
+        fake_term = F.relu(self.real_mean - fake_logits.mean()).square()
+        return real_term + fake_term
 
     @torch.no_grad()
-    def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
-        """Move the running means towards the batch means (over all processes) of one discriminator step."""
-        self.real_mean.lerp_(real_mean, 1 - self.decay)
-        self.fake_mean.lerp_(fake_mean, 1 - self.decay)
+    def update(self, means: Tensor, *, taken: Tensor) -> None:
+        """Move the running means after one step of the discriminator.
+
+        Args:
+            means: (2,) mean logits of real images and reconstructions, over all processes.
+            taken: bool scalar; False where the step was skipped, whose logits may be NaN.
+        """
+        for running, mean in zip((self.real_mean, self.fake_mean), means, strict=True):
+            running.lerp_(torch.where(taken, mean, running), 1 - self.decay)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+class LossNetworks(NamedTuple):
+    """What a stage needs besides the tokenizer; None where the loss weight is 0."""
+
+    teacher: PreTrainedModel | None
+    perceptual: nn.Module | None
+    discriminator: Any
+
+
+def build_loss_networks(
+    config: TokenizerTrainConfig,
+    stage: StageConfig,
+    model: VQRAEModel,
+    original: Path,
+    device: torch.device,
+) -> LossNetworks:
+    """The networks that judge a reconstruction, on `device`.
+
+    Args:
+        model: the tokenizer as it enters the stage.
+        original: file of `keep_original_encoder`, which may not exist.
+    """
+    teacher = perceptual = discriminator = None
+    if stage.needs_teacher:
+        teacher = build_teacher(model.encoder, original, bf16=config.bf16)
+    if stage.perceptual_weight:
+        perceptual = build_perceptual(
+            stage.perceptual_network,
+            stage.perceptual_mix,
+            teacher=teacher,
+            normalize=model.normalize,
+            folder=config.perceptual_weights,
+            random=config.random_perceptual_weights,
+        ).to(device)
+    if stage.adversarial_weight:
+        discriminator = build_discriminator(
+            stage.discriminator,
+            channels=stage.discriminator_channels,
+            backbone=stage.discriminator_backbone,
+            random_backbone=config.random_perceptual_weights,
+        ).to(device)
+    return LossNetworks(teacher, perceptual, discriminator)
+
+
+def keep_original_encoder(encoder: PreTrainedModel, file: Path, *, tuned: bool) -> None:
+    """Write the encoder that stage 1 starts from, if stage 1 will tune it; else remove what another run left.
+
+    Stage 2 distils from the encoder that no stage has tuned. A stage 1 that freezes its encoder hands exactly that one on.
+    """
+    if not is_main_process():
+        return
+    file.unlink(missing_ok=True)
+    if tuned:
+        with atomic_path(file) as temporary:
+            save_file(encoder.state_dict(), temporary)
+
+
+def build_teacher(encoder: PreTrainedModel, original: Path, *, bf16: bool) -> PreTrainedModel:
+    """A frozen copy of the original encoder.
+
+    Args:
+        encoder: as it enters the stage, before a checkpoint is loaded.
+        original: file of `keep_original_encoder`; where there is none, `encoder` is the original.
+        bf16: store matrices in bf16, in which autocast multiplies anyway: half the memory, the same features.
+    """
+    teacher = copy.deepcopy(encoder).eval().requires_grad_(False)
+    if original.exists():
+        teacher.load_state_dict(load_file(original))
+    for module in teacher.modules() if bf16 else ():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.bfloat16()
+    return teacher

@@ -1,21 +1,30 @@
-"""Train the tokenizer, in two stages (VQRAE section 3.3): first quantizer and decoder on a frozen encoder, then
-everything together, with the encoder held by distillation to its frozen original.
+"""Train the tokenizer in two stages (VQRAE section 3.3): quantizer and decoder on a frozen encoder, then everything
+together, with the encoder held to its frozen original by distillation.
 
     python -m vqrae.tokenizer.train tiny output_dir=runs/tokenizer model.encoder=runs/encoder
     torchrun --standalone --nproc_per_node 2 -m vqrae.tokenizer.train tiny zero=2 ...
-
     python -m vqrae.tokenizer.train siglip2_256 stage=2 dry_run=1 micro_batch_size=2
 
-Relaunching the same command continues where it stopped.
+The same command continues where it stopped. Everything random is a function of seed and step, so a resumed run equals
+an uninterrupted one.
 """
 
+import dataclasses
 import shutil
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.trainer_utils import set_seed
 
 from vqrae.common.cli import parse
 from vqrae.common.distributed import (
+    StopRequest,
     attention_implementation,
     fit_batch,
     is_main_process,
@@ -23,48 +32,83 @@ from vqrae.common.distributed import (
 )
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, weights_fingerprint
-from vqrae.common.run import RunDirectory, trained_steps
+from vqrae.common.images import image_grid, save_image
+from vqrae.common.memory import count_parameters
+from vqrae.common.run import Run, format_duration, trained_steps
+from vqrae.common.run import open as open_run
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
-from vqrae.tokenizer.config import TokenizerTrainConfig
-from vqrae.tokenizer.dry_run import dry_run
+from vqrae.tokenizer.codebook import (
+    CodeUsage,
+    initialize_codebook,
+    measure_in_pixels,
+    reinitialize_unused_codes,
+    require_images_for_codebook,
+    sample_size,
+    standardize_features,
+)
+from vqrae.tokenizer.config import StageConfig, TokenizerTrainConfig
+from vqrae.tokenizer.data import StageImages, resize
+from vqrae.tokenizer.discriminator import frozen
+from vqrae.tokenizer.encoders import encoder_features
+from vqrae.tokenizer.engine import (
+    allow_tf32,
+    build_accelerators,
+    build_optimizer,
+    clip_gradients,
+    compile_blocks,
+    prepare,
+    refresh_master_weights,
+    set_trainable,
+    share_from_main,
+)
+from vqrae.tokenizer.losses import (
+    LeCam,
+    build_loss_networks,
+    discriminator_hinge_loss,
+    distillation_loss,
+    generator_hinge_loss,
+    keep_original_encoder,
+)
 from vqrae.tokenizer.modeling import VQRAEModel
-from vqrae.tokenizer.stage import StageTrainer
+from vqrae.tokenizer.train_state import (
+    LossWindow,
+    SkippedSteps,
+    TrainState,
+    WeightAverage,
+    require_resumable,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(TokenizerTrainConfig, argv, package="vqrae.tokenizer")
     check_quantizer(config)
     if config.dry_run:
+        from vqrae.tokenizer.dry_run import dry_run  # it runs the loop of this file
+
         dry_run(config)
         return
-    attention = attention_implementation(config.attention, half=config.bf16)
     output = Path(config.output_dir)
     stages = [1, 2] if config.stage == "both" else [config.stage]
+    # The settings of a stage may change until it begins.
     not_begun = {f"stage{number}" for number in (1, 2) if not (output / f"stage{number}").is_dir()}
-    run_of_both = RunDirectory(output, config, seed=config.seed, ignore=not_begun)
+    run_of_both = open_run(output, config, seed=config.seed, ignore=not_begun)
     require_same_length(config, output)
-    for number in stages:
+    for number in stages:  # refused now rather than after stage 1
         stage = config.stage_config(number)
         fit_batch(stage.global_batch_size, stage.micro_batch_size, world_size())
     if not all((output / f"stage{number}" / "model").is_dir() for number in stages):
         run_of_both.begin()
     for number in stages:
-        folder, previous = output / f"stage{number}", output / "stage1" / "model"
+        folder = output / f"stage{number}"
         if (folder / "model").is_dir():
             print(f"stage {number} is finished: {folder / 'model'}")
             continue
-        if number == 2 and not previous.is_dir():
-            raise FileNotFoundError(
-                f"stage 2 starts from {previous}, which does not exist: run stage=1 first, or stage=both"
-            )
         set_seed(config.seed)
-        if number == 1:
-            model = build_tokenizer(config.model, attention)
-        else:
-            model = VQRAEModel.from_pretrained(previous, attn_implementation=attention)
-        run = RunDirectory(folder, seed=config.seed)
+        model = initial_model(config, number)
+        run = open_run(folder, seed=config.seed)
         run.begin()
-        StageTrainer(config, number, model, run).train()
+        for _ in train_stage(config, number, model, run):
+            pass
     if is_main_process():
         for folder in (output / f"stage{stages[-1]}").glob("model*"):  # and its moving average
             with atomic_path(output / folder.name) as temporary:
@@ -79,12 +123,399 @@ def require_same_length(config: TokenizerTrainConfig, output: Path) -> None:
         ValueError: naming the steps that it was trained for.
     """
     for number in (1, 2):
-        folder, asked = output / f"stage{number}" / "model", config.stage_config(number).max_steps
-        if 0 < trained_steps(folder) < asked:
+        folder = output / f"stage{number}" / "model"
+        trained, asked = trained_steps(folder), config.stage_config(number).max_steps
+        if 0 < trained < asked:
             raise ValueError(
-                f"{folder} is finished after {trained_steps(folder)} steps, got stage{number}.max_steps={asked}: "
-                f"set stage{number}.max_steps={trained_steps(folder)}, or another output_dir"
+                f"{folder} is finished after {trained} steps, got stage{number}.max_steps={asked}: "
+                f"set stage{number}.max_steps={trained}, or another output_dir"
             )
+
+
+def initial_model(config: TokenizerTrainConfig, number: int) -> VQRAEModel:
+    """The tokenizer as it enters a stage: on the pretrained encoder, or as stage 1 left it.
+
+    Raises:
+        FileNotFoundError: when stage 2 has no stage 1.
+    """
+    attention = attention_implementation(config.attention, half=config.bf16)
+    if number == 1:
+        return build_tokenizer(config.model, attention)
+    first = Path(config.output_dir) / "stage1" / "model"
+    if not first.is_dir():
+        raise FileNotFoundError(
+            f"stage 2 starts from {first}, which does not exist: run stage=1 first, or stage=both"
+        )
+    return VQRAEModel.from_pretrained(first, attn_implementation=attention)
+
+
+def train_stage(
+    config: TokenizerTrainConfig, number: int, model: VQRAEModel, run: Run
+) -> Iterator[int]:
+    """Train a tokenizer through stage 1 or 2, from the newest checkpoint on, and write it to `run.path / "model"`.
+
+    Args:
+        model: as it enters the stage (see `initial_model`); trained in place.
+
+    Yields:
+        The number of steps done, once before the first and then after each, so that a dry run, a benchmark or a test
+        can measure and watch them.
+
+    Raises:
+        SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
+        FloatingPointError: when too many steps in a row had no finite gradient, and going back cannot help.
+    """
+    stage = config.stage_config(number)
+    micro_batch_size, accumulation = fit_batch(
+        stage.global_batch_size, stage.micro_batch_size, world_size()
+    )
+    stage = dataclasses.replace(stage, micro_batch_size=micro_batch_size)
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is not None:
+        require_resumable(checkpoint, zero=config.zero)
+    allow_tf32(config.tf32)
+    engine, d_engine = build_accelerators(
+        stage, zero=config.zero, accumulation=accumulation, bf16=config.bf16
+    )
+    device = engine.device
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.bf16)
+
+    # ------------------------------------------------------------------------------------------ networks
+
+    model.to(device)
+    set_trainable(model, stage)
+    model.quantizer.compute_entropy = stage.entropy_weight > 0
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    image_size, output_size = model.config.image_size, model.config.output_size
+    feature_tap = model.config.feature_tap
+
+    # The teacher of both stages is the encoder as it was before any of them (section 3.3).
+    original = run.path.with_name("stage1") / "original_encoder.safetensors"
+    if number == 1 and checkpoint is None:
+        keep_original_encoder(model.encoder, original, tuned=not stage.freeze_encoder)
+        engine.wait_for_everyone()
+    teacher, perceptual, discriminator = build_loss_networks(config, stage, model, original, device)
+    lecam = LeCam().to(device)
+
+    # ------------------------------------------------------------------------------------------ data
+
+    images = StageImages(
+        config.data,
+        stage,
+        size=max(image_size, output_size),
+        seed=config.seed,
+        number=number,
+        rank=engine.process_index,
+        world_size=engine.num_processes,
+        device=device,
+    )
+    previews = images.previews()
+
+    def sample_images() -> Tensor:
+        """Training images from all over the data, for statistics and the start of the codebook."""
+        return resize(images.some(sample_size(model.config)), image_size)
+
+    from_data = number == 1 and checkpoint is None
+    from_features = config.model.codebook_init == "features"
+    if stage.bypass_steps or (from_data and from_features):
+        require_images_for_codebook(model.config, len(images.dataset))  # now, not after the bypass
+    if from_data:
+        with autocast():
+            if model.config.feature_norm == "standardize":
+                standardize_features(model, sample_images())
+            if from_features:
+                initialize_codebook(model, sample_images())
+        share_from_main(model)
+
+    # Only the main process writes models, so it alone keeps an average.
+    keeps_average = config.ema_decay > 0 and engine.is_main_process
+    ema = WeightAverage(model, config.ema_decay) if keeps_average else None
+    if config.compile:
+        compile_blocks(model)
+
+    # ------------------------------------------------------------------------------------------ optimizers
+
+    modules = {
+        "encoder": (model.encoder, stage.encoder_lr),
+        "quantizer": (model.quantizer, stage.quantizer_lr or stage.decoder_lr),
+        "decoder": (
+            nn.ModuleList([model.in_proj, model.out_proj, model.decoder]),
+            stage.decoder_lr,
+        ),
+    }
+    # ZeRO cuts matrices into pieces, which Muon could not orthogonalise.
+    optimizer = build_optimizer(modules, stage, "adamw" if config.zero else stage.optimizer)
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    wrapped, optimizer = prepare(engine, "tokenizer", model, optimizer)
+    d_wrapped: Any = None
+    d_optimizer: Any = None
+    engines = {"tokenizer": engine}
+    if discriminator is not None:
+        d_modules = {"discriminator": (discriminator, stage.discriminator_lr)}
+        d_wrapped, d_optimizer = prepare(
+            d_engine, "discriminator", discriminator, build_optimizer(d_modules, stage)
+        )
+        engines["discriminator"] = d_engine
+
+    # ------------------------------------------------------------------------------------------ resume
+
+    window = LossWindow()
+    usage = CodeUsage(model.config.codebook_size, device)
+    usage_since_revival = CodeUsage(model.config.codebook_size, device)
+    skipped, d_skipped = SkippedSteps().to(device), SkippedSteps().to(device)
+    skips = (skipped, d_skipped)
+    state = TrainState(
+        model=model,
+        ema=ema,
+        engines=engines,
+        counters={"lecam": lecam, "skipped": skipped, "d_skipped": d_skipped},
+        windows={"losses": window, "usage": usage, "revival_usage": usage_since_revival},
+    )
+    start = state.load(checkpoint) if checkpoint else 0
+    rolled_back_to: Path | None = None
+    run.rewind(start)
+    if engine.is_main_process:
+        if start:
+            print(f"stage {number}: continuing from step {start}", flush=True)
+        total, trainable = count_parameters(model)
+        print(
+            f"stage {number}: {total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable, "
+            f"batch {stage.global_batch_size} = {micro_batch_size} x {accumulation} accumulated "
+            f"x {engine.num_processes} processes",
+            flush=True,
+        )
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    batches = images.micro_batches(start)
+    grad_norm = torch.zeros((), device=device)
+    set_mode(wrapped, model, stage)
+    yield start
+    clock, clock_step = time.time(), start
+    with StopRequest(device) as request:
+        for step in range(start, stage.max_steps):
+            if request.agreed():
+                engine.wait_for_everyone()
+                is_kept = (run.path / f"step-{step}").is_dir()
+                if step and not is_kept and not in_a_row(skips) > 0:
+                    state.save(run, step, zero=config.zero, keep=config.keep_checkpoints)
+                request.end_process(step)
+            done = step + 1
+            last = done == stage.max_steps
+            bypass = step < stage.bypass_steps
+            adversarial_weight = stage.adversarial_weight_at(
+                step
+            )  # 0 before the discriminator starts
+            adversarial = adversarial_weight > 0
+
+            # ---- rates: the discriminator's schedule counts its own steps
+            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = rate * stage.rate_factor(step)
+            for group in d_optimizer.param_groups if adversarial else ():
+                factor = stage.rate_factor(step, begin=stage.discriminator_start)
+                group["lr"] = stage.discriminator_lr * factor
+
+            # ---- end of the bypass: the codebook starts from the features of the continuous autoencoder
+            if step and step == stage.bypass_steps:
+                samples = sample_images()
+                with autocast():
+                    if stage.codebook_metric == "pixels":
+                        measure_in_pixels(model, samples[:256])
+                    initialize_codebook(model, samples)
+                share_from_main(model)
+                refresh_master_weights(optimizer)
+
+            logit_means = []
+            for _ in range(accumulation):
+                batch = next(batches)
+                inputs, targets = resize(batch, image_size), resize(batch, output_size)
+
+                # ---- tokenizer
+                with engine.accumulate(wrapped):
+                    with autocast():
+                        output = wrapped(inputs, bypass=bypass)
+                        losses = {
+                            "reconstruction_loss": F.mse_loss(output.reconstruction, targets),
+                            **output.losses,  # Eq. 3, by the quantizer
+                        }
+                        if stage.distillation_weight:
+                            with torch.no_grad():
+                                pixel_values = model.normalize(inputs)
+                                target = encoder_features(teacher, pixel_values, feature_tap)
+                            losses["distillation_loss"] = distillation_loss(output.features, target)
+                        if perceptual is not None:
+                            losses["perceptual_loss"] = perceptual(output.reconstruction, targets)
+                        if adversarial:
+                            # The bare module: its engine must not see this backward pass.
+                            with frozen(discriminator):
+                                fake_logits = discriminator(output.reconstruction)
+                            losses["adversarial_loss"] = generator_hinge_loss(fake_logits)
+
+                    # Eq. 2 to 5. During the bypass the quantizer's losses weigh 0 but stay in the graph, because DDP
+                    # expects a gradient for every parameter.
+                    loss = (
+                        stage.reconstruction_weight * losses["reconstruction_loss"]
+                        + (0.0 if bypass else 1.0)
+                        * (
+                            stage.codebook_weight * losses.get("codebook_loss", 0.0)
+                            + stage.commitment_weight * losses.get("commitment_loss", 0.0)
+                            + stage.index_weight * losses.get("index_loss", 0.0)
+                            + stage.entropy_weight * losses.get("entropy_loss", 0.0)
+                        )
+                        + stage.distillation_weight * losses.get("distillation_loss", 0.0)
+                        + stage.perceptual_weight * losses.get("perceptual_loss", 0.0)
+                        + adversarial_weight * losses.get("adversarial_loss", 0.0)
+                    )
+                    # Outside of autocast, whose bf16 copies of all weights are freed by now.
+                    engine.backward(loss)
+                    if engine.sync_gradients:
+                        grad_norm = clip_gradients(
+                            engine, optimizer, model.parameters(), stage.max_grad_norm
+                        )
+                    optimizer.step()
+                    optimizer.zero_grad()
+                usage.update(output.codes)
+                usage_since_revival.update(output.codes)
+
+                # ---- discriminator: images against their reconstructions, in fp32
+                if adversarial:
+                    with d_engine.accumulate(d_wrapped):
+                        both = torch.cat([targets, output.reconstruction.detach()])
+                        real_logits, fake_logits = d_wrapped(both).float().chunk(2)
+                        discriminator_loss = discriminator_hinge_loss(real_logits, fake_logits)
+                        losses["discriminator_loss"] = discriminator_loss
+                        d_engine.backward(
+                            discriminator_loss
+                            + stage.lecam_weight * lecam(real_logits, fake_logits)
+                        )
+                        means = torch.stack([real_logits.mean(), fake_logits.mean()])
+                        logit_means.append(means.detach())
+                        if d_engine.sync_gradients:
+                            d_grad_norm = clip_gradients(
+                                d_engine,
+                                d_optimizer,
+                                discriminator.parameters(),
+                                stage.max_grad_norm,
+                            )
+                            d_skipped.update(d_grad_norm)
+                            means = d_engine.reduce(torch.stack(logit_means).mean(0), "mean")
+                            lecam.update(means, taken=d_grad_norm.isfinite())
+                        d_optimizer.step()
+                        d_optimizer.zero_grad()
+                window.update(losses, weight=len(batch))
+
+            # ---- what follows the optimizer's step
+            skipped.update(grad_norm)
+            model.quantizer.after_step(grad_norm.isfinite())
+            if ema is not None and not bypass:
+                ema.update(model)
+            if stage.is_revival(done) and not skipped.in_a_row > 0:
+                moved = reinitialize_unused_codes(
+                    model, output, usage_since_revival, engine, seed=done
+                )
+                window.update({"revived_codes": torch.tensor(moved, device=device)})
+                refresh_master_weights(optimizer)
+
+            # ---- log: one line and one row of means since the last; here the host waits for the device
+            stuck = False
+            if done % config.log_steps == 0 or last:
+                window.gather(engine)
+                usage.gather(engine)
+                seconds = (time.time() - clock) / (done - clock_step)
+                clock, clock_step = time.time(), done
+                row = window.means() | {
+                    "grad_norm": float(grad_norm),
+                    "learning_rate": optimizer.param_groups[-1]["lr"],
+                    "codebook_usage": usage.usage,
+                    "codebook_perplexity": usage.perplexity,
+                    "images_per_second": stage.global_batch_size / seconds,
+                }
+                for name, count in (
+                    ("skipped_steps", skipped.total),
+                    ("discriminator_skipped_steps", d_skipped.total),
+                ):
+                    if count > 0:
+                        row[name] = count.item()
+                window.reset()
+                usage.clear()
+                run.log(done, row)
+                if engine.is_main_process:
+                    left = format_duration(seconds * (stage.max_steps - done))
+                    numbers = [f"{key.removesuffix('_loss')} {row[key]:.4g}" for key in row]
+                    print(
+                        f"stage {number}  {done}/{stage.max_steps}  {'  '.join(numbers)}  {left} left",
+                        flush=True,
+                    )
+                stuck = bool(in_a_row(skips) >= min(config.max_nonfinite_steps, stage.max_steps))
+
+            # ---- go back or save, before the previews: no work is lost if they fail
+            if stuck:
+                network = "tokenizer" if skipped.in_a_row > 0 else "discriminator"
+                failure = (
+                    f"stage {number}: the last {int(in_a_row(skips))} steps up to {done} had no "
+                    f"finite gradient of the {network}"
+                )
+                newest = require_way_back(failure, run, rolled_back_to, last=last)
+                if engine.is_main_process:
+                    print(f"{failure}: going on from {newest}", flush=True)
+                # Weights and optimizers return, time goes on: what led here is not seen again.
+                totals = [counter.total.clone() for counter in skips]
+                state.load(newest)
+                for counter, before in zip(skips, totals, strict=True):
+                    counter.total.copy_(before)
+                rolled_back_to = newest
+            elif last:
+                state.finish(run, stage.max_steps)
+            elif done % config.save_steps == 0 and not in_a_row(skips) > 0:
+                state.save(run, done, zero=config.zero, keep=config.keep_checkpoints)
+            if engine.is_main_process and (done % config.sample_steps == 0 or last):
+                model.eval()
+                with torch.no_grad(), autocast():
+                    reconstruction = model(resize(previews, image_size)).reconstruction
+                set_mode(wrapped, model, stage)
+                rows = [list(resize(previews, output_size)), list(reconstruction)]
+                save_image(image_grid(rows), run.path / "samples" / f"step-{done}.png")
+            yield done
+
+    if start >= stage.max_steps:  # an ablation may start stage 2 from an untrained stage 1
+        state.finish(run, stage.max_steps)
+    engine.wait_for_everyone()
+    engine.free_memory()
+    d_engine.free_memory()
+
+
+def set_mode(wrapped: nn.Module, model: VQRAEModel, stage: StageConfig) -> None:
+    """Everything trains; a frozen encoder evaluates."""
+    wrapped.train()
+    if stage.freeze_encoder:
+        model.encoder.eval()
+
+
+def in_a_row(skips: Sequence[SkippedSteps]) -> Tensor:
+    """Newest steps that one of the networks left out; reading it makes the host wait for the device."""
+    return torch.stack([counter.in_a_row for counter in skips]).max()
+
+
+def require_way_back(failure: str, run: Run, rolled_back_to: Path | None, *, last: bool) -> Path:
+    """The newest checkpoint, to go back to.
+
+    Raises:
+        FloatingPointError: when there is none, when going back to it did not help, or at the end of the stage.
+    """
+    newest = run.latest_checkpoint()
+    if newest is None:
+        outcome = "there is no checkpoint"
+    elif newest == rolled_back_to:
+        outcome = f"going back to {newest} did not help"
+    elif last:
+        outcome = "the stage ends here"
+    else:
+        return newest
+    raise FloatingPointError(
+        f"{failure}, and {outcome}: look at metrics.jsonl for the loss that grew, and train again with lower "
+        "learning rates in another output_dir"
+    )
 
 
 if __name__ == "__main__":

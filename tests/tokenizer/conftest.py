@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+from tokenizer_trainings import train
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,22 +28,8 @@ def largest_result() -> LargestResult:
 
 
 @pytest.fixture(scope="session")
-def tiny_run() -> list[str]:
-    """Arguments of the tiny configuration with a random encoder of two layers, for trainings of a few steps."""
-    encoder = (
-        "{model_type: siglip_vision_model, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,"
-        " num_attention_heads: 2, image_size: 64, patch_size: 8, vision_use_head: false}"
-    )
-    arguments = [
-        "tiny",
-        "model.encoder=",
-        f"model.encoder_config={encoder}",
-        "model.codebook_size=64",
-        "model.codebook_dim=32",
-    ]
-    return [
-        *arguments,
-        "stage1.revival_interval=0",
-        "stage2.revival_interval=0",
-        "stage2.bypass_steps=0",
-    ]
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of both stages with everything; not to be changed."""
+    output = tmp_path_factory.mktemp("finished")
+    train(output)
+    return output

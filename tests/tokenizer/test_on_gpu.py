@@ -7,44 +7,39 @@ The published configurations have their true widths here and two layers; VQRAE_F
 import dataclasses
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_gpu import fake_gpu
+from tokenizer_trainings import TINY, read
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from transformers import AutoModel, ViTConfig
 
-from vqrae.common.config import load_config, shipped_config
-from vqrae.common.run import RunDirectory
+from vqrae.common.run import open as open_run
 from vqrae.tokenizer import discriminator, perceptual
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.engine import allow_tf32
 from vqrae.tokenizer.modeling import VQRAEModel
-from vqrae.tokenizer.stage import StageTrainer
+from vqrae.tokenizer.train import train_stage
 
 FULL_SIZE = bool(os.environ.get("VQRAE_FULL_SIZE"))
 MUON = "common/optim.py"  # asks whether the step is skipped, once a step
 SEARCH = "quantizers/search.py"  # in bf16 lists candidates
 
 
-def read(name: str, *overrides: str) -> TokenizerTrainConfig:
-    return load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), overrides)
-
-
 def start(
-    config: TokenizerTrainConfig, number: int, folder: Path, model: VQRAEModel | None = None
-) -> StageTrainer:
-    """A stage on the GPU, in training mode, with weights that never were on the host."""
+    config: TokenizerTrainConfig, number: int, folder: Path
+) -> tuple[VQRAEModel, Iterator[int]]:
+    """A tokenizer on the GPU, with weights that never were on the host, and the loop that trains it."""
     with torch.device("cuda"):
-        model = model or build_tokenizer(dataclasses.replace(config.model, encoder=None), "sdpa")
-    trainer = StageTrainer(config, number, model, RunDirectory(folder, config))
-    trainer.set_mode()
-    return trainer
+        model = build_tokenizer(dataclasses.replace(config.model, encoder=None), "sdpa")
+    return model, train_stage(config, number, model, open_run(folder))
 
 
 @pytest.fixture
@@ -65,18 +60,18 @@ def test_the_host_waits_for_no_step_of_a_published_training(
 ) -> None:
     config = rehearsal(read(name, "dry_run=2", "ema_decay=0.999", *shallow), number)
     with fake_gpu() as gpu:
-        trainer = start(config, number, tmp_path)
-        batches = trainer.images.micro_batches(0)
+        model, steps = start(
+            dataclasses.replace(config, log_steps=2, save_steps=9), number, tmp_path
+        )
+        next(steps)
         with gpu.no_waiting():
-            trainer.train_step(0, batches)
-        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+            next(steps)
+        trained = [p for p in model.parameters() if p.requires_grad]
         assert trained
-        assert all(p.grad is None and p in trainer.optimizer.state for p in trained)
-        assert {t.device.type for t in (*trainer.model.parameters(), *trainer.model.buffers())} == {
-            "cuda"
-        }
-        trainer.save_previews(1)
-        trainer.log(1, seconds=1.0)
+        assert all(p.grad is None for p in trained)
+        tensors = (*model.parameters(), *model.buffers())
+        assert {tensor.device.type for tensor in tensors} == {"cuda"}
+        assert next(steps) == 2  # logged and previewed
 
 
 class ProductsOfStep(TorchDispatchMode):
@@ -100,10 +95,10 @@ class ProductsOfStep(TorchDispatchMode):
 
 @pytest.mark.parametrize(("switch", "precision"), [((), "tf32"), (("tf32=false",), "ieee")])
 def test_fp32_products_are_tf32_but_for_the_search(
-    switch: tuple[str, ...], precision: str, tiny_run: list[str], tmp_path: Path
+    switch: tuple[str, ...], precision: str, tmp_path: Path
 ) -> None:
     config = read(
-        *tiny_run,
+        *TINY,
         "model.codebook_size=48",
         "stage2.global_batch_size=1",
         "stage2.micro_batch_size=1",
@@ -111,11 +106,10 @@ def test_fp32_products_are_tf32_but_for_the_search(
     )
     try:
         with fake_gpu():
-            trainer = start(config, 2, tmp_path)
+            _, steps = start(config, 2, tmp_path)
+            next(steps)
             with ProductsOfStep() as products:
-                trainer.tokenizer_step(
-                    torch.rand(1, 3, 64, 64).cuda(), torch.rand(1, 3, 64, 64).cuda(), 0
-                )
+                next(steps)
     finally:
         allow_tf32(False)
         torch.backends.cudnn.allow_tf32 = True  # PyTorch's own start
@@ -172,7 +166,6 @@ DINO = (
 def test_a_stage_runs_saves_and_resumes(
     number: int,
     options: tuple[str, ...],
-    tiny_run: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -185,23 +178,20 @@ def test_a_stage_runs_saves_and_resumes(
     vit = AutoModel.from_config(ViTConfig(**small), add_pooling_layer=False)
     monkeypatch.setattr(discriminator, "random_vit", lambda: vit)
     batches_of_two = [f"stage{number}.{size}_batch_size=2" for size in ("global", "micro")]
-    config = read(*tiny_run, "random_perceptual_weights=true", *batches_of_two, *options)
+    intervals = [f"{what}_steps=3" for what in ("log", "save", "sample")]
+    config = read(*TINY, "random_perceptual_weights=true", *intervals, *batches_of_two, *options)
     waits = (MUON, SEARCH) if SEARCH_BF16 in options else (MUON,)
     with fake_gpu() as gpu:
-        trainer = start(config, number, tmp_path)
-        batches = trainer.images.micro_batches(0)
+        _, steps = start(config, number, tmp_path)
+        stage = config.stage_config(number)
+        next(steps)
         for step in range(3):
-            if trainer.stage.is_revival(step + 1) or (step and step == trainer.stage.bypass_steps):
-                trainer.train_step(step, batches)  # looks for codes, which are then moved
+            if stage.is_revival(step + 1) or step + 1 == 3 or (step and step == stage.bypass_steps):
+                next(steps)  # looks for codes, which are then moved; logs, saves and previews
             else:
                 with gpu.no_waiting(*waits):
-                    trainer.train_step(step, batches)
-        trainer.save_previews(3)
-        trainer.log(3, seconds=1.0)
-        trainer.save(3)
-        checkpoint = trainer.run.latest_checkpoint()
-        assert checkpoint is not None
-        resumed = start(config, number, tmp_path)
-        assert resumed.restore(checkpoint) == 3
+                    next(steps)
+        _, resumed = start(config, number, tmp_path)
+        assert next(resumed) == 3
         with gpu.no_waiting(*waits):
-            resumed.train_step(3, resumed.images.micro_batches(3))
+            next(resumed)
