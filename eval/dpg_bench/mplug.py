@@ -1,8 +1,8 @@
-"""DPG-Bench's official judge, mPLUG (Li et al., arXiv 2205.12005): modelscope's model code without modelscope's pipeline.
+"""DPG-Bench's official judge, mPLUG (Li et al., arXiv 2205.12005): modelscope's model code without its pipeline.
 
-The pipeline imports fairseq, which does not install on Python 3.11. The steps around the model are those of modelscope's
-`MPlugPreprocessor` and `MPlugForAllTasks`: squared bicubic resize, CLIP's normalisation, 25 tokens of the lower-cased
-question, beam search.
+The pipeline imports fairseq, which does not install on Python 3.11. The steps around the model are those of
+modelscope's `MPlugPreprocessor` and `MPlugForAllTasks`: squared bicubic resize, CLIP's normalisation, 25
+tokens of the lower-cased question, beam search.
 """
 
 from collections.abc import Sequence
@@ -36,46 +36,35 @@ class MPlug:
 
     def __init__(self, model: str = MPLUG, device: str = "cpu", batch_size: int = 16) -> None:
         code, folder = _model_code(), _model_folder(model)
-        # `yaml.Loader`, which modelscope reads the file with, would run what it says.
+        # Not `yaml.Loader`, with which modelscope reads the file: it would run what the file says.
         options = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        config = code.MPlugConfig(
-            **{**options, "distill": False}
-        )  # no momentum copies: they only matter in training
+        # "distill" keeps momentum copies, which only training needs.
+        config = code.MPlugConfig(**{**options, "distill": False})
         config.model_dir = str(folder)
         self.model: Any = code.MPlugForVisualQuestionAnswering(config)
         decoder = self.model.text_decoder
-        decoder.cls.predictions.decoder.weight = (
-            decoder.bert.embeddings.word_embeddings.weight
-        )  # tied, as before transformers 5
+        words = decoder.bert.embeddings.word_embeddings.weight
+        decoder.cls.predictions.decoder.weight = words  # transformers 5 no longer ties them
         _load_weights(self.model, folder / WEIGHTS)
         require_finite(self.model, folder / WEIGHTS)
         self.model.eval().requires_grad_(False).to(device)
-        self.identity, self.device, self.batch_size = (
-            f"sha256:{sha256(folder / WEIGHTS)}",
-            device,
-            batch_size,
-        )
-        resize = Resize(
-            (config.image_res, config.image_res), interpolation=InterpolationMode.BICUBIC
-        )
+        self.identity = f"sha256:{sha256(folder / WEIGHTS)}"
+        self.device, self.batch_size = device, batch_size
+        size = (config.image_res, config.image_res)
+        resize = Resize(size, interpolation=InterpolationMode.BICUBIC)
         self._transform = Compose([resize, ToTensor(), Normalize(MEAN, STD)])
 
     @torch.inference_mode()
     def answer(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:
         """One answer to each (image, question)."""
-        answers = []
+        decode = self.model.tokenizer.decode
+        answers: list[str] = []
         for start in range(0, len(pairs), self.batch_size):
             ids, _ = self.model(*self._inputs(pairs[start : start + self.batch_size]), train=False)
-            answers += [self._text(best) for [best] in ids]
+            # Transformers 5 no longer closes the gaps before punctuation by default.
+            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": True}
+            answers += [str(decode(best, **options)) for [best] in ids]
         return answers
-
-    def _text(self, ids: Tensor) -> str:
-        # Transformers 5 no longer closes the gaps before punctuation by default.
-        return str(
-            self.model.tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=True
-            )
-        )
 
     def _inputs(self, pairs: Sequence[tuple[Image.Image, str]]) -> tuple[Tensor, Any]:
         """Images (B, 3, H, W), and questions with input_ids and attention_mask (B, 25)."""
@@ -91,7 +80,7 @@ class MPlug:
 
 
 def _model_code() -> ModuleType:
-    """modelscope's module of the model, with what transformers 5 took away from under it.
+    """modelscope's module of the model, with what transformers 5 has removed.
 
     Raises:
         ValueError: naming the package that is missing.
@@ -110,17 +99,12 @@ def _model_code() -> ModuleType:
 
 
 def _invert_attention_mask(self: Any, mask: Tensor) -> Tensor:
-    """(B, S) or (B, T, S), 1 where attention is allowed -> 0 there and the least number elsewhere, for all heads."""
+    """(B, S) or (B, T, S), 1 where attention is allowed -> 0 there and the least number elsewhere."""
     mask = mask[:, None] if mask.dim() == 3 else mask[:, None, None]
     return (1 - mask.to(self.dtype)) * torch.finfo(self.dtype).min
 
 
 def _model_folder(model: str) -> Path:
-    """The folder behind a path or an id at modelscope.
-
-    Raises:
-        ValueError: when the folder is no mPLUG checkpoint.
-    """
     folder = Path(model)
     if not folder.is_dir():
         from modelscope.hub.snapshot_download import snapshot_download
@@ -135,26 +119,20 @@ def _model_folder(model: str) -> Path:
 
 
 def _load_weights(model: Any, path: Path) -> None:
-    """Load a checkpoint as modelscope's `MPlug.from_pretrained` does, but refuse one that leaves random weights.
+    """Load a checkpoint as modelscope's `MPlug.from_pretrained` does, but leave no random weights.
 
     Raises:
         ValueError: naming tensors that the checkpoint lacks.
     """
     stored = torch.load(path, map_location="cpu", weights_only=True)
     stored = stored.get("model", stored)
-    stored = {
-        name.replace("model.", ""): tensor for name, tensor in stored.get("module", stored).items()
-    }
+    stored = stored.get("module", stored)
+    stored = {name.replace("model.", ""): tensor for name, tensor in stored.items()}
     model.load_state_dict(stored, strict=False)
     own = model.state_dict(keep_vars=True)
-    loaded = {
-        id(tensor) for name, tensor in own.items() if name in stored
-    }  # tied tensors have two names
-    missing = [
-        name
-        for name, tensor in own.items()
-        if id(tensor) not in loaded and not name.endswith("position_ids")
-    ]
+    loaded = {id(tensor) for name, tensor in own.items() if name in stored}  # tied: two names
+    missing = [name for name, tensor in own.items() if id(tensor) not in loaded]
+    missing = [name for name in missing if not name.endswith("position_ids")]
     if missing:
         raise ValueError(
             f"{path} lacks {len(missing)} tensors of mPLUG, such as {missing[0]}: expected {MPLUG}"

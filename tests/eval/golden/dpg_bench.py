@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqrae.eval.dpg_bench import Item, Question, official_scores, write_questions
+from vqrae.eval.dpg_bench.questions import Item, Question, write_questions
+from vqrae.eval.dpg_bench.scores import official_scores
 
 CATEGORIES = (
     "entity - whole", "entity - part", "attribute - color", "attribute - size", "relation - spatial", "global - ",
