@@ -20,7 +20,7 @@ from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
 from vqrae.common.config import did_you_mean
 from vqrae.common.trainer import IGNORE_INDEX
-from vqrae.data.checks import Issue
+from vqrae.data.report import Issue
 from vqrae.data.samples import BrokenSamples
 
 IMAGE_TOKEN = "<image>"

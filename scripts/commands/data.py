@@ -87,10 +87,10 @@ class CheckData:
             write_json(self.json, [asdict(report) for report in reports])
         if self.write_clean:
             unfit = reports[0].unfit
-            kept = write_clean(
+            written, total = write_clean(
                 self.source, self.write_clean, unfit=unfit, examine=examine, **folder
             )
-            print(f"{self.write_clean}: {kept.written} of {kept.total} entries")
+            print(f"{self.write_clean}: {written} of {total} entries")
             return 0
         return int(any(report.problems for report in reports))
 

@@ -9,8 +9,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from vqrae.data.checks import EDGE_RANGES, check_source, edge_range
+from vqrae.data.checks import check_source
 from vqrae.data.code_shards import CodeManifest, CodeWriter
+from vqrae.data.report import EDGE_RANGES, edge_range
 from vqrae.scripts.cli import main
 
 
