@@ -1,1 +1,1 @@
-"""Every source of samples: the embedded scenes, image folders, caption pairs, LLaVA conversations, code shards."""
+"""Every source of samples: scenes, images, captions, conversations, code shards."""

@@ -1,7 +1,7 @@
 """Check a data set before training: read and decode every sample as training would.
-
-Problems (broken images, missing files, unusable lines or records, empty captions) make a source
-unfit; notes (duplicates, extreme shapes, colour modes that are converted) are for a person to judge.
+ Problems (broken images, missing files, unusable lines or records, empty captions) make a source
+unfit; notes (duplicates, extreme shapes, colour modes that are converted) are for a person to
+judge.
 """
 
 import hashlib
@@ -118,7 +118,8 @@ class ConversationRows(Dataset):
         image = image[0] if isinstance(image, list) else image
         if image is None:
             return Inspection(f"row {index}", issues=issues)
-        return Inspection(f"row {index}", "", image.mode, *image.size, issues=issues)
+        width, height = image.size
+        return Inspection(f"row {index}", "", image.mode, width, height, issues=issues)
 
 
 def _existing(paths: Iterable[Path], report: DataReport) -> set[Path]:
@@ -136,7 +137,8 @@ def _inspect_records(
     records, problems = scan_conversations(report.source)
     for problem in problems:
         report.problem("unusable records", problem)
-    folder, files = Path(image_folder or Path(report.source).parent), set()
+    folder = Path(image_folder or Path(report.source).parent)
+    files: set[Path] = set()
     for record in records:
         report.add_issues(find_issues(record, examine), f"record {record['id']}")
         files.update(folder / image for image in image_paths(record))
@@ -297,7 +299,7 @@ def write_clean(
     image_folder: str | Path | None = None,
     examine: Examine | None = None,
 ) -> tuple[int, int]:
-    """Write the usable entries of FILE.json or FILE.jsonl, unchanged; a list to *.json, lines to *.jsonl.
+    """Write the usable entries of a list, unchanged: as a list to *.json, as lines to *.jsonl.
 
     Args:
         unfit: images that are missing or broken, `DataReport.unfit`; entries with one are left out.

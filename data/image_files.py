@@ -25,8 +25,8 @@ from vqrae.data.stream import Draw
 def list_images(folder: str | Path) -> list[Path]:
     """All images below `folder`, sorted by path; hidden files are left out.
 
-    Linked folders are followed. One that is reached in several ways is read once, by its own path where it has one below
-    `folder`: so links cannot form a loop, and no image is in both splits.
+    Linked folders are followed. One that is reached in several ways is read once, by its own path
+    where it has one below `folder`: so links cannot form a loop, and no image is in both splits.
 
     Raises:
         FileNotFoundError: when there is no such folder, or no image in it.
@@ -147,7 +147,8 @@ def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
     """(image, caption) of every line; images are relative to the file's folder.
 
     Raises:
-        FileNotFoundError: when the file, or an image that it names, does not exist; the first few are listed.
+        FileNotFoundError: when the file, or an image that it names, does not exist; the first few
+            are listed.
         ValueError: when there is no usable line, or too many cannot be used (see `leave_out`).
     """
     path = Path(path)
@@ -159,8 +160,9 @@ def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
     missing = [str(file) for file in missing_files(path.parent / image for image, _ in pairs)]
     if missing:
         raise FileNotFoundError(
-            f"{path}: {len(missing)} of {len(pairs)} images do not exist (paths are relative to the file's folder): "
-            f"fetch them, or let `vqrae check-data {path} --write-clean NEW` write the lines of the others{summary(missing)}"
+            f"{path}: {len(missing)} of {len(pairs)} images do not exist (paths are relative to the "
+            f"file's folder): fetch them, or let `vqrae check-data {path} --write-clean NEW` write "
+            f"the lines of the others{summary(missing)}"
         )
     return pairs
 
@@ -169,7 +171,8 @@ class CaptionedImages(EncodedImages):
     """Images and captions of a JSON-lines file, see `parse_pair`.
 
     Args:
-        strict: False leaves out lines that cannot be used, and looks for images only when they are read.
+        strict: False leaves out lines that cannot be used, and looks for images only when they are
+            read.
     """
 
     def __init__(self, path: str | Path, *, strict: bool = True, **options: Any) -> None:

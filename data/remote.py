@@ -1,7 +1,7 @@
-"""Tars on remote storage (`s3://`, `https://`, `hf://`, a network drive) as local files, a few at a time.
-
-Random reads over a network cost a round trip each. So a tar is copied as a whole, by sequential reading, when its first
-sample is asked for; `TarDataset` then reads the samples of a few tars before it goes on to the next ones.
+"""Remote tars (`s3://`, `https://`, `hf://`, a network drive) as local files, a few at a time.
+ Random reads over a network cost a round trip each. So a tar is copied as a whole, by sequential
+reading, when its first sample is asked for; `TarDataset` then reads the samples of a few tars
+before it goes on to the next ones.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def find(pattern: str) -> list[str]:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path there. Never kept across a fork: it may have threads."""
+    """The file system of a URL, and the path there. Not kept across a fork: it may have threads."""
     import fsspec
 
     try:
@@ -137,7 +137,7 @@ class Stage:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Remove the copies that were used longest ago; processes that have one open can still read it."""
+        """Remove the copies used longest ago; a process that has one open can still read it."""
         used = {}
         for copy in self.folder.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # another process makes room, too

@@ -28,7 +28,7 @@ Examine = Callable[[dict[str, Any]], Issue | None]
 
 
 class Inspection(NamedTuple):
-    """Facts about a sample; `error` is empty when it can be decoded, `mode` when it holds no image."""
+    """Facts about a sample; no `error` when it can be decoded, no `mode` without an image."""
 
     name: str
     error: str = ""

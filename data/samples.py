@@ -1,4 +1,4 @@
-"""What data sets of files share: splits, skipping of broken samples, and encoded image -> cropped uint8 tensor."""
+"""What data sets of files share: splits, skipping of broken samples, bytes -> cropped tensor."""
 
 import io
 import math
@@ -56,7 +56,8 @@ def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarr
         return np.arange(len(hashes))
     if len(hashes) < 2:
         raise ValueError(
-            f"{source} holds {len(hashes)} samples, too few for training and validation: give more, or split=all"
+            f"{source} holds {len(hashes)} samples, too few for training and validation: "
+            "give more, or split=all"
         )
     held_out = max(1, round(VALIDATION_SHARE * len(hashes)))
     order = np.argsort(hashes, kind="stable")
@@ -64,7 +65,7 @@ def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarr
 
 
 def missing_files(paths: Iterable[Path]) -> list[Path]:
-    """Those of `paths` that do not exist; each folder is listed once, which is quick on network drives."""
+    """Those of `paths` that do not exist; each folder is listed once, for network drives."""
     by_folder: dict[Path, dict[str, Path]] = defaultdict(dict)
     for path in paths:
         by_folder[path.parent][path.name] = path
@@ -90,8 +91,8 @@ def leave_out(source: str | Path, problems: list[str], total: int) -> None:
     found = f"{source}: {len(problems)} of {total} entries cannot be used"
     if len(problems) > BROKEN_SHARE * total:
         raise ValueError(
-            f"{found}; repair or remove them, or let `vqrae check-data {source} --write-clean NEW` write the "
-            f"others{summary(problems)}"
+            f"{found}; repair or remove them, or let `vqrae check-data {source} --write-clean NEW` "
+            f"write the others{summary(problems)}"
         )
     if problems:
         print(printable(f"{found} and are left out{summary(problems)}"), file=sys.stderr)
@@ -109,7 +110,7 @@ class Unwanted(ValueError):
 
 
 class BrokenSamples:
-    """Names the samples of a source that cannot be used, counts them, and stops where they are too many.
+    """Names and counts the samples that cannot be used, and stops where they are too many.
 
     Counts are per process (each loader worker has its own).
     """
@@ -131,17 +132,19 @@ class BrokenSamples:
             print(printable(told), file=sys.stderr, flush=True)
         if len(self.found) > BROKEN_SHARE * max(self.seen, BROKEN_WINDOW):
             raise TooManyBrokenSamples(
-                f"{self.source}: {len(self.found)} of the {self.seen} samples read so far are broken, the last: {error}. "
-                "Repair or remove them (messages above name each one), then start the same command again."
+                f"{self.source}: {len(self.found)} of the {self.seen} samples read so far are broken, "
+                f"the last: {error}. Repair or remove them (messages above name each one), then start "
+                "the same command again."
             )
 
 
 class TolerantDataset(Dataset, ABC):
-    """A map-style data set that replaces a broken sample by the next readable one, and reports and counts it.
+    """A data set that replaces a broken sample by the next readable one, and reports it.
 
-    Subclasses define `__len__` and `read(draw)`, which raises ValueError for a broken sample and `Unwanted` for one that a
-    filter leaves out; that is replaced likewise, but counted apart and not reported. Replacement keeps the length and the
-    order exact, so that resuming and sharding need no bookkeeping.
+    Subclasses define `__len__` and `read(draw)`, which raises ValueError for a broken sample and
+    `Unwanted` for one that a filter leaves out; that is replaced likewise, but counted apart and
+    not reported. Replacement keeps the length and the order exact, so that resuming and sharding
+    need no bookkeeping.
     """
 
     def __init__(self, source: str) -> None:
@@ -151,7 +154,7 @@ class TolerantDataset(Dataset, ABC):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of plain indices (`accelerate` and `Trainer` call this); a `Draw` carries its own."""
+        """The epoch of plain indices (`Trainer` sets it); a `Draw` carries its own."""
         self.epoch = epoch
 
     @abstractmethod
@@ -198,7 +201,7 @@ class Encoded(NamedTuple):
 
 
 class EncodedImages(TolerantDataset):
-    """Images of any size, mode and orientation -> {"image": uint8 (3, H, W)}, with `captions` also {"caption": str}.
+    """Images of any kind -> {"image": uint8 (3, H, W)}, with `captions` also {"caption": str}.
 
     Subclasses define `__len__` and `encoded(draw)`, and `fingerprint(source)` for a run's manifest.
 
@@ -206,10 +209,13 @@ class EncodedImages(TolerantDataset):
         captions: a sample needs a caption; without one it is broken.
         split: `train` leaves 5 % (by name) to `validation`; `all` is everything.
         size: use the first `size` samples of the split.
-        crop: see `fit_image`; decided by (seed, epoch, index) alone, so that a resumed run sees the same images.
-        draft: decode JPEGs at the smallest eighth of their size that the crop needs: faster, and slightly softer.
+        crop: see `fit_image`; decided by (seed, epoch, index) alone, so that a resumed run sees the
+            same images.
+        draft: decode JPEGs at the smallest eighth of their size that the crop needs: faster, and
+            slightly softer.
         min_edge: leave out images whose shorter edge has fewer pixels.
-        max_aspect: leave out images whose longer edge is more than this multiple of the shorter; 0 takes all.
+        max_aspect: leave out images whose longer edge is more than this multiple of the shorter; 0
+            takes all.
     """
 
     def __init__(
@@ -239,7 +245,7 @@ class EncodedImages(TolerantDataset):
 
     @abstractmethod
     def encoded(self, draw: Draw) -> Encoded:
-        """The stored bytes of a sample and its caption, if it has one; ValueError when they cannot be read."""
+        """Bytes of a sample and its caption, if it has one; ValueError when they cannot be read."""
 
     def texts(self, index: int) -> list[str]:
         """The caption of a sample, if it can be read."""
@@ -272,11 +278,12 @@ class EncodedImages(TolerantDataset):
 def fit_image(
     image: Image.Image, size: int, crop: Crop = "center", rng: np.random.Generator | None = None
 ) -> Tensor:
-    """RGB image -> uint8 (3, size, size): resize the shorter edge (bicubic, antialiased) and cut out a square.
+    """RGB image -> uint8 (3, size, size): resize (bicubic, antialiased) and cut out a square.
 
     Args:
-        crop: `center`; `random`: anywhere along the longer edge (paper, Table 7); `zoom`: a square of 80 to 100 % of the
-            shorter edge, anywhere. Mirroring is left to the training loop, where it costs nothing.
+        crop: `center`; `random`: anywhere along the longer edge (paper, Table 7); `zoom`: a square
+            of 80 to 100 % of the shorter edge, anywhere. Mirroring is left to the training loop,
+            where it costs nothing.
         rng: for the last two.
     """
     if crop == "center":

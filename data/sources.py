@@ -1,11 +1,11 @@
-"""One word names a source of samples, everywhere: in a YAML file, on the command line, in a manifest.
+"""One word names a source of samples: in a YAML file, on the command line, in a manifest.
 
     scenes, scenes:emoji      the embedded scenes, of plain shapes or of Twemoji artwork
     emoji                     the embedded real images, 4,009 named emoji
     FOLDER                    images below a folder
-    FILE.jsonl                lines {"image": path, "caption": text}, or conversations, one record a line
-    FILE.tar                  WebDataset tars, KEY.jpg with KEY.txt or KEY.json; also a glob, a range
-                              shard-{000..012}.tar, s3://, https:// or hf://datasets/OWNER/NAME/
+    FILE.jsonl                lines {"image": path, "caption": text}, or a conversation each
+    FILE.tar                  WebDataset tars, KEY.jpg with KEY.txt or KEY.json; also a glob, a
+                              range shard-{000..012}.tar, s3://, https:// or hf://datasets/…
     hf:NAME                   a Hugging Face data set: hub id, folder or FILE.parquet; options: see
                               `vqrae.data.huggingface`
     FILE.json                 conversations in LLaVA's format
@@ -50,7 +50,7 @@ READERS: dict[str, Any] = {
     "json": Conversations,
     "codes": CodeDataset,
 }
-"""Kind of a source -> its data set, which also knows its `fingerprint`. Mixtures are made of these."""
+"""Kind of a source -> its data set, which has a `fingerprint`; mixtures are made of these."""
 IMAGES = ("emoji", "folder", "jsonl", "tar", "hf")
 CAPTIONS = ("emoji", "jsonl", "tar", "hf")
 
@@ -140,7 +140,8 @@ def open_pairs(
     crop: Crop = "center",
     seed: int = 0,
 ) -> Samples:
-    """Captioned images of a source -> map-style data set of {"image": uint8 (3, H, W), "caption": str}.
+    """Captioned images of a source -> map-style data set of {"image": uint8 (3, H, W), "caption":
+    str}.
 
     Args:
         detailed: captions of scenes name every colour and relation (for contrastive training).
@@ -283,7 +284,7 @@ def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
 
 
 def vocabulary(source: str) -> list[str]:
-    """Sentences with every word of the scenes in a source, whatever their sprites; see `texts_of`."""
+    """Sentences with every word of the scenes in a source, with any sprites; see `texts_of`."""
     if parts := parse_mixture(source):
         return [text for name, _ in parts for text in vocabulary(name)]
     if source.partition(":")[0] == "scenes":
@@ -298,8 +299,8 @@ def vocabulary(source: str) -> list[str]:
 def fingerprint(source: str) -> str:
     """Identity of a source for a run's manifest: what it is, how much, and a checksum.
 
-    Scenes are identified by what they render; files by content; folders and tars by names and sizes;
-    Hugging Face data sets by their rows, of which a hundred are read.
+    Scenes are identified by what they render; files by content; folders and tars by names and
+    sizes; Hugging Face data sets by their rows, of which a hundred are read.
     """
     if parts := parse_mixture(source):
         return "; ".join(f"{float(weight):g} of {fingerprint(name)}" for name, weight in parts)

@@ -1,6 +1,6 @@
 """The order of samples: a function of seed, epoch and position alone.
-
-So a resume is exact, and neither the number of processes nor that of loader workers changes what is trained on.
+ So a resume is exact, and neither the number of processes nor that of loader workers changes what
+is trained on.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ _PART = re.compile(r"\s*(.+?)\s*\*\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:\+|$)")
 class Draw(int):
     """An index that carries its epoch.
 
-    It travels to loader workers, which `set_epoch` in the parent process cannot reach: random crops stay a function of
-    (seed, epoch, index) in every process.
+    It travels to loader workers, which `set_epoch` in the parent process cannot reach: random crops
+    stay a function of (seed, epoch, index) in every process.
     """
 
     epoch: int
@@ -40,10 +40,10 @@ class Draw(int):
 
 
 def shuffled(place: int, size: int, *key: int) -> int:
-    """Entry `place` of a permutation of range(size) that `key` chooses, without building the permutation.
+    """Entry `place` of a permutation of range(size) that `key` chooses, without building it.
 
-    A Feistel network permutes the next power of four; results outside of the range are permuted again (cycle walking,
-    Black and Rogaway 2002).
+    A Feistel network permutes the next power of four; results outside of the range are permuted
+    again (cycle walking, Black and Rogaway 2002).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -59,9 +59,10 @@ def shuffled(place: int, size: int, *key: int) -> int:
 
 
 def draw_at(data: Any, position: int, *key: int) -> Draw:
-    """The sample at a position of a data set's endless stream: epoch after epoch, each a permutation by (key, epoch).
+    """The sample at a position of an endless stream: each epoch is a permutation by (key, epoch).
 
-    A data set with a `training_index`, (place, epoch) -> index, orders itself: a mixture, tars with a buffer.
+    A data set with a `training_index`, (place, epoch) -> index, orders itself: a mixture, tars with
+    a buffer.
     """
     epoch, place = divmod(position, len(data))
     own_order = getattr(data, "training_index", None)
@@ -122,8 +123,9 @@ class OwnOrderSampler(Sampler[int]):
 class GroupedSampler(Sampler[int]):
     """LLaVA-1.5's `group_by_modality_length`, drawn from one seed.
 
-    The micro-batches of an optimizer step hold one modality, which pads less and never runs the vision tower in vain, and
-    have about the same total length, so that no process waits for another. What does not fill a step comes last, mixed.
+    The micro-batches of an optimizer step hold one modality, which pads less and never runs the
+    vision tower in vain, and have about the same total length, so that no process waits for
+    another. What does not fill a step comes last, mixed.
 
     Args:
         lengths: words of every conversation, negative without an image; int64 (samples,).
@@ -157,7 +159,7 @@ class GroupedSampler(Sampler[int]):
             yield Draw(index, 0)  # lengths of a mixture are those of what it draws in epoch 0
 
     def _balanced(self, step: np.ndarray) -> np.ndarray:
-        """Deal the samples of a step to its micro-batches: longest first, each to the shortest batch with room."""
+        """Deal out the samples of a step, longest first, each to the shortest batch with room."""
         lengths = np.abs(self.lengths[step])
         batches: list[list[int]] = [[] for _ in range(self.micro_batches)]
         totals = np.zeros(self.micro_batches)
@@ -188,17 +190,20 @@ def parse_mixture(source: str) -> list[tuple[str, Fraction]]:
 class Mixture(Dataset):
     """Samples of several data sets in proportion to their weights.
 
-    Position -> (part, number of that part's samples before) follows a periodic schedule, shuffled within every `WINDOW`;
-    that number is a position in the part's own stream. So each position is a pure function of the seed, the proportions
-    hold in every window to a handful of samples, and no part repeats before it was seen whole.
+    Position -> (part, number of that part's samples before) follows a periodic schedule, shuffled
+    within every `WINDOW`; that number is a position in the part's own stream. So each position is a
+    pure function of the seed, the proportions hold in every window to a handful of samples, and no
+    part repeats before it was seen whole.
 
     Args:
         parts: map-style data sets.
         weights: their shares, of any sum; up to four decimals.
-        size: samples of an epoch; by default until every part was seen whole (`repeat`), or as long as no part repeats.
+        size: samples of an epoch; by default until every part was seen whole (`repeat`), or as long
+            as no part repeats.
 
     Raises:
-        ValueError: when a weight is not positive, or the weights have too many decimals for a schedule.
+        ValueError: when a weight is not positive, or the weights have too many decimals for a
+            schedule.
     """
 
     def __init__(
@@ -253,13 +258,14 @@ class Mixture(Dataset):
         self.epoch = epoch
 
     def modality_lengths(self) -> np.ndarray:
-        """Signed lengths of the conversations of epoch 0, int64 (samples,), see `GroupedSampler`."""
+        """int64 (samples,), signed lengths of the conversations of epoch 0, see
+        `GroupedSampler`."""
         lengths = [part.modality_lengths() for part in self.parts]
         places = map(self.locate, range(self.size))
         return np.array([lengths[part][draw] for part, draw in places])
 
     def _window(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples of each part before the window of `position`, and the parts of its positions, shuffled."""
+        """Samples of each part before a position's window, and the parts in it, shuffled."""
         start = position // WINDOW * WINDOW
         rounds, place = divmod(start, len(self._schedule))
         order = self._schedule[(place + np.arange(WINDOW)) % len(self._schedule)]
@@ -288,7 +294,7 @@ class Mixture(Dataset):
 
 
 def _schedule(counts: np.ndarray) -> np.ndarray:
-    """Parts, int64 (sum of counts,), spread as evenly as possible: the next is the one that lags most."""
+    """Parts, int64 (sum of counts,), spread evenly: the next is the one that lags most."""
     period = int(counts.sum())
     given = np.zeros(len(counts), dtype=np.int64)
     order = np.empty(period, dtype=np.int64)

@@ -1,9 +1,8 @@
 """WebDataset tars (`KEY.jpg` next to `KEY.txt` or `KEY.json`) as map-style data sets.
-
-Each tar is scanned once; the places of its members are kept next to it in `.NAME.index.npy` (or in the user's cache folder
-where the tars are read-only) and read from then on, 20 bytes per sample. Reading any sample is then one or two `pread`
-calls, so shuffling, sharding and exact resume work as for any indexed data set, and nothing is unpacked.
-Measured numbers are in docs/data.md.
+ Each tar is scanned once; the places of its members are kept next to it in `.NAME.index.npy` (or in
+the user's cache folder where the tars are read-only) and read from then on, 20 bytes per sample.
+Reading any sample is then one or two `pread` calls, so shuffling, sharding and exact resume work as
+for any indexed data set, and nothing is unpacked. Measured numbers are in docs/data.md.
 """
 
 import functools
@@ -49,7 +48,7 @@ class TarSource(NamedTuple):
     caption_keys: Sequence[str]
     """Keys of KEY.json that may hold the caption; the first found is used."""
     buffer: int
-    """Tars that are copied to a local disk at a time; 0: samples are read in place, in any order."""
+    """Tars that are copied to a local disk at a time; 0: samples are read in place."""
 
 
 def is_tar(source: str) -> bool:
@@ -58,7 +57,7 @@ def is_tar(source: str) -> bool:
 
 
 def parse_tars(source: str) -> TarSource:
-    """The tars of a name, a glob or a brace range (`shard-{000..012}.tar`), sorted, and how they are read.
+    """The tars of a name, a glob or a range (`shard-{000..012}.tar`), and how they are read.
 
     Raises:
         ValueError: for an unknown option, or a file system that cannot be reached.
@@ -82,7 +81,7 @@ def parse_tars(source: str) -> TarSource:
 
 
 def tar_index(path: str, stage: Stage | None = None) -> np.ndarray:
-    """The samples of a tar in their order: int64 (1 + samples, 6), after a row with size, time and version.
+    """The samples of a tar, int64 (1 + samples, 6), after a row with size, time and version.
 
     It is read from a cache where that is valid.
 
@@ -135,7 +134,7 @@ def _stamp(status: os.stat_result) -> list[int]:
 
 
 def _load_index(cache: Path) -> np.ndarray | None:
-    """The stored index, or None when it is absent, not readable for us, cut short or of another format."""
+    """The stored index; None when it is absent, unreadable, cut short or of another format."""
     try:
         stored = np.load(cache)
     except (FileNotFoundError, PermissionError, NotADirectoryError, ValueError, EOFError):
@@ -147,9 +146,10 @@ def _load_index(cache: Path) -> np.ndarray | None:
 def tar_indices(
     paths: list[str], pick: Callable[[int, np.ndarray], T], stage: Stage | None = None
 ) -> list[T]:
-    """What `pick` takes of the rows of each tar: whole indices would be large, and memory maps hold descriptors.
+    """What `pick` keeps of the rows of each tar; whole indices would be large.
 
-    Every process of a launch starts at another tar and finds the indices that the others have made: they share the work.
+    Every process of a launch starts at another tar and finds the indices that the others have made:
+    they share the work.
     """
     first = int(os.environ.get("RANK", "0")) * len(paths) // world_size()
     order = [*range(first, len(paths)), *range(first)]
@@ -172,12 +172,14 @@ def _scan_tar(path: str, stream: Any = None) -> np.ndarray:
             told = f"{path} cannot be read: {os.strerror(error.errno)}"
             raise OSError(error.errno, told) from error
         raise ValueError(
-            f"{path} is damaged after {len(members)} samples ({error}): fetch it again or leave it out"
+            f"{path} is damaged after {len(members)} samples ({error}): "
+            "fetch it again or leave it out"
         ) from error
     rows = [row for key, fields in members.items() for row in _sample_rows(key, fields)]
     if not rows:
         raise ValueError(
-            f"{path} holds no image: expected KEY.jpg (or {', '.join(IMAGE_FIELDS[1:])}) with KEY.txt or KEY.json"
+            f"{path} holds no image: expected KEY.jpg (or {', '.join(IMAGE_FIELDS[1:])}) "
+            "with KEY.txt or KEY.json"
         )
     return np.array(rows, dtype=np.int64)
 
@@ -185,8 +187,9 @@ def _scan_tar(path: str, stream: Any = None) -> np.ndarray:
 def _sample_rows(key: str, fields: dict[str, tuple[int, int]]) -> Iterator[tuple[int, ...]]:
     """The samples among the members of a key, {suffix: place}.
 
-    `a.jpg` is the image of `a`, and `a.mask.png` one of its fields. Without `a.jpg`, members with dotted names (`a.v1.jpg`,
-    `a.v1.txt`, `a.v2.jpg`) are samples of their own; WebDataset takes them for fields of one sample.
+    `a.jpg` is the image of `a`, and `a.mask.png` one of its fields. Without `a.jpg`, members with
+    dotted names (`a.v1.jpg`, `a.v1.txt`, `a.v2.jpg`) are samples of their own; WebDataset takes
+    them for fields of one sample.
     """
     stems = dict.fromkeys(suffix.rpartition(".")[0] for suffix in fields)
     for stem in [""] if any(field in fields for field in IMAGE_FIELDS) else stems:
@@ -206,8 +209,10 @@ def _sample_rows(key: str, fields: dict[str, tuple[int, int]]) -> Iterator[tuple
 class TarDataset(EncodedImages):
     """Samples of WebDataset tars; with `captions` those that have KEY.txt or KEY.json.
 
-    With a buffer the order of training is decided here: a seeded permutation of the tars, `buffer` after `buffer` of them
-    shuffled together. It is a function of (seed, epoch, position) like any other, so that a resume is exact.
+    With a buffer the order of training is decided here: a seeded permutation of the tars, `buffer`
+    after `buffer` of them
+    shuffled together. It is a function of (seed, epoch, position) like any other, so that a resume
+    is exact.
 
     Attributes:
         reads_captions: whether samples come with the caption that they may have.
@@ -232,15 +237,16 @@ class TarDataset(EncodedImages):
     def _pick(self, tar: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places of the usable samples, int32 (samples, 5), and the hashes of their names.
 
-        A place is tar, block and size of the image, block and size of the text; that size is negative for no text (-1) and
-        for JSON (-2 - size).
+        A place is tar, block and size of the image, block and size of the text; that size is
+        negative for no text (-1) and for JSON (-2 - size).
         """
         if self.captions:
             has_text = index[:, _TEXT_SIZE] >= 0
             path, found = self.paths[tar], int(has_text.sum())
             if not found:
                 raise ValueError(
-                    f"{path} holds {len(index)} images but no caption: expected KEY.txt or KEY.json for each KEY.jpg"
+                    f"{path} holds {len(index)} images but no caption: "
+                    "expected KEY.txt or KEY.json for each KEY.jpg"
                 )
             if found < len(index):
                 told = f"{len(index) - found} of {len(index)} images have no caption, left out"
@@ -287,7 +293,7 @@ class TarDataset(EncodedImages):
         return int(self.first[order[turn]] + place - begins[turn])
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tars of an epoch in their order, (tars,), and the number of samples before each, (tars + 1,)."""
+        """The tars of an epoch in order, (tars,), and the samples before each, (tars + 1,)."""
         if self._epoch_order is None or self._epoch_order[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.paths))
             counts = np.diff(self.first)[order]
@@ -302,7 +308,7 @@ class TarDataset(EncodedImages):
             try:  # `pread`: forked loader workers share the descriptor's position
                 return os.pread(descriptor, size, block * tarfile.BLOCKSIZE)
             except OSError:
-                _open_tar.cache_clear()  # the handle of a file that a network drive has replaced is dead
+                _open_tar.cache_clear()  # a handle is dead once a network drive replaced the file
                 raise
 
         data = with_retries(read, path)

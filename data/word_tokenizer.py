@@ -1,4 +1,4 @@
-"""A word-level text tokenizer for the small language models of the embedded default, as a plain Hugging Face tokenizer."""
+"""A word-level text tokenizer for small language models, as a plain Hugging Face tokenizer."""
 
 import sys
 from collections import Counter
@@ -7,29 +7,26 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PAD, UNKNOWN, START, END, IMAGE = (
-    "<|endoftext|>",
-    "<|unk|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<image>",
-)
+PAD = "<|endoftext|>"
+UNKNOWN = "<|unk|>"
+START = "<|im_start|>"
+END = "<|im_end|>"
+IMAGE = "<image>"
 ROLES = ["system", "user", "assistant"]
 
 
 def build_word_tokenizer(
     texts: Sequence[str], *, end_with: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """Fit a tokenizer whose vocabulary is the words and punctuation marks of `texts`.
+    """A tokenizer whose vocabulary is the words and punctuation marks of `texts`.
 
     Args:
-        end_with: a special token put behind every encoded text (SigLIP pools its last token); None adds nothing.
+        end_with: a special token at the end of every encoded text (SigLIP pools its last token).
 
     Returns:
-        A fast tokenizer with chatml's special tokens and `<image>`; text is lower-cased, unknown words become
-        `<|unk|>`, padding is `<|endoftext|>`.
+        A fast tokenizer with chatml's special tokens and `<image>`; text is lower-cased, unknown
+        words become `<|unk|>`, padding is `<|endoftext|>`.
     """
-    specials = [PAD, UNKNOWN, START, END, IMAGE]
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -40,13 +37,17 @@ def build_word_tokenizer(
         ]
     )
     trainer = trainers.WordLevelTrainer(
-        special_tokens=specials, vocab_size=1 << 20, min_frequency=1, show_progress=False
+        special_tokens=[PAD, UNKNOWN, START, END, IMAGE],
+        vocab_size=1 << 20,
+        min_frequency=1,
+        show_progress=False,
     )
     # Sorted, so that the same words always get the same ids.
     tokenizer.train_from_iterator(sorted({*texts, " ".join(ROLES), *"0123456789"}), trainer)
     if end_with:
+        end = (end_with, tokenizer.token_to_id(end_with))
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"$A {end_with}", special_tokens=[(end_with, tokenizer.token_to_id(end_with))]
+            single=f"$A {end_with}", special_tokens=[end]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -61,17 +62,15 @@ def build_word_tokenizer(
 def fit_word_tokenizer(
     texts: Sequence[str], captions: Iterable[str], *, size: int
 ) -> PreTrainedTokenizerFast:
-    """A word tokenizer of at most `size` ids: all words of `texts`, then the most frequent ones of `captions`."""
+    """At most `size` ids: for all words of `texts`, then for the most frequent of `captions`."""
     base = build_word_tokenizer(texts)
-    known, words = base.get_vocab(), _new_words(base, captions)
-    kept = [word for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0]))][
-        : max(0, size - len(known))
-    ]
+    words = _new_words(base, captions)
+    kept = _most_frequent(words, max(0, size - len(base)))
     if len(kept) < len(words):
         share = 1 - sum(words[word] for word in kept) / words.total()
         print(
-            f"{len(words) - len(kept)} of {len(words) + len(known)} words have no id and become {UNKNOWN}, {share:.0%} of the "
-            f"words outside of the scenes' language: only {size} ids fit",
+            f"{len(words) - len(kept)} of {len(words) + len(base)} words have no id and become "
+            f"{UNKNOWN}, {share:.0%} of the words of the captions: only {size} ids fit",
             file=sys.stderr,
             flush=True,
         )
@@ -88,8 +87,13 @@ def _new_words(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) ->
     return words
 
 
+def _most_frequent(words: Counter[str], limit: int) -> list[str]:
+    """Up to `limit` words; ties in alphabetical order."""
+    return sorted(words, key=lambda word: (-words[word], word))[:limit]
+
+
 def is_word_tokenizer(text_tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text tokenizer is one of those that this module makes, which have an id for each word."""
+    """Whether a text tokenizer is one of this module, with an id for each word."""
     return text_tokenizer.is_fast and isinstance(
         text_tokenizer.backend_tokenizer.model, models.WordLevel
     )
@@ -98,37 +102,33 @@ def is_word_tokenizer(text_tokenizer: PreTrainedTokenizerBase) -> bool:
 def grow_word_tokenizer(
     text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, limit: int
 ) -> list[str]:
-    """Give ids behind all others to the words of `texts` that have none, in place; to the `limit` most frequent ones.
+    """Give new ids, in place, to the `limit` most frequent unknown words of `texts`.
 
     Returns:
         The new words in the order of their ids, which texts and limit alone decide.
     """
-    words = sorted(_new_words(text_tokenizer, texts).items(), key=lambda item: (-item[1], item[0]))[
-        :limit
-    ]
-    vocabulary = text_tokenizer.get_vocab()
-    vocabulary |= {word: len(text_tokenizer) + i for i, (word, _) in enumerate(words)}
+    words = _most_frequent(_new_words(text_tokenizer, texts), limit)
     if words:
+        vocabulary = text_tokenizer.get_vocab()
+        vocabulary |= {word: i for i, word in enumerate(words, len(text_tokenizer))}
         text_tokenizer.backend_tokenizer.model = models.WordLevel(
             vocabulary, unk_token=text_tokenizer.unk_token
         )
-    return [word for word, _ in words]
+    return words
 
 
 def unknown_words(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The words of a text that become the unknown token, as often as they occur; none for a tokenizer that has no such token.
+    """The words of a text that become the unknown token, as often as they occur.
 
-    Args:
-        text_tokenizer: a fast one; of others it is not known where a token comes from, and the list is empty.
+    None for a tokenizer that has no such token, or that is not a fast one: there it is not known
+    which
+    word a token comes from.
     """
     unknown = text_tokenizer.unk_token_id
     if unknown is None or not text_tokenizer.is_fast:
         return []
-    options = {
-        "add_special_tokens": False,
-        "return_offsets_mapping": True,
-        "split_special_tokens": True,
-    }
-    encoded = text_tokenizer(text, **options)
+    encoded = text_tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+    )
     places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [text[start:end] for token, (start, end) in places if token == unknown]

