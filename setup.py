@@ -13,7 +13,6 @@ FOLDERS = (
     "eval",
     "planning",
     "quickstart",
-    "benchmarks",
     "scripts",
 )
 MPLUG = [

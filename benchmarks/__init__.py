@@ -1,1 +1,1 @@
-"""Speed and memory of our hot paths beside the usual way: one module per name, each with `run() -> list[Row]`."""
+"""Speed and memory of our hot paths vs the usual way. Run from the repository: python -m benchmarks [NAME ...]"""

@@ -1,31 +1,34 @@
-"""Run benchmarks by name, or all of them.
+"""Run benchmarks by name, or all of them: python -m benchmarks [NAME ...]
 
-python -m vqrae.benchmarks [NAME ...]
+Each prints a table and writes runs/benchmarks/NAME.json. A ratio above 1 means that ours is better.
 """
 
 import importlib
-import pkgutil
 import sys
+from pathlib import Path
 
-import vqrae.benchmarks
-from vqrae.benchmarks.harness import write_table
-from vqrae.common.config import did_you_mean
+from benchmarks.harness import print_table
+from vqrae.common.config import ConfigError, did_you_mean
 from vqrae.common.errors import run_main
+from vqrae.common.files import write_json
 
-NAMES = sorted(
-    {module.name for module in pkgutil.iter_modules(vqrae.benchmarks.__path__)}
-    - {"harness", "check_gpu", "__main__"}
-)
+NAMES = ("extract", "frechet", "loss", "packing", "quantizer", "sampler")
 
 
 def main(argv: list[str] | None = None) -> None:
-    names = list(sys.argv[1:] if argv is None else argv)
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise SystemExit(f"unknown benchmark {unknown[0]!r}. {did_you_mean(unknown[0], NAMES)}")
-    for name in names or NAMES:
-        rows = importlib.import_module(f"vqrae.benchmarks.{name}").run()
-        print(f"written to {write_table(name, rows)}")
+    names = list(sys.argv[1:] if argv is None else argv) or NAMES
+    if "--help" in names or "-h" in names:
+        print(f"{__doc__}\nNAME: {', '.join(NAMES)}")
+        return
+    for name in names:
+        if name not in NAMES:
+            raise ConfigError(f"unknown benchmark {name!r}. {did_you_mean(name, NAMES)}")
+    for name in names:
+        rows = importlib.import_module(f"benchmarks.{name}").run()
+        print_table(name, rows)
+        path = Path("runs/benchmarks") / f"{name}.json"
+        write_json(path, {"rows": [row._asdict() for row in rows]})
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
-from vqrae.benchmarks.sampler import GREEDY, QWEN3_0_6B, random_generator
+from benchmarks.sampler import GREEDY, QWEN3_0_6B, random_generator
 from vqrae.common.cli import parse
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation
@@ -308,8 +308,8 @@ def cases() -> list[Case]:
     for title, precision, exact, tf32 in (
         ("fp32, as in training", "fp32", False, False),
         ("fp32, TF32 allowed", "fp32", False, True),
-        ("fp32, exactd", "fp32", True, False),
-        ("bf16, exactd", "bf16", True, False),
+        ("fp32, exact", "fp32", True, False),
+        ("bf16, exact", "bf16", True, False),
     ):
         both = (
             partial(search_numbers, precision, exact, tf32),
@@ -505,7 +505,7 @@ def main(argv: list[str] | None = None) -> int:
         command = [
             sys.executable,
             "-m",
-            "vqrae.benchmarks.check_gpu",
+            "benchmarks.check_gpu",
             f"only={options.only}",
             f"reference={file}",
         ]

@@ -1,24 +1,21 @@
-"""Fréchet statistics: one matrix product per batch beside an outer product per image, as public evaluators do it.
+"""Fréchet statistics: a matrix product per batch vs an outer product per image, as public evaluators do it.
 
-And the distance itself: eigenvalues of a symmetric matrix beside a general matrix square root.
+And the distance itself: eigenvalues of a symmetric matrix vs a general matrix square root.
 """
-
-from functools import partial
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
 
-from vqrae.benchmarks.harness import Row, compare
+from benchmarks.harness import Row, time_row
 from vqrae.eval.reconstruction.frechet import FeatureStatistics, frechet_distance
 
-WIDTH = 2048  # of Inception
-IMAGES, BATCH_SIZE = 256, 64
+WIDTH, IMAGES, BATCH_SIZE = 2048, 256, 64  # of Inception
 DISTANCE_WIDTH = 512  # a matrix square root at 2048 takes minutes
 
 
-def batched(features: Tensor, batch_size: int) -> FeatureStatistics:
+def batched(features: Tensor, batch_size: int = BATCH_SIZE) -> FeatureStatistics:
     """Ours."""
     statistics = FeatureStatistics(features.shape[1])
     for batch in features.split(batch_size):
@@ -27,7 +24,7 @@ def batched(features: Tensor, batch_size: int) -> FeatureStatistics:
 
 
 def outer_products(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of features and sum of their outer products in float64, one image at a time -> mean, covariance."""
+    """Sums of features and of their outer products in float64, one image at a time -> mean, covariance."""
     count, width = features.shape
     total = torch.zeros(width, dtype=torch.float64)
     products = torch.zeros(width, width, dtype=torch.float64)
@@ -47,35 +44,21 @@ def root_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 def run(
     width: int = WIDTH, images: int = IMAGES, distance_width: int = DISTANCE_WIDTH, repeats: int = 3
 ) -> list[Row]:
-    """Seconds of statistics and of the distance.
-
-    Raises:
-        AssertionError: when the two ways do not give the same.
-    """
     torch.manual_seed(0)
     features = torch.rand(images, width)
     mean, covariance = outer_products(features)
-    ours = batched(features, BATCH_SIZE)
+    ours = batched(features)
     torch.testing.assert_close(ours.mean, mean, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(
-        ours.covariance, covariance, rtol=1e-5, atol=1e-7
-    )  # their products are float32
-    rows = []
-    for batch_size in (BATCH_SIZE, 16):
-        seconds = compare(
-            partial(batched, features, batch_size), partial(outer_products, features), repeats
-        )
-        rows.append(
-            Row(f"statistics, {images} x {width}, batches of {batch_size}", *seconds, unit="s")
-        )
+    torch.testing.assert_close(ours.covariance, covariance, rtol=1e-5, atol=1e-7)  # fp32 products
+    case = f"statistics, {images} x {width}, batches of {BATCH_SIZE}"
+    work = (lambda: batched(features)), (lambda: outer_products(features))
+    rows = [time_row(case, *work, repeats=repeats)]
 
     mixing = torch.randn(distance_width, distance_width)
-    a, b = (
-        batched(torch.randn(4 * distance_width, distance_width) @ mixing + i, BATCH_SIZE)
-        for i in range(2)
-    )
+    a = batched(torch.randn(4 * distance_width, distance_width) @ mixing)
+    b = batched(torch.randn(4 * distance_width, distance_width) @ mixing + 1)
     expected = root_distance(a, b)
     assert abs(frechet_distance(a, b) - expected) < 1e-6 * expected
-    seconds = compare(lambda: frechet_distance(a, b), lambda: root_distance(a, b), repeats)
-    rows.append(Row(f"distance, {distance_width} features", *seconds, unit="s"))
-    return rows
+    distances = (lambda: frechet_distance(a, b)), (lambda: root_distance(a, b))
+    case = f"distance, {distance_width} features"
+    return [*rows, time_row(case, *distances, repeats=repeats)]

@@ -4,4 +4,4 @@
 # NAME is a file of benchmarks/; all by default. A ratio above 1 means that ours is better; runs/benchmarks/NAME.json
 . "$(dirname "$0")/lib.sh"
 install
-exec "$PYTHON" -m vqrae.benchmarks "$@"
+exec "$PYTHON" -m benchmarks "$@"

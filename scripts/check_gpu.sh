@@ -4,4 +4,4 @@
 # Random weights, no network; about five minutes on one large GPU. docs/performance.md
 . "$(dirname "$0")/lib.sh"
 install
-exec "$PYTHON" -m vqrae.benchmarks.check_gpu "$@"
+exec "$PYTHON" -m benchmarks.check_gpu "$@"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from fake_gpu import fake_gpu
 
-from vqrae.benchmarks import check_gpu
-from vqrae.benchmarks.check_gpu import Case, check, text
+from benchmarks import check_gpu
+from benchmarks.check_gpu import Case, check, text
 
 CUDA = torch.device("cuda")
 
@@ -82,7 +82,7 @@ def test_the_rows_are_the_hot_paths() -> None:
     for part in (
         "internvit_448, stage 2",
         "TF32",
-        "bf16, settled",
+        "bf16, exact",
         "7B",
         "generator",
         "compiled, 1024 codes, batch 64",

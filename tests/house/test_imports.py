@@ -1,11 +1,14 @@
-"""Imports point one way, common <- data <- tokenizer <- {understanding, generation} <- eval <- {benchmarks, scripts}, and are
-declared."""
+"""Imports point one way, name what they use where it is defined, and are declared in setup.py.
+
+common <- data <- tokenizer <- {understanding, generation} <- eval <- planning <- quickstart <- scripts
+"""
 
 import ast
 import importlib.metadata
+import itertools
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +18,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-ROOMS = (
-    "common",
-    "data",
-    "tokenizer",
-    "understanding",
-    "generation",
-    "eval",
-    "planning",
-    "quickstart",
-)
-MAY_IMPORT = {room: set(ROOMS[:place]) for place, room in enumerate(ROOMS)}
+ROOMS = ["common", "data", "tokenizer", "understanding", "generation"]
+ROOMS += ["eval", "planning", "quickstart", "scripts"]
+MAY_IMPORT = {room: set(ROOMS[: place + 1]) for place, room in enumerate(ROOMS)}
 MAY_IMPORT["generation"] -= {"understanding"}
 MAY_IMPORT["planning"] |= {"quickstart"}  # the plan of the tiny models
-MAY_IMPORT |= {folder: set(ROOMS) for folder in ("benchmarks", "scripts")}
-FOLDERS = set(MAY_IMPORT)
-OUTSIDE = {"tests"}  # no package: it may import everything, nobody imports it
+# Not installed: run from the repository, where they are imported by their own names.
+OUTSIDE = {"benchmarks": {"benchmarks"}, "tests": {"benchmarks"}}
 
 
 def sources(folder: str) -> list[Path]:
@@ -41,52 +35,58 @@ def imports(code: str) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of every import in a module; a relative one starts with a dot."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            for alias in node.names:
+                yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            yield from (
-                (node.lineno, f"{base}.{alias.name}" if base == "vqrae" else base)
-                for alias in node.names
-            )
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}" if base == "vqrae" else base
 
 
-def problems(code: str, allowed: set[str]) -> Iterator[str]:
-    """What is wrong with the imports of a module that may import the folders `allowed`."""
+def problems(code: str, allowed: set[str], bare: Collection[str] = ()) -> Iterator[str]:
+    """What is wrong with the imports of a module that may import the rooms `allowed` and folders by their `bare` name."""
     for line, name in imports(code):
         top, _, rest = name.partition(".")
         if not top:
             yield f"line {line} imports {name}: relative"
-        elif top in FOLDERS | OUTSIDE:
+        elif top in {*ROOMS, *OUTSIDE}.difference(bare):
             yield f"line {line} imports {name}: bare folder name"
         elif top == "vqrae" and rest.partition(".")[0] not in allowed:
             yield f"line {line} imports {name}: against the layering"
 
 
-@pytest.mark.parametrize("folder", [*MAY_IMPORT, *sorted(OUTSIDE)])
+@pytest.mark.parametrize("folder", [*MAY_IMPORT, *OUTSIDE])
 def test_imports_respect_the_layers(folder: str) -> None:
-    allowed = FOLDERS if folder in OUTSIDE else MAY_IMPORT[folder] | {folder}
-    found = [
-        f"{path.relative_to(ROOT)} {problem}"
-        for path in sources(folder)
-        for problem in problems(path.read_text(), allowed)
-    ]
+    found = []
+    for path in sources(folder):
+        allowed, bare = MAY_IMPORT.get(folder, set(ROOMS)), OUTSIDE.get(folder, set())
+        name = path.relative_to(ROOT)
+        found += [f"{name} {problem}" for problem in problems(path.read_text(), allowed, bare)]
     assert found == []
 
 
 def test_the_check_sees_what_it_forbids() -> None:
-    code = "import tokenizer\nfrom . import x\nfrom vqrae.eval import y\nfrom vqrae import data\nimport vqrae.common.run\n"
-    kinds = [problem.rpartition(": ")[2] for problem in problems(code, {"common"})]
-    assert kinds == ["bare folder name", "relative", "against the layering", "against the layering"]
+    lines = ["import tokenizer", "from . import x", "from vqrae.eval import y"]
+    lines += ["from vqrae import data", "import vqrae.common.run", "import benchmarks"]
+    found = problems("\n".join(lines), {"common"})
+    assert [problem.rpartition(": ")[2] for problem in found] == [
+        "bare folder name",
+        "relative",
+        "against the layering",
+        "against the layering",
+        "bare folder name",
+    ]
 
 
-def test_scripts_holds_commands_only() -> None:
-    assert {path.name for path in (ROOT / "scripts").glob("*.py")} <= {
-        "__init__.py",
-        "launch.py",
-        "missing.py",
-        "check_kill.py",
-        "cli.py",
-    }
+def test_packages_re_export_nothing() -> None:
+    """A name is imported from the module that defines it: an `__init__.py` holds a docstring at most."""
+    found = []
+    for path in itertools.chain.from_iterable(map(sources, [*ROOMS, "benchmarks"])):
+        if path.name == "__init__.py":
+            body = ast.parse(path.read_text()).body
+            is_docstring = [isinstance(node, ast.Expr) for node in body]
+            found += [str(path.relative_to(ROOT))] if is_docstring not in ([], [True]) else []
+    assert set(found) <= {"eval/dpg_bench/__init__.py"}
 
 
 # ---- packaging
@@ -103,27 +103,19 @@ def setup(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_every_folder_with_code_is_a_package(setup: dict[str, Any]) -> None:
-    folders = {path.parent.relative_to(ROOT) for folder in FOLDERS for path in sources(folder)}
+    files = itertools.chain.from_iterable(map(sources, ROOMS))
+    folders = {path.parent.relative_to(ROOT) for path in files}
     assert set(setup["packages"]) == {"vqrae." + ".".join(folder.parts) for folder in folders}
     assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
-    assert all((ROOT / folder / "py.typed").is_file() for folder in FOLDERS)
+    assert all((ROOT / room / "py.typed").is_file() for room in ROOMS)
 
 
 def test_every_data_file_is_installed(setup: dict[str, Any]) -> None:
-    launchers = {
-        ".sh",
-        ".txt",
-        ".py",
-        ".pyc",
-    }  # of scripts/: run from the repository, not from the package
-    files = [
-        path
-        for folder in FOLDERS
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix not in launchers
-    ]
+    run_from_the_repository = {".sh", ".txt", ".py", ".pyc"}
     left_out = []
-    for path in files:
+    for path in itertools.chain.from_iterable((ROOT / room).rglob("*") for room in ROOMS):
+        if not path.is_file() or path.suffix in run_from_the_repository:
+            continue
         package = path.parent
         while not (package / "__init__.py").exists():
             package = package.parent
@@ -134,22 +126,18 @@ def test_every_data_file_is_installed(setup: dict[str, Any]) -> None:
 
 
 def test_every_import_is_declared(setup: dict[str, Any]) -> None:
-    declared = [
-        *setup["install_requires"],
-        *(name for extra in setup["extras_require"].values() for name in extra),
-    ]
+    extras = itertools.chain.from_iterable(setup["extras_require"].values())
+    declared = [*setup["install_requires"], *extras]
     names = {canonicalize_name(Requirement(line).name) for line in declared}
     names |= {"huggingface-hub", "tokenizers"}  # of transformers, which re-exports parts of them
     providers = importlib.metadata.packages_distributions()
     missing = set()
-    for path in (path for folder in FOLDERS for path in sources(folder)):
-        for top in (
-            {name.partition(".")[0] for _, name in imports(path.read_text())}
-            - {"vqrae", ""}
-            - sys.stdlib_module_names
-        ):
+    for path in itertools.chain.from_iterable(map(sources, [*ROOMS, "benchmarks"])):
+        for _, name in imports(path.read_text()):
+            top = name.partition(".")[0]
             known = {canonicalize_name(provider) for provider in providers.get(top, [top])}
-            if not known & names:
+            is_ours = top in ("vqrae", "benchmarks") or top in sys.stdlib_module_names
+            if not is_ours and not known & names:
                 missing.add(f"{path.relative_to(ROOT)}: {top}")
     assert missing == set()
 
@@ -158,21 +146,16 @@ def test_tested_versions_satisfy_the_declared_ranges(setup: dict[str, Any]) -> N
     lines = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     assert list(pins) == sorted(pins, key=str.lower)
-    for line in [
-        *setup["install_requires"],
-        *setup["extras_require"]["dev"],
-        *setup["extras_require"]["deepspeed"],
-    ]:
+    extras = setup["extras_require"]
+    for line in [*setup["install_requires"], *extras["dev"], *extras["deepspeed"]]:
         requirement = Requirement(line)
         if requirement.name in pins:
             assert requirement.specifier.contains(pins[requirement.name]), line
 
 
 def test_entry_points_exist(setup: dict[str, Any]) -> None:
-    entries = [
-        line.partition("=")[2].strip() for lines in setup["entry_points"].values() for line in lines
-    ]
+    entries = list(itertools.chain.from_iterable(setup["entry_points"].values()))
     assert entries
     for entry in entries:
-        module, _, name = entry.partition(":")
+        module, _, name = entry.partition("=")[2].strip().partition(":")
         assert hasattr(importlib.import_module(module), name), entry
