@@ -41,13 +41,12 @@ from vqrae.common.run import Run, read_metrics
 from vqrae.common.run import open as open_run
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.tables import markdown_table
-from vqrae.generation.config import GenerationConfig
+from vqrae.generation.config import GeneratorConfig
 from vqrae.generation.data import GenerationCollator
 from vqrae.generation.dry_run import LongestSamples
-from vqrae.generation.modeling import VisualHead
+from vqrae.generation.modeling import VisualHead, VisualVocabulary
 from vqrae.generation.sampling import sample_codes
-from vqrae.generation.trainer import build_model, build_text_tokenizer, fit_prompts, visual_loss
-from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.generation.train import build_model, build_text_tokenizer, fit_prompts, visual_loss
 from vqrae.planning.empty_models import llm_config, tokenizer_config
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer.build import build_tokenizer
@@ -232,9 +231,11 @@ def generator_step(
         "training.model.llm=",
         *(f"training.{text}" for text in overrides),
     ]
-    config = load_config(GenerationConfig, path, given).training
+    config = load_config(GeneratorConfig, path, given).training
     vocabulary = VisualVocabulary(offset=config.model.offset, codebook_size=16_384, num_codes=codes)
-    encode_prompt = fit_prompts(config.model, build_text_tokenizer(config.model, list), vocabulary)
+    encode_prompt = fit_prompts(
+        config.model, build_text_tokenizer(config.model, [], list), vocabulary
+    )
     bf16 = config.optimization.bf16
     torch.manual_seed(0)
     with torch.device(born_on or device):

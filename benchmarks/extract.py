@@ -20,8 +20,8 @@ from torch import Tensor
 from benchmarks.harness import Row, time_row
 from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter
 from vqrae.data.sources import open_pairs
-from vqrae.generation.encoding import encode_images
-from vqrae.generation.extract_codes import CaptionedImages, write_shards
+from vqrae.generation.data import encode_images
+from vqrae.generation.extract_codes import ImagesToEncode, write_shards
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
@@ -69,8 +69,8 @@ def run(
         kind = manifest(model.config.codebook_size, model.config.grid_size, images, -(-images // 2))
         writer = CodeWriter(Path(folder) / "codes", kind)
 
-        def source() -> CaptionedImages:
-            return CaptionedImages(open_pairs(str(tar), image_size=size, split="all"))
+        def source() -> ImagesToEncode:
+            return ImagesToEncode(open_pairs(str(tar), image_size=size, split="all"))
 
         def extract() -> None:
             shards = range(kind.num_shards)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from benchmarks.harness import Row, memory_row, time_row
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.trainer import IGNORE_INDEX
-from vqrae.generation.modeling import VisualHead, build_generator
-from vqrae.generation.trainer import visual_loss
-from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.generation.modeling import VisualHead, VisualVocabulary, build_generator
+from vqrae.generation.train import visual_loss
 
 VOCABULARY = VisualVocabulary(offset=151_936, codebook_size=16_384, num_codes=1024)
 LENGTH = 1536

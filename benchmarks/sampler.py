@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, Qwen3ForCausalLM
 
 from benchmarks.harness import Row, memory_row, time_row
-from vqrae.generation.modeling import build_generator
+from vqrae.generation.modeling import VisualVocabulary, build_generator, pad_left
 from vqrae.generation.sampling import SamplingConfig, sample_codes
-from vqrae.generation.vocabulary import VisualVocabulary, pad_left
 
 QWEN3_0_6B = {"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072}
 QWEN3_0_6B |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}

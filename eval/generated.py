@@ -15,8 +15,7 @@ from vqrae.common.files import read_json, write_json
 from vqrae.common.images import save_image, tensor_to_image
 from vqrae.common.run import hold
 from vqrae.eval.sharding import gather, stride
-from vqrae.generation.modeling import read_sampling
-from vqrae.generation.sampling import SamplingConfig
+from vqrae.generation.sampling import SamplingConfig, read_sampling
 
 if TYPE_CHECKING:
     from vqrae.generation.generator import Generator

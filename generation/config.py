@@ -1,10 +1,8 @@
 """Typed configuration of the generator: one YAML file with a section for extraction and one for training."""
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.data.samples import Crop
@@ -18,7 +16,7 @@ class ExtractionConfig:
     tokenizer: str
     """Run directory, checkpoint folder or hub id of the visual tokenizer."""
     source: str
-    """Captioned images: scenes, emoji, FILE.jsonl, FILE.tar, hf:NAME or a mixture (see `vqrae.data.sources`)."""
+    """Captioned images: scenes, emoji, FILE.jsonl, FILE.tar, hf:NAME or a mixture (docs/data.md)."""
     output_dir: str
     size: int | None = None
     """Images to take; null takes all."""
@@ -28,7 +26,7 @@ class ExtractionConfig:
     crop: Crop = "center"
     """Square that is cut out of an image: center (Table 9), random or zoom."""
     crops_per_image: int = 1
-    """With random or zoom: so many crops of each image, each an entry of its own."""
+    """Crops of each image with random or zoom, each an entry of its own."""
     shard_size: int = 8192
     """Images of one shard, the unit of resuming and of sharing among processes."""
     batch_size: int = 64
@@ -41,8 +39,8 @@ class ExtractionConfig:
         check_range(self, "num_workers", low=0)
         if self.crops_per_image < 1 or (self.crops_per_image > 1 and self.crop == "center"):
             raise ValueError(
-                f"got crops_per_image {self.crops_per_image} with crop {self.crop}, expected 1 with center: "
-                "set crop=random or zoom for several"
+                f"got crops_per_image {self.crops_per_image} with crop {self.crop}, "
+                "expected 1 with center: set crop=random or zoom for several"
             )
 
 
@@ -53,10 +51,11 @@ class GeneratorModelConfig:
     offset: int
     """First visual id: 151936 for Qwen3-0.6B; room for the words of a small model."""
     llm: str | None = None
-    """Folder or hub id of a pretrained Qwen3; null builds `llm_config` with random weights and a tokenizer of the scenes' words
-    and of the most frequent ones of the captions."""
+    """Folder or hub id of a pretrained Qwen3; null builds `llm_config` with random weights and a
+    tokenizer of the most frequent words of the data."""
     llm_config: dict[str, Any] | None = None
-    """`Qwen3Config` fields of a new model; beside `llm`, of that model, for dry runs where it is not on the machine."""
+    """`Qwen3Config` fields of a new model; together with `llm`, of that model, for dry runs on a
+    machine without it."""
     prompt_template: str = "{caption}"
     max_caption_tokens: int = 448
     max_length: int = 1536
@@ -64,9 +63,9 @@ class GeneratorModelConfig:
     caption_dropout: float = 0.1
     """Share of samples whose caption is emptied, so that guidance works."""
     embedding_init: Literal["random", "codebook"] = "random"
-    """Where the rows of the codes start: drawn like any new row, or from the code vectors (`start_from_codebook`)."""
+    """Where the rows of the codes start: like any new row, or from the code vectors."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How codes are drawn from the trained model where nothing else is asked for; written to its `config.json`."""
+    """How to sample from the trained model unless asked otherwise; written to its `config.json`."""
     attention: str = "auto"
 
     def __post_init__(self) -> None:
@@ -88,9 +87,11 @@ class TrainingConfig:
     model: GeneratorModelConfig
     optimization: OptimizationConfig
     full_vocabulary_loss: bool = False
-    """Softmax over text ids too. Off: over the codes only, as in sampling; faster, and a tenth of the memory."""
+    """Softmax over text ids too. Off: over the codes only, as in sampling; faster, and a tenth of
+    the memory."""
     dry_run: int = 0
-    """Take so many steps of the longest sequences with random codes, keep nothing, and report parameters, memory and time."""
+    """Take that many steps of the longest sequences with random codes, keep nothing, and report
+    parameters, memory and time."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,14 +99,8 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class GeneratorConfig:
     """A whole YAML file."""
 
     extraction: ExtractionConfig
     training: TrainingConfig
-
-
-def read_config(argv: list[str] | None, section: Literal["extraction", "training"]) -> Any:
-    """One section of the config that the command line names (`tiny` without one), with its overrides applied."""
-    arguments = (argv if argv is not None else sys.argv[1:]) or ["tiny"]
-    return parse(GenerationConfig, arguments, package="vqrae.generation", section=section)

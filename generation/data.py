@@ -1,24 +1,26 @@
-"""The training samples of the generator, as a pure function of (seed, position)."""
+"""The training samples of the generator, and the frozen tokenizer that encodes their images."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.stream import draw_at
-from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary, pad_left
+from vqrae.generation.modeling import PromptEncoder, VisualVocabulary, pad_left
+from vqrae.tokenizer.modeling import VQRAEModel
 
-_DROPOUT_STREAM = 1  # a random stream of its own: dropping a caption never changes the order
+_DROPOUT_STREAM = 1  # a separate random stream: dropping a caption never changes the order
 
 
 class TrainingStream(Dataset):
     """Every sample that a training run sees, in order: epoch after epoch, each a seeded permutation of the images.
 
-    Position i alone decides image, wording and caption dropout, so that a resumed run, another number of processes or
+    Position alone decides image, wording and caption dropout, so that a resumed run, another number of processes or
     of loader workers sees the same samples; no permutation is ever held in memory.
 
     Args:
@@ -28,12 +30,8 @@ class TrainingStream(Dataset):
     """
 
     def __init__(self, samples: Any, length: int, *, caption_dropout: float, seed: int = 0) -> None:
-        self.samples, self.length, self.caption_dropout, self.seed = (
-            samples,
-            length,
-            caption_dropout,
-            seed,
-        )
+        self.samples, self.length = samples, length
+        self.caption_dropout, self.seed = caption_dropout, seed
 
     def __len__(self) -> int:
         return self.length
@@ -41,20 +39,17 @@ class TrainingStream(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         """{"codes": int64 (N,)} or {"image": uint8 (3, H, W)}, and "caption": str"""
         sample = self.samples[draw_at(self.samples, position, self.seed)]
-        dropped = (
-            np.random.default_rng([self.seed, position, _DROPOUT_STREAM]).random()
-            < self.caption_dropout
-        )
-        return {**sample, "caption": ""} if dropped else sample
+        rng = np.random.default_rng([self.seed, position, _DROPOUT_STREAM])
+        return {**sample, "caption": ""} if rng.random() < self.caption_dropout else sample
 
 
 class GenerationCollator:
-    """Samples -> a left-padded causal-LM batch whose last N tokens are the codes, and whose loss is on these only.
+    """Samples -> a left-padded causal-LM batch whose last N tokens are the codes, the only ones with loss.
 
     Returns:
-        input_ids, attention_mask, position_ids, labels, each int64 (B, T + N); labels are IGNORE_INDEX elsewhere. With images
-        among the samples also `images`, uint8 (M, 3, H, W), and `image_rows`, int64 (M,): the rows whose codes are still to
-        come, from `fill_codes`.
+        input_ids, attention_mask, position_ids, labels, each int64 (B, T + N); labels are IGNORE_INDEX elsewhere. With
+        images among the samples also `images`, uint8 (M, 3, H, W), and `image_rows`, int64 (M,): the rows whose codes
+        `fill_codes` has yet to fill in.
     """
 
     def __init__(self, encode_prompt: PromptEncoder, vocabulary: VisualVocabulary) -> None:
@@ -65,9 +60,8 @@ class GenerationCollator:
         prompt_ids = torch.tensor(pad_left(prompts, 0))
         prompt_mask = torch.tensor(pad_left([[1] * len(prompt) for prompt in prompts], 0))
         to_come = torch.zeros(self.vocabulary.num_codes, dtype=torch.int64)
-        code_ids = self.vocabulary.to_ids(
-            torch.stack([sample.get("codes", to_come) for sample in samples])
-        )
+        codes = torch.stack([sample.get("codes", to_come) for sample in samples])
+        code_ids = self.vocabulary.to_ids(codes)
         attention_mask = torch.cat([prompt_mask, torch.ones_like(code_ids)], dim=1)
         batch = {
             "input_ids": torch.cat([prompt_ids, code_ids], dim=1),
@@ -85,7 +79,7 @@ class GenerationCollator:
 def fill_codes(
     batch: dict[str, Tensor], encode: Callable[[Tensor], Tensor], vocabulary: VisualVocabulary
 ) -> dict[str, Tensor]:
-    """A batch of `GenerationCollator` whose images, if there are any, have become codes.
+    """A batch of `GenerationCollator` in which images, if any, have become codes.
 
     Args:
         encode: images uint8 (M, 3, H, W) -> codes int64 (M, N).
@@ -98,3 +92,21 @@ def fill_codes(
         batch[name] = batch[name].clone()
         batch[name][rows, -vocabulary.num_codes :] = ids
     return batch
+
+
+def load_encoder(folder: Path) -> VQRAEModel:
+    """The tokenizer in fp32, frozen; without its decoder, which halves the memory."""
+    model = VQRAEModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    model.decoder = nn.Identity()
+    return model
+
+
+@torch.no_grad()
+def encode_images(model: VQRAEModel, images: Tensor) -> Tensor:
+    """Images uint8 (B, 3, H, W) -> codes int64 (B, N), on the model's device."""
+    images = images.to(model.device, non_blocking=True)
+    # In fp32 even inside autocast: under bf16 near neighbours in the codebook change places (docs/generation.md has
+    # the share), and codes made ahead would not be those made while training.
+    with torch.autocast(images.device.type, enabled=False):
+        # 8-bit values are in range; checking them would make the host wait.
+        return model.encode(images.float() / 255, check=False)

@@ -22,8 +22,8 @@ from vqrae.common.memory import count_parameters, state_bytes
 from vqrae.common.run import RunDirectory
 from vqrae.common.trainer import run_trainer, training_arguments
 from vqrae.generation.config import TrainingConfig
-from vqrae.generation.trainer import build_model, build_text_tokenizer, build_trainer, fit_prompts
-from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
+from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
+from vqrae.generation.train import build_model, build_text_tokenizer, build_trainer, fit_prompts
 from vqrae.tokenizer.configuration import VQRAEConfig
 
 PUBLISHED_CODEBOOK, PUBLISHED_CODES = (
@@ -41,7 +41,9 @@ def dry_run(config: TrainingConfig) -> None:
     before = held_bytes()
     vocabulary = expected_vocabulary(config)
     short = rehearsal(config)
-    encode_prompt = fit_prompts(short.model, build_text_tokenizer(short.model, list), vocabulary)
+    encode_prompt = fit_prompts(
+        short.model, build_text_tokenizer(short.model, [], list), vocabulary
+    )
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(short.optimization, folder, seed=config.seed)
         RunDirectory(folder, short, seed=config.seed).begin()

@@ -1,10 +1,10 @@
 """Images and captions -> code shards, once, so that training the generator never runs the tokenizer.
 
     python -m vqrae.generation.extract_codes tiny tokenizer=RUN source=scenes size=20000 output_dir=CODES
-    torchrun --nproc-per-node=8 -m vqrae.generation.extract_codes qwen3_0_6b tokenizer=RUN source='DIR/*.tar' output_dir=CODES
+    torchrun --nproc-per-node=8 -m vqrae.generation.extract_codes qwen3_0_6b tokenizer=RUN source='DIR/*.tar'
 
-Every process takes every n-th shard. The same command skips the shards that are there; `vqrae check-data CODES` reads all of
-them again.
+Every process takes every n-th shard. The same command skips the shards that are there; `vqrae check-data CODES` reads
+all of them again.
 """
 
 import os
@@ -14,119 +14,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from vqrae.common.checkpoints import local_model
+from vqrae.common.cli import parse
 from vqrae.common.distributed import worker_options, world_size
 from vqrae.common.errors import run_main
 from vqrae.common.files import weights_fingerprint
 from vqrae.common.run import format_duration
 from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.data.scenes.dataset import SceneDataset
-from vqrae.data.scenes.language import wording
-from vqrae.data.scenes.scene import render
 from vqrae.data.sources import open_pairs
 from vqrae.data.stream import Draw
-from vqrae.generation.config import ExtractionConfig, read_config
-from vqrae.generation.encoding import encode_images, load_encoder
+from vqrae.generation.config import ExtractionConfig, GeneratorConfig
+from vqrae.generation.data import encode_images, load_encoder
 from vqrae.tokenizer.modeling import VQRAEModel
 
-_REPORT_SECONDS = 5.0
+REPORT_SECONDS = 5.0
 
 
-class CaptionedImages(Dataset):
-    """A pair source as {"image": uint8 (3, H, W), "captions": list}.
-
-    Args:
-        captions_per_image: wordings of each scene; any other source has one caption for each image.
-        crops_per_image: times that the source is gone through, with other random crops each time.
-
-    Raises:
-        ValueError: when several crops are asked of scenes.
-    """
-
-    def __init__(self, pairs: Any, captions_per_image: int = 1, crops_per_image: int = 1) -> None:
-        if crops_per_image != 1 and isinstance(pairs, SceneDataset):
-            raise ValueError(
-                f"got crops_per_image={crops_per_image}, expected 1: scenes are square, and endless: raise size"
-            )
-        self.pairs, self.crops_per_image = pairs, crops_per_image
-        self.captions_per_image = captions_per_image if isinstance(pairs, SceneDataset) else 1
-
-    def __len__(self) -> int:
-        return len(self.pairs) * self.crops_per_image
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not isinstance(self.pairs, SceneDataset):
-            crop, row = divmod(index, len(self.pairs))
-            sample = self.pairs[Draw(row, crop)]
-            return {"image": sample["image"], "captions": [sample["caption"]]}
-        scenes = self.pairs
-        scene = scenes.scene(index)
-        size = scenes.sampler.image_size
-        image = torch.from_numpy(render(scene, scenes.sprites, size)).permute(2, 0, 1)
-        wordings = (
-            np.random.default_rng([scenes.seed, index, draw])
-            for draw in range(self.captions_per_image)
-        )
-        return {
-            "image": image,
-            "captions": [wording(scene, scenes.sprites.names, rng, size) for rng in wordings],
-        }
-
-
-def _collate(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, list[list[str]]]:
-    return torch.stack([sample["image"] for sample in samples]), [
-        sample["captions"] for sample in samples
-    ]
-
-
-class ShardBatches(Sampler[list[int]]):
-    """The images of some shards in batches, each of one shard only: one loader then reads ahead across shards."""
-
-    def __init__(self, manifest: CodeManifest, shards: Sequence[int], batch_size: int) -> None:
-        self.manifest, self.shards, self.batch_size = manifest, shards, batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for shard in self.shards:
-            images = self.manifest.images_of(shard)
-            yield from (
-                list(images[i : i + self.batch_size])
-                for i in range(0, len(images), self.batch_size)
-            )
-
-
-def write_shards(
-    model: VQRAEModel,
-    samples: CaptionedImages,
-    writer: CodeWriter,
-    shards: Sequence[int],
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-) -> Iterator[int]:
-    """Encode and write some shards of a code set, and yield the number of images of each batch when it is encoded."""
-    batches = ShardBatches(writer.manifest, shards, batch_size)
-    on_gpu = model.device.type == "cuda"
-    workers = worker_options(num_workers)
-    loader = DataLoader(
-        samples, batch_sampler=batches, collate_fn=_collate, pin_memory=on_gpu, **workers
-    )
-    loaded = iter(loader)
-    for shard in shards:
-        rows = len(writer.manifest.images_of(shard))
-        codes, captions = (
-            np.empty((rows, writer.manifest.num_codes), dtype=np.uint16),
-            list[list[str]](),
-        )
-        while len(captions) < rows:
-            images, texts = next(loaded)
-            codes[len(captions) : len(captions) + len(texts)] = (
-                encode_images(model, images).cpu().numpy()
-            )
-            captions += texts
-            yield len(texts)
-        writer.write(shard, codes, captions)
+def main(argv: list[str] | None = None) -> None:
+    config = parse(GeneratorConfig, argv, package="vqrae.generation", section="extraction")
+    extract(config)
 
 
 def extract(config: ExtractionConfig) -> None:
@@ -143,7 +53,7 @@ def extract(config: ExtractionConfig) -> None:
         crop=config.crop,
         seed=config.seed,
     )
-    images = CaptionedImages(pairs, config.captions_per_image, config.crops_per_image)
+    images = ImagesToEncode(pairs, config.captions_per_image, config.crops_per_image)
     manifest = CodeManifest(
         tokenizer_fingerprint=weights_fingerprint(folder),
         codebook_size=model.config.codebook_size,
@@ -156,35 +66,106 @@ def extract(config: ExtractionConfig) -> None:
         crops_per_image=config.crops_per_image,
     )
     writer = CodeWriter(config.output_dir, manifest)
-    missing = [
-        shard
-        for shard in range(rank, manifest.num_shards, processes)
-        if not writer.is_complete(shard)
-    ]
+    mine = range(rank, manifest.num_shards, processes)
+    missing = [shard for shard in mine if not writer.is_complete(shard)]
     total, done = sum(len(manifest.images_of(shard)) for shard in missing), 0
     started = reported = time.monotonic()
-    for count in write_shards(
-        model, images, writer, missing, batch_size=config.batch_size, num_workers=config.num_workers
-    ):
+    options = {"batch_size": config.batch_size, "num_workers": config.num_workers}
+    for count in write_shards(model, images, writer, missing, **options):
         done += count
         now = time.monotonic()
-        if rank == 0 and (now - reported > _REPORT_SECONDS or done == total):
-            speed, reported = done / (now - started), now
-            left = format_duration((total - done) / speed)
+        if rank == 0 and (now - reported > REPORT_SECONDS or done == total):
+            reported = now
+            speed = done / (now - started)
             print(
-                f"codes {done}/{total}  {speed * processes:.0f} images/s  {left} left", flush=True
+                f"codes {done}/{total}  {speed * processes:.0f} images/s  "
+                f"{format_duration((total - done) / speed)} left",
+                flush=True,
             )
-    if all(
-        writer.is_complete(shard) for shard in range(manifest.num_shards)
-    ):  # the process that ends last says so
-        print(
-            f"finished: {config.output_dir} ({manifest.num_images} images x {manifest.num_codes} codes)",
-            flush=True,
-        )
+    # The process that ends last says so.
+    if all(writer.is_complete(shard) for shard in range(manifest.num_shards)):
+        size = f"{manifest.num_images} images x {manifest.num_codes} codes"
+        print(f"finished: {config.output_dir} ({size})", flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    extract(read_config(argv, "extraction"))
+class ImagesToEncode(Dataset):
+    """A pair source as {"image": uint8 (3, H, W), "captions": list}.
+
+    Args:
+        captions_per_image: wordings of each scene; any other source has one caption for each image.
+        crops_per_image: passes over the source, each with other random crops.
+
+    Raises:
+        ValueError: when several crops are asked of scenes.
+    """
+
+    def __init__(self, pairs: Any, captions_per_image: int = 1, crops_per_image: int = 1) -> None:
+        if crops_per_image != 1 and isinstance(pairs, SceneDataset):
+            raise ValueError(
+                f"got crops_per_image={crops_per_image}, expected 1: scenes are square, and "
+                "endless: raise size"
+            )
+        self.pairs, self.crops_per_image = pairs, crops_per_image
+        self.captions_per_image = captions_per_image if isinstance(pairs, SceneDataset) else 1
+
+    def __len__(self) -> int:
+        return len(self.pairs) * self.crops_per_image
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        crop, row = divmod(index, len(self.pairs))
+        sample = self.pairs[Draw(row, crop)]
+        captions = [sample["caption"]]
+        if isinstance(self.pairs, SceneDataset):
+            captions = self.pairs.wordings(row, self.captions_per_image)
+        return {"image": sample["image"], "captions": captions}
+
+
+def write_shards(
+    model: VQRAEModel,
+    samples: ImagesToEncode,
+    writer: CodeWriter,
+    shards: Sequence[int],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+) -> Iterator[int]:
+    """Encode and write some shards of a code set, and yield the number of images of each batch when it is encoded."""
+    manifest = writer.manifest
+    loader = DataLoader(
+        samples,
+        # One loader for all shards, so that it reads ahead across them.
+        batch_sampler=batches_of(manifest, shards, batch_size),
+        collate_fn=_collate,
+        pin_memory=model.device.type == "cuda",
+        **worker_options(num_workers),
+    )
+    batches = iter(loader)
+    for shard in shards:
+        rows = len(manifest.images_of(shard))
+        codes = np.empty((rows, manifest.num_codes), dtype=np.uint16)
+        captions: list[list[str]] = []
+        while len(captions) < rows:
+            images, texts = next(batches)
+            first = len(captions)
+            captions += texts
+            codes[first : len(captions)] = encode_images(model, images).cpu().numpy()
+            yield len(texts)
+        writer.write(shard, codes, captions)
+
+
+def batches_of(
+    manifest: CodeManifest, shards: Sequence[int], batch_size: int
+) -> Iterator[list[int]]:
+    """The images of some shards in batches, each of one shard only."""
+    for shard in shards:
+        images = manifest.images_of(shard)
+        for start in range(0, len(images), batch_size):
+            yield list(images[start : start + batch_size])
+
+
+def _collate(samples: list[dict[str, Any]]) -> tuple[Tensor, list[list[str]]]:
+    images = torch.stack([sample["image"] for sample in samples])
+    return images, [sample["captions"] for sample in samples]
 
 
 if __name__ == "__main__":

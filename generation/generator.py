@@ -1,25 +1,17 @@
 """From prompts to images: the trained generator, its text tokenizer and its visual tokenizer."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from vqrae.common.checkpoints import load_model, local_model, resolve_model
+from vqrae.common.checkpoints import load_model, local_model, require_kind, resolve_model
 from vqrae.common.distributed import choose_device
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
-from vqrae.generation.modeling import (
-    find_tokenizer,
-    read_prompt_encoder,
-    read_sampling,
-    read_vocabulary,
-    require_generator,
-)
-from vqrae.generation.prepacking import prepacked_linears
-from vqrae.generation.sampling import SamplingConfig, sample_codes
+from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
+from vqrae.generation.sampling import SamplingConfig, read_sampling, sample_codes
 from vqrae.tokenizer.modeling import VQRAEModel
 
 Progress = Callable[[int, int], None]
@@ -47,8 +39,14 @@ class Generator:
         compile: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.compile = model.eval(), tokenizer.eval(), compile
-        self.vocabulary, self.sampling = read_vocabulary(model.config), read_sampling(model.config)
-        self.encode_prompt = read_prompt_encoder(model.config, text_tokenizer)
+        self.vocabulary = VisualVocabulary(**model.config.visual_vocabulary)
+        self.sampling = read_sampling(model.config)
+        self.encode_prompt = PromptEncoder(
+            text_tokenizer,
+            self.vocabulary,
+            template=model.config.prompt_template,
+            max_caption_tokens=model.config.max_caption_tokens,
+        )
 
     @classmethod
     def from_pretrained(
@@ -64,44 +62,38 @@ class Generator:
 
         Args:
             name: run directory, model folder or hub id.
-            tokenizer: the visual tokenizer, where it no longer lies at the place that training recorded.
+            tokenizer: the visual tokenizer, where it is no longer at the place that training recorded.
             dtype: of the language model; the tokenizer decodes in fp32.
             compile: as for the class.
 
         Raises:
             FileNotFoundError: when generator or tokenizer cannot be found.
-            ValueError: when the model is no generator, when weights are missing or not finite, and when the tokenizer is not
-                the one that the generator was trained with.
+            ValueError: for a model that is not a generator, for weights that are missing or not finite, and for another
+                tokenizer than the one that the generator was trained with.
         """
         folder, device = resolve_model(name), choose_device(device)
-        require_generator(folder)
-        model = load_model(Qwen3ForCausalLM, folder, dtype=dtype, attn_implementation="sdpa")
-        recorded = model.config.vqrae_tokenizer
+        expected = "a generator (a 'qwen3' with visual_vocabulary)"
+        # Before any of its weights.
+        values = require_kind(folder, (Qwen3Config.model_type,), expected)
+        if "visual_vocabulary" not in values:
+            raise ValueError(f"{name} is not a generator: no visual_vocabulary in its config.json")
+        recorded, fingerprint = values["vqrae_tokenizer"], values["vqrae_tokenizer_fingerprint"]
         try:
             visual = local_model(tokenizer) if tokenizer else find_tokenizer(recorded, folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"generator {folder} needs the visual tokenizer {tokenizer or recorded} (weights "
-                f"{model.config.vqrae_tokenizer_fingerprint[:16]}), which cannot be found: name its folder with tokenizer=..."
+                f"{fingerprint[:16]}), which cannot be found: name its folder with tokenizer=..."
             ) from error
         artefact = f"generator {folder} (trained with {recorded}, asked to decode with {visual})"
-        require_same_tokenizer(
-            weights_fingerprint(visual), model.config.vqrae_tokenizer_fingerprint, artefact
-        )
-        text_tokenizer = AutoTokenizer.from_pretrained(folder)
-        generator = cls(
-            model,
-            text_tokenizer,
-            VQRAEModel.from_pretrained(visual, dtype=torch.float32),
+        require_same_tokenizer(weights_fingerprint(visual), fingerprint, artefact)
+        model = load_model(Qwen3ForCausalLM, folder, dtype=dtype, attn_implementation="sdpa")
+        return cls(
+            model.to(device),
+            AutoTokenizer.from_pretrained(folder),
+            VQRAEModel.from_pretrained(visual, dtype=torch.float32).to(device),
             compile=compile,
         )
-        return generator.to(device)
-
-    def to(self, device: str | torch.device) -> "Generator":
-        """Move both models to a device."""
-        for module in (self.model, self.tokenizer):
-            torch.nn.Module.to(module, device)
-        return self
 
     def codes(
         self,
@@ -117,43 +109,35 @@ class Generator:
         Args:
             prompts: captions; the empty one asks for any image.
             sampling: how codes are drawn; None: as the model's `config.json` recommends.
-            batch_size: images sampled at once (guidance doubles the rows); images of one prompt side by side share it.
-            progress: called after every step with codes done and codes in all.
+            batch_size: images sampled at once (guidance doubles the rows); images of one prompt in a batch share it.
+            progress: called after every step.
 
         Raises:
             ValueError: when prompts and seeds differ in number, or guidance is asked of a model trained without it.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many")
-        sampling = sampling or self.sampling
-        total, sampled = len(prompts) * self.vocabulary.num_codes, []
-        with nullcontext() if self.compile else prepacked_linears(self.model.model):
-            for start in range(0, len(prompts), batch_size):
-                chunk = [
-                    self.encode_prompt(prompt) for prompt in prompts[start : start + batch_size]
-                ]
+        num_codes = self.vocabulary.num_codes
+        sampled = [torch.empty(0, num_codes, dtype=torch.long)]
+        for start in range(0, len(prompts), batch_size):
+            chunk = [self.encode_prompt(prompt) for prompt in prompts[start : start + batch_size]]
 
-                def report(step: int, _: int, start: int = start, rows: int = len(chunk)) -> None:
-                    if progress is not None:
-                        progress(start * self.vocabulary.num_codes + rows * step, total)
+            def report(step: int, _: int, start: int = start, rows: int = len(chunk)) -> None:
+                if progress is not None:
+                    progress(start * num_codes + rows * step, len(prompts) * num_codes)
 
-                sampled.append(
-                    sample_codes(
-                        self.model,
-                        chunk,
-                        self.encode_prompt.unconditional,
-                        self.vocabulary,
-                        sampling,
-                        seeds[start : start + batch_size],
-                        compile=self.compile,
-                        progress=report,
-                    )
-                )
-        return (
-            torch.cat(sampled)
-            if sampled
-            else torch.empty(0, self.vocabulary.num_codes, dtype=torch.long)
-        )
+            codes = sample_codes(
+                self.model,
+                chunk,
+                self.encode_prompt.unconditional,
+                self.vocabulary,
+                sampling or self.sampling,
+                seeds[start : start + batch_size],
+                compile=self.compile,
+                progress=report,
+            )
+            sampled.append(codes)
+        return torch.cat(sampled)
 
     @torch.inference_mode()
     def images(
@@ -169,11 +153,19 @@ class Generator:
         codes = self.codes(
             prompts, seeds=seeds, sampling=sampling, batch_size=batch_size, progress=progress
         )
-        if not len(codes):
-            return torch.empty(
-                0, 3, self.tokenizer.config.image_size, self.tokenizer.config.image_size
-            )
-        device = self.tokenizer.device
-        return torch.cat(
-            [self.tokenizer.decode(chunk.to(device)).cpu() for chunk in codes.split(batch_size)]
-        )
+        size = self.tokenizer.config.output_size
+        images = torch.empty(len(codes), 3, size, size)
+        for start in range(0, len(codes), batch_size):
+            chunk = codes[start : start + batch_size].to(self.tokenizer.device)
+            images[start : start + batch_size] = self.tokenizer.decode(chunk)
+        return images
+
+
+def find_tokenizer(recorded: str, folder: str) -> Path:
+    """The tokenizer's folder, from what a generator in `folder` recorded of it (`vqrae.generation.train.portable_path`).
+
+    Raises:
+        FileNotFoundError: when it is neither there nor at that absolute path, as older generators recorded it.
+    """
+    relative = Path(folder).resolve() / recorded
+    return local_model(relative if relative.is_dir() else recorded)

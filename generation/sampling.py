@@ -1,42 +1,44 @@
-"""Sampling codes: a static cache, prompts computed once, guidance in the same batch, logits of the visual rows only.
+"""Sampling codes with guidance, on static buffers of keys and values.
 
-Every image has a seed of its own: its N uniform numbers are drawn up front and each code is read off the inverse of
-its cumulative distribution, so that an image does not depend on the batch it is sampled in (up to float rounding).
+Equal prompts are computed once, guidance runs in the same forward pass, and only the codes become logits. Every
+image has its own seed: its N uniform numbers are drawn first, and each code is read off the inverse of its cumulative
+distribution, so that an image does not depend on its batch (up to float rounding).
+
+Shapes: B images, R rows (the images, then as many without caption), S slots of the buffers, T prompt length, D width,
+K codes of the codebook, N codes of an image.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from transformers import PretrainedConfig, Qwen3ForCausalLM
 
-from vqrae.generation.decoding import CachedRows, decoding_steps
-from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.generation.modeling import VisualVocabulary, pad_left
 
-GREEDY_BELOW = 1e-6  # of temperature: logits divided by less overflow
+GREEDY_BELOW = 1e-6  # of the temperature: logits divided by less overflow
 LARGEST = (
-    1e6  # of temperature and guidance scale: nothing changes long before, and logits stay finite
+    1e6  # of temperature and guidance scale: the result settles long before, and logits stay finite
 )
-SEEDS = range(-(2**63), 2**64)
-"""What torch's generators take."""
+SEEDS = range(-(2**63), 2**64)  # what torch's generators take
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a code is drawn from the model's logits; filters apply in the order of transformers."""
+    """How codes are drawn from the model's logits; filters apply in the order of transformers."""
 
     guidance_scale: float = 4.5
-    """Classifier-free guidance u + s (c - u) on raw logits; 1 turns it off and skips the unconditional rows."""
+    """Classifier-free guidance u + s (c - u) on raw logits; 1 turns it off."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the scale grows: at once, or from 1 at the start of its interval to the full scale at the end."""
     guidance_start: float = 0.0
     """Share of the image that is drawn before guidance begins."""
     guidance_end: float = 1.0
-    """Share of the image that is drawn when guidance ends. Outside its interval the unconditional rows cost nothing."""
+    """Share of the image that is drawn when guidance ends."""
     temperature: float = 1.0
     """0, or less than a millionth, takes the most likely code."""
     top_k: int = 0
@@ -45,92 +47,29 @@ class SamplingConfig:
     """Keep the most likely codes that together reach this probability; 1 keeps all."""
     min_p: float = 0.0
     """Keep codes at least this share as likely as the most likely one; 0 keeps all."""
-    window: int = 0
-    """Begin a row when the one above is this many codes ahead, for several times fewer steps of lower quality; 0 draws
-    code after code (see `vqrae.generation.decoding.decoding_steps`)."""
 
     def __post_init__(self) -> None:
-        numbers = (self.guidance_scale, self.temperature)
-        if not all(math.isfinite(value) and abs(value) <= LARGEST for value in numbers):
+        for value in (self.guidance_scale, self.temperature):
+            if not abs(value) <= LARGEST:  # NaN fails too
+                raise ValueError(
+                    f"got {self}, expected a guidance_scale and a temperature between "
+                    f"-{LARGEST:g} and {LARGEST:g}"
+                )
+        if not 0 <= self.guidance_start < self.guidance_end <= 1:
+            raise ValueError(f"got {self}, expected 0 <= guidance_start < guidance_end <= 1")
+        in_range = self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1
+        if not (in_range and 0 <= self.min_p <= 1):
             raise ValueError(
-                f"got {self}, expected a guidance_scale and a temperature between -{LARGEST:g} and {LARGEST:g}"
-            )
-        if not 0 <= self.guidance_start < self.guidance_end <= 1 or self.window < 0:
-            raise ValueError(
-                f"got {self}, expected 0 <= guidance_start < guidance_end <= 1 and window >= 0"
-            )
-        if (
-            self.temperature < 0
-            or self.top_k < 0
-            or not 0 < self.top_p <= 1
-            or not 0 <= self.min_p <= 1
-        ):
-            raise ValueError(
-                f"got {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1"
+                f"got {self}, expected temperature >= 0, top_k >= 0, 0 < top_p <= 1 "
+                "and 0 <= min_p <= 1"
             )
 
 
-def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Apply temperature, top-k, top-p and min-p to logits (B, K); what is excluded becomes -inf.
-
-    Each filter keeps the logits above a cut, so nothing is scattered back, and top-p sorts only what top-k kept.
-    """
-    logits = logits / config.temperature
-    keep_k = min(config.top_k or logits.shape[-1], logits.shape[-1])
-    cut = logits.new_full((len(logits), 1), -torch.inf)
-    if config.top_k or config.top_p < 1:
-        top = logits.topk(keep_k).values  # sorted, largest first
-        cut = top[:, -1:]
-        if config.top_p < 1:
-            probabilities = top.softmax(-1)
-            mass_before = probabilities.cumsum(-1) - probabilities
-            cut = (
-                top.masked_fill(mass_before >= config.top_p, torch.inf).min(-1, keepdim=True).values
-            )
-    if config.min_p > 0:
-        cut = torch.maximum(
-            cut, logits.max(-1, keepdim=True).values + torch.tensor(config.min_p).log()
-        )
-    return logits.masked_fill(logits < cut, -torch.inf)
-
-
-def draw_codes(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tensor:
-    """Codes (B,) from logits (B, K) and uniforms (B,) in [0, 1), by the inverse of the cumulative distribution."""
-    if config.temperature < GREEDY_BELOW:
-        return logits.argmax(-1)
-    cumulative = filter_logits(logits.float(), config).softmax(-1, dtype=torch.float64).cumsum(-1)
-    # `right`: the first code whose cumulative probability exceeds the number, which is never one of probability 0.
-    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
-
-
-def image_uniforms(seeds: Sequence[int], num_codes: int) -> Tensor:
-    """Uniform numbers (B, N), each row from its own seed; float64 of float32 numbers, so that 1 is never reached.
-
-    Raises:
-        ValueError: for a seed of more than 64 bits.
-    """
-    for seed in seeds:
-        if seed not in SEEDS:
-            raise ValueError(f"got seed {seed}, expected {SEEDS[0]} to {SEEDS[-1]}")
-    rows = [torch.rand(num_codes, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).double()
-
-
-def guidance_scales(config: SamplingConfig, num_steps: int) -> list[float]:
-    """Guidance scale of each step; exactly 1 where there is no guidance."""
-    first, last = (
-        round(share * num_steps) for share in (config.guidance_start, config.guidance_end)
-    )
-    shapes = {
-        "constant": lambda x: 1.0,
-        "linear": lambda x: x,
-        "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
-    }
-    scales = [1.0] * num_steps
-    for step in range(first, last):
-        share = (step - first) / max(last - first - 1, 1)
-        scales[step] += (config.guidance_scale - 1) * shapes[config.guidance_schedule](share)
-    return scales
+def read_sampling(config: PretrainedConfig) -> SamplingConfig:
+    """How those who trained a generator recommend to sample from it."""
+    values = dict(getattr(config, "sampling", {}))
+    values.pop("window", None)  # of older generators; 0 in all that were published
+    return SamplingConfig(**values)
 
 
 @torch.inference_mode()
@@ -147,10 +86,6 @@ def sample_codes(
 ) -> Tensor:
     """Sample the codes of one image per prompt.
 
-    Equal prompts are computed once. Outside the guidance interval only the rows with captions run; where it begins later
-    than the image, the unconditional rows first read all codes that they missed, in one pass, so that they are where
-    they would be had they always run.
-
     Args:
         prompts: ids of each prompt, ending in BOI; lengths may differ.
         unconditional: ids of the prompt without caption, for guidance.
@@ -159,60 +94,37 @@ def sample_codes(
         progress: called after every step with (codes done, N).
 
     Returns:
-        Codes (B, N) in [0, codebook_size), on the CPU.
+        Codes (B, N) in [0, K), on the CPU.
 
     Raises:
-        ValueError: when prompts and seeds differ in number, a prompt does not end in BOI, or guidance is asked of a model
-            trained without it.
+        ValueError: when prompts and seeds differ in number, a prompt does not end in BOI, or guidance is asked of a
+            model that was trained without it.
     """
-    steps = decoding_steps(vocabulary.num_codes, config.window)
-    scales = guidance_scales(config, len(steps))
+    scales = guidance_scales(config, vocabulary.num_codes)
     guided = any(scale != 1 for scale in scales)
     _check_arguments(model, [*prompts, unconditional], len(seeds), vocabulary, guided)
-    batch = len(prompts)
-    sequences = [
-        tuple(prompt[:-1]) for prompt in (*prompts, *[unconditional] * (batch if guided else 0))
-    ]
-    different = list(dict.fromkeys(sequences))
-    choice = [different.index(sequence) for sequence in sequences]
-    rows = CachedRows(model, different, choice, vocabulary.num_codes, compile=compile)
-    captioned, without_caption, both = slice(batch), slice(batch, 2 * batch), slice(2 * batch)
-
-    head = model.lm_head.weight[vocabulary.code_rows]
-    uniforms = image_uniforms(seeds, vocabulary.num_codes).to(model.device)
-    # What is fed at each place: BOI, then codes; the last code is drawn and never fed.
-    inputs = torch.full(
-        (batch, vocabulary.num_codes + 1), vocabulary.begin_of_image, device=model.device
-    )
-    all_places = [
-        torch.tensor(step.drawn + step.corrected, device=model.device) for step in steps
-    ]  # no copies on the way
-    missed: set[int] = set()  # places that the rows without caption have not read
-    done = 0
-    for step, places, scale in zip(steps, all_places, scales, strict=True):
-        end, drawn = step.drawn[-1] + 1, places[: len(step.drawn)]
-        if step.borrowed is not None:
-            place, other = step.borrowed
-            inputs[:, place] = inputs[:, other]
-        if scale == 1:
-            missed.update(step.drawn, step.corrected)
-            logits = F.linear(
-                rows.feed(inputs[:, places], places, end, captioned)[:, : len(drawn)], head
-            ).float()
-        else:
-            if missed:
-                before = torch.tensor(sorted(missed), device=model.device)
-                rows.feed(inputs[:, before], before, end, without_caption, once=True)
-                missed.clear()
-            hidden = rows.feed(inputs[:, places].repeat(2, 1), places, end, both)[:, : len(drawn)]
-            with_caption, without = F.linear(hidden, head).float().chunk(2)
-            logits = without + scale * (with_caption - without)
-        codes = draw_codes(logits.flatten(0, 1), uniforms[:, drawn].flatten(), config)
-        inputs[:, drawn + 1] = vocabulary.to_ids(codes).view(batch, -1)
-        done += len(drawn)
+    # BOI is the first token of the image: it is fed in the loop, like the codes.
+    sequences = [prompt[:-1] for prompt in prompts]
+    if guided:
+        sequences += [unconditional[:-1]] * len(prompts)
+    rows = CachedRows(model, sequences, vocabulary.num_codes, compile=compile)
+    head_KD = model.lm_head.weight[vocabulary.code_rows]
+    uniforms_BN = image_uniforms(seeds, vocabulary.num_codes).to(model.device)
+    ids_B = torch.full((len(prompts),), vocabulary.begin_of_image, device=model.device)
+    codes = []
+    for place, scale in enumerate(scales):
+        hidden_RD = rows.feed(ids_B.repeat(2) if guided else ids_B)
+        logits_RK = F.linear(hidden_RD, head_KD).float()
+        with_caption, *without = logits_RK.split(len(prompts))
+        logits_BK = with_caption
+        if scale != 1:
+            logits_BK = without[0] + scale * (with_caption - without[0])
+        codes_B = draw_codes(logits_BK, uniforms_BN[:, place], config)
+        codes.append(codes_B)
+        ids_B = vocabulary.to_ids(codes_B)
         if progress is not None:
-            progress(done, vocabulary.num_codes)
-    return vocabulary.to_codes(inputs[:, 1:]).cpu()
+            progress(len(codes), vocabulary.num_codes)
+    return torch.stack(codes, dim=1).cpu()
 
 
 def _check_arguments(
@@ -228,10 +140,192 @@ def _check_arguments(
         )
     if any(not prompt or prompt[-1] != vocabulary.begin_of_image for prompt in prompts):
         raise ValueError(
-            f"got a prompt that does not end in BOI ({vocabulary.begin_of_image}): make it with PromptEncoder"
+            f"got a prompt that does not end in BOI ({vocabulary.begin_of_image}): "
+            "make it with PromptEncoder"
         )
     if guided and getattr(model.config, "caption_dropout", None) == 0:
         raise ValueError(
-            "got guidance, but this generator was trained with caption_dropout 0 and knows no unconditional prompt: "
-            "set guidance_scale=1, or train with caption_dropout=0.1"
+            "got guidance, but this generator was trained with caption_dropout 0 and knows no "
+            "unconditional prompt: set guidance_scale=1, or train with caption_dropout=0.1"
         )
+
+
+# ---- logits -> codes
+
+
+def guidance_scales(config: SamplingConfig, num_codes: int) -> list[float]:
+    """The guidance scale of each code; 1 outside the interval."""
+    first, last = (round(end * num_codes) for end in (config.guidance_start, config.guidance_end))
+    shapes: dict[str, Callable[[float], float]] = {
+        "constant": lambda _: 1.0,
+        "linear": lambda x: x,
+        "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+    }
+    scales = [1.0] * num_codes
+    for step in range(first, last):
+        share = (step - first) / max(last - first - 1, 1)
+        scales[step] += (config.guidance_scale - 1) * shapes[config.guidance_schedule](share)
+    return scales
+
+
+def draw_codes(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tensor:
+    """Codes (B,) from logits (B, K) and uniforms (B,) in [0, 1), by the inverse of the cumulative distribution."""
+    if config.temperature < GREEDY_BELOW:
+        return logits.argmax(-1)
+    cumulative = filter_logits(logits.float(), config).softmax(-1, dtype=torch.float64).cumsum(-1)
+    # `right`: the first code whose cumulative probability exceeds the number, never one of probability 0.
+    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+
+
+def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """Apply temperature, top-k, top-p and min-p to logits (B, K); what is excluded becomes -inf."""
+    logits = logits / config.temperature
+    keep_k = min(config.top_k or logits.shape[-1], logits.shape[-1])
+    # Each filter keeps the logits above a cut, so nothing is scattered back, and top-p sorts only what top-k kept.
+    cut = logits.new_full((len(logits), 1), -torch.inf)
+    if config.top_k or config.top_p < 1:
+        top = logits.topk(keep_k).values  # sorted, largest first
+        cut = top[:, -1:]
+        if config.top_p < 1:
+            probabilities = top.softmax(-1)
+            mass_before = probabilities.cumsum(-1) - probabilities
+            kept = top.masked_fill(mass_before >= config.top_p, torch.inf)
+            cut = kept.min(-1, keepdim=True).values
+    if config.min_p > 0:
+        likeliest = logits.max(-1, keepdim=True).values
+        cut = torch.maximum(cut, likeliest + torch.tensor(config.min_p).log())
+    return logits.masked_fill(logits < cut, -torch.inf)
+
+
+def image_uniforms(seeds: Sequence[int], num_codes: int) -> Tensor:
+    """Uniform numbers (B, N) in [0, 1), each row from its own seed.
+
+    Raises:
+        ValueError: for a seed of more than 64 bits.
+    """
+    rows = []
+    for seed in seeds:
+        if seed not in SEEDS:
+            raise ValueError(f"got seed {seed}, expected {SEEDS[0]} to {SEEDS[-1]}")
+        rows.append(torch.rand(num_codes, generator=torch.Generator().manual_seed(seed)))
+    # float64 of float32 numbers never reaches 1.
+    return torch.stack(rows).double()
+
+
+# ---- the forward pass
+
+
+class CachedRows:
+    """Sequences that grow together: every row has the same slots, short prompts are padded in front.
+
+    Args:
+        prompts: ids of each row, (R) of any lengths; equal ones are computed once.
+        num_codes: slots after the prompt.
+        compile: compile the forward pass, on CUDA into a graph without launch overhead. Shapes are then the same in
+            every step: attention runs over the whole buffer, where it otherwise sees only what is filled.
+
+    Raises:
+        ValueError: when the model's attention takes no mask of ours.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        prompts: Sequence[Sequence[int]],
+        num_codes: int,
+        *,
+        compile: bool = False,
+    ) -> None:
+        if model.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attention is {model.config._attn_implementation!r}, expected sdpa or eager: "
+                "reload the model"
+            )
+        self.model, self.compile = model.model, compile
+        self.forward: Callable[..., Any] = model.model
+        if compile:
+            self.forward = torch.compile(model.model, mode="reduce-overhead")
+        self.filled = max(len(prompt) for prompt in prompts)
+        num_slots = self.filled + num_codes
+        if compile:
+            num_slots = -(-num_slots // 64) * 64  # prompts of similar length share compiled code
+        self.slots_S = torch.arange(num_slots, device=model.device)
+        self.cache = StaticCache(model, len(prompts), num_slots)
+        # Added to attention scores. The lowest number, not -inf: rows of padding see nothing, and would become NaN.
+        self.masked = torch.finfo(model.dtype).min
+        self._prefill(prompts)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Compute the different prompts, once each, and copy them to the rows that begin with them."""
+        sequences = [tuple(prompt) for prompt in prompts]
+        different = list(dict.fromkeys(sequences))
+        device, length = self.slots_S.device, self.filled
+        choice_R = torch.tensor(
+            [different.index(sequence) for sequence in sequences], device=device
+        )
+        padding = torch.tensor([length - len(prompt) for prompt in different], device=device)
+        seen = self.slots_S[:length] >= padding[:, None]
+        dtype = self.cache.layers[0].dtype
+        mask = torch.full(
+            (len(different), len(self.slots_S)), self.masked, dtype=dtype, device=device
+        )
+        mask[:, :length].masked_fill_(seen, 0)
+        if length > 0:
+            slots = self.slots_S[:length]
+            causal = mask[:, None, None, :length].masked_fill(slots > slots[:, None], self.masked)
+            ids = torch.tensor(pad_left(different, 0), device=device)
+            positions = (slots - padding[:, None]).clamp(min=0)
+            self._run(self.model, ids, positions, causal, slots)
+        for layer in self.cache.layers:
+            layer[:, :, :, :length] = layer[:, choice_R, :, :length]
+        self.padding_R, self.mask_RS = padding[choice_R], mask[choice_R]
+
+    def feed(self, ids: Tensor) -> Tensor:
+        """Hidden states (R, D) of the next ids (R,), which all later ones will see."""
+        slot = self.slots_S[self.filled : self.filled + 1]
+        self.mask_RS[:, self.filled] = 0
+        self.filled += 1
+        mask = self.mask_RS if self.compile else self.mask_RS[:, : self.filled]
+        positions = slot - self.padding_R[:, None]
+        return self._run(self.forward, ids[:, None], positions, mask[:, None, None], slot)[:, 0]
+
+    def _run(
+        self,
+        forward: Callable[..., Any],
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        self.cache.slots, self.cache.num_rows, self.cache.length = slots, len(ids), mask.shape[-1]
+        output = forward(
+            input_ids=ids,
+            attention_mask={"full_attention": mask},  # transformers would build it again
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+
+class StaticCache:
+    """Keys and values of every layer, written in place; `update` is all that `Qwen3Model` asks of its cache."""
+
+    def __init__(self, model: Qwen3ForCausalLM, num_rows: int, num_slots: int) -> None:
+        config = model.config
+        shape = (2, num_rows, config.num_key_value_heads, num_slots, config.head_dim)
+        self.layers = []
+        for _ in range(config.num_hidden_layers):
+            # Zeros: a masked slot enters the sum over values with weight 0, which NaN would survive.
+            layer = torch.zeros(shape, dtype=model.dtype, device=model.device)
+            torch._dynamo.mark_static_address(
+                layer, guard=False
+            )  # CUDA graphs write without copies
+            self.layers.append(layer)
+        self.slots, self.num_rows, self.length = torch.empty(0), 0, 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        both = self.layers[layer][:, : self.num_rows]
+        both[0].index_copy_(2, self.slots, keys)
+        both[1].index_copy_(2, self.slots, values)
+        return both[0, :, :, : self.length], both[1, :, :, : self.length]

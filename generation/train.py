@@ -4,22 +4,39 @@
     python -m vqrae.generation.train tiny tokenizer=RUN data='DIR/*.tar' output_dir=RUN
     python -m vqrae.generation.train qwen3_0_6b dry_run=1
 
-The loss is on codes only. Images are encoded on the fly by the frozen tokenizer; code shards spare that. The same command
-resumes an interrupted run and returns at once from a finished one.
+Images are encoded on the fly by the frozen tokenizer; code shards spare that. The same command resumes an interrupted
+run and returns at once from a finished one.
 """
 
 import dataclasses
 import functools
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from vqrae.common.checkpoints import local_model
+from vqrae.common import run as runs
+from vqrae.common.checkpoints import local_model, resolve_model
+from vqrae.common.cli import parse
+from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
-from vqrae.common.run import RunDirectory, trained_steps
 from vqrae.common.trainer import (
     InstrumentCallback,
+    WholeTrainer,
+    build_optimizers,
     check_launch,
     checkpoints,
     run_trainer,
@@ -28,39 +45,49 @@ from vqrae.common.trainer import (
 )
 from vqrae.data.sources import fingerprint as data_fingerprint
 from vqrae.data.sources import is_encoded, open_pairs_or_codes, texts_of
-from vqrae.generation.config import TrainingConfig, read_config
-from vqrae.generation.data import TrainingStream
-from vqrae.generation.dry_run import dry_run
-from vqrae.generation.encoding import encode_images, load_encoder
-from vqrae.generation.modeling import portable_path, start_from_codebook
-from vqrae.generation.trainer import build_model, build_text_tokenizer, build_trainer, fit_prompts
-from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.data.sources import vocabulary as words_of
+from vqrae.data.word_tokenizer import fit_word_tokenizer
+from vqrae.generation.config import GeneratorConfig, GeneratorModelConfig, TrainingConfig
+from vqrae.generation.data import (
+    GenerationCollator,
+    TrainingStream,
+    encode_images,
+    fill_codes,
+    load_encoder,
+)
+from vqrae.generation.modeling import (
+    PromptEncoder,
+    VisualHead,
+    VisualVocabulary,
+    build_generator,
+    start_from_codebook,
+)
 from vqrae.tokenizer.configuration import VQRAEConfig
 
 
-def _require_tokenizer(run: Path, fingerprint: str) -> None:
-    """Refuse to go on with a generator that speaks the codes of another tokenizer.
+def main(argv: list[str] | None = None) -> None:
+    config = parse(GeneratorConfig, argv, package="vqrae.generation", section="training")
+    if config.dry_run:
+        from vqrae.generation.dry_run import dry_run
 
-    Raises:
-        ValueError: naming the model or checkpoint.
-    """
-    for folder in (run / "model", *checkpoints(run)):
-        if (folder / "config.json").is_file():
-            found = read_json(folder / "config.json")["vqrae_tokenizer_fingerprint"]
-            require_same_tokenizer(fingerprint, found, f"generator {folder}")
+        dry_run(config)
+    else:
+        train(config)
 
 
 def train(config: TrainingConfig) -> Path:
     """Train or resume, and return the folder of the finished generator."""
+    # ---- the run: begin, resume, find finished, or refuse
     output = Path(config.output_dir)
     tokenizer = local_model(config.tokenizer)
     fingerprint = weights_fingerprint(tokenizer)
-    _require_tokenizer(output, fingerprint)
-    run = RunDirectory(output, config, seed=config.seed)
-    if trained_steps(output / "model") >= config.optimization.max_steps:
-        print(f"finished: {output / 'model'}", flush=True)
+    require_own_tokenizer(output, fingerprint)
+    run = runs.open(output, config, seed=config.seed)
+    if run.finished(config.optimization.max_steps):
         return output / "model"
     check_launch(config.optimization, output)
+
+    # ---- data
     visual = VQRAEConfig.from_pretrained(tokenizer)
     samples = open_pairs_or_codes(
         config.data,
@@ -68,28 +95,31 @@ def train(config: TrainingConfig) -> Path:
         tokenizer_fingerprint=fingerprint,
         seed=config.seed,
     )
+    stream = TrainingStream(
+        samples,
+        config.optimization.max_steps * config.optimization.global_batch_size,
+        caption_dropout=config.model.caption_dropout,
+        seed=config.seed,
+    )
     vocabulary = VisualVocabulary(
         offset=config.model.offset,
         codebook_size=visual.codebook_size,
         num_codes=visual.grid_size**2,
     )
-    text_tokenizer = build_text_tokenizer(config.model, lambda: texts_of(samples))
+    text_tokenizer = build_text_tokenizer(
+        config.model, words_of(config.data), lambda: texts_of(samples)
+    )
     encode_prompt = fit_prompts(config.model, text_tokenizer, vocabulary)
 
-    # The tokenizer comes before the arguments and these before the model: under ZeRO-3 they decide how it is built.
+    # ---- models; the tokenizer before the arguments: under ZeRO-3 these decide how all later models are built
     encoder = load_encoder(tokenizer)
     code_vectors = encoder.code_vectors() if config.model.embedding_init == "codebook" else None
-    in_sequence = {**config.optimization.extra, "train_sampling_strategy": "sequential"}
-    arguments = training_arguments(
-        dataclasses.replace(config.optimization, extra=in_sequence), output, seed=config.seed
-    )
-    encode = (
-        None
-        if is_encoded(samples)
-        else functools.partial(encode_images, encoder.to(arguments.device))
-    )
+    arguments = training_arguments(config.optimization, output, seed=config.seed)
+    arguments.train_sampling_strategy = "sequential"  # the stream is in order
+    encode = None
+    if not is_encoded(samples):
+        encode = functools.partial(encode_images, encoder.to(arguments.device))
     del encoder  # training on shards keeps nothing of it
-
     run.begin({"tokenizer": fingerprint, "data": data_fingerprint(config.data)})
     torch.manual_seed(config.seed)
     model = build_model(config.model, vocabulary, encode_prompt, bf16=config.optimization.bf16)
@@ -97,14 +127,13 @@ def train(config: TrainingConfig) -> Path:
     model.config.vqrae_tokenizer_fingerprint = fingerprint
     if code_vectors is not None:
         start_from_codebook(model, vocabulary, code_vectors)
-    length = config.optimization.max_steps * config.optimization.global_batch_size
+
+    # ---- train, save
     trainer = build_trainer(
         config,
         model,
         arguments,
-        TrainingStream(
-            samples, length, caption_dropout=config.model.caption_dropout, seed=config.seed
-        ),
+        stream,
         encode_prompt,
         vocabulary,
         callback=InstrumentCallback(run, "generator"),
@@ -115,12 +144,174 @@ def train(config: TrainingConfig) -> Path:
     return output / "model"
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = read_config(argv, "training")
-    if config.dry_run:
-        dry_run(config)
-    else:
-        train(config)
+# ---- the loss
+
+
+def visual_loss(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    vocabulary: VisualVocabulary,
+    *,
+    full_vocabulary: bool = False,
+) -> Tensor:
+    """Mean cross entropy of the codes of a left-padded batch of `GenerationCollator`.
+
+    Args:
+        full_vocabulary: softmax over all rows of the head. Else over the codes, and `model.lm_head` is a `VisualHead`.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    # The sequence ends in the N codes: the N positions before its last one predict them, and no other logits exist.
+    keep = vocabulary.num_codes + 1
+    logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits[:, :-1]
+    ids = batch["labels"][:, -vocabulary.num_codes :]
+    targets = ids if full_vocabulary else vocabulary.to_codes(ids)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+class GeneratorTrainer(WholeTrainer):
+    """A `Trainer` whose loss is on the codes.
+
+    Args:
+        encode: images uint8 (M, 3, H, W) -> codes, for data that is not encoded yet.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        vocabulary: VisualVocabulary,
+        full_vocabulary: bool,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.vocabulary, self.full_vocabulary, self.encode = vocabulary, full_vocabulary, encode
+        # Every sample has N codes: the mean over micro-batches is the mean over tokens, without counting.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.encode is not None:
+            inputs = fill_codes(inputs, self.encode, self.vocabulary)
+        return visual_loss(model, inputs, self.vocabulary, full_vocabulary=self.full_vocabulary)
+
+
+def build_trainer(
+    config: TrainingConfig,
+    model: Qwen3ForCausalLM,
+    arguments: TrainingArguments,
+    stream: Dataset,
+    encode_prompt: PromptEncoder,
+    vocabulary: VisualVocabulary,
+    *,
+    callback: TrainerCallback,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> GeneratorTrainer:
+    """The trainer; the head of `model` becomes a `VisualHead` where only codes take part in the softmax."""
+    if not config.full_vocabulary_loss:
+        model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
+    return GeneratorTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=stream,
+        data_collator=GenerationCollator(encode_prompt, vocabulary),
+        optimizers=build_optimizers(config.optimization, model),
+        callbacks=[callback],
+        vocabulary=vocabulary,
+        full_vocabulary=config.full_vocabulary_loss,
+        encode=encode,
+    )
+
+
+# ---- parts
+
+
+def build_model(
+    config: GeneratorModelConfig,
+    vocabulary: VisualVocabulary,
+    encode_prompt: PromptEncoder,
+    *,
+    bf16: bool,
+) -> Qwen3ForCausalLM:
+    """The model to train, with everything that sampling needs to know in its `config`.
+
+    Args:
+        bf16: whether it is trained under bf16 autocast.
+    """
+    model = build_generator(
+        vocabulary,
+        llm=config.llm,
+        llm_config=config.llm_config if config.llm is None else None,
+        attention=attention_implementation(config.attention, half=bf16),
+    )
+    model.config.prompt_template = config.prompt_template
+    model.config.caption_dropout = config.caption_dropout
+    model.config.max_caption_tokens = encode_prompt.max_caption_tokens
+    model.config.sampling = dataclasses.asdict(config.sampling)
+    return model
+
+
+def build_text_tokenizer(
+    config: GeneratorModelConfig, words: list[str], captions: Callable[[], Iterable[str]]
+) -> PreTrainedTokenizerBase:
+    """The pretrained model's own tokenizer, or a word tokenizer for a new model.
+
+    Args:
+        words: texts whose words all get an id.
+        captions: texts whose most frequent words get the remaining ids; asked for only when needed.
+    """
+    if config.llm is not None:
+        return AutoTokenizer.from_pretrained(resolve_model(config.llm))
+    return fit_word_tokenizer(words, captions(), size=config.offset)
+
+
+def fit_prompts(
+    config: GeneratorModelConfig,
+    text_tokenizer: PreTrainedTokenizerBase,
+    vocabulary: VisualVocabulary,
+) -> PromptEncoder:
+    """The prompt encoder whose longest prompt and the codes take at most `max_length` ids.
+
+    Raises:
+        ValueError: when that leaves no room for a caption.
+    """
+    encode = PromptEncoder(
+        text_tokenizer,
+        vocabulary,
+        template=config.prompt_template,
+        max_caption_tokens=config.max_caption_tokens,
+    )
+    room = config.max_length - vocabulary.num_codes - encode.template_length
+    if room < 1:
+        raise ValueError(
+            f"got max_length {config.max_length}, expected more than {vocabulary.num_codes} codes "
+            f"and the {encode.template_length} ids of the template: set a larger model.max_length"
+        )
+    encode.max_caption_tokens = min(encode.max_caption_tokens, room)
+    return encode
+
+
+def require_own_tokenizer(run: Path, fingerprint: str) -> None:
+    """Refuse to continue with a generator that was trained on the codes of another tokenizer.
+
+    Raises:
+        ValueError: naming the model or checkpoint.
+    """
+    for folder in (run / "model", *checkpoints(run)):
+        if (folder / "config.json").is_file():
+            found = read_json(folder / "config.json")["vqrae_tokenizer_fingerprint"]
+            require_same_tokenizer(fingerprint, found, f"generator {folder}")
+
+
+def portable_path(tokenizer: str | Path, folder: Path) -> str:
+    """How a generator in `folder` records its tokenizer: the relative path from one to the other, or the hub id.
+
+    A tree that holds both may then be moved or copied as a whole.
+    """
+    found = resolve_model(tokenizer)
+    if not Path(found).is_dir():
+        return found
+    return os.path.relpath(Path(found).resolve(), folder.resolve())
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ from vqrae.common.memory import (
 )
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.eval.tables import markdown_table
-from vqrae.generation.config import GenerationConfig, TrainingConfig
-from vqrae.generation.modeling import VisualHead, build_generator
-from vqrae.generation.trainer import visual_loss
-from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.generation.config import GeneratorConfig, TrainingConfig
+from vqrae.generation.modeling import VisualHead, VisualVocabulary, build_generator
+from vqrae.generation.train import visual_loss
 from vqrae.planning.empty_models import (
     build_like,
     config_folder,
@@ -51,7 +50,7 @@ CHAT_TOKENS = 12  # of the chat template around a caption, and BOI
 READERS: dict[str, tuple[type, ...]] = {
     "understanding": (TrainConfig, TinyLLMConfig),
     "tokenizer": (TokenizerTrainConfig, EncoderPretrainingConfig),
-    "generation": (GenerationConfig,),
+    "generation": (GeneratorConfig,),
 }
 
 
@@ -132,7 +131,7 @@ def plan(name: str, overrides: Sequence[str] = ()) -> list[Job]:
             _tokenizer_job(config, number)
             for number in ([1, 2] if config.stage == "both" else [config.stage])
         ]
-    if isinstance(config, GenerationConfig):
+    if isinstance(config, GeneratorConfig):
         return [_generation_job(config.training)]
     raise ValueError(
         f"{name} trains a model of a few million parameters on one CPU: there is nothing to plan"
@@ -162,7 +161,7 @@ def read_plan_config(name: str, overrides: Sequence[str] = ()) -> Any:
     problems = []
     for cls, path in candidates:
         changes = (
-            [f"training.{change}" for change in overrides] if cls is GenerationConfig else overrides
+            [f"training.{change}" for change in overrides] if cls is GeneratorConfig else overrides
         )
         try:
             return load_config(cls, path, changes)

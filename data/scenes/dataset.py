@@ -84,6 +84,12 @@ class SceneDataset(Dataset):
             return language.caption(scene, self.sprites.names, rng, detailed=True)
         return language.wording(scene, self.sprites.names, rng, self.sampler.image_size)
 
+    def wordings(self, index: int, count: int) -> list[str]:
+        """Several captions of the scene with this index, each with its own wording."""
+        scene, names, size = self.scene(index), self.sprites.names, self.sampler.image_size
+        rngs = [np.random.default_rng([self.seed, index, draw]) for draw in range(count)]
+        return [language.wording(scene, names, rng, size) for rng in rngs]
+
     def description(self, index: int) -> str:
         """The objects of a scene and their places."""
         scene, rng = self.scene(index), self._rng(index, _LANGUAGE_SEED)

@@ -12,7 +12,7 @@ import torch
 from benchmarks import extract, harness, loss, quantizer, sampler
 from benchmarks.__main__ import NAMES, main
 from vqrae.common.config import ConfigError
-from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.generation.modeling import VisualVocabulary
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 HEADS = {**TINY, "num_key_value_heads": 1, "head_dim": 16}

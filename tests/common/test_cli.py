@@ -9,7 +9,7 @@ import pytest
 
 from vqrae.common.cli import field_docstrings, parse, progress_line, usage
 from vqrae.common.config import ConfigError, shipped_config
-from vqrae.generation.config import GenerationConfig
+from vqrae.generation.config import GeneratorConfig
 from vqrae.understanding.train import TrainConfig
 
 
@@ -113,7 +113,7 @@ def test_a_run_is_named_by_its_configuration(
         config = parse(TrainConfig, [name, "sft.max_steps=7"], package="vqrae.understanding")
         assert config.sft.max_steps == 7
     shards = parse(
-        GenerationConfig, ["tiny", "size=3"], package="vqrae.generation", section="extraction"
+        GeneratorConfig, ["tiny", "size=3"], package="vqrae.generation", section="extraction"
     )
     assert shards.size == 3
     for arguments in ([], ["seed=1"], ["--seed", "1"]):

@@ -17,8 +17,7 @@ from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.eval.features import evaluate as features
 from vqrae.eval.geneval import evaluate as geneval
 from vqrae.eval.sharding import run_module
-from vqrae.generation.modeling import build_generator
-from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.generation.modeling import VisualVocabulary, build_generator
 from vqrae.quickstart import locality, scene_questions
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.understanding.build import build_llava

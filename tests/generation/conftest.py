@@ -7,8 +7,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from vqrae.generation import extract_codes
-from vqrae.generation.modeling import build_generator
-from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.generation.modeling import VisualVocabulary, build_generator
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 

@@ -15,7 +15,7 @@ from vqrae.generation import train
 from vqrae.generation.data import GenerationCollator, TrainingStream
 from vqrae.generation.generator import Generator
 from vqrae.generation.modeling import VisualHead
-from vqrae.generation.trainer import visual_loss
+from vqrae.generation.train import visual_loss
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from vqrae.common.files import weights_fingerprint
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.generation import extract_codes
-from vqrae.generation.extract_codes import CaptionedImages
+from vqrae.generation.extract_codes import ImagesToEncode
 from vqrae.tokenizer.modeling import VQRAEModel
 
 
@@ -85,7 +85,7 @@ def test_files_carry_one_caption(tmp_path: Path) -> None:
     lines = [json.dumps({"image": f"{i}.png", "caption": f"number {i}"}) for i in range(3)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     pairs = extract_codes.open_pairs(str(tmp_path / "pairs.jsonl"), image_size=32, split="all")
-    sample = CaptionedImages(pairs, captions_per_image=2)[
+    sample = ImagesToEncode(pairs, captions_per_image=2)[
         2
     ]  # of scenes; as the bare command with `data=FILE` asks
     assert sample["captions"] == ["number 2"]

@@ -26,9 +26,14 @@ from vqrae.data.sources import (
 )
 from vqrae.data.word_tokenizer import build_word_tokenizer, fit_word_tokenizer
 from vqrae.generation import extract_codes, train
-from vqrae.generation.data import GenerationCollator, TrainingStream, fill_codes
-from vqrae.generation.encoding import encode_images, load_encoder
-from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary
+from vqrae.generation.data import (
+    GenerationCollator,
+    TrainingStream,
+    encode_images,
+    fill_codes,
+    load_encoder,
+)
+from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +101,7 @@ def test_several_crops_are_entries_of_their_own(
     with pytest.raises(ValueError, match="set crop=random or zoom"):
         extract_codes.main(["tiny", "crops_per_image=2"])
     with pytest.raises(ValueError, match="scenes are square"):
-        extract_codes.CaptionedImages(
-            open_pairs("scenes", image_size=32, size=4), crops_per_image=2
-        )
+        extract_codes.ImagesToEncode(open_pairs("scenes", image_size=32, size=4), crops_per_image=2)
 
 
 def test_texts_of_every_kind(jsonl_codes: Path, pairs: Path) -> None:

@@ -12,10 +12,10 @@ from vqrae.common.memory import count_parameters
 from vqrae.common.trainer import training_arguments
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import train
-from vqrae.generation.config import GenerationConfig, TrainingConfig
+from vqrae.generation.config import GeneratorConfig, TrainingConfig
 from vqrae.generation.dry_run import expected_vocabulary, rehearsal
 from vqrae.generation.modeling import build_generator, fit_projection
-from vqrae.generation.trainer import fit_prompts
+from vqrae.generation.train import fit_prompts
 
 # fmt: off
 TABLE_9 = {"learning_rate": 1e-4, "lr_scheduler_type": "constant_with_warmup", "weight_decay": 0.0, "adam_beta1": 0.9,
@@ -27,11 +27,11 @@ QWEN3_PARAMETERS = 596_049_920  # of the released Qwen3-0.6B, head tied
 
 
 @pytest.fixture
-def config() -> GenerationConfig:
-    return load_config(GenerationConfig, shipped_config("vqrae.generation", "qwen3_0_6b"))
+def config() -> GeneratorConfig:
+    return load_config(GeneratorConfig, shipped_config("vqrae.generation", "qwen3_0_6b"))
 
 
-def test_every_value_of_table_9(config: GenerationConfig) -> None:
+def test_every_value_of_table_9(config: GeneratorConfig) -> None:
     training = config.training
     assert {name: getattr(training.optimization, name) for name in TABLE_9} == TABLE_9
     assert (
@@ -45,7 +45,7 @@ def test_every_value_of_table_9(config: GenerationConfig) -> None:
     )  # the dropout is ours: guidance needs it
 
 
-def test_the_trainer_gets_these_values(config: GenerationConfig, tmp_path: Path) -> None:
+def test_the_trainer_gets_these_values(config: GeneratorConfig, tmp_path: Path) -> None:
     plain = dataclasses.replace(
         config.training.optimization, zero=0
     )  # DeepSpeed reads its values from these
@@ -56,7 +56,7 @@ def test_the_trainer_gets_these_values(config: GenerationConfig, tmp_path: Path)
     assert arguments.gradient_checkpointing
 
 
-def test_the_longest_sequence_has_1536_ids(config: GenerationConfig) -> None:
+def test_the_longest_sequence_has_1536_ids(config: GeneratorConfig) -> None:
     vocabulary = expected_vocabulary(config.training)
     encode = fit_prompts(config.training.model, build_word_tokenizer(["a"]), vocabulary)
     assert len(encode("a " * 600)) + vocabulary.num_codes == 1536
@@ -66,7 +66,7 @@ def test_the_longest_sequence_has_1536_ids(config: GenerationConfig) -> None:
         fit_prompts(short, build_word_tokenizer(["a"]), vocabulary)
 
 
-def test_the_model_is_qwen3_and_its_codes(config: GenerationConfig) -> None:
+def test_the_model_is_qwen3_and_its_codes(config: GeneratorConfig) -> None:
     vocabulary = expected_vocabulary(config.training)
     assert (vocabulary.offset, vocabulary.codebook_size, vocabulary.num_codes) == (
         QWEN3_ROWS,
@@ -148,7 +148,7 @@ def test_a_dry_run_reports_and_keeps_nothing(
 
 
 def test_a_rehearsal_is_the_configuration_with_one_sequence_a_step(
-    config: GenerationConfig,
+    config: GeneratorConfig,
 ) -> None:
     given = dataclasses.replace(config.training, dry_run=1)
     training: TrainingConfig = rehearsal(given)

@@ -16,7 +16,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from vqrae.generation.decoding import decoding_steps
+from vqrae.generation.modeling import VisualVocabulary
 from vqrae.generation.sampling import (
     SamplingConfig,
     draw_codes,
@@ -25,7 +25,6 @@ from vqrae.generation.sampling import (
     image_uniforms,
     sample_codes,
 )
-from vqrae.generation.vocabulary import VisualVocabulary
 
 BOI = 164
 PROMPTS = [[5, 6, 7, BOI], [8, BOI], [9, 10, 11, 12, 13, BOI], [5, 14, BOI]]
@@ -112,14 +111,9 @@ def test_prompts_are_computed_once_and_guidance_in_the_same_pass(
     assert shapes == [(3, 5)] + 16 * [(6, 1)]  # two captions and none, without BOI
 
 
-def test_rows_without_caption_run_inside_the_interval_only(
+def test_without_guidance_the_rows_without_caption_do_not_run(
     model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, shapes: list[tuple[int, int]]
 ) -> None:
-    sample(model, vocabulary, SamplingConfig(guidance_start=0.25, guidance_end=0.5), [0, 1])
-    assert shapes == [(3, 3)] + 4 * [(2, 1)] + [(2, 4)] + 4 * [(4, 1)] + 8 * [
-        (2, 1)
-    ]  # (2, 4): reading what they missed
-    shapes.clear()
     sample(model, vocabulary, SamplingConfig(guidance_scale=1), [0, 1])
     assert shapes == [(2, 3)] + 16 * [(2, 1)]
 
@@ -214,65 +208,6 @@ def test_guidance_scales() -> None:
     ]
 
 
-def test_a_window_of_a_row_is_the_plain_order(
-    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
-) -> None:
-    def windowed(window: int, **options: float) -> Tensor:
-        return sample(
-            model, vocabulary, dataclasses.replace(SAMPLED, window=window, **options), [0, 1, 2]
-        )
-
-    for options in ({}, {"guidance_start": 0.5}):
-        assert torch.equal(windowed(0, **options), windowed(4, **options))
-        assert torch.equal(windowed(0, **options), windowed(9, **options))
-        assert not torch.equal(windowed(0, **options), windowed(2, **options))
-    assert torch.equal(windowed(0)[:, :4], windowed(2)[:, :4])  # the first row has nothing above it
-
-
-@pytest.mark.parametrize(("window", "count"), [(1, 7), (2, 10), (3, 13), (4, 16), (0, 16)])
-def test_steps_of_a_window(window: int, count: int) -> None:
-    steps = decoding_steps(16, window)
-    assert len(steps) == count
-    assert sorted(place for step in steps for place in step.drawn) == list(range(16))
-    drawn_at = {place: i for i, step in enumerate(steps) for place in step.drawn}
-    for i, step in enumerate(steps):
-        assert all(drawn_at[place - 1] < i for place in step.corrected)  # known by now
-        if step.borrowed is not None:
-            place, other = step.borrowed
-            assert place in step.drawn
-            assert drawn_at[other - 1] < i
-    corrected = [place for step in steps for place in step.corrected]
-    assert corrected == ([4, 8, 12] if 0 < window < 4 else [])
-
-
-@torch.no_grad()
-def test_a_window_draws_each_code_from_the_codes_before_it_that_are_there(
-    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
-) -> None:
-    """Window 3 of 4 columns, first two rows."""
-    codes = sample(
-        model, vocabulary, SamplingConfig(guidance_scale=1, temperature=0, window=3), [0]
-    )[0].tolist()
-
-    def greedy(codes: list[int]) -> int:
-        ids = [*PROMPTS[0], *(vocabulary.offset + code for code in codes)]
-        return int(
-            model(input_ids=torch.tensor([ids])).logits[0, -1, vocabulary.code_rows].argmax()
-        )
-
-    assert codes[:4] == [greedy(codes[:i]) for i in range(4)]
-    assert codes[4] == greedy(
-        [*codes[:3], codes[2]]
-    )  # the newest code stands where code 3 is not known yet
-    assert codes[5:8] == [greedy(codes[:i]) for i in range(5, 8)]  # code 3 has taken its place
-
-
-def test_a_window_needs_a_square(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> None:
-    oblong = dataclasses.replace(vocabulary, num_codes=12)
-    with pytest.raises(ValueError, match=r"window 2 for 12 codes.*window=0"):
-        sample(model, oblong, dataclasses.replace(SAMPLED, window=2), [0])
-
-
 def test_a_compiled_pass_draws_the_same(
     model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,9 +280,9 @@ def test_bad_options(options: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"guidance_start": 0.5, "guidance_end": 0.5}, {"guidance_end": 1.1}, {"window": -1}]
+    "options", [{"guidance_start": 0.5, "guidance_end": 0.5}, {"guidance_end": 1.1}]
 )
-def test_bad_interval_or_window(options: dict[str, float]) -> None:
+def test_bad_interval(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected 0 <= guidance_start"):
         SamplingConfig(**options)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.generation.vocabulary import PromptEncoder, VisualVocabulary, pad_left
+from vqrae.generation.modeling import PromptEncoder, VisualVocabulary, pad_left
 
 WORDS = build_word_tokenizer(["a photo of a red circle user assistant {}"])
 

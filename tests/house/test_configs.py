@@ -6,7 +6,7 @@ import pytest
 
 from vqrae.common.config import ConfigError, load_config
 from vqrae.eval.ablations.suites import SUITES, Suite
-from vqrae.generation.config import GenerationConfig
+from vqrae.generation.config import GeneratorConfig
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.quickstart.train_llm import TinyLLMConfig
 from vqrae.tokenizer.config import TokenizerTrainConfig
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 READERS: dict[str, list[type]] = {
     "tokenizer": [TokenizerTrainConfig],
     "understanding": [TrainConfig],
-    "generation": [GenerationConfig],
+    "generation": [GeneratorConfig],
     "ablations": [Suite],
     "quickstart": [EncoderPretrainingConfig, TinyLLMConfig],
 }

@@ -19,8 +19,7 @@ from vqrae.common.files import weights_fingerprint
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.scenes.sprites import load_sprites
 from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.generation.modeling import build_generator
-from vqrae.generation.vocabulary import VisualVocabulary
+from vqrae.generation.modeling import VisualVocabulary, build_generator
 from vqrae.scripts.cli import main
 from vqrae.understanding.build import build_llava
 
@@ -147,7 +146,7 @@ def test_weights_that_are_cut_short_or_of_another_size_are_named(
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "codebook_size": 32}))
-    for model, message in ((cut, "are damaged"), (other, "has other shapes of weights")):
+    for model, message in ((cut, "are damaged"), (other, "has weights of other shapes")):
         code, _, errors = vqrae("encode", model=model, images=images, out=tmp_path / "codes.npz")
         assert code == 2
         assert str(model) in errors
