@@ -208,8 +208,7 @@ def check_source(
         examine: called on every conversation, for what only the text tokenizer knows.
         progress: called with (samples read, samples to read); for code sets with shards.
 
-    Raises:
-        ValueError, OSError: when the source cannot be opened at all.
+    Raises ValueError or OSError when the source cannot be opened at all.
     """
     report = DataReport(source, fingerprint(source))
     if source_kind(source) == "codes":
@@ -274,8 +273,7 @@ def _spread(size: int, count: int) -> list[int]:
 def require_target(source: str, out: str | Path, image_folder: str | Path | None = None) -> None:
     """Refuse what `write_clean` cannot write.
 
-    Raises:
-        ValueError: when the source is not a list, or paths in `out` would lead elsewhere.
+    Raises ValueError when the source is not a list, or paths in `out` would lead elsewhere.
     """
     path, out = Path(source), Path(out)
     suffixes = {"jsonl": [".jsonl"], "json": [".json", ".jsonl"]}.get(source_kind(source), [])

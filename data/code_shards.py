@@ -201,8 +201,7 @@ def _damaged(path: Path, reason: str) -> ValueError:
 class CodeWriter:
     """Writes a code set shard by shard, in any order and from several processes.
 
-    Raises:
-        ValueError: when the folder holds another code set.
+    Raises ValueError when the folder holds another code set.
     """
 
     def __init__(self, folder: str | Path, manifest: CodeManifest) -> None:
@@ -235,8 +234,7 @@ class CodeWriter:
     def write(self, shard: int, codes: np.ndarray, captions: Sequence[Sequence[str]]) -> None:
         """Write one shard: codes (n, N) of any integer type, and the captions of each image.
 
-        Raises:
-            ValueError: when shapes or codes do not fit the manifest.
+        Raises ValueError when shapes or codes do not fit the manifest.
         """
         expected = (len(self.manifest.images_of(shard)), self.manifest.num_codes)
         if codes.shape != expected or len(captions) != expected[0]:

@@ -10,7 +10,7 @@ import codecs
 import io
 import re
 import sys
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,7 @@ def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
     A leading answer is dropped as in LLaVA, and so is a last question without an answer, from which
     nothing can be learned.
 
-    Raises:
-        ValueError: saying what is wrong with the turns.
+    Raises ValueError, saying what is wrong with the turns.
     """
     if not isinstance(turns, list) or not all(map(_is_turn, turns)):
         raise ValueError('conversations must be a list of {"from": …, "value": text}')
@@ -76,8 +75,7 @@ def _is_turn(turn: Any) -> bool:
 def image_paths(record: dict[str, Any]) -> list[str]:
     """The images of a record of a LLaVA file, as it is stored.
 
-    Raises:
-        ValueError: when `image` is neither a path nor a list of paths.
+    Raises ValueError when `image` is neither a path nor a list of paths.
     """
     image = record.get("image") or []
     paths = [image] if isinstance(image, str) else image
@@ -89,8 +87,7 @@ def image_paths(record: dict[str, Any]) -> list[str]:
 def check_record(stored: Any, index: int) -> dict[str, Any]:
     """A record (a line of JSON, or its value) in canonical form.
 
-    Raises:
-        ValueError: saying why it cannot be used.
+    Raises ValueError, saying why it cannot be used.
     """
     record = parse_json(stored, "line") if isinstance(stored, bytes) else stored
     if not isinstance(record, dict) or "conversations" not in record:
@@ -99,7 +96,7 @@ def check_record(stored: Any, index: int) -> dict[str, Any]:
         raise ValueError(f"has a {media[0]}, which this model cannot perceive")
     name, paths = str(record.get("id", index)), image_paths(record)
     turns = normalize_turns(record["conversations"], num_images=len(paths))
-    if any(_HALF_PAIR.search(text) for text in (name, *paths, *(t["value"] for t in turns))):
+    if any(map(_HALF_PAIR.search, [name, *paths, *_texts(turns)])):
         raise ValueError("holds half of a surrogate pair, which is not text")
     return {"id": name, **({"image": record["image"]} if paths else {}), "conversations": turns}
 
@@ -125,9 +122,7 @@ def _texts(turns: list[dict[str, str]]) -> list[str]:
 def stored_records(path: str | Path) -> list[Any]:
     """The records of a LLaVA file as they are stored: the values of a JSON list, or lines (bytes).
 
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it holds none.
+    Raises FileNotFoundError when there is no such file, ValueError when it holds none.
     """
     path = Path(path)
     if not path.is_file():
@@ -151,9 +146,7 @@ def has_record_lines(path: str | Path) -> bool:
 def scan_conversations(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The usable records of a LLaVA file in canonical form, and what is wrong with each other one.
 
-    Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when it does not hold records.
+    Raises FileNotFoundError when there is no such file, ValueError when it does not hold records.
     """
     records: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -197,17 +190,21 @@ def _with_images(
     path: Path, records: list[dict[str, Any]], folder: Path, skip_missing: int
 ) -> list[dict[str, Any]]:
     """The records whose images exist, see `read_conversations`."""
-    missing = missing_files(folder / image for record in records for image in image_paths(record))
+
+    def files_of(record: dict[str, Any]) -> list[Path]:
+        return [folder / image for image in image_paths(record)]
+
+    missing = missing_files(chain.from_iterable(map(files_of, records)))
     if not missing:
         return records
     gone = set(missing)
-    kept = [r for r in records if gone.isdisjoint(folder / image for image in image_paths(r))]
+    kept = [record for record in records if gone.isdisjoint(files_of(record))]
     lost = len(records) - len(kept)
     told = (
         f"{path}: {lost} of {len(records)} records show {len(missing)} images that do not exist "
         f"below {folder}"
     )
-    names = summary([str(file) for file in missing])
+    names = summary(missing)
     if lost > skip_missing or not kept:
         raise FileNotFoundError(
             f"{told}; fetch them, set image_folder, set skip_missing={lost} to leave these records "

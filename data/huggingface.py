@@ -31,8 +31,7 @@ CAPTION_COLUMNS = [
 def parse_name(source: str) -> tuple[str, dict[str, str]]:
     """Name and options of `hf:NAME,key=value,…`.
 
-    Raises:
-        ValueError: for an unknown option, or no name.
+    Raises ValueError for an unknown option, or no name.
     """
     name, *pairs = source.removeprefix(PREFIX).split(",")
     if not name:
@@ -86,8 +85,7 @@ def open_table(source: str) -> Any:
 def named_column(source: str, features: Any, key: str) -> str | None:
     """The column that the option `key` of a source names, None when it names none.
 
-    Raises:
-        ValueError: when the table lacks it.
+    Raises ValueError when the table lacks it.
     """
     column = parse_name(source)[1].get(key)
     if column is not None and column not in features:
@@ -107,8 +105,7 @@ def _holds_images(feature: Any) -> bool:
 def find_columns(source: str, features: Any) -> tuple[str, str | None]:
     """The image column and the caption column (None when there is none), as named or as found.
 
-    Raises:
-        ValueError: when a named column is absent, or the image column is not clear.
+    Raises ValueError when a named column is absent, or the image column is not clear.
     """
     image = named_column(source, features, "image")
     caption = named_column(source, features, "caption")
@@ -138,8 +135,7 @@ def without_decoding(table: Any, column: str) -> Any:
 def stored_bytes(value: Any, name: str) -> bytes:
     """The encoded image in a cell: bytes, or {"bytes", "path"}.
 
-    Raises:
-        ValueError: when there is none.
+    Raises ValueError when there is none.
     """
     if isinstance(value, dict):
         path = value.get("path")

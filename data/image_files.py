@@ -28,8 +28,7 @@ def list_images(folder: str | Path) -> list[Path]:
     Linked folders are followed. One that is reached in several ways is read once, by its own path
     where it has one below `folder`: so links cannot form a loop, and no image is in both splits.
 
-    Raises:
-        FileNotFoundError: when there is no such folder, or no image in it.
+    Raises FileNotFoundError when there is no such folder, or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -107,8 +106,7 @@ def file_fingerprint(source: str) -> str:
 def parse_pair(line: bytes, where: str) -> tuple[str, str]:
     """(image, caption) of a line {"image": path, "caption": text}.
 
-    Raises:
-        ValueError: when it cannot be used, naming `where`.
+    Raises ValueError when it cannot be used, naming `where`.
     """
     record = parse_json(line, where)
     fields = record if isinstance(record, dict) else {}
@@ -125,8 +123,7 @@ def parse_pair(line: bytes, where: str) -> tuple[str, str]:
 def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
     """(image, caption) of each usable line, and what is wrong with each other line.
 
-    Raises:
-        FileNotFoundError: when there is no such file.
+    Raises FileNotFoundError when there is no such file.
     """
     path = Path(path)
     if not path.is_file():
@@ -157,12 +154,11 @@ def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
         form = '{"image": "image.jpg", "caption": "text"}'
         raise ValueError(f"{path} holds no usable line; each must be {form}{summary(problems)}")
     leave_out(path, problems, len(pairs) + len(problems))
-    missing = [str(file) for file in missing_files(path.parent / image for image, _ in pairs)]
-    if missing:
+    if missing := missing_files(path.parent / image for image, _ in pairs):
         raise FileNotFoundError(
-            f"{path}: {len(missing)} of {len(pairs)} images do not exist (paths are relative to the "
-            f"file's folder): fetch them, or let `vqrae check-data {path} --write-clean NEW` write "
-            f"the lines of the others{summary(missing)}"
+            f"{path}: {len(missing)} of {len(pairs)} images do not exist (paths are relative to "
+            f"the file's folder): fetch them, or let `vqrae check-data {path} --write-clean NEW` "
+            f"write the lines of the others{summary(missing)}"
         )
     return pairs
 
@@ -179,7 +175,8 @@ class CaptionedImages(EncodedImages):
         super().__init__(str(path), **options)
         self.folder = Path(path).parent
         found = read_jsonl(path) if strict else scan_jsonl(path)[0]
-        self.pairs = [found[i] for i in self.chosen([name_hash(image) for image, _ in found])]
+        hashes = [name_hash(image) for image, _ in found]
+        self.pairs = [found[i] for i in self.chosen(hashes)]
 
     def __len__(self) -> int:
         return len(self.pairs)

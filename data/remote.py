@@ -97,8 +97,7 @@ class Stage:
     def descriptor(self, url: str) -> int:
         """The open copy of a tar, fetched where there is none.
 
-        Raises:
-            ValueError: when it cannot be fetched.
+        Raises ValueError when it cannot be fetched.
         """
         while url not in self.files:
             self._fetch(url)

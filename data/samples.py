@@ -6,7 +6,7 @@ import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,8 +49,7 @@ def checksum(data: bytes) -> str:
 def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarray:
     """Samples of a split: the 5 % with the largest name hash (at least one) are for validation.
 
-    Raises:
-        ValueError: when there are too few samples to hold any out.
+    Raises ValueError when there are too few samples to hold any out.
     """
     if split == "all":
         return np.arange(len(hashes))
@@ -76,17 +75,16 @@ def missing_files(paths: Iterable[Path]) -> list[Path]:
     return sorted(missing)
 
 
-def summary(problems: list[str], limit: int = 5) -> str:
+def summary(problems: Sequence[Any], limit: int = 5) -> str:
     """The first few problems, one per line, and the number of the others."""
     more = [f"… and {len(problems) - limit} more"] if len(problems) > limit else []
-    return "\n  ".join(["", *problems[:limit], *more])
+    return "\n  ".join(["", *map(str, problems[:limit]), *more])
 
 
 def leave_out(source: str | Path, problems: list[str], total: int) -> None:
     """Report the entries of a list that are left out.
 
-    Raises:
-        ValueError: when they are more than a sound list has, naming the first.
+    Raises ValueError when they are more than a sound list has, naming the first.
     """
     found = f"{source}: {len(problems)} of {total} entries cannot be used"
     if len(problems) > BROKEN_SHARE * total:
@@ -95,7 +93,9 @@ def leave_out(source: str | Path, problems: list[str], total: int) -> None:
             f"write the others{summary(problems)}"
         )
     if problems:
-        print(printable(f"{found} and are left out{summary(problems)}"), file=sys.stderr)
+        print(
+            printable(f"{found} and are left out{summary(problems)}"), file=sys.stderr, flush=True
+        )
 
 
 # ---- broken samples
@@ -123,8 +123,7 @@ class BrokenSamples:
     def note(self, sample: Hashable, error: ValueError) -> None:
         """Count a sample that cannot be used, once however often it comes.
 
-        Raises:
-            TooManyBrokenSamples: when they are more than `BROKEN_SHARE` of the samples seen.
+        Raises TooManyBrokenSamples when they are more than `BROKEN_SHARE` of the samples seen.
         """
         if sample not in self.found:
             self.found.add(sample)
@@ -132,9 +131,9 @@ class BrokenSamples:
             print(printable(told), file=sys.stderr, flush=True)
         if len(self.found) > BROKEN_SHARE * max(self.seen, BROKEN_WINDOW):
             raise TooManyBrokenSamples(
-                f"{self.source}: {len(self.found)} of the {self.seen} samples read so far are broken, "
-                f"the last: {error}. Repair or remove them (messages above name each one), then start "
-                "the same command again."
+                f"{self.source}: {len(self.found)} of the {self.seen} samples read so far are "
+                f"broken, the last: {error}. Repair or remove them (messages above name each one), "
+                "then start the same command again."
             )
 
 

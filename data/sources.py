@@ -16,7 +16,7 @@ All but scenes, conversations and codes hold out 5 % (by name) as their `validat
 conversations and codes are used whole. `docs/data.md` has an example of each.
 """
 
-from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from vqrae.data.emoji import EmojiDataset
 from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, open_table, parse_name
 from vqrae.data.image_files import CaptionedImages, ImageFolder
 from vqrae.data.remote import is_remote
-from vqrae.data.samples import Crop, FileSplit, TolerantDataset
+from vqrae.data.samples import FileSplit, TolerantDataset
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.scenes.sprites import SPRITE_SETS
@@ -51,8 +51,6 @@ READERS: dict[str, Any] = {
     "codes": CodeDataset,
 }
 """Kind of a source -> its data set, which has a `fingerprint`; mixtures are made of these."""
-IMAGES = ("emoji", "folder", "jsonl", "tar", "hf")
-CAPTIONS = ("emoji", "jsonl", "tar", "hf")
 
 
 def source_kind(source: str) -> str:
@@ -100,150 +98,94 @@ def source_kind(source: str) -> str:
 # ---- opening
 
 
-def open_images(
-    source: str,
-    *,
-    image_size: int,
-    size: int | None = None,
-    split: FileSplit = "train",
-    crop: Crop = "center",
-    seed: int = 0,
-    **filters: Any,
-) -> Samples:
-    """Images of a source -> map-style data set of {"image": uint8 (3, H, W)}.
-
-    Args:
-        size: samples to use; of scenes by default a million for training and 1000 for validation.
-        crop: which square of an image is used, see `fit_image`; scenes are square and take none.
-        seed: of random crops, of scenes, of a mixture's order.
-        filters: `draft`, `min_edge`, `max_aspect` of stored images, see `EncodedImages`.
-    """
-    kind = source_kind(source)
-    options: dict[str, Any] = {"image_size": image_size, "split": split, "seed": seed}
-    if kind == "mixture":
-        return _mix(source, open_images, size=size, crop=crop, **filters, **options)
-    if kind == "scenes":
-        return _scenes(source, "image", size=size, **options)
-    if kind not in IMAGES:
-        held = "conversations" if kind == "json" else "codes"
-        raise ValueError(f"{source} holds {held}; for images give {FORMS}")
-    return READERS[kind](source, size=size, crop=crop, **filters, **options)
+def open_images(source: str, **options: Any) -> Samples:
+    """Images of a source -> map-style data set of {"image": uint8 (3, H, W)}; options: see
+    `_open`."""
+    return _open(source, "image", **options)
 
 
-def open_pairs(
-    source: str,
-    *,
-    image_size: int,
-    size: int | None = None,
-    split: FileSplit = "train",
-    detailed: bool = False,
-    crop: Crop = "center",
-    seed: int = 0,
-) -> Samples:
-    """Captioned images of a source -> map-style data set of {"image": uint8 (3, H, W), "caption":
-    str}.
+def open_pairs(source: str, *, detailed: bool = False, **options: Any) -> Samples:
+    """Captioned images -> map-style data set of {"image": uint8 (3, H, W), "caption": str}.
 
     Args:
         detailed: captions of scenes name every colour and relation (for contrastive training).
-        crop: as for `open_images`; a crop may lose what the caption mentions.
+        options: see `_open`; a crop may lose what the caption mentions.
     """
-    kind = source_kind(source)
-    options: dict[str, Any] = {"image_size": image_size, "split": split, "seed": seed}
-    if kind == "mixture":
-        return _mix(source, open_pairs, size=size, detailed=detailed, crop=crop, **options)
-    if kind == "scenes":
-        return _scenes(source, "detailed_pair" if detailed else "pair", size=size, **options)
-    if kind not in CAPTIONS:
-        raise ValueError(
-            f"{source} has no {'images' if kind == 'codes' else 'captions'}: give scenes, emoji, "
-            "a .jsonl of image and caption, a .tar of KEY.jpg and KEY.txt, or hf:NAME"
-        )
-    return READERS[kind](source, captions=True, size=size, crop=crop, **options)
+    return _open(source, "detailed_pair" if detailed else "pair", **options)
 
 
-def open_pairs_or_codes(
-    source: str,
-    *,
-    image_size: int,
-    tokenizer_fingerprint: str,
-    split: FileSplit = "train",
-    seed: int = 0,
-) -> Samples:
+def open_pairs_or_codes(source: str, *, tokenizer_fingerprint: str, **options: Any) -> Samples:
     """Data for a generator: captioned images, {"codes": int64 (N,), "caption": str}, or a mixture.
 
-    Args:
-        tokenizer_fingerprint: code shards of another tokenizer are refused.
+    Code shards of another tokenizer are refused.
     """
-    kind = source_kind(source)
-    options: dict[str, Any] = {"image_size": image_size, "split": split, "seed": seed}
-    if kind == "mixture":
-        options["tokenizer_fingerprint"] = tokenizer_fingerprint
-        return _mix(source, open_pairs_or_codes, size=None, **options)
-    if kind == "codes":
-        return CodeDataset(source, tokenizer_fingerprint=tokenizer_fingerprint)
-    return open_pairs(source, **options)
+    return _open(source, "pair", tokenizer_fingerprint=tokenizer_fingerprint, **options)
 
 
-def open_conversations(
+def open_conversations(source: str, **options: Any) -> Samples:
+    """Conversations -> map-style data set of LLaVA records with an RGB `image` or none.
+
+    Images of a LLaVA file keep their own size; other options: see `_open` and `read_conversations`.
+    """
+    return _open(source, "conversation", **options)
+
+
+def _open(
     source: str,
+    item: Any,
     *,
     image_size: int,
     size: int | None = None,
     split: FileSplit = "train",
-    image_folder: str | Path | None = None,
-    skip_missing: int = 0,
     seed: int = 0,
+    tokenizer_fingerprint: str | None = None,
+    **options: Any,
 ) -> Samples:
-    """Conversations of a source -> map-style data set of LLaVA records with an RGB `image` or none.
+    """A source as a data set of `item`s.
 
     Args:
-        image_size: of rendered scenes; images of a LLaVA file keep their own size.
-        image_folder: the folder of a LLaVA file's images; the file's own by default.
-        skip_missing: up to this number of records of a LLaVA file may lack their images.
+        image_size: pixels of a side.
+        size: samples to use; of scenes by default a million for training and 1000 for validation.
+        seed: of random crops, of scenes, of a mixture's order.
+        tokenizer_fingerprint: open code shards of this tokenizer, too.
+        options: of the reader, such as `crop`; scenes are square and take none.
     """
     kind = source_kind(source)
-    options: dict[str, Any] = {"image_size": image_size, "split": split, "seed": seed}
-    files: dict[str, Any] = {"image_folder": image_folder, "skip_missing": skip_missing}
     if kind == "mixture":
-        return _mix(source, open_conversations, size=size, **files, **options)
+        names, weights = zip(*parse_mixture(source), strict=True)
+        options |= {"image_size": image_size, "split": split, "seed": seed}
+        options["tokenizer_fingerprint"] = tokenizer_fingerprint
+        parts = [_open(name, item, **options) for name in names]
+        return Mixture(parts, weights, seed=seed, size=size, repeat=split != "validation")
     if kind == "scenes":
-        return _scenes(source, "conversation", size=size, **options)
-    if not holds_conversations(source):
-        raise ValueError(
-            f"{source} holds no conversations: give scenes, a .json file in LLaVA's format, or "
-            "hf:NAME with a column conversations"
+        if split == "all":
+            raise ValueError("scenes have no end: split must be train or validation")
+        size = size or DEFAULT_SCENES[split]
+        sprites = source.partition(":")[2] or "shapes"
+        return SceneDataset(
+            split, size, item=item, image_size=image_size, sprites=sprites, seed=seed
         )
-    if split == "validation":
+    if item == "conversation":
+        if not holds_conversations(source):
+            forms = "scenes, a .json file or hf:NAME"
+            raise ValueError(f"{source} holds no conversations: give {forms}")
+        if split == "validation":
+            raise ValueError(f"{source} is trained on whole, without validation: give another file")
+        if kind == "hf":
+            return ConversationTable(source, size=size)
+        return Conversations(source, size=size, **options)
+    if kind == "codes" and tokenizer_fingerprint:
+        return CodeDataset(source, tokenizer_fingerprint=tokenizer_fingerprint)
+    if kind in ("json", "codes"):
+        held = "conversations" if kind == "json" else "codes"
+        raise ValueError(f"{source} holds {held}; for images give {FORMS}")
+    if kind == "folder" and item != "image":
         raise ValueError(
-            f"{source} is trained on whole, it has no validation split: give another file"
+            f"{source} has no captions: give scenes, emoji, a .jsonl of image and caption, "
+            "a .tar of KEY.jpg and KEY.txt, or hf:NAME"
         )
-    if kind == "hf":
-        return ConversationTable(source, size=size)
-    return Conversations(source, size=size, **files)
-
-
-def _mix(
-    source: str,
-    open_part: Callable[..., Samples],
-    *,
-    size: int | None,
-    split: FileSplit,
-    seed: int,
-    **options: Any,
-) -> Mixture:
-    names, weights = zip(*parse_mixture(source), strict=True)
-    parts = [open_part(name, split=split, seed=seed, **options) for name in names]
-    return Mixture(parts, weights, seed=seed, size=size, repeat=split != "validation")
-
-
-def _scenes(
-    source: str, item: Any, *, size: int | None, split: Any, **options: Any
-) -> SceneDataset:
-    if split == "all":
-        raise ValueError("scenes have no end: split must be train or validation")
-    sprites = source.partition(":")[2] or "shapes"
-    size = size or DEFAULT_SCENES[split]
-    return SceneDataset(split, size, item=item, sprites=sprites, **options)
+    options |= {"size": size, "split": split, "seed": seed}
+    return READERS[kind](source, image_size=image_size, captions=item != "image", **options)
 
 
 # ---- questions about sources
@@ -272,7 +214,7 @@ def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
             sentences that hold all of their words.
     """
     if isinstance(samples, Mixture):
-        return [text for part in samples.parts for text in texts_of(part, limit)]
+        return list(chain.from_iterable(texts_of(part, limit) for part in samples.parts))
     if isinstance(samples, SceneDataset):
         return vocabulary_texts(samples.sprites.names)
     spread = np.linspace(0, len(samples) - 1, min(limit, len(samples))).astype(int)
@@ -280,17 +222,16 @@ def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
     if own_order := getattr(samples, "training_index", None):
         # Only the remote tars that training reads first.
         indices = [own_order(place, 0) for place in range(len(indices))]
-    return [text for index in indices for text in samples.texts(index)]
+    return list(chain.from_iterable(map(samples.texts, indices)))
 
 
 def vocabulary(source: str) -> list[str]:
     """Sentences with every word of the scenes in a source, with any sprites; see `texts_of`."""
     if parts := parse_mixture(source):
-        return [text for name, _ in parts for text in vocabulary(name)]
+        return list(chain.from_iterable(vocabulary(name) for name, _ in parts))
     if source.partition(":")[0] == "scenes":
-        return [
-            text for sprites in SPRITE_SETS.values() for text in vocabulary_texts(sprites.names)
-        ]
+        names = (sprites.names for sprites in SPRITE_SETS.values())
+        return list(chain.from_iterable(map(vocabulary_texts, names)))
     if is_code_set(source):  # its source reads like `scenes (train, seed 0)`
         return vocabulary(read_manifest(source).source.rpartition(" (")[0])
     return []

@@ -89,7 +89,8 @@ class StreamSampler(Sampler[int]):
         self.first, self.stride = start + rank, world_size
 
     def __iter__(self) -> Iterator[Draw]:
-        position, size, order_epoch = self.first, len(self.data), -1
+        position, size = self.first, len(self.data)
+        order_epoch = -1
         while True:
             if getattr(self.data, "training_index", None):
                 yield draw_at(self.data, position)
@@ -136,7 +137,8 @@ class GroupedSampler(Sampler[int]):
     def __init__(
         self, lengths: np.ndarray, *, micro_batch_size: int, micro_batches: int, seed: int = 0
     ) -> None:
-        self.lengths, self.seed, self.epoch = np.asarray(lengths), seed, 0
+        self.lengths, self.seed = np.asarray(lengths), seed
+        self.epoch = 0
         self.micro_batch_size, self.micro_batches = micro_batch_size, micro_batches
 
     def __len__(self) -> int:
@@ -226,7 +228,8 @@ class Mixture(Dataset):
             raise ValueError(
                 f"got weights {shown}, expected at most four decimals (after scaling to a sum of 1)"
             )
-        self.parts, self.seed, self.epoch = list(parts), seed, 0
+        self.parts, self.seed = list(parts), seed
+        self.epoch = 0
         self.sizes = np.array([len(part) for part in parts])
         self._schedule = _schedule(counts)
         is_part = self._schedule[:, None] == np.arange(len(parts))

@@ -12,6 +12,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,7 +71,7 @@ def parse_tars(source: str) -> TarSource:
     caption = options.pop("caption", None)
     if options or not buffer.isdecimal() or (is_remote(source) and buffer == "0"):
         raise ValueError(f"{source}: expected FILE.tar, then ,caption=KEY or ,buffer=TARS")
-    paths = sorted({path for name in braceexpand(match[1]) for path in find(name)})
+    paths = sorted(set(chain.from_iterable(map(find, braceexpand(match[1])))))
     missing = [path for path in paths if not is_remote(path) and not Path(path).is_file()]
     if missing or not paths:
         raise FileNotFoundError(f"{source}: no such file: {', '.join(missing[:5]) or source}")
@@ -175,7 +176,7 @@ def _scan_tar(path: str, stream: Any = None) -> np.ndarray:
             f"{path} is damaged after {len(members)} samples ({error}): "
             "fetch it again or leave it out"
         ) from error
-    rows = [row for key, fields in members.items() for row in _sample_rows(key, fields)]
+    rows = list(chain.from_iterable(starmap(_sample_rows, members.items())))
     if not rows:
         raise ValueError(
             f"{path} holds no image: expected KEY.jpg (or {', '.join(IMAGE_FIELDS[1:])}) "

@@ -97,7 +97,8 @@ class SceneDataset(Dataset):
 
     def grounding(self, index: int) -> dict[str, Any]:
         """Boxes and phrases of the objects of a scene, see `item`."""
-        size, corners, phrases = self.sampler.image_size, [], []
+        size = self.sampler.image_size
+        corners, phrases = [], []
         for o in self.scene(index).objects:
             corners.append((o.left, o.top, o.left + o.size, o.top + o.size))
             called = language.object_phrases(o, self.sprites.names)

@@ -98,7 +98,8 @@ def is_held_out_triple(a: int, relation: str, b: int) -> bool:
     if a == b:
         return False
     if relation in ("right of", "below"):
-        a, b, relation = b, a, {"right of": "left of", "below": "above"}[relation]
+        a, b = b, a
+        relation = {"right of": "left of", "below": "above"}[relation]
     return (5 * a + 3 * b + 4 * (relation == "above")) % 8 == 0
 
 

@@ -135,8 +135,7 @@ SPRITE_SETS = {
 def load_sprites(name: str = "shapes") -> SpriteSet:
     """The sprite set of that name.
 
-    Raises:
-        ValueError: for an unknown name, listing the known ones.
+    Raises ValueError for an unknown name, listing the known ones.
     """
     if name not in SPRITE_SETS:
         raise ValueError(f"unknown sprite set {name!r}. {did_you_mean(name, SPRITE_SETS)}")
