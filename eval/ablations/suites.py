@@ -1,41 +1,38 @@
-"""Ablations as data: the rows of a table, each a few overrides on one configuration of the tokenizer.
+"""Ablations as data: the rows of a table, each a few overrides of one tokenizer configuration.
 
-A suite is a YAML file in `configs/`, or one of the user's own. Every row is trained in every recipe that it names.
+A suite is a YAML file in `configs/`, or one of the user's own. Every row is trained in every recipe
+that it names.
 """
 
+import itertools
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from vqrae.common.config import did_you_mean, load_config, shipped_config
 
 SUITES = ("table5", "table6", "quantizers", "locality")
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a number is shown. `of_features` ones need labelled images, `of_codes` ones need scenes."""
+class Metric(NamedTuple):
+    """How a number is shown, and who measures it."""
 
     heading: str
     format: str
-    of_features: bool = False
-    of_codes: bool = False
+    evaluator: Literal["reconstruction", "features", "codes"] = "reconstruction"
 
 
 METRICS = {
     "psnr": Metric("PSNR, dB", ".2f"),
     "ssim": Metric("SSIM", ".3f"),
-    "frechet": Metric(
-        "Fréchet", ".1f"
-    ),  # the heading is the distance's own key, which names its network
+    "frechet": Metric("Fréchet", ".1f"),  # the table has the distance's own name, with its network
     "codebook_usage": Metric("usage", ".1%"),
     "perplexity": Metric("perplexity", ".0f"),
-    "teacher_cosine": Metric("cosine to the original features", ".3f", of_features=True),
-    "linear_continuous": Metric("linear probe, continuous", ".1%", of_features=True),
-    "linear_quantized": Metric("linear probe, code vectors", ".1%", of_features=True),
-    "known_share": Metric("what codes know of the thing", ".1%", of_codes=True),
-    "seen": Metric("GenEval's rules, seen combinations", ".1%", of_codes=True),
-    "held_out": Metric("GenEval's rules, unseen combinations", ".1%", of_codes=True),
+    "teacher_cosine": Metric("cosine to the original features", ".3f", "features"),
+    "linear_continuous": Metric("linear probe, continuous", ".1%", "features"),
+    "linear_quantized": Metric("linear probe, code vectors", ".1%", "features"),
+    "known_share": Metric("what codes know of the thing", ".1%", "codes"),
+    "seen": Metric("GenEval's rules, seen combinations", ".1%", "codes"),
+    "held_out": Metric("GenEval's rules, unseen combinations", ".1%", "codes"),
 }
 
 
@@ -45,12 +42,12 @@ class Recipe:
 
     name: str
     note: str
-    """What the name stands for, said below the table."""
+    """What the name means, said below the table."""
     overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TableRow:
     """One line of the table."""
 
     name: str
@@ -86,45 +83,36 @@ class Suite:
     columns: tuple[str, ...]
     """Names of `METRICS`."""
     recipes: tuple[Recipe, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     claims: tuple[Claim, ...] = ()
     codes_evaluator: str = ""
     """Module whose `main` scores what codes know of scenes, for the columns that ask it."""
 
     def __post_init__(self) -> None:
-        rows, recipes = [row.name for row in self.rows], [recipe.name for recipe in self.recipes]
+        rows = [row.name for row in self.rows]
+        recipes = [recipe.name for recipe in self.recipes]
         for kind, names in {"row": rows, "recipe": recipes}.items():
             if len(set(names)) < len(names) or not names:
                 raise ValueError(f"{kind} names: got {names}, expected one or more, all different")
-        metrics = [*self.columns, *(claim.metric for claim in self.claims)]
-        named = [name for row in self.rows for name in row.recipes or ()]
-        compared = [name for claim in self.claims for name in (claim.higher, claim.lower)]
-        for kind, names, known in (
-            ("metric", metrics, METRICS),
-            ("recipe", named, recipes),
-            ("row", compared, rows),
-        ):
-            for name in names:
-                if name not in known:
-                    raise ValueError(f"unknown {kind} {name!r}. {did_you_mean(name, known)}")
+        for name in self.columns:
+            _require_known("metric", name, METRICS)
+        for row in self.rows:
+            for name in row.recipes or ():
+                _require_known("recipe", name, recipes)
+        for claim in self.claims:
+            _require_known("metric", claim.metric, METRICS)
+            _require_known("row", claim.higher, rows)
+            _require_known("row", claim.lower, rows)
 
-    @property
-    def of_features(self) -> bool:
-        """Whether labelled images are needed."""
-        return any(METRICS[name].of_features for name in self.columns)
+    def needs(self, evaluator: Literal["features", "codes"]) -> bool:
+        """Whether any column is measured by this evaluator."""
+        return any(METRICS[name].evaluator == evaluator for name in self.columns)
 
-    @property
-    def of_codes(self) -> bool:
-        """Whether scenes are needed."""
-        return any(METRICS[name].of_codes for name in self.columns)
-
-    def trials(self) -> list[tuple[Recipe, Row]]:
+    def trials(self) -> list[tuple[Recipe, TableRow]]:
         """Every row in each of its recipes."""
+        pairs = itertools.product(self.recipes, self.rows)
         return [
-            (recipe, row)
-            for recipe in self.recipes
-            for row in self.rows
-            if row.recipes is None or recipe.name in row.recipes
+            (recipe, row) for recipe, row in pairs if recipe.name in (row.recipes or [recipe.name])
         ]
 
 
@@ -133,6 +121,6 @@ def load_suite(name: str) -> Suite:
     return load_config(Suite, shipped_config("vqrae.eval.ablations", name))
 
 
-def suite_names(choice: str) -> dict[str, str]:
-    """The suites of the argument `suite=` by the name of their results: `all`, a shipped name or a YAML file."""
-    return {Path(name).stem: name for name in (SUITES if choice == "all" else (choice,))}
+def _require_known(kind: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}. {did_you_mean(name, known)}")

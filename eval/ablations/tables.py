@@ -1,4 +1,4 @@
-"""Results of an ablation suite: mean and half range over seeds, what became of the paper's claims, a page in Markdown."""
+"""The table of a suite: mean and half range over seeds, and what became of the paper's claims."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,12 +6,22 @@ from typing import Any
 from vqrae.eval.ablations.suites import METRICS, Claim, Suite
 from vqrae.eval.tables import markdown_table
 
-CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not separable"
+Result = dict[str, Any]
+"""One row in one recipe: recipe, row, labels, paper, and runs of seed and metrics."""
 
 
-def mean_and_half_range(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of some seeds' numbers, and half the distance between the largest and the smallest."""
-    return sum(values) / len(values), (max(values) - min(values)) / 2
+def numbers(result: Result, metric: str) -> list[float]:
+    """A row's values of a metric, one for each seed that has it."""
+    values = [run["metrics"].get(metric) for run in result["runs"]]
+    return [value for value in values if value is not None]
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def half_range(values: Sequence[float]) -> float:
+    return (max(values) - min(values)) / 2
 
 
 def verdict(higher: Sequence[float], lower: Sequence[float], noise: float) -> str:
@@ -19,61 +29,47 @@ def verdict(higher: Sequence[float], lower: Sequence[float], noise: float) -> st
 
     Args:
         higher, lower: the seeds' numbers of the two rows in the order that is claimed.
-        noise: the metric's half range over seeds, mean over all rows of the suite. Two seeds may agree by chance, so
-            rows count as different only when their ranges lie further apart than that.
+        noise: the metric's half range over seeds, mean over all rows of the suite. Two seeds may
+            agree by chance, so rows count as different only when their ranges are further apart.
     """
-    if min(len(higher), len(lower)) < 2:
-        return OPEN
-    if min(higher) - max(lower) > noise:
-        return CONFIRMED
-    return REFUTED if min(lower) - max(higher) > noise else OPEN
+    if min(len(higher), len(lower)) >= 2:
+        if min(higher) - max(lower) > noise:
+            return "confirmed"
+        if min(lower) - max(higher) > noise:
+            return "refuted"
+    return "not separable"
 
 
-def judge(claim: Claim, results: list[dict[str, Any]], recipe: str) -> str:
-    """The verdict on a claim in a recipe, with both means; empty where one of the rows was not run."""
-    found = {
-        result["row"]: numbers(result, claim.metric)
-        for result in results
-        if result["recipe"] == recipe
-    }
-    higher, lower = (found.get(name, []) for name in (claim.higher, claim.lower))
-    if not higher or not lower:
+def judge(claim: Claim, results: Sequence[Result], recipe: str) -> str:
+    """The verdict on a claim in a recipe with both means; empty where one row was not run."""
+    found: dict[str, list[float]] = {}
+    spreads = []
+    for result in results:
+        values = numbers(result, claim.metric)
+        if values:
+            spreads.append(half_range(values))
+            if result["recipe"] == recipe:
+                found[result["row"]] = values
+    if claim.higher not in found or claim.lower not in found:
         return ""
-    spreads = [
-        mean_and_half_range(values)[1]
-        for result in results
-        if (values := numbers(result, claim.metric))
-    ]
-    means = " : ".join(
-        format(mean_and_half_range(values)[0], METRICS[claim.metric].format)
-        for values in (higher, lower)
-    )
-    return f"{verdict(higher, lower, sum(spreads) / len(spreads))} ({means})"
+    higher, lower = found[claim.higher], found[claim.lower]
+    spec = METRICS[claim.metric].format
+    means = f"{mean(higher):{spec}} : {mean(lower):{spec}}"
+    return f"{verdict(higher, lower, mean(spreads))} ({means})"
 
 
-def numbers(result: dict[str, Any], metric: str) -> list[float]:
-    """A row's values of a metric, one for each seed that has it."""
-    return [
-        run["metrics"][metric] for run in result["runs"] if run["metrics"].get(metric) is not None
-    ]
-
-
-def cell(result: dict[str, Any], metric: str) -> str:
+def cell(result: Result, metric: str) -> str:
     """`mean ± half range` of a row, and what became of seeds that have no number."""
-    values, missing = (
-        numbers(result, metric),
-        sum("diverged" in run["metrics"] for run in result["runs"]),
-    )
-    if not values:
-        return "diverged" if missing else "not measured" if result["runs"] else ""
+    values = numbers(result, metric)
+    diverged = sum("diverged" in run["metrics"] for run in result["runs"])
     spec = METRICS[metric].format
-    mean, half_range = mean_and_half_range(values)
-    text = (
-        format(mean, spec)
-        if len(values) == 1
-        else f"{format(mean, spec)} ± {format(half_range, spec)}"
-    )
-    return f"{text} ({missing} diverged)" if missing else text
+    if not values:
+        missing = "not measured" if result["runs"] else ""
+        return "diverged" if diverged else missing
+    text = f"{mean(values):{spec}}"
+    if len(values) > 1:
+        text += f" ± {half_range(values):{spec}}"
+    return f"{text} ({diverged} diverged)" if diverged else text
 
 
 def markdown(values: dict[str, Any], suite: Suite) -> str:
@@ -82,50 +78,38 @@ def markdown(values: dict[str, Any], suite: Suite) -> str:
     Args:
         values: what `vqrae.eval.ablations.evaluate` writes as JSON.
     """
-    labels = list(dict.fromkeys(label for row in suite.rows for label in row.labels))
-    papers = any(row.paper for row in suite.rows)
-    recipes = len(suite.recipes) > 1
-    header = [*(["recipe"] if recipes else []), *labels]
-    header += [
-        values["frechet"] if name == "frechet" else METRICS[name].heading for name in suite.columns
-    ]
+    labels: list[str] = list(dict.fromkeys(label for row in suite.rows for label in row.labels))
+    first = ["recipe"] if len(suite.recipes) > 1 else []
+    last = ["the paper"] if any(row.paper for row in suite.rows) else []
+    headings = [METRICS[name].heading for name in suite.columns]
+    if "frechet" in suite.columns:
+        headings[suite.columns.index("frechet")] = values["frechet"]
+
     rows = []
-    for (recipe, row), result in zip(suite.trials(), values["rows"], strict=True):
-        shown = [
-            *([recipe.name] if recipes else []),
-            *(str(row.labels.get(label, "")) for label in labels),
-        ]
-        shown += [cell(result, name) for name in suite.columns]
-        rows.append(shown + ([row.paper] if papers else []))
-    if reference := values["original_features"]:
-        first = ["original encoder", *[""] * (len(header) - len(suite.columns) - 1)]
-        shown = [
-            format(reference[name], METRICS[name].format) if name in reference else ""
+    reference = values["original_features"]
+    if reference:
+        blanks = [""] * (len(first + labels) - 1)
+        cells = [
+            f"{reference[name]:{METRICS[name].format}}" if name in reference else ""
             for name in suite.columns
         ]
-        rows.insert(0, first + shown + ([""] if papers else []))
-    lines = [
-        f"# {suite.title}",
-        "",
-        *markdown_table(header + (["the paper"] if papers else []), rows),
-        "",
-    ]
-    lines += [
-        f"- {note}"
-        for note in [
-            *values["notes"],
-            *(f"`{recipe.name}`: {recipe.note}" for recipe in suite.recipes),
-        ]
-    ]
+        rows.append(["original encoder", *blanks, *cells, *("" for _ in last)])
+    for result in values["rows"]:
+        row = [result["recipe"] for _ in first]
+        row += [str(result["labels"].get(label, "")) for label in labels]
+        row += [cell(result, name) for name in suite.columns]
+        rows.append(row + [result["paper"] for _ in last])
+
+    table = markdown_table(first + labels + headings + last, rows)
+    lines = [f"# {suite.title}", "", *table, ""]
+    lines += [f"- {note}" for note in values["notes"]]
+    lines += [f"- `{recipe.name}`: {recipe.note}" for recipe in suite.recipes]
     if suite.claims:
-        heading = [
-            "what the paper finds",
-            "compared by",
-            *(f"in `{recipe.name}`" for recipe in suite.recipes),
-        ]
-        verdicts = [
-            [claim["text"], METRICS[claim["metric"]].heading, *claim["verdicts"].values()]
-            for claim in values["claims"]
-        ]
-        lines += ["", *markdown_table(heading, verdicts)]
+        recipes = [f"in `{recipe.name}`" for recipe in suite.recipes]
+        verdicts = []
+        for claim in values["claims"]:
+            heading = METRICS[claim["metric"]].heading
+            verdicts.append([claim["text"], heading, *claim["verdicts"].values()])
+        heading_row = ["what the paper finds", "compared by", *recipes]
+        lines += ["", *markdown_table(heading_row, verdicts)]
     return "\n".join(lines) + "\n"

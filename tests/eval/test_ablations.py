@@ -1,8 +1,7 @@
-"""Ablation suites: every row is valid, a sweep of two steps ends in a table, finished runs are read, claims are judged."""
+"""Ablation suites: every row can be trained, a sweep ends in a table, claims are judged."""
 
 import dataclasses
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +11,35 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 from vqrae.common.config import ConfigError, load_config, shipped_config
 from vqrae.common.files import write_json
 from vqrae.eval.ablations import evaluate as ablations
-from vqrae.eval.ablations.evaluate import Ablation, AblationConfig
-from vqrae.eval.ablations.suites import SUITES, Claim, Recipe, Row, Suite, load_suite, suite_names
+from vqrae.eval.ablations.evaluate import AblationConfig, plan_trials, sweep
+from vqrae.eval.ablations.suites import SUITES, Claim, Recipe, Suite, TableRow, load_suite
 from vqrae.eval.ablations.tables import cell, judge, markdown, verdict
+from vqrae.quickstart import locality
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.build import build_tokenizer
 
 SUITE = """
 title: Two rows
-columns: [frechet, psnr, codebook_usage, teacher_cosine, linear_continuous]
-overrides: [log_steps=1, model.codebook_dim=16, model.codebook_size=32, stage1.max_steps=1, stage2.max_steps=2]
-recipes: [{name: short, note: hardly any training, overrides: [stage2.bypass_steps=1]}]
+columns: [frechet, psnr, codebook_usage, teacher_cosine, linear_continuous, known_share, held_out]
+codes_evaluator: vqrae.quickstart.locality
+overrides:
+  - log_steps=1
+  - model.codebook_dim=16
+  - model.codebook_size=32
+  - stage1.max_steps=1
+  - stage2.max_steps=1
+  - stage2.bypass_steps=0
+  - stage1.global_batch_size=4
+  - stage1.micro_batch_size=4
+  - stage2.global_batch_size=4
+  - stage2.micro_batch_size=4
+recipes: [{name: short, note: hardly any training}]
 rows:
   - {name: two, labels: {stages: 2}, paper: "good"}
   - {name: one, labels: {stages: 1}, overrides: [stage1.max_steps=0]}
 claims:
   - {text: two are better than one, metric: psnr, higher: two, lower: one}
 """
-FEW = ["num_images=8", "num_train=24", "num_test=8"]
-
-
-# ---- suites
-
-
-@pytest.mark.parametrize("name", SUITES)
-def test_every_shipped_row_can_be_trained(name: str) -> None:
-    encoder = load_config(
-        EncoderPretrainingConfig,
-        shipped_config("vqrae.quickstart", "tiny_encoder"),
-        ["output_dir=runs/encoder"],
-    )
-    vision = {"model_type": "siglip_vision_model", "vision_use_head": False, **encoder.vision}
-    ablation = Ablation(name, load_suite(name), AblationConfig(seeds=2))
-    assert len(ablation.runs) == 2 * len(ablation.suite.trials())
-    assert len({run.folder for run in ablation.runs}) == len(ablation.runs)
-    assert len({json.dumps(run.settings()) for run in ablation.runs}) == len(
-        ablation.runs
-    )  # no two rows are the same
-    for run in ablation.runs[: len(ablation.suite.trials())]:
-        model = dataclasses.replace(run.config.model, encoder=None, encoder_config=vision)
-        build_tokenizer(model, "eager")
 
 
 def suite(**changes: Any) -> Suite:
@@ -59,60 +47,50 @@ def suite(**changes: Any) -> Suite:
         "title": "t",
         "columns": ("psnr",),
         "recipes": (Recipe(name="plain", note="n"),),
-        "rows": (Row(name="a", labels={"dim": 1}), Row(name="b", labels={"dim": 2}, paper="5 dB")),
+        "rows": (
+            TableRow(name="a", labels={"dim": 1}),
+            TableRow(name="b", labels={"dim": 2}, paper="5 dB"),
+        ),
         "claims": (Claim(text="a is better", metric="psnr", higher="a", lower="b"),),
     }
     return Suite(**{**values, **changes})
 
 
-def test_mistakes_in_a_suite_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown metric 'psnrr'"):
-        suite(columns=("psnrr",))
-    with pytest.raises(ValueError, match=r"row names: got \['a', 'a'\]"):
-        suite(rows=(Row(name="a", labels={}), Row(name="a", labels={})))
-    with pytest.raises(ValueError, match="unknown row 'c'"):
-        suite(claims=(Claim(text="x", metric="psnr", higher="a", lower="c"),))
-    with pytest.raises(ValueError, match="unknown recipe 'tiny'"):
-        suite(rows=(Row(name="a", labels={}, recipes=("tiny",)),), claims=())
-    with pytest.raises(ConfigError, match=r"model\.codebook_dims: unknown key"):
-        Ablation("s", suite(overrides=("model.codebook_dims=3",)), AblationConfig())
-    with pytest.raises(ValueError, match="emoji has no labels: give labelled_data="):
-        Ablation("s", suite(columns=("linear_continuous",)), AblationConfig(data="emoji"))
-    with pytest.raises(ValueError, match="asks what codes know of scenes, got data=emoji"):
-        Ablation("s", suite(columns=("known_share",)), AblationConfig(data="emoji"))
-    with pytest.raises(ValueError, match="must be positive"):
-        AblationConfig(seeds=0)
+# ---- suites
 
 
-def test_what_codes_know_is_asked_of_the_scenes_they_were_trained_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[str]] = []
+@pytest.mark.parametrize("name", SUITES)
+def test_every_shipped_row_can_be_trained(name: str) -> None:
+    tiny = shipped_config("vqrae.quickstart", "tiny_encoder")
+    encoder = load_config(EncoderPretrainingConfig, tiny, ["output_dir=runs/encoder"])
+    vision = {"model_type": "siglip_vision_model", "vision_use_head": False, **encoder.vision}
+    trials = plan_trials(name, load_suite(name), AblationConfig(seeds=2))
+    assert len({trial.folder for trial in trials}) == len(trials)
+    configs = [dataclasses.replace(trial.config, output_dir="") for trial in trials]
+    assert all(a != b for i, a in enumerate(configs) for b in configs[:i])  # no two rows are equal
+    for config in configs[: len(trials) // 2]:
+        model = dataclasses.replace(config.model, encoder=None, encoder_config=vision)
+        build_tokenizer(model, "eager")
 
-    def pretend(arguments: list[str]) -> None:
-        asked.append(arguments)
-        write_json(
-            tmp_path / "locality.json",
-            {"known_share": 0.5, "reconstruction": {"seen": 0.9, "held_out": 0.8}},
-        )
 
-    monkeypatch.setattr("vqrae.quickstart.locality.main", pretend)
-    ablation = Ablation(
-        "s",
-        suite(columns=("known_share", "held_out"), codes_evaluator="vqrae.quickstart.locality"),
-        AblationConfig(data="scenes:emoji"),
-    )
-    assert ablation._locality(tmp_path / "model") == {
-        "known_share": 0.5,
-        "seen": 0.9,
-        "held_out": 0.8,
+def test_mistakes_in_a_suite_are_named() -> None:
+    same = TableRow(name="a", labels={})
+    wrong: dict[str, dict[str, Any]] = {
+        "unknown metric 'psnrr'": {"columns": ("psnrr",)},
+        r"row names: got \['a', 'a'\]": {"rows": (same, same)},
+        "unknown row 'c'": {"claims": (Claim(text="x", metric="psnr", higher="a", lower="c"),)},
+        "unknown recipe 'tiny'": {"rows": (dataclasses.replace(same, recipes=("tiny",)),)},
     }
-    assert "sprites=emoji" in asked[0]
-
-
-def test_all_is_every_shipped_suite_and_a_file_is_its_own() -> None:
-    assert list(suite_names("all")) == list(SUITES)
-    assert suite_names("some/where/mine.yaml") == {"mine": "some/where/mine.yaml"}
+    for message, changes in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            suite(**changes)
+    with pytest.raises(ConfigError, match=r"model\.codebook_dims: unknown key"):
+        plan_trials("s", suite(overrides=("model.codebook_dims=3",)), AblationConfig())
+    emoji = AblationConfig(data="emoji")
+    with pytest.raises(ValueError, match="emoji has no labels: give labelled_data="):
+        plan_trials("s", suite(columns=("linear_continuous",)), emoji)
+    with pytest.raises(ValueError, match="asks what codes know of scenes, got data=emoji"):
+        plan_trials("s", suite(columns=("known_share",)), emoji)
 
 
 # ---- a sweep
@@ -121,15 +99,9 @@ def test_all_is_every_shipped_suite_and_a_file_is_its_own() -> None:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    SiglipVisionModel(
-        SiglipVisionConfig(image_size=64, patch_size=8, vision_use_head=False, **sizes)
-    ).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "image_size": 64, "patch_size": 8}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "vision_use_head": False}
+    SiglipVisionModel(SiglipVisionConfig(**sizes, **layers)).save_pretrained(folder)
     return folder
 
 
@@ -141,7 +113,16 @@ def test_a_sweep_ends_in_a_table_and_is_not_repeated(
 ) -> None:
     file, output = tmp_path / "mine.yaml", tmp_path / "ablations"
     file.write_text(SUITE)
-    arguments = [f"suite={file}", f"output={output}", f"encoder={encoder}", *FEW]
+    few = ["num_images=8", "num_train=24", "num_test=8", "data=scenes:emoji"]
+    arguments = [f"suite={file}", f"output={output}", f"encoder={encoder}", *few]
+
+    def pretend(arguments: list[str]) -> None:
+        assert "sprites=emoji" in arguments
+        shares = {"seen": 0.9, "held_out": 0.8}
+        target = next(text for text in arguments if text.startswith("output="))
+        write_json(target[7:], {"known_share": 0.5, "reconstruction": shares})
+
+    monkeypatch.setattr(locality, "main", pretend)
     ablations.main(arguments)
     values = json.loads((output / "mine.json").read_text())
     assert [row["row"] for row in values["rows"]] == ["two", "one"]
@@ -149,83 +130,55 @@ def test_a_sweep_ends_in_a_table_and_is_not_repeated(
         [run] = row["runs"]
         assert run["metrics"]["psnr"] > 5
         assert run["metrics"]["frechet"] > 0
+        assert run["metrics"]["held_out"] == 0.8
         assert 0 < run["metrics"]["teacher_cosine"] <= 1.00001
-        assert set(values["original_features"]) == {"linear_continuous", "linear_chance"}
+    assert set(values["original_features"]) == {"linear_continuous", "linear_chance"}
     assert (output / "mine" / "short" / "one" / "seed-0" / "model" / "config.json").is_file()
     page = (output / "mine.md").read_text()
     assert "| stages | frechet_encoder | PSNR, dB | usage |" in page
     assert "| two are better than one | PSNR, dB | not separable (" in page  # of one seed
     assert page in capsys.readouterr().out
 
-    for work in ("_train", "_reconstruction"):
-        monkeypatch.setattr(Ablation, work, None)
+    monkeypatch.setattr(ablations, "train_and_score", None)
     ablations.main(arguments)
     assert json.loads((output / "mine.json").read_text())["rows"] == values["rows"]
-    with pytest.raises(
-        ValueError,
-        match=r"seed-0 was trained with stage2\.max_steps=2 \(now 3\): give another output=",
-    ):
+    with pytest.raises(ValueError, match=r"ablation.json .*stage2\.max_steps 1 -> 3"):
         ablations.main([*arguments, "overrides=[stage2.max_steps=3]"])
 
 
 def test_a_row_that_diverges_leaves_the_others(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Ablation, arguments: list[str]) -> None:
+    def train(module: Any, arguments: list[str], nproc: int) -> None:
+        assert nproc == 4
         if f"output_dir={tmp_path}/s/plain/a/seed-0" in arguments:
             raise FloatingPointError("no finite gradient")
 
-    monkeypatch.setattr(Ablation, "_train", fail)
-    monkeypatch.setattr(Ablation, "_reconstruction", lambda self, model: {"psnr": 20.0})
-    monkeypatch.setattr(ablations, "weights_fingerprint", lambda folder: "0" * 64)
-    config = AblationConfig(encoder=str(encoder), output=str(tmp_path), seeds=2)
-    ablation = Ablation("s", suite(), config)
-    ablation.execute()
+    monkeypatch.setattr(ablations, "run_module", train)
+    monkeypatch.setattr(ablations, "score_reconstruction", lambda *a: {"psnr": 20.0})
+    config = AblationConfig(encoder=str(encoder), output=str(tmp_path), seeds=2, nproc=4)
+    sweep("s", suite(), config)
     lines = (tmp_path / "s.md").read_text().splitlines()
     assert "| 1 | 20.00 (1 diverged) |  |" in lines
     assert "| 2 | 20.00 ± 0.00 | 5 dB |" in lines
-
-
-def test_several_processes_are_launched_by_torchrun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
-    ablation = Ablation("s", suite(), AblationConfig(output=str(tmp_path), nproc=4))
-    ablation._train(["tiny"])
-    assert commands[0][1:] == [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "4",
-        "-m",
-        *commands[0][7:],
-    ]
-    assert commands[0][7:] == ["vqrae.tokenizer.train", "tiny"]
 
 
 # ---- what the numbers say
 
 
 def result(row: str, *values: float | None, recipe: str = "plain") -> dict[str, Any]:
-    runs = [
-        {"seed": i, "metrics": {"diverged": "x"} if v is None else {"psnr": v}}
-        for i, v in enumerate(values)
-    ]
-    return {"recipe": recipe, "row": row, "labels": {}, "paper": "", "runs": runs}
+    metrics = [{"diverged": "x"} if value is None else {"psnr": value} for value in values]
+    runs = [{"seed": i, "metrics": found} for i, found in enumerate(metrics)]
+    return {"recipe": recipe, "row": row, "labels": {"dim": row}, "paper": "", "runs": runs}
 
 
 def test_verdicts() -> None:
     assert verdict([20.0, 20.2], [19.0, 19.1], noise=0.1) == "confirmed"
     assert verdict([19.0, 19.1], [20.0, 20.2], noise=0.1) == "refuted"
     assert verdict([20.0, 20.2], [20.1, 20.3], noise=0.1) == "not separable"  # ranges overlap
-    assert (
-        verdict([20.0, 20.0], [19.9, 19.9], noise=0.2) == "not separable"
-    )  # apart, but by less than seeds differ
-    assert (
-        verdict([20.0], [10.0], noise=0.0) == "not separable"
-    )  # one seed says nothing about noise
+    # Apart, but by less than seeds differ; one seed says nothing about noise.
+    assert verdict([20.0, 20.0], [19.9, 19.9], noise=0.2) == "not separable"
+    assert verdict([20.0], [10.0], noise=0.0) == "not separable"
 
 
 def test_a_claim_is_judged_against_the_spread_of_all_rows() -> None:
@@ -236,43 +189,38 @@ def test_a_claim_is_judged_against_the_spread_of_all_rows() -> None:
     assert judge(claim, results, "tiny") == ""
 
 
-def test_cells() -> None:
-    assert cell(result("a", 20.0, 20.5), "psnr") == "20.25 ± 0.25"
-    assert cell(result("a", 20.0), "psnr") == "20.00"
-    assert cell(result("a", 20.0, None), "psnr") == "20.00 (1 diverged)"
-    assert cell(result("a", None), "psnr") == "diverged"
-    assert cell(result("a"), "psnr") == ""
-    assert cell(result("a", 20.0), "ssim") == "not measured"
+@pytest.mark.parametrize(
+    ("values", "metric", "text"),
+    [
+        ((20.0, 20.5), "psnr", "20.25 ± 0.25"),
+        ((20.0,), "psnr", "20.00"),
+        ((20.0, None), "psnr", "20.00 (1 diverged)"),
+        ((None,), "psnr", "diverged"),
+        ((), "psnr", ""),
+        ((20.0,), "ssim", "not measured"),
+    ],
+)
+def test_cells(values: tuple[float | None, ...], metric: str, text: str) -> None:
+    assert cell(result("a", *values), metric) == text
 
 
 def test_the_page_of_two_recipes() -> None:
-    tiny = Recipe(name="tiny", note="ours")
-    both = suite(recipes=(Recipe(name="plain", note="the paper's"), tiny))
-    results = [
-        result("a", 20.0, 20.0),
-        result("b", 19.0, 19.0),
-        result("a", recipe="tiny"),
-        result("b", recipe="tiny"),
-    ]
-    claims = [
-        {"text": "a is better", "metric": "psnr", "verdicts": {"plain": "confirmed", "tiny": ""}}
-    ]
+    recipes = (Recipe(name="plain", note="the paper's"), Recipe(name="tiny", note="ours"))
+    verdicts = {"plain": "confirmed", "tiny": ""}
     values = {
-        "rows": results,
-        "claims": claims,
+        "rows": [result("a", 20.0, 20.0), result("a", recipe="tiny")],
+        "claims": [{"text": "a is better", "metric": "psnr", "verdicts": verdicts}],
         "frechet": "rfid",
         "notes": ["a note"],
         "original_features": {},
     }
-    assert markdown(values, both).splitlines() == [
+    assert markdown(values, suite(recipes=recipes)).splitlines() == [
         "# t",
         "",
         "| recipe | dim | PSNR, dB | the paper |",
         "|---|---:|---:|---:|",
-        "| plain | 1 | 20.00 ± 0.00 |  |",
-        "| plain | 2 | 19.00 ± 0.00 | 5 dB |",
-        "| tiny | 1 |  |  |",
-        "| tiny | 2 |  | 5 dB |",
+        "| plain | a | 20.00 ± 0.00 |  |",
+        "| tiny | a |  |  |",
         "",
         "- a note",
         "- `plain`: the paper's",
