@@ -1,7 +1,6 @@
-"""What a training does to the codebook besides gradients: where it starts, how much of it is used, what becomes of the
-rest.
+"""The codebook in training: where it starts, how much of it is used, what becomes of unused codes.
 
-Shapes: B batch, H W pixels, N visual tokens, D feature width, E codebook width, K codebook size, M images of a sample.
+Shapes: B batch, H W pixels, N visual tokens, E codebook width, K codebook size, M sampled images.
 """
 
 import torch
@@ -15,7 +14,7 @@ from vqrae.tokenizer.quantizers.base import CodebookQuantizer
 from vqrae.tokenizer.quantizers.kmeans import draw_by_error
 from vqrae.tokenizer.quantizers.search import exact_products
 
-# ---------------------------------------------------------------------------------------------- start
+# -------------------------------------------------------------------------------------------- start
 
 
 def sample_size(config: VQRAEConfig) -> int:
@@ -52,7 +51,7 @@ def standardize_features(model: VQRAEModel, images: Tensor, batch_size: int = 64
 
 @torch.no_grad()
 def initialize_codebook(model: VQRAEModel, images: Tensor, batch_size: int = 64) -> None:
-    """Start the codebook from the k-means centres of the projected features of images (M, 3, H, W) in [0, 1].
+    """Start the codebook from k-means of the projected features of images (M, 3, H, W) in [0, 1].
 
     Raises:
         ValueError: when the quantizer has no codebook, or the images have fewer than K tokens.
@@ -71,11 +70,12 @@ def initialize_codebook(model: VQRAEModel, images: Tensor, batch_size: int = 64)
 def measure_in_pixels(
     model: VQRAEModel, images: Tensor, *, num_probes: int = 4, batch_size: int = 16
 ) -> None:
-    """Change the basis of the code space so that its distances are, to first order, those of the decoded images.
+    """Give the code space a basis in which distances are, to first order, those of decoded images.
 
-    The nearest code then differs least in what the decoder looks at. Without quantization the model stays the same
-    function, because the projections on both sides change together. The metric is the mean of J'J over tokens, where J is
-    the derivative of the image by a projected feature; it is estimated from products of J' with random images.
+    The nearest code is then the one that differs least in what the decoder looks at. Without
+    quantization the model stays the same function, because the projections on both sides change
+    together. The metric is the mean of J'J over tokens, where J is the derivative of the image by a
+    projected feature; it is estimated from products of J' with random images.
 
     Args:
         images: (M, 3, H, W) in [0, 1].
@@ -155,14 +155,14 @@ class CodeUsage:
 def reinitialize_unused_codes(
     model: VQRAEModel, output: VQRAEOutput, usage: CodeUsage, engine: Accelerator, *, seed: int
 ) -> int:
-    """Move every code that `usage` did not see onto a feature with a large quantization error; equal on all processes.
+    """Move every code that `usage` did not see onto a feature with a large quantization error.
 
     Args:
         output: of the newest batch, whose features are candidates.
         usage: since the last call, summed over all processes here; it is cleared.
 
     Returns:
-        The number of codes moved. Counting them makes the host wait for the device.
+        The number of codes moved, equal on all processes. Counting them makes the host wait.
     """
     quantizer = model.quantizer
     assert isinstance(quantizer, CodebookQuantizer), "checked before training (check_quantizer)"

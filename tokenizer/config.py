@@ -1,7 +1,7 @@
-"""The typed configuration of a tokenizer training: one YAML file with both stages (VQRAE Table 7)."""
+"""The configuration of a tokenizer training: one YAML file with both stages (VQRAE Table 7)."""
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vqrae.common.config import check_range
@@ -13,12 +13,12 @@ class ModelConfig:
     """What is built."""
 
     encoder: str | None
-    """Run directory, checkpoint folder or hub id of the pretrained encoder; None with `encoder_config`: random."""
+    """Run directory, checkpoint folder or hub id of the pretrained encoder; None: a random one."""
     encoder_config: dict[str, Any] | None = None
-    """`model_type` and values of the encoder. Beside `encoder` they are what it must be, and what a dry run builds when it
-    is not on this machine; alone they are a random encoder, for tests."""
+    """`model_type` and values of the encoder: what the pretrained one must be (and a dry run builds
+    where it is not on this machine), or what the random one is."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """The encoder's normalisation of images in [0, 1]: SigLIP2's 0.5, ImageNet's statistics for InternViT."""
+    """The encoder's normalisation of images: 0.5 for SigLIP2, ImageNet's for InternViT."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     feature_tap: str = "hidden_states[-1]"
     feature_norm: str = "none"
@@ -27,9 +27,9 @@ class ModelConfig:
     codebook_size: int = 16384
     codebook_dim: int = 1536
     codebook_init: Literal["random", "features"] = "random"
-    """`random` is the quantizer's published start; `features` takes k-means centres of projected encoder features."""
+    """`random` is the quantizer's published start; `features`: k-means of projected features."""
     output_patch_size: int | None = None
-    """Pixels of a side of a decoded patch; None is the encoder's own. 16 makes 512 px of InternViT's 448."""
+    """Pixels of a side of a decoded patch; None: the encoder's. 16 makes InternViT's 448 px 512."""
     output_basis: str = "pixels"
 
     def __post_init__(self) -> None:
@@ -43,20 +43,20 @@ class DataConfig:
     train: str = "scenes"
     """A source of images, see `vqrae.data.sources`."""
     validation: str | None = None
-    """A source of its own, which leaves all of `train` for training; None: 5 % of `train` are held back."""
+    """A source, which leaves all of `train` for training; None: hold out 5 % of `train`."""
     num_workers: int = 0
     random_flip: bool = True
     cutmix: float = 0.0
-    """Share of training images a rectangle of which comes from another image (CutMix), so that a code says what its
-    patch shows and less what usually lies around it."""
+    """Share of training images with a rectangle of another image (CutMix), so that a code says what
+    its patch shows and less what usually surrounds it."""
     crop: Literal["center", "random", "zoom"] = "center"
-    """Of training images; the paper's is `random` (Table 7), `zoom` cuts out 80 to 100 %."""
+    """Of training images; the paper has `random` (Table 7), `zoom` cuts out 80 to 100 %."""
     draft: bool = False
-    """Decode JPEGs at the smallest eighth of their size that the crop needs: faster where they are large."""
+    """Decode JPEGs at the smallest eighth of their size that the crop needs: faster if large."""
     min_edge: int = 0
     """Leave out stored images whose shorter edge has fewer pixels."""
     max_aspect: float = 0.0
-    """Leave out stored images more than so many times as long as wide; 0 takes all."""
+    """Leave out stored images with a larger ratio of longer to shorter edge; 0: none."""
 
     def __post_init__(self) -> None:
         check_range(self, "num_workers", "min_edge", "max_aspect", low=0)
@@ -68,6 +68,7 @@ class StageConfig:
     """One column of Table 7."""
 
     max_steps: int
+    """0: the stage hands on what it starts from."""
     global_batch_size: int
     micro_batch_size: int
     """Images of one forward pass on one process; accumulation is computed."""
@@ -75,13 +76,13 @@ class StageConfig:
     decoder_lr: float
     """Of everything but encoder, quantizer and discriminator."""
     end_lr: float
-    """What the cosine takes `decoder_lr` to; other rates keep their ratio to it."""
+    """Where the cosine takes `decoder_lr`; other rates keep their ratio to it."""
     encoder_lr: float = 0.0
     quantizer_lr: float | None = None
-    """None: `decoder_lr`. A faster quantizer than encoder empties the codebook."""
+    """None: `decoder_lr`. A quantizer that learns faster than the encoder empties the codebook."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of the tokenizer. `muon` orthogonalises the updates of encoder's and decoder's matrices, scaled like AdamW's; under
-    ZeRO, which cuts matrices into pieces, it is AdamW all the same."""
+    """Of the tokenizer. `muon` orthogonalises updates of encoder and decoder matrices, scaled like
+    AdamW's; under ZeRO, which cuts matrices into pieces, AdamW takes its place."""
     warmup_steps: int = 0
     weight_decay: float = 1e-4
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -90,20 +91,21 @@ class StageConfig:
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     index_weight: float = 1.0
-    """Of the quantizer `ibq`, as is the next; its public code has 1 here, codebook_weight 0.25 and commitment_weight 1."""
+    """Of quantizer `ibq`, whose code has 1 here, codebook_weight 0.25 and commitment_weight 1."""
     entropy_weight: float = 0.0
-    """0: not even computed. Public configurations have 0.05."""
+    """Of quantizer `ibq`: 0.05 in public configurations. Where it is 0 the loss is not computed."""
     perceptual_weight: float = 0.0
     perceptual_network: str = "encoder"
-    """`encoder`, `lpips`, `convnext_s` or several joined by `+`. Published: `lpips+convnext_s`, mix [1.0, 0.1], weight 1.1."""
+    """`encoder`, `lpips`, `convnext_s` or several joined by `+`. Published: `lpips+convnext_s`, mix
+    [1.0, 0.1], weight 1.1."""
     perceptual_mix: tuple[float, ...] = ()
-    """One weight for each of several networks, whose weighted mean is the loss."""
+    """One weight for each of several networks; their weighted mean is the loss."""
     distillation_weight: float = 0.0
     adversarial_weight: float = 0.0
     discriminator: str = "maskbit"
     """`maskbit`, or `dino`: heads on a frozen ViT."""
     discriminator_start: int = 0
-    """Stage step of the discriminator's first update; it is not run before."""
+    """Step of the discriminator's first update; it does not run before."""
     discriminator_ramp: int = 0
     """Steps over which the adversarial weight grows from 0."""
     discriminator_lr: float = 0.0
@@ -113,56 +115,44 @@ class StageConfig:
     """Folder or hub id of the frozen ViT of `dino`."""
     lecam_weight: float = 0.001
     bypass_steps: int = 0
-    """The first steps of the stage train a continuous autoencoder; the codebook then starts anew from its features."""
+    """First steps, of a continuous autoencoder; then the codebook starts from its features."""
     codebook_metric: Literal["features", "pixels"] = "features"
-    """What that new codebook calls near: features as they are projected, or in a basis where their distance is that of the
-    decoded pixels (`VQRAEModel.measure_in_pixels`)."""
+    """Distance of that codebook start: of projected features, or, in another basis of the code
+    space, that of decoded images (`vqrae.tokenizer.codebook.measure_in_pixels`)."""
     revival_interval: int = 0
-    """Every so many steps, codes that were not chosen since the last time move onto features; 0: never."""
+    """Steps after which codes that none of them chose move onto features; 0: never."""
     revival_until: float = 0.8
-    """Share of the stage after which nothing is revived any more."""
+    """Share of the stage after which no code is moved any more."""
 
     def __post_init__(self) -> None:
-        numbers = {
-            field.name
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), int | float)
-        }
         check_range(self, "global_batch_size", "micro_batch_size", low=1)
-        check_range(
-            self, *sorted(numbers - {"max_grad_norm"}), low=0
-        )  # no steps: a start that was not trained
         check_range(self, "max_grad_norm", low=0, high=math.inf)
         check_range(self, "revival_until", low=0, high=1)
+        others = {name for name, value in vars(self).items() if isinstance(value, int | float)}
+        check_range(self, *sorted(others - {"max_grad_norm"}), low=0)
         if not self.decoder_lr:
-            raise ValueError(
-                "decoder_lr: got 0, expected a positive rate, which the others keep their ratio to"
-            )
+            raise ValueError("decoder_lr: got 0, expected a rate that the others have a ratio to")
         if self.adversarial_weight and not self.discriminator_lr:
-            raise ValueError(
-                "adversarial_weight is set but discriminator_lr is 0: the discriminator would never learn"
-            )
+            raise ValueError("discriminator_lr: got 0 with adversarial_weight, set a positive rate")
         if not self.freeze_encoder and not self.encoder_lr:
-            raise ValueError(
-                "the encoder is not frozen but encoder_lr is 0: set encoder_lr or freeze_encoder"
-            )
+            raise ValueError("encoder_lr: got 0, set a positive rate or freeze_encoder=true")
         networks = self.perceptual_network.split("+")
         if len(self.perceptual_mix) != (len(networks) if len(networks) > 1 else 0):
             raise ValueError(
-                f"perceptual_mix {list(self.perceptual_mix)} does not fit perceptual_network {self.perceptual_network!r}: "
-                "give one weight for each of several networks, and none for a single one"
+                f"perceptual_mix: got {list(self.perceptual_mix)} for perceptual_network "
+                f"{self.perceptual_network!r}: give one weight for each of several networks, and "
+                "none for a single one"
             )
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a frozen copy of the original encoder has a part in this stage."""
-        perceptual = bool(self.perceptual_weight) and "encoder" in self.perceptual_network.split(
-            "+"
-        )
-        return bool(self.distillation_weight) or perceptual
+        """Whether a loss compares with the frozen original encoder."""
+        if self.perceptual_weight and "encoder" in self.perceptual_network.split("+"):
+            return True
+        return self.distillation_weight > 0
 
     def rate_factor(self, step: int, *, begin: int = 0) -> float:
-        """What learning rates are multiplied by at a step: linear warm-up, then cosine, counted from step `begin`."""
+        """Factor on all learning rates: warm-up, then cosine, counted from step `begin`."""
         return warmup_cosine(
             step - begin,
             warmup_steps=self.warmup_steps,
@@ -178,7 +168,7 @@ class StageConfig:
         return self.adversarial_weight * min(1.0, (begun + 1) / max(1, self.discriminator_ramp))
 
     def is_revival(self, done: int) -> bool:
-        """Whether unused codes come back to life behind so many steps."""
+        """Whether unused codes are re-initialised after this number of steps."""
         within = self.bypass_steps < done <= self.revival_until * self.max_steps
         return within and self.revival_interval > 0 and done % self.revival_interval == 0
 
@@ -194,34 +184,37 @@ class TokenizerTrainConfig:
     stage2: StageConfig
     stage: Literal[1, 2, "both"] = "both"
     perceptual_weights: str | None = None
-    """Folder with the weights of `lpips` and `convnext_s`; None: torch's cache, or a download into it."""
+    """Folder with the weights of `lpips` and `convnext_s`; None: torch's cache, or a download."""
     random_perceptual_weights: bool = False
-    """Random weights for them and for the backbone of `dino`: for dry runs and tests, as these losses then mean nothing."""
+    """Random weights for them and for the backbone of `dino`: for dry runs and tests, because these
+    losses then mean nothing."""
     zero: Literal[0, 1, 2] = 0
     """DeepSpeed ZeRO stage; 0 is plain DDP."""
     micro_batch_size: int | None = None
-    """In place of both stages' own, to fit another machine; the global batch stays."""
+    """Replaces that of both stages, to fit another machine; the global batch stays."""
     bf16: bool = True
     tf32: bool = True
-    """Let what stays fp32 beside bf16 (perceptual networks, projections, discriminator) multiply in TF32 on CUDA. The search
-    for codes is exact all the same."""
+    """On CUDA, use TF32 for what bf16 leaves in fp32 (perceptual networks, projections,
+    discriminator), except the search for codes, which is exact."""
     attention: str = "auto"
     activation_checkpointing: bool = False
-    """Keep one state for each block of encoder and decoder and compute the rest again: far less memory, a third more work."""
+    """Keep one state per block of encoder and decoder, recompute the rest: far less memory, a third
+    more work."""
     compile: bool = False
-    """`torch.compile` for the blocks of encoder and decoder; gains nothing on CPU."""
+    """`torch.compile` the blocks of encoder and decoder; gains nothing on CPU."""
     ema_decay: float = 0.0
     """Also keep a moving average of the weights, saved as `model_ema`; 0: none."""
     max_nonfinite_steps: int = 20
-    """Steps without a finite gradient are left out; after so many in a row the newest checkpoint is loaded."""
+    """Steps in a row without a finite gradient, each of them skipped, after which the newest
+    checkpoint is loaded."""
     dry_run: int = 0
-    """Run so many steps on rendered scenes, keep nothing, and report parameters, memory and time."""
+    """Run this number of steps on scenes, keep nothing, report parameters, memory and time."""
     seed: int = 0
     log_steps: int = 10
     save_steps: int = 200
     keep_checkpoints: int = 1
     sample_steps: int = 100
-    """Write an image grid of validation reconstructions every so many steps."""
+    """Steps between image grids of validation reconstructions."""
 
     def __post_init__(self) -> None:
         check_range(self, "micro_batch_size", "max_nonfinite_steps", low=1)
@@ -235,8 +228,6 @@ class TokenizerTrainConfig:
     def stage_config(self, number: int) -> StageConfig:
         """The settings of stage 1 or 2, with what the run overrides in both."""
         stage = self.stage1 if number == 1 else self.stage2
-        return (
-            stage
-            if self.micro_batch_size is None
-            else replace(stage, micro_batch_size=self.micro_batch_size)
-        )
+        if self.micro_batch_size is None:
+            return stage
+        return replace(stage, micro_batch_size=self.micro_batch_size)

@@ -1,15 +1,15 @@
-"""What one stage of a training learns from, as a function of step and process alone.
+"""The images of one training stage, as a function of step and process alone.
 
-Shapes: B micro-batch, H W pixels.
+Shapes: B micro-batch, H W pixels, M images of a sample.
 """
 
-from collections.abc import Iterator
-from itertools import islice, repeat
+from collections.abc import Iterable, Iterator
+from itertools import count, islice, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from vqrae.common.distributed import worker_options
 from vqrae.data.samples import FileSplit
@@ -19,12 +19,12 @@ from vqrae.tokenizer.config import DataConfig, StageConfig
 
 
 class StageImages:
-    """Training images of one process, and the few that are looked at.
+    """Training images of one process, and a few of validation.
 
     Args:
         size: pixels of a side.
         seed: of the run: which scenes there are, random crops, the order of a mixture.
-        number: of the stage, whose order and augmentation are its own.
+        number: of the stage, which has its own order and augmentation.
         rank, world_size: this process among all.
         device: where images go.
     """
@@ -41,136 +41,115 @@ class StageImages:
         world_size: int,
         device: torch.device,
     ) -> None:
-        self.config, self.stage, self.seed, self.device = config, stage, seed + number, device
+        self.config, self.stage = config, stage
         self.rank, self.world_size = rank, world_size
-        train, validation = splits(config)
-        options: dict[str, Any] = {
+        self.seed = seed + number
+        self.device = device
+        self.workers = worker_options(config.num_workers)
+        # A validation source of its own leaves all of both sources to their use.
+        train: FileSplit = "train"
+        validation: FileSplit = "validation"
+        if config.validation is not None:
+            train = "train" if is_endless(config.train) else "all"
+            validation = "validation" if is_endless(config.validation) else "all"
+        common: dict[str, Any] = {
             "image_size": size,
             "min_edge": config.min_edge,
             "max_aspect": config.max_aspect,
         }
         crop: dict[str, Any] = {"crop": config.crop, "draft": config.draft}
-        self.dataset: Any = open_images(config.train, split=train, seed=seed, **crop, **options)
-        self.validation: Any = open_images(
-            config.validation or config.train, split=validation, **options
-        )
+        self.training: Any = open_images(config.train, split=train, seed=seed, **crop, **common)
+        source = config.validation or config.train
+        self.validation: Any = open_images(source, split=validation, **common)
 
     def micro_batches(self, start: int) -> Iterator[Tensor]:
-        """Images (B, 3, H, W) in [0, 1], mirrored and mixed as configured, from optimizer step `start` on, without end."""
-        position = start * self.stage.global_batch_size + self.rank
-        options: dict[str, Any] = {"seed": self.seed, "start": position, "stride": self.world_size}
-        places = PlaceSampler(self.dataset, pairs=self.config.cutmix > 0, **options)
-        samples = AugmentedImages(self.dataset, self.config, self.seed)
+        """Augmented images (B, 3, H, W) in [0, 1] from optimizer step `start` on, without end."""
+        first = start * self.stage.global_batch_size + self.rank
         loader = DataLoader(
-            samples,
+            AugmentedImages(self.training, self.config, self.seed),
             self.stage.micro_batch_size,
-            sampler=places,
-            **worker_options(self.config.num_workers),
-            pin_memory=self.device.type
-            == "cuda",  # only from there can a copy run beside the computation
+            sampler=self._places(first),
+            # Only from pinned memory can a copy run alongside the computation.
+            pin_memory=self.device.type == "cuda",
+            **self.workers,
         )
         for batch in loader:
             yield batch.to(self.device, non_blocking=True).float() / 255
 
-    def some(self, count: int) -> Tensor:
-        """Up to `count` training images (M, 3, H, W) in [0, 1], without augmentation, drawn from all of the data."""
-        return self._load(self.dataset, count, self.seed)
+    def sample(self, number: int) -> Tensor:
+        """Up to `number` images (M, 3, H, W) in [0, 1] from all of the data, not augmented."""
+        return self._load(self.training, number, self.seed)
 
-    def previews(self, count: int = 12) -> Tensor:
-        """Up to `count` validation images (M, 3, H, W) in [0, 1]; the same for every seed and stage."""
-        return self._load(self.validation, count, 0)
+    def previews(self, number: int = 12) -> Tensor:
+        """Up to `number` images (M, 3, H, W) in [0, 1] of validation, equal in every stage."""
+        return self._load(self.validation, number, 0)
 
-    def _load(self, dataset: Any, count: int, seed: int) -> Tensor:
-        draws = list(islice(StreamSampler(dataset, seed=seed), min(count, len(dataset))))
-        loader = DataLoader(
-            dataset, batch_size=64, sampler=draws, **worker_options(self.config.num_workers)
-        )
+    def _places(self, first: int) -> Iterable["Place"]:
+        """Every `world_size`-th place of the stream that all processes share."""
+        stride = self.world_size
+        own = StreamSampler(self.training, seed=self.seed, world_size=stride, start=first)
+        following: Iterable[Draw | None] = repeat(None)
+        if self.config.cutmix:  # else a second permutation would be built for nothing
+            following = StreamSampler(
+                self.training, seed=self.seed, world_size=stride, start=first + 1
+            )
+        return map(Place, count(first, stride), own, following)
+
+    def _load(self, dataset: Any, number: int, seed: int) -> Tensor:
+        draws = list(islice(StreamSampler(dataset, seed=seed), min(number, len(dataset))))
+        loader = DataLoader(dataset, batch_size=64, sampler=draws, **self.workers)
         return torch.cat([batch["image"] for batch in loader]).to(self.device).float() / 255
 
 
-def splits(config: DataConfig) -> tuple[FileSplit, FileSplit]:
-    """The splits to train and to look at: where validation has a source of its own, both are used whole."""
-    if config.validation is None:
-        return "train", "validation"
-    return (
-        "train" if is_endless(config.train) else "all",
-        "validation" if is_endless(config.validation) else "all",
-    )
-
-
 def is_endless(source: str) -> bool:
-    """Whether a source, or part of a mixture, is scenes: they are no files that could be used whole."""
+    """Whether a source is scenes, or a mixture with scenes, which cannot be used as a whole."""
     kind = source_kind(source)
-    return kind == "scenes" or (
-        kind == "mixture" and any(is_endless(name) for name, _ in parse_mixture(source))
-    )
+    if kind == "mixture":
+        return any(is_endless(part) for part, _ in parse_mixture(source))
+    return kind == "scenes"
 
 
 class Place(NamedTuple):
-    """A place in the stream of samples that all processes share.
-
-    Attributes:
-        position: its number since the stage began, from which all randomness of augmentation follows.
-        own: the sample there.
-        next: the sample behind it, None where nobody asks.
-    """
+    """A place in the stream of training samples."""
 
     position: int
+    """Samples of the stage before it, on all processes; augmentation depends on it alone."""
     own: Draw
-    next: Draw | None
-
-
-class PlaceSampler(Sampler[Place]):
-    """Every `stride`-th place of the stream of `StreamSampler`, from position `start` on, without end.
-
-    Args:
-        pairs: name the next of each place; it costs a second permutation of the data.
-    """
-
-    def __init__(self, data: Any, *, seed: int, start: int, stride: int, pairs: bool) -> None:
-        self.start, self.stride = start, stride
-        own, following = (
-            StreamSampler(data, seed=seed, world_size=stride, start=start + shift)
-            for shift in (0, 1)
-        )
-        self.own, self.next = own, following if pairs else repeat(None)
-
-    def __iter__(self) -> Iterator[Place]:
-        for step, (own, following) in enumerate(zip(self.own, self.next, strict=False)):
-            yield Place(self.start + step * self.stride, own, following)
+    following: Draw | None
+    """The sample of the next place, which CutMix takes a rectangle from."""
 
 
 class AugmentedImages(Dataset):
-    """Images uint8 (3, H, W) by place, a share of them mixed with their next and mirrored.
+    """Images uint8 (3, H, W) by place, some mixed with the following one and mirrored.
 
-    Everything depends on the position in the stream alone: neither micro-batch, processes nor loader workers matter.
+    They depend on the position alone, not on micro-batch, processes or loader workers.
     """
 
     def __init__(self, images: Any, config: DataConfig, seed: int) -> None:
         self.images, self.config, self.seed = images, config, seed
-        self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self._newest: tuple[tuple[int, int], Tensor] | None = None
 
     def __getitem__(self, place: Place) -> Tensor:
         image = self._image(place.own)
         generator = torch.Generator().manual_seed(hash((self.seed, place.position)))
-        if place.next is not None and torch.rand((), generator=generator) < self.config.cutmix:
-            image = cutmix(image, self._image(place.next), generator)
+        if place.following is not None and torch.rand((), generator=generator) < self.config.cutmix:
+            image = cutmix(image, self._image(place.following), generator)
         if self.config.random_flip and torch.rand((), generator=generator) < 0.5:
             image = image.flip(-1)
         return image
 
     def _image(self, draw: Draw) -> Tensor:
-        """The image of a draw; the newest is kept, as in one process the next of a place is the own of the following."""
+        # In one process the following image of a place is the own image of the next: read once.
         key = (int(draw), draw.epoch)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = key, self.images[draw]["image"]
-        return self._kept[1]
+        if self._newest is None or self._newest[0] != key:
+            self._newest = key, self.images[draw]["image"]
+        return self._newest[1]
 
 
 def cutmix(image: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
     """An image (3, H, W) with a rectangle of another one (CutMix, arXiv 1905.04899).
 
-    Sides and corners of the rectangle lie on eighths of a side, so that few patches hold parts of both.
+    Its edges are multiples of an eighth of the side, so that few patches show parts of both.
     """
     inside = torch.tensor(True)
     for length in image.shape[1:]:
@@ -182,9 +161,8 @@ def cutmix(image: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size): bicubic with antialiasing; as they are where the size is right."""
+    """Images (B, 3, H, W) in [0, 1] -> (B, 3, size, size), bicubic with antialiasing."""
     if images.shape[-1] == size:
         return images
-    return nn.functional.interpolate(
-        images, size=(size, size), mode="bicubic", antialias=True
-    ).clamp(0, 1)
+    shape = (size, size)
+    return nn.functional.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)

@@ -1,8 +1,9 @@
 """Discriminators by name. A new one is a class here and a line in `build_discriminator`.
 
-Both take images (B, 3, H, W) in [0, 1], not clamped, and judge them in fp32 outside of autocast, as the published codes do.
+They take images (B, 3, H, W) in [0, 1], not clamped, and compute in fp32 outside of autocast, as
+the published codes do.
 
-Shapes: B batch, H W pixels, S logit map side, N visual tokens, D feature width.
+Shapes: B batch, H W pixels, S side of a logit map, N visual tokens, D feature width.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoModel, PreTrainedModel, ViTConfig
 
@@ -32,7 +34,7 @@ def build_discriminator(
     Args:
         channels: of `maskbit`.
         backbone: of `dino`, a folder or hub id.
-        random_backbone: a random ViT-S/16 in its place, so that what it says means nothing.
+        random_backbone: a random ViT-S/16 in its place, whose logits mean nothing.
 
     Raises:
         ValueError: for an unknown name, listing the known ones.
@@ -47,7 +49,7 @@ def build_discriminator(
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """A block in which nothing of `module` gathers gradients; afterwards exactly what did before does again."""
+    """A block in which no parameter of `module` collects gradients; then the same ones do again."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
@@ -58,11 +60,16 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-# ------------------------------------------------------------------------------------------------------- maskbit
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, as published; fewer in small networks, so that a group has four channels."""
+    return nn.GroupNorm(min(32, channels // 4), channels)
+
+
+# ------------------------------------------------------------------------------------------ maskbit
 
 
 class BlurDownsample(nn.Module):
-    """Halve the resolution behind a 4 x 4 binomial filter, so that no aliasing gives an image away."""
+    """Halve the resolution after a 4 x 4 binomial filter: aliasing would give images away."""
 
     kernel: Tensor
 
@@ -73,18 +80,16 @@ class BlurDownsample(nn.Module):
         self.register_buffer("kernel", kernel.repeat(channels, 1, 1, 1), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return nn.functional.conv2d(
-            hidden, self.kernel, stride=2, padding=1, groups=hidden.shape[1]
-        )
+        return F.conv2d(hidden, self.kernel, stride=2, padding=1, groups=hidden.shape[1])
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN with blurred downsampling, as in MaskBit (arXiv 2409.16211) and TiTok: logits (B, 1, S, S), one per patch.
+    """Blurred PatchGAN of MaskBit (arXiv 2409.16211) and TiTok: logits (B, 1, S, S).
 
     Args:
-        channels: width of the stem and of every stage, each of which halves the resolution. TiTok has the three of the
-            default, MaskBit a fourth of 1024.
-        map_size: largest side of the logit map (adaptive max pooling above it).
+        channels: width of the stem and of each stage, which halves the resolution. The default is
+            TiTok's; MaskBit has a fourth stage of 1024.
+        map_size: largest S; larger maps are max-pooled.
     """
 
     def __init__(
@@ -92,19 +97,13 @@ class PatchDiscriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.map_size = map_size
-        layers: list[nn.Module] = [
-            nn.Conv2d(3, channels[0], 5, padding=2),
-            nn.LeakyReLU(0.1, inplace=True),
-        ]
+        activation = nn.LeakyReLU(0.1, inplace=True)
+        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 5, padding=2), activation]
         for before, after in pairwise(channels):
-            layers += [
-                nn.Conv2d(before, after, 3, padding=1),
-                BlurDownsample(after),
-                group_norm(after),
-                nn.LeakyReLU(0.1, inplace=True),
-            ]
+            convolution = nn.Conv2d(before, after, 3, padding=1)
+            layers += [convolution, BlurDownsample(after), group_norm(after), activation]
         self.body = nn.Sequential(*layers)
-        width, activation = channels[-1], nn.LeakyReLU(0.1, inplace=True)
+        width = channels[-1]
         self.head = nn.Sequential(
             nn.Conv2d(width, width, 1), activation, nn.Conv2d(width, 1, 5, padding=2)
         )
@@ -113,60 +112,52 @@ class PatchDiscriminator(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             hidden = self.body(images.float())
             if hidden.shape[-1] > self.map_size:
-                hidden = nn.functional.adaptive_max_pool2d(hidden, self.map_size)
+                hidden = F.adaptive_max_pool2d(hidden, self.map_size)
             return self.head(hidden)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, as published; fewer where a small network has less than four channels for each."""
-    return nn.GroupNorm(min(32, channels // 4), channels)
-
-
-# ------------------------------------------------------------------------------------------------------- dino
+# --------------------------------------------------------------------------------------------- dino
 
 
 class Residual(nn.Sequential):
-    """A block whose output joins its input at unchanged variance."""
+    """A block whose output is added to its input at unchanged variance."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return (super().forward(hidden) + hidden) / 2**0.5
 
 
-class DinoDiscriminator(nn.Module):
-    """Small heads with spectral normalisation on frozen DINO features of four depths: logits (B, 4, N).
+def dino_head(width: int) -> nn.Sequential:
+    """Features (B, D, N) -> logits (B, 1, N)."""
 
-    After StyleGAN-T (arXiv 2301.09515), with UniTok's group norm in place of batch statistics, so that neither the other
-    images of a batch nor the number of processes matter; without their augmentation of the discriminator's images.
+    def convolution(channels: int, kernel: int) -> nn.Module:
+        padding = kernel // 2
+        layer = nn.Conv1d(width, channels, kernel, padding=padding, padding_mode="circular")
+        return spectral_norm(layer)
+
+    def block(kernel: int) -> list[nn.Module]:
+        return [convolution(width, kernel), group_norm(width), nn.LeakyReLU(0.2, inplace=True)]
+
+    return nn.Sequential(*block(1), Residual(*block(9)), convolution(1, 1))
+
+
+class DinoDiscriminator(nn.Module):
+    """Small spectrally normalised heads on frozen DINO features of four depths: logits (B, 4, N).
+
+    After StyleGAN-T (arXiv 2301.09515), without its augmentation, and with UniTok's group norm for
+    batch statistics, so that neither the rest of the batch nor the number of processes matters.
 
     Args:
-        backbone: a Hugging Face ViT with a class token, frozen here; it sees ImageNet-normalised images of its own size.
+        backbone: a ViT with a class token, frozen here; it sees ImageNet-normalised images of its
+            own size.
     """
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
-        self.backbone, self.normalize = backbone.eval().requires_grad_(False), Normalize()
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.normalize = Normalize()
         layers, width = backbone.config.num_hidden_layers, backbone.config.hidden_size
-        self.depths = [
-            layers * quarter // 4 for quarter in (1, 2, 3, 4)
-        ]  # behind block 3, 6, 9, 12 of ViT-S
-        self.heads = nn.ModuleList(self._head(width) for _ in self.depths)
-
-    @staticmethod
-    def _head(width: int) -> nn.Sequential:
-        def convolution(channels: int, kernel_size: int) -> nn.Module:
-            padding = kernel_size // 2
-            return spectral_norm(
-                nn.Conv1d(width, channels, kernel_size, padding=padding, padding_mode="circular")
-            )
-
-        def block(kernel_size: int) -> list[nn.Module]:
-            return [
-                convolution(width, kernel_size),
-                group_norm(width),
-                nn.LeakyReLU(0.2, inplace=True),
-            ]
-
-        return nn.Sequential(*block(1), Residual(*block(9)), convolution(1, 1))
+        self.depths = [layers * quarter // 4 for quarter in (1, 2, 3, 4)]  # 3, 6, 9, 12 of ViT-S
+        self.heads = nn.ModuleList(dino_head(width) for _ in self.depths)
 
     def train(self, mode: bool = True) -> "DinoDiscriminator":
         super().train(mode)
@@ -176,19 +167,15 @@ class DinoDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         size = self.backbone.config.image_size
         with torch.autocast(images.device.type, enabled=False):
-            resized = nn.functional.interpolate(
-                images.float(), size=(size, size), mode="bilinear", antialias=True
-            )
-            pixel_values = self.normalize(resized)
-            states = self.backbone(pixel_values, output_hidden_states=True).hidden_states
-            # Every patch is read together with the class token.
-            features = [
-                (states[depth][:, 1:] + states[depth][:, :1]).transpose(1, 2)
-                for depth in self.depths
-            ]
-            return torch.cat(
-                [head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1
-            )
+            resized = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+            output = self.backbone(self.normalize(resized), output_hidden_states=True)
+            logits = []
+            for depth, head in zip(self.depths, self.heads, strict=True):
+                state_BND = output.hidden_states[depth]
+                # Each patch is read together with the class token.
+                features_BDN = (state_BND[:, 1:] + state_BND[:, :1]).transpose(1, 2)
+                logits.append(head(features_BDN))
+            return torch.cat(logits, dim=1)
 
 
 def random_vit() -> PreTrainedModel:
@@ -208,15 +195,13 @@ def pretrained_vit(source: str) -> PreTrainedModel:
         model, report = AutoModel.from_pretrained(source, output_loading_info=True)
     except OSError as error:
         raise FileNotFoundError(
-            f"the discriminator's backbone {source} cannot be had ({error}): download config.json and model.safetensors of "
-            "https://huggingface.co/facebook/dino-vits16 into a folder and set discriminator_backbone to it. A dry run or a "
-            "test, where the loss may mean nothing, can set random_perceptual_weights=true instead."
+            f"the discriminator's backbone {source} cannot be loaded ({error}): download "
+            "config.json and model.safetensors of https://huggingface.co/facebook/dino-vits16 into "
+            "a folder and set discriminator_backbone to it. A dry run or a test, where the loss "
+            "may mean nothing, can set random_perceptual_weights=true instead."
         ) from error
-    missing = sorted(
-        key for key in report["missing_keys"] if not key.startswith("pooler.")
-    )  # nobody reads it
+    # Nobody reads the pooler.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise ValueError(
-            f"{source} lacks {len(missing)} weights, the first is {missing[0]}: take another backbone"
-        )
+        raise ValueError(f"{source} lacks {len(missing)} weights, the first is {missing[0]}")
     return model

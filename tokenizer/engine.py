@@ -1,10 +1,9 @@
-"""The training engines of the tokenizer: one `Accelerator` for the tokenizer, one for the discriminator.
+"""Training engines: one `Accelerator` for the tokenizer, one for the discriminator.
 
-Each holds one network and one optimizer, so the same loop runs in one process, under DDP, and under DeepSpeed ZeRO-1/2,
-which needs an engine for every trained network.
+Each holds one network and one optimizer, so the same loop runs in one process, under DDP, and under
+DeepSpeed ZeRO-1/2, which needs an engine for every trained network.
 """
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -32,7 +31,7 @@ BUCKET = (
 
 def allow_tf32(allowed: bool) -> None:
     """Let fp32 products and convolutions of this process use TF32 on CUDA, or not."""
-    # The older of PyTorch's two switches: torch.compile reads it, and fails where the newer was set.
+    # The older of PyTorch's two switches: torch.compile reads it, and fails after the newer one.
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 
@@ -42,11 +41,12 @@ def build_accelerators(
 ) -> tuple[Accelerator, Accelerator]:
     """Accelerators of the tokenizer and of the discriminator.
 
-    Precision is the loop's: parameters stay fp32 and forward passes run under autocast, so none is set here.
+    They set no precision: parameters stay fp32, and the loop runs forward passes under autocast.
     """
     on_cpu = not torch.cuda.is_available()
     if not zero:
-        # By default DDP holds all gradients twice, and sends the codebook, equal everywhere, in every forward pass.
+        # By default DDP holds all gradients twice, and sends all buffers (the codebook, which is
+        # equal everywhere) in every forward pass.
         lean = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         options: dict[str, Any] = {
             "gradient_accumulation_steps": accumulation,
@@ -93,7 +93,7 @@ def prepare(
 
 @torch.no_grad()
 def share_from_main(module: nn.Module) -> None:
-    """Give every process the main one's weights and buffers, after work whose rounding may differ between machines."""
+    """Give every process the main one's weights and buffers, after work that may round."""
     for tensor in (*module.parameters(), *module.buffers()):
         broadcast(tensor.data)
 
@@ -106,27 +106,28 @@ def refresh_master_weights(optimizer: Any) -> None:
 
 
 def clip_gradients(
-    engine: Accelerator, optimizer: Any, parameters: Iterable[nn.Parameter], max_norm: float
+    engine: Accelerator, optimizer: Any, module: nn.Module, max_norm: float
 ) -> Tensor:
     """Clip gradients, and make the next `optimizer.step()` a no-op where their norm is not finite.
 
-    Fused AdamW reads `found_inf`, which a gradient scaler sets, on the device: weights, moments and step count then stay.
-    DeepSpeed clips, checks and skips by itself, with a host synchronisation of its own.
+    Fused AdamW reads `found_inf`, a gradient scaler's, on the device: weights, moments and step
+    count then stay. DeepSpeed clips, checks and skips by itself, with a host sync of its own.
 
     Returns:
         The norm before clipping over all processes, a scalar tensor; NaN where it is not finite.
     """
-    norm = torch.as_tensor(engine.clip_grad_norm_(parameters, max_norm), device=engine.device)
+    norm = engine.clip_grad_norm_(module.parameters(), max_norm)
+    norm = torch.as_tensor(norm, device=engine.device)
     finite = norm.isfinite()
     optimizer.optimizer.found_inf = (~finite).float()
     return torch.where(finite, norm, torch.nan)
 
 
-# ---------------------------------------------------------------------------------------------- optimizers
+# --------------------------------------------------------------------------------------- optimizers
 
 
 def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
-    """Freeze the encoder where the stage says so, and always what follows the feature tap and gets no gradient."""
+    """Freeze the encoder where the stage says so, and always what follows the feature tap."""
     model.encoder.requires_grad_(not stage.freeze_encoder)
     if model.config.feature_tap == "hidden_states[-1]":
         final_norm(model.encoder).requires_grad_(False)
@@ -137,7 +138,7 @@ def build_optimizer(
     stage: StageConfig,
     name: Literal["adamw", "muon"] = "adamw",
 ) -> torch.optim.Optimizer:
-    """The optimizer of modules with their learning rates. Under Muon, vectors and the quantizer stay with AdamW."""
+    """The optimizer of modules with their rates; under Muon, vectors and quantizer keep AdamW."""
     groups = parameter_groups(modules, stage.weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(groups, betas=stage.adam_betas, fused=True)
@@ -149,9 +150,9 @@ def build_optimizer(
 def parameter_groups(
     modules: dict[str, tuple[nn.Module, float]], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Two groups of trainable parameters per module, without the empty ones: first `plain` (vectors), then matrices.
+    """Trainable parameters of each module in two groups, if not empty: `plain` ones, then matrices.
 
-    Plain ones, which are biases, norms, scales and positions, are not decayed.
+    Plain are biases, norms, scales and positions, which do not decay.
     """
     groups: list[dict[str, Any]] = []
     for name, (module, learning_rate) in modules.items():
@@ -172,7 +173,7 @@ def parameter_groups(
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """`torch.compile` (with its options) every transformer block in place; equal blocks share one compilation."""
+    """`torch.compile` every transformer block in place; equal blocks share one compilation."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(**options)

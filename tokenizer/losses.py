@@ -28,7 +28,7 @@ def distillation_loss(features_BND: Tensor, teacher_features_BND: Tensor) -> Ten
     return F.mse_loss(features_BND.float(), teacher_features_BND.float())
 
 
-# ---------------------------------------------------------------------------------------------- adversarial
+# -------------------------------------------------------------------------------------- adversarial
 
 
 def generator_hinge_loss(fake_logits: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 class LeCam(nn.Module):
-    """LeCam regularisation (arXiv 2104.03310): logits stay near the running mean of the *other* class.
+    """LeCam (arXiv 2104.03310): logits stay near the running mean of the *other* class.
 
     Args:
         decay: of the running means of batch-mean logits.
@@ -75,7 +75,7 @@ class LeCam(nn.Module):
             running.lerp_(torch.where(taken, mean, running), 1 - self.decay)
 
 
-# ---------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 class LossNetworks(NamedTuple):
@@ -122,9 +122,9 @@ def build_loss_networks(
 
 
 def keep_original_encoder(encoder: PreTrainedModel, file: Path, *, tuned: bool) -> None:
-    """Write the encoder that stage 1 starts from, if stage 1 will tune it; else remove what another run left.
+    """Write the encoder that stage 1 starts from if it will be tuned; else remove another run's.
 
-    Stage 2 distils from the encoder that no stage has tuned. A stage 1 that freezes its encoder hands exactly that one on.
+    Stage 2 distils from the untuned encoder. A stage 1 that freezes its encoder hands it on itself.
     """
     if not is_main_process():
         return
@@ -140,7 +140,8 @@ def build_teacher(encoder: PreTrainedModel, original: Path, *, bf16: bool) -> Pr
     Args:
         encoder: as it enters the stage, before a checkpoint is loaded.
         original: file of `keep_original_encoder`; where there is none, `encoder` is the original.
-        bf16: store matrices in bf16, in which autocast multiplies anyway: half the memory, the same features.
+        bf16: store matrices in bf16, in which autocast multiplies anyway: half the memory, the same
+            features.
     """
     teacher = copy.deepcopy(encoder).eval().requires_grad_(False)
     if original.exists():

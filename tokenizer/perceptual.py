@@ -1,11 +1,13 @@
-"""Perceptual distances by name: networks that never train and never start from random weights unasked.
+"""Perceptual distances by name: networks that never train, and are random only on request.
 
-The published term is TiTok's `lpips-convnext_s-1.0-0.1` (VQRAE Table 7 through its code lineage): LPIPS-VGG and the squared
-difference of ConvNeXt-S logits, in a weighted mean. Both see unclamped fp32 images outside of autocast, for bf16 would round
-away the small differences that they measure.
+The published term is TiTok's `lpips-convnext_s-1.0-0.1` (VQRAE Table 7 through its code lineage):
+the weighted mean of LPIPS and of the squared difference of ConvNeXt-S logits. Both take unclamped
+images and compute in fp32 outside of autocast: bf16 would round their small differences away.
 
-`encoder` compares the features that the frozen original encoder sees. It needs no download, which is why the embedded
-default uses it; the same network is then encoder, teacher and loss, so it is never a *metric* beside them.
+`encoder` compares features of the frozen original encoder. It needs no download, so the embedded
+default uses it; because the same network is then encoder, teacher and loss, it is never a metric.
+
+All take images (B, 3, H, W) in [0, 1] and give a scalar; only the reconstruction gets a gradient.
 """
 
 import pickle
@@ -17,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import (
     ConvNeXt_Small_Weights,
     VGG16_Weights,
@@ -31,8 +34,10 @@ from vqrae.common.config import did_you_mean
 
 
 class Normalize(nn.Module):
-    """Images (B, 3, H, W) minus a mean, over a deviation, both of channels and kept on the device: a list would be copied
-    there in every call, and the host would wait. They are ImageNet's for images in [0, 1]."""
+    """Images (B, 3, H, W) minus a mean, over a deviation, per channel; ImageNet's by default.
+
+    They are buffers, because a list would be copied to the device in every call: a host sync.
+    """
 
     mean: Tensor
     std: Tensor
@@ -43,15 +48,15 @@ class Normalize(nn.Module):
         std: Sequence[float] = (0.229, 0.224, 0.225),
     ) -> None:
         super().__init__()
-        for name, values in (("mean", mean), ("std", std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std
 
 
 class EncoderPerceptual(nn.Module):
-    """Mean squared distance of the encoder's hidden states, each layer-normalised, averaged over layers."""
+    """Mean squared distance of layer-normalised hidden states of the encoder, over all layers."""
 
     def __init__(self, encoder: PreTrainedModel, normalize: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -59,16 +64,13 @@ class EncoderPerceptual(nn.Module):
 
     def _states(self, images: Tensor) -> list[Tensor]:
         states = self.encoder(self.normalize(images), output_hidden_states=True).hidden_states[1:]
-        return [nn.functional.layer_norm(state.float(), state.shape[-1:]) for state in states]
+        return [F.layer_norm(state.float(), state.shape[-1:]) for state in states]
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Scalar distance of images (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
         with torch.no_grad():
             targets = self._states(images)
         pairs = zip(self._states(reconstruction), targets, strict=True)
-        return torch.stack(
-            [nn.functional.mse_loss(state, target) for state, target in pairs]
-        ).mean()
+        return torch.stack([F.mse_loss(state, target) for state, target in pairs]).mean()
 
 
 # Where LPIPS cuts torchvision's `features` into five parts, and the channels after each. The parts
@@ -78,7 +80,7 @@ LPIPS_CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 2
 
 
 class LPIPS(nn.Module):
-    """LPIPS 0.1 (arXiv 1801.03924) at the resolution of the images; random until weights are loaded.
+    """LPIPS 0.1 (arXiv 1801.03924) at the size of the images; random until weights are loaded.
 
     Args:
         backbone: `vgg` (VGG16) for training; `alex` (AlexNet) is a metric too.
@@ -95,12 +97,8 @@ class LPIPS(nn.Module):
         self.heads = nn.ModuleList(
             nn.Conv2d(channels, 1, 1, bias=False) for channels in LPIPS_CHANNELS[backbone]
         )
-        # ImageNet's statistics for images in [-1, 1], with the digits that the heads were fitted to.
+        # ImageNet's statistics for images in [-1, 1], to the digits that the heads were fitted to.
         self.normalize = Normalize((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450))
-
-    def load_pretrained(self, folder: str | None) -> None:
-        """Load torchvision's VGG16 (see `pretrained_weights`) and the linear heads."""
-        self.load_backbone(pretrained_weights(VGG16_Weights.IMAGENET1K_V1, folder))
 
     def load_backbone(self, state: dict[str, Tensor]) -> None:
         """Load a torchvision state dict of the backbone, and the linear heads of torchmetrics."""
@@ -113,12 +111,11 @@ class LPIPS(nn.Module):
         self.load_state_dict(own)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Mean LPIPS of images (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
         layers = self._differences(reconstruction, images)
         return torch.stack([layer.mean() for layer in layers]).sum()
 
     def per_image(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """The same for each image: (B,)."""
+        """The distance of each image: (B,)."""
         layers = self._differences(reconstruction, images)
         return torch.stack([layer.mean((1, 2, 3)) for layer in layers]).sum(0)
 
@@ -140,36 +137,31 @@ class LPIPS(nn.Module):
 
 
 class ConvNeXtLogits(nn.Module):
-    """Mean squared difference of ConvNeXt-S ImageNet logits at 224 px (TiTok, MaskBit); random until `load_pretrained`."""
+    """Mean squared difference of ConvNeXt-S ImageNet logits at 224 px (TiTok, MaskBit)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network, self.normalize = convnext_small(), Normalize()
 
-    def load_pretrained(self, folder: str | None) -> None:
-        """Load torchvision's ConvNeXt-S (see `pretrained_weights`)."""
-        self.network.load_state_dict(
-            pretrained_weights(ConvNeXt_Small_Weights.IMAGENET1K_V1, folder)
-        )
+    def load_backbone(self, state: dict[str, Tensor]) -> None:
+        """Load a torchvision state dict."""
+        self.network.load_state_dict(state)
 
     def _logits(self, images: Tensor) -> Tensor:
-        resized = nn.functional.interpolate(
-            images.float(), size=(224, 224), mode="bilinear", antialias=True
-        )
+        resized = F.interpolate(images.float(), (224, 224), mode="bilinear", antialias=True)
         return self.network(self.normalize(resized))
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Scalar distance of images (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
         with torch.autocast(images.device.type, enabled=False):
             with torch.no_grad():
                 target = self._logits(images)
-            return nn.functional.mse_loss(self._logits(reconstruction), target)
+            return F.mse_loss(self._logits(reconstruction), target)
 
 
 class PerceptualMix(nn.Module):
     """Weighted mean of perceptual distances, as TiTok parametrises it.
 
-    With weights (1.0, 0.1) and a `perceptual_weight` of 1.1 the loss is `1.0 * first + 0.1 * second`.
+    With weights (1.0, 0.1) and `perceptual_weight` 1.1 the loss is `1.0 * first + 0.1 * second`.
     """
 
     def __init__(self, networks: Sequence[nn.Module], weights: Sequence[float]) -> None:
@@ -177,14 +169,15 @@ class PerceptualMix(nn.Module):
         self.networks, self.weights = nn.ModuleList(networks), tuple(weights)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Scalar distance of images (B, 3, H, W) in [0, 1]; gradient through the reconstruction only."""
         pairs = zip(self.weights, self.networks, strict=True)
-        return torch.stack(
-            [weight * network(reconstruction, images) for weight, network in pairs]
-        ).sum() / sum(self.weights)
+        terms = [weight * network(reconstruction, images) for weight, network in pairs]
+        return torch.stack(terms).sum() / sum(self.weights)
 
 
-PRETRAINED: dict[str, type[LPIPS | ConvNeXtLogits]] = {"lpips": LPIPS, "convnext_s": ConvNeXtLogits}
+PRETRAINED: dict[str, tuple[type[LPIPS | ConvNeXtLogits], WeightsEnum]] = {
+    "lpips": (LPIPS, VGG16_Weights.IMAGENET1K_V1),
+    "convnext_s": (ConvNeXtLogits, ConvNeXt_Small_Weights.IMAGENET1K_V1),
+}
 
 
 def build_perceptual(
@@ -201,9 +194,9 @@ def build_perceptual(
     Args:
         name: `encoder`, `lpips` or `convnext_s`, or some of them joined by `+`.
         mix: one weight for each of several names.
-        teacher, normalize: what `encoder` compares features with: the frozen original encoder and its input normalisation.
+        teacher, normalize: of `encoder`: the frozen original encoder and its input normalisation.
         folder: with the pretrained weights; None: torch's cache, or a download into it.
-        random: leave the weights random instead, so that the distance means nothing.
+        random: leave the weights random, so that the distance means nothing.
 
     Raises:
         ValueError: for an unknown name, listing the known ones.
@@ -216,40 +209,39 @@ def build_perceptual(
             assert normalize is not None, "`encoder` needs the teacher's normalisation"
             networks.append(EncoderPerceptual(teacher, normalize))
         elif part in PRETRAINED:
-            network = PRETRAINED[part]()
+            kind, weights = PRETRAINED[part]
+            network = kind()
             if not random:
-                network.load_pretrained(folder)
+                network.load_backbone(pretrained_weights(weights, folder))
             networks.append(network)
         else:
-            raise ValueError(
-                f"unknown perceptual network {part!r}. {did_you_mean(part, ['encoder', *PRETRAINED])}"
-            )
+            known = did_you_mean(part, ["encoder", *PRETRAINED])
+            raise ValueError(f"unknown perceptual network {part!r}. {known}")
     loss = PerceptualMix(networks, mix) if len(networks) > 1 else networks[0]
     return loss.eval().requires_grad_(False)
 
 
 def pretrained_weights(weights: WeightsEnum, folder: str | None) -> dict[str, Tensor]:
-    """The state dict of torchvision `weights`, from `folder` or else from torch's cache, downloaded when absent.
+    """The state dict of torchvision `weights`, from `folder`, or torch's cache, or a download.
 
     Raises:
-        FileNotFoundError: when they are neither there nor within reach.
+        FileNotFoundError: when they cannot be reached.
         ValueError: when the file is damaged.
     """
-    file = (
-        Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / weights.url.rpartition("/")[2]
-    )
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    file = Path(folder or cache) / weights.url.rpartition("/")[2]
     try:
         if not folder and not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                weights.url, str(file), hash_prefix=file.stem.rpartition("-")[2]
-            )
+            digits = file.stem.rpartition("-")[2]  # of the SHA-256
+            torch.hub.download_url_to_file(weights.url, str(file), hash_prefix=digits)
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
+        other = "" if folder else ", or in any folder that perceptual_weights=FOLDER names"
         raise FileNotFoundError(
-            f"{weights} cannot be had ({error}): download {weights.url} and save it as {file}"
-            + ("" if folder else ", or in any folder that perceptual_weights=FOLDER then names")
-            + ". A dry run or a test, where the loss may mean nothing, can set random_perceptual_weights=true instead."
+            f"{weights} cannot be loaded ({error}): download {weights.url} and save it as {file}"
+            f"{other}. A dry run or a test, where the loss may mean nothing, can set "
+            "random_perceptual_weights=true instead."
         ) from error
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(

@@ -1,12 +1,12 @@
-"""Train the tokenizer in two stages (VQRAE section 3.3): quantizer and decoder on a frozen encoder, then everything
-together, with the encoder held to its frozen original by distillation.
+"""Train the tokenizer in two stages (VQRAE section 3.3): quantizer and decoder on a frozen encoder,
+then everything together, with the encoder held to its frozen original by distillation.
 
     python -m vqrae.tokenizer.train tiny output_dir=runs/tokenizer model.encoder=runs/encoder
     torchrun --standalone --nproc_per_node 2 -m vqrae.tokenizer.train tiny zero=2 ...
     python -m vqrae.tokenizer.train siglip2_256 stage=2 dry_run=1 micro_batch_size=2
 
-The same command continues where it stopped. Everything random is a function of seed and step, so a resumed run equals
-an uninterrupted one.
+The same command continues where it stopped. Everything random is a function of seed and step, so a
+resumed run equals an uninterrupted one.
 """
 
 import dataclasses
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def require_same_length(config: TokenizerTrainConfig, output: Path) -> None:
-    """Refuse to prolong a finished stage: its learning rates have come to their end, and stage 2 starts from stage 1.
+    """Refuse to prolong a finished stage: its rates are at their end, and stage 2 starts from it.
 
     Raises:
         ValueError: naming the steps that it was trained for.
@@ -152,18 +152,18 @@ def initial_model(config: TokenizerTrainConfig, number: int) -> VQRAEModel:
 def train_stage(
     config: TokenizerTrainConfig, number: int, model: VQRAEModel, run: Run
 ) -> Iterator[int]:
-    """Train a tokenizer through stage 1 or 2, from the newest checkpoint on, and write it to `run.path / "model"`.
+    """Train a tokenizer through stage 1 or 2, from the newest checkpoint on, into `run`.
 
     Args:
         model: as it enters the stage (see `initial_model`); trained in place.
 
     Yields:
-        The number of steps done, once before the first and then after each, so that a dry run, a benchmark or a test
-        can measure and watch them.
+        The number of steps done, once before the first and then after each, so that a dry run, a
+        benchmark or a test can measure and watch them.
 
     Raises:
         SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
-        FloatingPointError: when too many steps in a row had no finite gradient, and going back cannot help.
+        FloatingPointError: after too many steps without a finite gradient.
     """
     stage = config.stage_config(number)
     micro_batch_size, accumulation = fit_batch(
@@ -180,7 +180,7 @@ def train_stage(
     device = engine.device
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.bf16)
 
-    # ------------------------------------------------------------------------------------------ networks
+    # ------------------------------------------------------------------------------------- networks
 
     model.to(device)
     set_trainable(model, stage)
@@ -198,7 +198,7 @@ def train_stage(
     teacher, perceptual, discriminator = build_loss_networks(config, stage, model, original, device)
     lecam = LeCam().to(device)
 
-    # ------------------------------------------------------------------------------------------ data
+    # ----------------------------------------------------------------------------------------- data
 
     images = StageImages(
         config.data,
@@ -214,12 +214,12 @@ def train_stage(
 
     def sample_images() -> Tensor:
         """Training images from all over the data, for statistics and the start of the codebook."""
-        return resize(images.some(sample_size(model.config)), image_size)
+        return resize(images.sample(sample_size(model.config)), image_size)
 
     from_data = number == 1 and checkpoint is None
     from_features = config.model.codebook_init == "features"
     if stage.bypass_steps or (from_data and from_features):
-        require_images_for_codebook(model.config, len(images.dataset))  # now, not after the bypass
+        require_images_for_codebook(model.config, len(images.training))  # now, not after the bypass
     if from_data:
         with autocast():
             if model.config.feature_norm == "standardize":
@@ -234,15 +234,13 @@ def train_stage(
     if config.compile:
         compile_blocks(model)
 
-    # ------------------------------------------------------------------------------------------ optimizers
+    # ----------------------------------------------------------------------------------- optimizers
 
+    decoder = nn.ModuleList([model.in_proj, model.out_proj, model.decoder])
     modules = {
         "encoder": (model.encoder, stage.encoder_lr),
         "quantizer": (model.quantizer, stage.quantizer_lr or stage.decoder_lr),
-        "decoder": (
-            nn.ModuleList([model.in_proj, model.out_proj, model.decoder]),
-            stage.decoder_lr,
-        ),
+        "decoder": (decoder, stage.decoder_lr),
     }
     # ZeRO cuts matrices into pieces, which Muon could not orthogonalise.
     optimizer = build_optimizer(modules, stage, "adamw" if config.zero else stage.optimizer)
@@ -258,7 +256,7 @@ def train_stage(
         )
         engines["discriminator"] = d_engine
 
-    # ------------------------------------------------------------------------------------------ resume
+    # --------------------------------------------------------------------------------------- resume
 
     window = LossWindow()
     usage = CodeUsage(model.config.codebook_size, device)
@@ -286,10 +284,11 @@ def train_stage(
             flush=True,
         )
 
-    # ------------------------------------------------------------------------------------------ steps
+    # ---------------------------------------------------------------------------------------- steps
 
     batches = images.micro_batches(start)
     grad_norm = torch.zeros((), device=device)
+    max_norm = stage.max_grad_norm
     set_mode(wrapped, model, stage)
     yield start
     clock, clock_step = time.time(), start
@@ -298,15 +297,16 @@ def train_stage(
             if request.agreed():
                 engine.wait_for_everyone()
                 is_kept = (run.path / f"step-{step}").is_dir()
-                if step and not is_kept and not in_a_row(skips) > 0:
+                if step and not is_kept and newest_step_taken(skips):
                     state.save(run, step, zero=config.zero, keep=config.keep_checkpoints)
                 request.end_process(step)
             done = step + 1
             last = done == stage.max_steps
             bypass = step < stage.bypass_steps
-            adversarial_weight = stage.adversarial_weight_at(
-                step
-            )  # 0 before the discriminator starts
+            # During the bypass the quantizer's losses stay in the graph, because DDP expects a
+            # gradient for every parameter.
+            quantization_weight = 0.0 if bypass else 1.0
+            adversarial_weight = stage.adversarial_weight_at(step)  # 0 before its start
             adversarial = adversarial_weight > 0
 
             # ---- rates: the discriminator's schedule counts its own steps
@@ -316,7 +316,7 @@ def train_stage(
                 factor = stage.rate_factor(step, begin=stage.discriminator_start)
                 group["lr"] = stage.discriminator_lr * factor
 
-            # ---- end of the bypass: the codebook starts from the features of the continuous autoencoder
+            # ---- end of the bypass: the codebook starts from the continuous autoencoder's features
             if step and step == stage.bypass_steps:
                 samples = sample_images()
                 with autocast():
@@ -352,11 +352,9 @@ def train_stage(
                                 fake_logits = discriminator(output.reconstruction)
                             losses["adversarial_loss"] = generator_hinge_loss(fake_logits)
 
-                    # Eq. 2 to 5. During the bypass the quantizer's losses weigh 0 but stay in the graph, because DDP
-                    # expects a gradient for every parameter.
-                    loss = (
+                    loss = (  # Eq. 2 to 5
                         stage.reconstruction_weight * losses["reconstruction_loss"]
-                        + (0.0 if bypass else 1.0)
+                        + quantization_weight
                         * (
                             stage.codebook_weight * losses.get("codebook_loss", 0.0)
                             + stage.commitment_weight * losses.get("commitment_loss", 0.0)
@@ -370,9 +368,7 @@ def train_stage(
                     # Outside of autocast, whose bf16 copies of all weights are freed by now.
                     engine.backward(loss)
                     if engine.sync_gradients:
-                        grad_norm = clip_gradients(
-                            engine, optimizer, model.parameters(), stage.max_grad_norm
-                        )
+                        grad_norm = clip_gradients(engine, optimizer, model, max_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 usage.update(output.codes)
@@ -383,24 +379,17 @@ def train_stage(
                     with d_engine.accumulate(d_wrapped):
                         both = torch.cat([targets, output.reconstruction.detach()])
                         real_logits, fake_logits = d_wrapped(both).float().chunk(2)
-                        discriminator_loss = discriminator_hinge_loss(real_logits, fake_logits)
-                        losses["discriminator_loss"] = discriminator_loss
-                        d_engine.backward(
-                            discriminator_loss
-                            + stage.lecam_weight * lecam(real_logits, fake_logits)
-                        )
+                        d_loss = discriminator_hinge_loss(real_logits, fake_logits)
+                        losses["discriminator_loss"] = d_loss
+                        d_loss = d_loss + stage.lecam_weight * lecam(real_logits, fake_logits)
+                        d_engine.backward(d_loss)
                         means = torch.stack([real_logits.mean(), fake_logits.mean()])
                         logit_means.append(means.detach())
                         if d_engine.sync_gradients:
-                            d_grad_norm = clip_gradients(
-                                d_engine,
-                                d_optimizer,
-                                discriminator.parameters(),
-                                stage.max_grad_norm,
-                            )
-                            d_skipped.update(d_grad_norm)
+                            d_norm = clip_gradients(d_engine, d_optimizer, discriminator, max_norm)
+                            d_skipped.update(d_norm)
                             means = d_engine.reduce(torch.stack(logit_means).mean(0), "mean")
-                            lecam.update(means, taken=d_grad_norm.isfinite())
+                            lecam.update(means, taken=d_norm.isfinite())
                         d_optimizer.step()
                         d_optimizer.zero_grad()
                 window.update(losses, weight=len(batch))
@@ -410,14 +399,14 @@ def train_stage(
             model.quantizer.after_step(grad_norm.isfinite())
             if ema is not None and not bypass:
                 ema.update(model)
-            if stage.is_revival(done) and not skipped.in_a_row > 0:
+            if stage.is_revival(done) and newest_step_taken([skipped]):
                 moved = reinitialize_unused_codes(
                     model, output, usage_since_revival, engine, seed=done
                 )
                 window.update({"revived_codes": torch.tensor(moved, device=device)})
                 refresh_master_weights(optimizer)
 
-            # ---- log: one line and one row of means since the last; here the host waits for the device
+            # ---- log the means since the last time; here the host waits for the device
             stuck = False
             if done % config.log_steps == 0 or last:
                 window.gather(engine)
@@ -431,12 +420,10 @@ def train_stage(
                     "codebook_perplexity": usage.perplexity,
                     "images_per_second": stage.global_batch_size / seconds,
                 }
-                for name, count in (
-                    ("skipped_steps", skipped.total),
-                    ("discriminator_skipped_steps", d_skipped.total),
-                ):
-                    if count > 0:
-                        row[name] = count.item()
+                if skipped.total > 0:
+                    row["skipped_steps"] = skipped.total.item()
+                if d_skipped.total > 0:
+                    row["discriminator_skipped_steps"] = d_skipped.total.item()
                 window.reset()
                 usage.clear()
                 run.log(done, row)
@@ -444,30 +431,24 @@ def train_stage(
                     left = format_duration(seconds * (stage.max_steps - done))
                     numbers = [f"{key.removesuffix('_loss')} {row[key]:.4g}" for key in row]
                     print(
-                        f"stage {number}  {done}/{stage.max_steps}  {'  '.join(numbers)}  {left} left",
+                        f"stage {number}  {done}/{stage.max_steps}  {'  '.join(numbers)}"
+                        f"  {left} left",
                         flush=True,
                     )
                 stuck = bool(in_a_row(skips) >= min(config.max_nonfinite_steps, stage.max_steps))
 
             # ---- go back or save, before the previews: no work is lost if they fail
             if stuck:
-                network = "tokenizer" if skipped.in_a_row > 0 else "discriminator"
+                is_tokenizer = skipped.in_a_row >= d_skipped.in_a_row
+                network = "tokenizer" if is_tokenizer else "discriminator"
                 failure = (
                     f"stage {number}: the last {int(in_a_row(skips))} steps up to {done} had no "
                     f"finite gradient of the {network}"
                 )
-                newest = require_way_back(failure, run, rolled_back_to, last=last)
-                if engine.is_main_process:
-                    print(f"{failure}: going on from {newest}", flush=True)
-                # Weights and optimizers return, time goes on: what led here is not seen again.
-                totals = [counter.total.clone() for counter in skips]
-                state.load(newest)
-                for counter, before in zip(skips, totals, strict=True):
-                    counter.total.copy_(before)
-                rolled_back_to = newest
+                rolled_back_to = state.roll_back(run, failure, rolled_back_to, last=last)
             elif last:
                 state.finish(run, stage.max_steps)
-            elif done % config.save_steps == 0 and not in_a_row(skips) > 0:
+            elif done % config.save_steps == 0 and newest_step_taken(skips):
                 state.save(run, done, zero=config.zero, keep=config.keep_checkpoints)
             if engine.is_main_process and (done % config.sample_steps == 0 or last):
                 model.eval()
@@ -493,29 +474,13 @@ def set_mode(wrapped: nn.Module, model: VQRAEModel, stage: StageConfig) -> None:
 
 
 def in_a_row(skips: Sequence[SkippedSteps]) -> Tensor:
-    """Newest steps that one of the networks left out; reading it makes the host wait for the device."""
+    """Newest steps that one of the networks skipped in a row."""
     return torch.stack([counter.in_a_row for counter in skips]).max()
 
 
-def require_way_back(failure: str, run: Run, rolled_back_to: Path | None, *, last: bool) -> Path:
-    """The newest checkpoint, to go back to.
-
-    Raises:
-        FloatingPointError: when there is none, when going back to it did not help, or at the end of the stage.
-    """
-    newest = run.latest_checkpoint()
-    if newest is None:
-        outcome = "there is no checkpoint"
-    elif newest == rolled_back_to:
-        outcome = f"going back to {newest} did not help"
-    elif last:
-        outcome = "the stage ends here"
-    else:
-        return newest
-    raise FloatingPointError(
-        f"{failure}, and {outcome}: look at metrics.jsonl for the loss that grew, and train again with lower "
-        "learning rates in another output_dir"
-    )
+def newest_step_taken(skips: Sequence[SkippedSteps]) -> bool:
+    """Whether no network skipped the newest step. The host waits for the device."""
+    return not bool(in_a_row(skips) > 0)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class LossWindow:
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def gather(self, engine: Accelerator) -> None:
-        """Replace the sums on every process by those of all processes; all must hold the same names."""
+        """Replace the sums by those of all processes, which must hold the same names."""
         if self.sums:
             names = sorted(self.sums)
             totals = engine.reduce(torch.stack([self.sums[name] for name in names]))
@@ -83,12 +83,12 @@ class SkippedSteps(nn.Module):
 
 
 class WeightAverage:
-    """Exponential moving average of a model's weights (torch's `AveragedModel` makes the host wait in every update).
+    """Exponential moving average of a model's weights, without the host sync of `AveragedModel`.
 
-    The number of updates is part of the averaged model's configuration, so a saved average is complete.
+    The configuration of the averaged model holds the number of updates, so that it is complete.
 
     Args:
-        decay: of the average; it grows towards this as (1 + t) / (10 + t), so that the start is soon forgotten.
+        decay: final one; it grows as (1 + t) / (10 + t), so that the start is soon forgotten.
     """
 
     def __init__(self, model: VQRAEModel, decay: float) -> None:
@@ -114,7 +114,7 @@ class WeightAverage:
 
 
 def require_resumable(checkpoint: Path, *, zero: int) -> None:
-    """Refuse a checkpoint that ZeRO wrote in parts for other processes; ValueError says what to set."""
+    """Refuse a checkpoint whose ZeRO parts are for other processes; ValueError says what to set."""
     folder = checkpoint / "train_state"
     require_same_partition(folder, read_json(folder / STATE_FILE), zero=zero)
 
@@ -127,7 +127,8 @@ class TrainState:
         ema: of the main process, which alone writes models.
         engines: by name; each saves its network, its optimizer and the random number generators.
         counters: equal on all processes.
-        windows: counted by each process for itself. Their sums are saved, so that any number of processes may continue.
+        windows: counted by each process for itself. Their sums are saved, so that any number of
+            processes may continue.
     """
 
     model: VQRAEModel
@@ -147,7 +148,7 @@ class TrainState:
         self._wait()
 
     def save(self, run: Run, step: int, *, zero: int, keep: int) -> None:
-        """Write `step-N/`: model folders and, apart, what a resume needs. It appears whole or not at all.
+        """Write `step-N/`, whole or not at all: model folders and, apart, what a resume needs.
 
         Args:
             keep: newest checkpoints to leave.
@@ -180,10 +181,10 @@ class TrainState:
         folder = checkpoint / "train_state"
         for name, engine in self.engines.items():
             engine.load_state(str(folder / name))
-            # Micro-batches since the last step: the saved number may belong to another accumulation.
+            # Micro-batches since the last step; the saved number may be of another accumulation.
             engine.step = 0
-        # Without a place, every process would load onto the main one's GPU. On CPU accelerate numbers its devices, which
-        # torch.load does not know.
+        # Without a place, every process would load onto the main one's GPU. On CPU accelerate
+        # numbers devices, which torch.load does not know.
         device = engine.device if engine.device.type != "cpu" else torch.device("cpu")
         parts = torch.load(folder / COUNTERS_FILE, weights_only=True, map_location=device)
         for name, part in self._counted().items():
@@ -192,6 +193,38 @@ class TrainState:
         if self.ema is not None and (checkpoint / "model_ema").is_dir():  # else it starts here
             self.ema.load(checkpoint / "model_ema")
         return read_json(folder / STATE_FILE)["step"]
+
+    def roll_back(self, run: Run, failure: str, tried: Path | None, *, last: bool) -> Path:
+        """Return weights and optimizers to the newest checkpoint, and give it.
+
+        Time goes on: the images that led to the failure are not seen again.
+
+        Args:
+            tried: the checkpoint of the previous time.
+            last: whether no step follows.
+
+        Raises:
+            FloatingPointError: when there is no checkpoint, or no use in going back to it.
+        """
+        newest = run.latest_checkpoint()
+        if newest is None or newest == tried or last:
+            outcome = "the stage ends here"
+            if newest is None:
+                outcome = "there is no checkpoint"
+            elif newest == tried:
+                outcome = f"going back to {newest} did not help"
+            raise FloatingPointError(
+                f"{failure}, and {outcome}: look at metrics.jsonl for the loss that grew, and "
+                "train again with lower learning rates in another output_dir"
+            )
+        if is_main_process():
+            print(f"{failure}: going on from {newest}", flush=True)
+        counters = [c for c in self.counters.values() if isinstance(c, SkippedSteps)]
+        totals = [counter.total.clone() for counter in counters]
+        self.load(newest)
+        for counter, total in zip(counters, totals, strict=True):
+            counter.total.copy_(total)
+        return newest
 
     def _models(self) -> dict[str, VQRAEModel]:
         # `model` comes last: a stage that has it is finished.

@@ -99,7 +99,7 @@ def test_the_seed_reaches_order_and_sources(folder: Path) -> None:
 
 def test_samples_and_previews_come_from_all_over_the_data(folder: Path) -> None:
     batches = random_images(DataConfig(train=str(folder), validation=str(folder)))
-    for images in (batches.some(12), batches.previews()):
+    for images in (batches.sample(12), batches.previews()):
         bright = images[:, 0, 0, -1] > 0.38
         assert len(images) == 12
         assert 3 <= bright.sum() <= 9
@@ -111,11 +111,11 @@ def test_samples_and_previews_come_from_all_over_the_data(folder: Path) -> None:
 
 def test_nothing_is_held_back_beside_a_validation_source(folder: Path) -> None:
     held_back = random_images(DataConfig(train=str(folder)))
-    assert (len(held_back.dataset), len(held_back.validation)) == (38, 2)
+    assert (len(held_back.training), len(held_back.validation)) == (38, 2)
     whole = random_images(DataConfig(train=str(folder), validation=str(folder)))
-    assert (len(whole.dataset), len(whole.validation)) == (40, 40)
+    assert (len(whole.training), len(whole.validation)) == (40, 40)
     scenes = random_images(DataConfig(train=str(folder), validation="scenes"))
-    assert (len(scenes.dataset), scenes.validation.split) == (40, "validation")
+    assert (len(scenes.training), scenes.validation.split) == (40, "validation")
     assert (
-        random_images(DataConfig(train="scenes", validation=str(folder))).dataset.split == "train"
+        random_images(DataConfig(train="scenes", validation=str(folder))).training.split == "train"
     )

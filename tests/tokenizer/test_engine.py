@@ -110,7 +110,7 @@ def test_a_left_out_step_changes_nothing() -> None:
 
     def step(scale: float) -> torch.Tensor:
         (module(torch.ones(1, 3)).sum() * scale).backward()
-        norm = clip_gradients(engine, optimizer, module.parameters(), 1.0)
+        norm = clip_gradients(engine, optimizer, module, 1.0)
         skipped.update(norm)
         optimizer.step()
         optimizer.zero_grad()

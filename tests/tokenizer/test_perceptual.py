@@ -108,9 +108,6 @@ class Squares(nn.Module):
         super().__init__()
         self.factor = factor
 
-    def load_pretrained(self, folder: str | None) -> None:
-        pass
-
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         return self.factor * nn.functional.mse_loss(reconstruction, images)
 
@@ -118,10 +115,10 @@ class Squares(nn.Module):
 def test_published_mix_is_one_lpips_and_a_tenth_of_the_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table = {"lpips": lambda: Squares(3.0), "convnext_s": lambda: Squares(5.0)}
+    table = {"lpips": (lambda: Squares(3.0), None), "convnext_s": (lambda: Squares(5.0), None)}
     monkeypatch.setattr("vqrae.tokenizer.perceptual.PRETRAINED", table)
     reconstruction, images = random_images()
-    mixed = build_perceptual("lpips+convnext_s", (1.0, 0.1))(reconstruction, images)
+    mixed = build_perceptual("lpips+convnext_s", (1.0, 0.1), random=True)(reconstruction, images)
     error = nn.functional.mse_loss(reconstruction, images)
     torch.testing.assert_close(1.1 * mixed, 1.0 * 3 * error + 0.1 * 5 * error)
 
