@@ -55,7 +55,7 @@ from vqrae.tokenizer.data import StageImages
 from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.quantizers.search import nearest_codes
 from vqrae.tokenizer.train import train_stage
-from vqrae.understanding.build import build_processor, llava_config, prepare_text_tokenizer
+from vqrae.understanding.build import build_processor, llava_config
 from vqrae.understanding.packing import PackingCollator
 from vqrae.understanding.train import freeze
 
@@ -188,7 +188,6 @@ def llava_step(
     _, words = build_tiny_llm(
         load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"))
     )
-    prepare_text_tokenizer(words)
     processor = build_processor(eyes, words)
     config = llava_config(eyes, text_config, processor.image_token_id)
     if layers is not None:

@@ -24,7 +24,13 @@ import numpy as np
 
 from vqrae.common.config import did_you_mean
 from vqrae.data.code_shards import CodeDataset, is_code_set, read_manifest
-from vqrae.data.conversations import Conversations, ConversationTable, has_record_lines
+from vqrae.data.conversations import (
+    IMAGE_TAG,
+    Conversations,
+    ConversationTable,
+    has_record_lines,
+    scan_conversations,
+)
 from vqrae.data.emoji import EmojiDataset
 from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, open_table, parse_name
 from vqrae.data.image_files import CaptionedImages, ImageFolder
@@ -223,6 +229,18 @@ def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
         # Only the remote tars that training reads first.
         indices = [own_order(place, 0) for place in range(len(indices))]
     return list(chain.from_iterable(map(samples.texts, indices)))
+
+
+def texts_in(source: str) -> list[str]:
+    """What is written in the conversations of a source, also where images are missing.
+
+    None for a mixture, or for other kinds of data.
+    """
+    if source_kind(source) == "json":
+        records, _ = scan_conversations(source)
+        turns = [turn for record in records for turn in record["conversations"]]
+        return [turn["value"].replace(IMAGE_TAG, "") for turn in turns]
+    return texts_of(ConversationTable(source)) if holds_conversations(source) else []
 
 
 def vocabulary(source: str) -> list[str]:

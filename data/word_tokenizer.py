@@ -120,9 +120,8 @@ def grow_word_tokenizer(
 def unknown_words(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """The words of a text that become the unknown token, as often as they occur.
 
-    None for a tokenizer that has no such token, or that is not a fast one: there it is not known
-    which
-    word a token comes from.
+    None for a tokenizer that has no such token, or for a slow one, which does not tell
+    where a token comes from.
     """
     unknown = text_tokenizer.unk_token_id
     if unknown is None or not text_tokenizer.is_fast:
@@ -132,3 +131,23 @@ def unknown_words(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[st
     )
     places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [text[start:end] for token, (start, end) in places if token == unknown]
+
+
+def describe_unknown(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
+    """The words of `texts` that a tokenizer reads as unknown, with their share; None if there are none."""
+    model = text_tokenizer.backend_tokenizer.model if text_tokenizer.is_fast else None
+    # Byte fallback spells what has no id.
+    if text_tokenizer.unk_token is None or model is None or getattr(model, "byte_fallback", False):
+        return None
+    words: Counter[str] = Counter()
+    total = 0
+    for text in texts:
+        words.update(unknown_words(text_tokenizer, text))
+        total += len(text_tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not words:
+        return None
+    shown = ", ".join(f"{word[:40]!r} ({count})" for word, count in words.most_common(8))
+    return (
+        f"{words.total():,} of {total:,} tokens ({words.total() / total:.1%}) are words that the text "
+        f"tokenizer reads as {text_tokenizer.unk_token}, {len(words):,} different ones: {shown}"
+    )

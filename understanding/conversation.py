@@ -1,14 +1,15 @@
 """LLaVA records as training samples: chat templates, exact answer masks, batches.
 
-A record is `{"id", "image": image (absent for text only), "conversations": [{"from": "human" | "gpt", "value"}, …]}`.
-Which tokens are trained is marked in the chat template (`{% generation %}`) and read back by
-`apply_chat_template(…, return_assistant_tokens_mask=True)`. Nothing here counts token lengths: that is what fails with
-every text tokenizer that LLaVA's constants were not tuned for ("tokenization mismatch", loss 0).
+A record is {"id", "image": one, a list of them or absent, "conversations": [{"from": "human" | "gpt",
+"value"}, …]}. The chat template marks what is trained (`{% generation %}`) and transformers reads
+that back. Nothing here counts token lengths, which fails with every text tokenizer that LLaVA's
+constants were not tuned for ("tokenization mismatch", loss 0).
 
-Shapes: T text length with image tokens expanded, B batch, P images.
+Shapes: T tokens with images expanded, B batch, P images.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -17,100 +18,115 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from vqrae.common.config import did_you_mean
+from vqrae.common.files import printable
 from vqrae.common.trainer import IGNORE_INDEX
+from vqrae.data.conversations import normalize_turns
 from vqrae.data.report import Issue
 from vqrae.data.samples import BrokenSamples
 
 IMAGE_TOKEN = "<image>"
 ROLES = {"human": "user", "gpt": "assistant"}
-CHAT_TEMPLATES = ("chatml", "vicuna_v1")
-"""What a chat model speaks; `plain` (image, then caption) is LLaVA's format for training the projector alone."""
+# `plain` (image, then caption) is LLaVA's format for training the projector alone.
+TEMPLATES = ("chatml", "vicuna_v1", "plain")
 
 
 def load_template(name: str, text_tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """The Jinja text of `chatml`, `vicuna_v1` or `plain`.
+    """The Jinja text of one of `TEMPLATES`.
 
     Args:
-        text_tokenizer: whose ids the text must become as in LLaVA, which reads what follows an image, or `<s>`, as a text of
-            its own. Llama's puts a space in front of such a text, but not behind a special token: there the template does.
+        text_tokenizer: whose ids should equal LLaVA's. LLaVA encodes the text after an image or
+            `<s>` on its own. Llama's tokenizer puts a space before such a text, but not after a
+            special token: there the template adds it.
 
     Raises:
         ValueError: for another name, listing the known ones.
     """
-    known = (*CHAT_TEMPLATES, "plain")
-    if name not in known:
-        raise ValueError(f"unknown chat template {name!r}. {did_you_mean(name, known)}")
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown chat template {name!r}. {did_you_mean(name, TEMPLATES)}")
     template = (resources.files("vqrae.understanding") / f"{name}.jinja").read_text().rstrip("\n")
-    if text_tokenizer is None or name == "chatml" or not _needs_space(text_tokenizer):
+    if text_tokenizer is None or name == "chatml":
         return template
-    return "{%- set space = ' ' -%}" + template
 
+    def ids(text: str) -> list[int]:
+        return text_tokenizer(text, add_special_tokens=False).input_ids
 
-def _needs_space(text_tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether text behind a special token is read like a text of its own only with a space between them."""
-    special, text = text_tokenizer.eos_token, "red"
-    alone = text_tokenizer(text, add_special_tokens=False).input_ids
-    behind, spaced = (
-        text_tokenizer(f"{special}{space}{text}", add_special_tokens=False).input_ids[1:]
-        for space in ("", " ")
-    )
-    return behind != alone == spaced
-
-
-def caption_record(sample: dict[str, Any]) -> dict[str, Any]:
-    """A caption pair `{"image", "caption"}` as a LLaVA record."""
-    turns = [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": sample["caption"]}]
-    return {
-        "id": sample.get("id", sample["caption"]),
-        "image": sample["image"],
-        "conversations": turns,
-    }
+    special, alone = text_tokenizer.eos_token, ids("red")
+    needs_space = ids(f"{special}red")[1:] != alone == ids(f"{special} red")[1:]
+    return "{%- set space = ' ' -%}" + template if needs_space else template
 
 
 def to_messages(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns of a record as Hugging Face chat messages that carry their images.
-
-    As in LLaVA, a leading gpt turn is dropped and the image goes to the front of its turn (the template puts a newline
-    behind it).
+    """The turns of a record as Hugging Face chat messages, images first in their turn as in LLaVA.
 
     Raises:
-        ValueError: naming the record, when `<image>` tags and images do not match or the turns do not alternate.
+        ValueError: naming the record, for turns that `normalize_turns` refuses.
     """
-    where = f"record {record.get('id')!r}"
-    turns = record["conversations"]
-    turns = turns[1:] if turns and turns[0]["from"] == "gpt" else turns
-    images = _images(record)
-    tags = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
-    if tags != len(images):
-        raise ValueError(
-            f"{where}: got {len(images)} images and {tags} {IMAGE_TOKEN} tags, expected as many of one as of the other: "
-            f"set the key 'image', or write {IMAGE_TOKEN} into a human turn"
-        )
-    left = iter(images)
+    try:
+        turns = normalize_turns(record["conversations"], num_images=len(images_of(record)))
+    except ValueError as error:
+        raise ValueError(f"record {record.get('id')!r}: {error}") from error
     messages = []
-    for i, turn in enumerate(turns):
-        if turn["from"] != ("human", "gpt")[i % 2]:
-            raise ValueError(
-                f"{where}: turn {i} is from {turn['from']!r}, expected human and gpt in alternation"
-            )
-        tags = turn["value"].count(IMAGE_TOKEN)
-        if tags and turn["from"] == "gpt":
-            raise ValueError(
-                f"{where}: turn {i} is an answer with {IMAGE_TOKEN}, expected the tag in a human turn"
-            )
-        content = [{"type": "image", "image": next(left)} for _ in range(tags)]
-        content.append({"type": "text", "text": turn["value"].replace(IMAGE_TOKEN, "").strip()})
-        messages.append({"role": ROLES[turn["from"]], "content": content})
+    for turn in turns:
+        content = [{"type": "image"}] * turn["value"].count(IMAGE_TOKEN)
+        text = turn["value"].replace(IMAGE_TOKEN, "").strip()
+        messages.append(
+            {"role": ROLES[turn["from"]], "content": [*content, {"type": "text", "text": text}]}
+        )
     return messages
 
 
-def _images(record: dict[str, Any]) -> list[Any]:
+def images_of(record: dict[str, Any]) -> list[Any]:
+    """The images of a record, which holds one, several or none."""
     image = record.get("image")
     if image is None:
         return []
     return list(image) if isinstance(image, list | tuple) else [image]
+
+
+def tokenize(
+    record: dict[str, Any], processor: LlavaProcessor, chat_template: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids (T,) of a record, and which of them are trained (T,). No image is opened."""
+    text_tokenizer = processor.tokenizer
+    [text], [answers] = render_jinja_template(
+        conversations=[to_messages(record)],
+        chat_template=chat_template or processor.chat_template,
+        return_assistant_tokens_mask=True,
+        **text_tokenizer.special_tokens_map,
+    )
+    bos = text_tokenizer.bos_token
+    encoded = text_tokenizer(
+        text,
+        add_special_tokens=bos is None or not text.startswith(bos),
+        return_offsets_mapping=True,
+    )
+    input_ids, offsets = torch.tensor(encoded.input_ids), torch.tensor(encoded.offset_mapping)
+    trained = torch.zeros(len(input_ids), dtype=torch.bool)
+    for start, end in answers:
+        trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    copies = torch.where(input_ids == processor.image_token_id, num_image_tokens(processor), 1)
+    return input_ids.repeat_interleave(copies), trained.repeat_interleave(copies)
+
+
+def num_image_tokens(processor: LlavaProcessor) -> int:
+    """Tokens of one image."""
+    size, patch_size = processor.image_processor.crop_size, processor.patch_size
+    patches = (size["height"] // patch_size) * (size["width"] // patch_size)
+    dropped = processor.vision_feature_select_strategy == "default"  # the class token
+    return patches + processor.num_additional_image_tokens - dropped
+
+
+def lost_by_cutting(
+    input_ids: Tensor, trained: Tensor, image_token_id: int, max_length: int
+) -> str | None:
+    """Why a sample that is cut to `max_length` tokens cannot be trained on; None when it can."""
+    if (input_ids[max_length:] == image_token_id).any():
+        return f"an image beyond max_length {max_length}"
+    # The first token is never predicted, so it does not count.
+    return None if trained[1:max_length].any() else f"no answer within max_length {max_length}"
 
 
 def encode_conversation(
@@ -127,96 +143,45 @@ def encode_conversation(
         chat_template: Jinja text; None takes the processor's own.
 
     Returns:
-        input_ids (T,), labels (T,) with `IGNORE_INDEX` on everything but answers and their end tokens, and
-        pixel_values (P, 3, H, W) when the record has images.
+        input_ids (T,); labels (T,) with `IGNORE_INDEX` on everything but answers and their end
+        tokens; pixel_values (P, 3, H, W) when the record has images.
 
     Raises:
-        ValueError: naming the record, for a bad record (see `to_messages`), when cutting would hit image tokens, or when
-            no token is left to train on.
+        ValueError: naming the record, for a bad one (see `to_messages`), when cutting would hit
+            image tokens, or when no token is left to train on.
     """
-    # No return_tensors: the mask is computed token by token, ten times slower on a tensor of offsets than on a list.
-    encoded = processor.apply_chat_template(
-        to_messages(record),
-        chat_template=chat_template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    input_ids = torch.tensor(encoded["input_ids"][0])
-    trained = torch.tensor(encoded["assistant_masks"][0], dtype=torch.bool)
-    where = f"record {record.get('id')!r}"
-    if (input_ids[max_length:] == processor.image_token_id).any():
-        raise ValueError(
-            f"{where}: its image tokens reach beyond max_length {max_length}: set a larger max_length"
-        )
-    input_ids, trained = input_ids[:max_length], trained[:max_length]
-    # The first token is never predicted, so it does not count.
-    if not trained[1:].any():
-        raise ValueError(f"{where}: no answer to train on within max_length {max_length}")
-    sample = {"input_ids": input_ids, "labels": input_ids.where(trained, IGNORE_INDEX)}
-    if "pixel_values" in encoded:
-        sample["pixel_values"] = torch.stack(list(encoded["pixel_values"]))
+    input_ids, trained = tokenize(record, processor, chat_template)
+    if lost := lost_by_cutting(input_ids, trained, processor.image_token_id, max_length):
+        raise ValueError(f"record {record.get('id')!r} has {lost}: set a larger max_length")
+    labels = input_ids.where(trained, IGNORE_INDEX)
+    sample = {"input_ids": input_ids[:max_length], "labels": labels[:max_length]}
+    if images := images_of(record):
+        sample["pixel_values"] = processor.image_processor(images, return_tensors="pt").pixel_values
     return sample
 
 
 def examine_length(
-    record: dict[str, Any],
-    processor: LlavaProcessor,
-    *,
-    max_length: int = 2048,
-    chat_template: str | None = None,
+    record: dict[str, Any], processor: LlavaProcessor, *, max_length: int = 2048, **options: Any
 ) -> Issue | None:
-    """What `encode_conversation` would cut off a record, from its text alone: no image is opened or processed."""
-    messages = to_messages(record)
-
-    def num_tokens(turns: int | None = None) -> int:
-        """Tokens of the first `turns` messages as a prompt, or of all."""
-        options: dict[str, Any] = {
-            "chat_template": chat_template,
-            "tokenize": False,
-            "add_generation_prompt": bool(turns),
-        }
-        text = processor.apply_chat_template(messages[:turns], **options)
-        bos = processor.tokenizer.bos_token
-        ids = processor.tokenizer(
-            text, add_special_tokens=bos is None or not text.startswith(bos)
-        ).input_ids
-        return len(ids) + ids.count(processor.image_token_id) * (num_image_tokens(processor) - 1)
-
-    total = num_tokens()
-    if total <= max_length:
+    """What `encode_conversation` would cut off a record, from its text alone."""
+    input_ids, trained = tokenize(record, processor, **options)
+    if len(input_ids) <= max_length:
         return None
-    if num_tokens(turns=1) >= max_length:
-        return Issue(
-            f"conversations whose first answer lies beyond max_length {max_length}", unusable=True
-        )
-    last_image = max(
-        (i for i, m in enumerate(messages) if any(c["type"] == "image" for c in m["content"])),
-        default=0,
-    )
-    if num_tokens(turns=last_image + 1) > max_length:
-        return Issue(f"conversations with an image beyond max_length {max_length}", unusable=True)
-    return Issue(
-        f"conversations longer than max_length {max_length}, whose end is cut", unusable=False
-    )
-
-
-def num_image_tokens(processor: LlavaProcessor) -> int:
-    """Tokens that stand for one image."""
-    size = processor.image_processor.crop_size
-    blank = torch.zeros(1, 3, size["height"], size["width"])
-    return processor.replace_image_token({"pixel_values": blank}, 0).count(processor.image_token)
+    if lost := lost_by_cutting(input_ids, trained, processor.image_token_id, max_length):
+        return Issue(f"conversations with {lost}", unusable=True)
+    what = f"conversations longer than max_length {max_length}, whose end is cut"
+    return Issue(what, unusable=False)
 
 
 class ConversationCollator:
-    """Turns records (or caption pairs) into a right-padded batch for `LlavaForConditionalGeneration`.
+    """Turns records, or caption pairs, into a right-padded batch for LLaVA.
 
-    A batch without any image gets a black one whose image tokens lie in the padding of the first row: masked, behind
-    everything and without labels, so they change neither loss nor gradients, but every process runs tower and projector
-    in every step, which DDP and ZeRO-3 need (LLaVA's zero image, without touching the model).
+    A record that cannot be trained on, such as one whose first answer is beyond `max_length`, is left
+    out of its batch, named and counted.
 
-    A record that cannot be trained on, such as one whose first answer is beyond `max_length`, is left out of its batch, named
-    and counted; LLaVA gives it no loss.
+    Every process must run tower and projector in every step (DDP and ZeRO-3 wait for their
+    gradients), so a batch without images gets a black one. Its tokens are masked and carry no labels:
+    they change neither loss nor gradients.
     """
 
     def __init__(
@@ -225,72 +190,112 @@ class ConversationCollator:
         self.broken = BrokenSamples("the conversations")
         self.processor, self.max_length, self.chat_template = processor, max_length, chat_template
         size = processor.image_processor.crop_size
-        self.blank = torch.zeros(1, 3, size["height"], size["width"])
-        self.num_image_tokens = num_image_tokens(processor)
+        ids = torch.full((num_image_tokens(processor),), processor.image_token_id)
+        self.blank = {
+            "input_ids": ids,
+            "labels": torch.full_like(ids, IGNORE_INDEX),
+            "pixel_values": torch.zeros(1, 3, size["height"], size["width"]),
+        }
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Batch of input_ids, attention_mask, labels (B, T), pixel_values (P, 3, H, W) and what `trained_logits` adds.
+        """What `collate` makes, for logits where a token is trained only.
+
+        Images, questions and padding need no logits. logits_to_keep (B, T) is true where the next
+        token carries loss; shift_labels are those next tokens in one row.
 
         Raises:
             TooManyBrokenSamples: when too many records cannot be trained on.
         """
-        options: dict[str, Any] = {
-            "max_length": self.max_length,
-            "chat_template": self.chat_template,
-        }
+        options: Any = {"max_length": self.max_length, "chat_template": self.chat_template}
         samples = []
         for record in records:
-            self.broken.seen += 1
             record = caption_record(record) if "caption" in record else record
+            self.broken.seen += 1
             try:
                 samples.append(encode_conversation(record, self.processor, **options))
             except ValueError as error:
                 self.broken.note(record.get("id"), error)
-        return trained_logits(self.collate(samples or [self._blank_sample()]))
+        batch = self.collate(samples or [self.blank])
+        following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        trained = following != IGNORE_INDEX
+        return {**batch, "logits_to_keep": trained, "shift_labels": following[trained]}
 
-    def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-        """Put encoded samples together."""
-        pad = self.processor.tokenizer.pad_token_id
-        batch = {
-            "input_ids": _pad([sample["input_ids"] for sample in samples], pad),
-            "attention_mask": _pad([torch.ones_like(sample["input_ids"]) for sample in samples], 0),
-            "labels": _pad([sample["labels"] for sample in samples], IGNORE_INDEX),
-        }
+    def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """Batch of input_ids, attention_mask, labels (B, T) and pixel_values (P, 3, H, W)."""
+        lengths = [len(sample["input_ids"]) for sample in samples]
         images = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-        if images:
-            return {**batch, "pixel_values": torch.cat(images)}
-        return self._with_blank_image(batch, pad)
-
-    def _blank_sample(self) -> dict[str, Tensor]:
-        """A black image that nothing is learned from."""
-        ids = torch.full((self.num_image_tokens,), self.processor.image_token_id)
+        if not images:
+            # Its tokens follow the first sample, outside of the attention mask.
+            names = ("input_ids", "labels")
+            longer = {name: torch.cat([samples[0][name], self.blank[name]]) for name in names}
+            samples, images = [longer, *samples[1:]], [self.blank["pixel_values"]]
+        input_ids = pad([s["input_ids"] for s in samples], self.processor.tokenizer.pad_token_id)
+        attended = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
         return {
-            "input_ids": ids,
-            "labels": torch.full_like(ids, IGNORE_INDEX),
-            "pixel_values": self.blank,
+            "input_ids": input_ids,
+            "attention_mask": attended.long(),
+            "labels": pad([sample["labels"] for sample in samples], IGNORE_INDEX),
+            "pixel_values": torch.cat(images),
         }
 
-    def _with_blank_image(self, batch: dict[str, Tensor], pad: int) -> dict[str, Tensor]:
-        fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE_INDEX}
-        longer = {
-            key: torch.cat(
-                [value, value.new_full((len(value), self.num_image_tokens), fill[key])], dim=1
-            )
-            for key, value in batch.items()
-        }
-        longer["input_ids"][0, -self.num_image_tokens :] = self.processor.image_token_id
-        return {**longer, "pixel_values": self.blank}
 
-
-def trained_logits(batch: dict[str, Any]) -> dict[str, Any]:
-    """Let the model compute logits only where a token is trained: image tokens, questions and padding need none.
-
-    Adds logits_to_keep (B, T), true where the next token carries loss, and shift_labels, those next tokens in one row.
-    """
-    following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-    trained = following != IGNORE_INDEX
-    return {**batch, "logits_to_keep": trained, "shift_labels": following[trained]}
-
-
-def _pad(rows: list[Tensor], value: int) -> Tensor:
+def pad(rows: list[Tensor], value: int) -> Tensor:
+    """Rows of any length as one tensor (B, T), filled up on the right."""
     return pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def caption_record(sample: dict[str, Any]) -> dict[str, Any]:
+    """A caption pair `{"image", "caption"}` as a LLaVA record."""
+    caption, name = sample["caption"], sample.get("id", sample["caption"])
+    turns = [{"from": "human", "value": IMAGE_TOKEN}, {"from": "gpt", "value": caption}]
+    return {"id": name, "image": sample["image"], "conversations": turns}
+
+
+# ---- a batch as text, for people
+
+GREEN, GREY, RESET = "\033[1;32m", "\033[2m", "\033[0m"
+
+
+def samples_of(batch: dict[str, Any]) -> Iterator[tuple[int, slice]]:
+    """(row, columns) of every sample of a padded or packed batch, without padding."""
+    for row, ids in enumerate(batch["input_ids"]):
+        if "attention_mask" in batch:
+            yield row, slice(0, int(batch["attention_mask"][row].sum()))
+            continue
+        starts = torch.nonzero(batch["position_ids"][row] == 0).flatten().tolist()
+        for start, end in itertools.pairwise([*starts, len(ids)]):
+            if (batch["labels"][row, start:end] != IGNORE_INDEX).any():  # not padding, nor a blank
+                yield row, slice(start, end)
+
+
+def describe_batch(batch: dict[str, Any], processor: LlavaProcessor, *, color: bool = True) -> str:
+    """The samples of a batch, then its size.
+
+    Args:
+        color: trained tokens in green and images in grey; else trained tokens are in `[[ ]]`.
+    """
+    grey, plain = (GREY, RESET) if color else ("", "")
+    green, end = (GREEN, RESET) if color else ("[[", "]]")
+    lines = []
+    tokens = 0
+    for row, columns in samples_of(batch):
+        ids, labels = batch["input_ids"][row, columns], batch["labels"][row, columns]
+        trained = labels != IGNORE_INDEX
+        tokens += len(ids)
+        place = f"row {row}, tokens {columns.start} to {columns.stop - 1}"
+        lines.append(f"--- {place}: {int(trained.sum())} of {len(ids)} trained")
+        kinds = torch.where(ids == processor.image_token_id, 2, trained.long()).tolist()
+        text = ""
+        for kind, group in itertools.groupby(zip(kinds, ids.tolist(), strict=True), lambda x: x[0]):
+            span = [token for _, token in group]
+            words = f"{IMAGE_TOKEN[:-1]} x {len(span)}>"
+            if kind != 2:
+                words = printable(processor.tokenizer.decode(span))
+            text += (words, f"{green}{words}{end}", f"{grey}{words}{plain}")[kind]
+        lines.append(text)
+    cells, images = batch["input_ids"].numel(), len(batch["pixel_values"])
+    trained_total = int((batch["labels"] != IGNORE_INDEX).sum())
+    shape = " x ".join(map(str, batch["input_ids"].shape))
+    filled = f"{cells} places, {tokens} tokens ({tokens / cells:.0%})"
+    lines.append(f"=== {shape} = {filled}, {trained_total} trained, {images} images")
+    return "\n".join(lines)

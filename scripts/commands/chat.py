@@ -13,8 +13,7 @@ from vqrae.common.config import check_range
 from vqrae.common.files import printable, weights_fingerprint
 from vqrae.common.images import open_image
 from vqrae.data.word_tokenizer import unknown_words
-from vqrae.understanding.answers import answer_file
-from vqrae.understanding.chat import Chat
+from vqrae.understanding.chat import Chat, answer_file
 
 HELP = "`/image FILE` shows another image, `/new` forgets everything, an empty line ends."
 

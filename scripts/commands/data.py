@@ -11,19 +11,18 @@ from vqrae.common.cli import progress_line
 from vqrae.common.config import check_range, load_config, shipped_config
 from vqrae.common.files import printable, write_json
 from vqrae.data.checks import check_source, require_target, write_clean
+from vqrae.data.sources import texts_in
 from vqrae.data.stream import parse_mixture
-from vqrae.data.word_tokenizer import is_word_tokenizer
+from vqrae.data.word_tokenizer import describe_unknown, is_word_tokenizer
 from vqrae.understanding.build import load_processor
-from vqrae.understanding.conversation import examine_length
-from vqrae.understanding.inspection import describe_batch
+from vqrae.understanding.conversation import describe_batch, examine_length
 from vqrae.understanding.train import (
     Stage,
     TrainConfig,
     build_collator,
-    learn_words_of_data,
+    learn_words,
     open_data,
 )
-from vqrae.understanding.words import describe_unknown, texts_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ class InspectBatch:
         logging.disable_progress_bar()
         config = read_config(self.config, self.overrides)
         processor = processor_of(config)
-        learn_words_of_data(config, processor.tokenizer)
+        learn_words(config, processor.tokenizer)
         dataset = open_data(config, self.stage, processor.image_processor.crop_size["height"])
         samples = [dataset[i] for i in range(min(self.samples, len(dataset)))]
         batch = build_collator(config, self.stage, processor)(samples)

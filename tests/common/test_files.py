@@ -22,7 +22,7 @@ from vqrae.common.files import (
 )
 from vqrae.common.run import read_metrics
 from vqrae.data.image_files import scan_jsonl
-from vqrae.understanding.answers import read_questions
+from vqrae.understanding.chat import read_questions
 
 SEPARATORS = "a\u2028b\u2029c\u0085d\u000ce\u001ff"  # `str.splitlines` cuts at each
 

@@ -13,9 +13,8 @@ from vqrae.quickstart import compare_features as feature_quality
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer import train as tokenizer_training
 from vqrae.tokenizer.modeling import VQRAEModel
-from vqrae.understanding.build import build_llava
+from vqrae.understanding.build import build_llava, read_quantized_features
 from vqrae.understanding.chat import Chat
-from vqrae.understanding.quantized import read_quantized_features
 
 ENCODER = (
     "{model_type: siglip_vision_model, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2,"

@@ -21,8 +21,8 @@ from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.build import (
     add_rows,
     build_llava,
+    build_processor,
     check_features,
-    prepare_text_tokenizer,
     require_tokenizer,
 )
 from vqrae.understanding.train import TrainConfig, load_or_build
@@ -141,7 +141,8 @@ def test_another_tokenizer_is_refused(tokenizer_folder, llm_folder, make_tokeniz
 def test_image_token_and_padding_are_added_when_missing(vicuna_like, llm_folder):
     model = AutoModelForCausalLM.from_pretrained(llm_folder)
     model.resize_token_embeddings(len(vicuna_like))
-    prepare_text_tokenizer(vicuna_like)
+    config = VQRAEConfig(encoder_config={"model_type": "siglip_vision_model"})
+    build_processor(config, vicuna_like, "vicuna_v1")
     add_rows(model, len(vicuna_like))
     token = vicuna_like.convert_tokens_to_ids("<image>")
     assert vicuna_like.encode("<image>", add_special_tokens=False) == [token]

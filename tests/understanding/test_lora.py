@@ -11,8 +11,7 @@ from vqrae.common.run import read_metrics
 from vqrae.common.trainer import OptimizationConfig, training_arguments
 from vqrae.understanding import train
 from vqrae.understanding.build import build_llava
-from vqrae.understanding.llava_trainer import LlavaTrainer
-from vqrae.understanding.lora import LoraSettings, add_lora, merge_lora
+from vqrae.understanding.trainer import LlavaTrainer, LoraSettings, add_lora, merge_lora
 
 pytest.importorskip("peft")
 

@@ -6,7 +6,7 @@ import pytest
 from fake_gpu import NoWaiting, fake_gpu
 
 from vqrae.understanding import train
-from vqrae.understanding.llava_trainer import LlavaTrainer
+from vqrae.understanding.trainer import LlavaTrainer
 
 WAITS = (
     "common/optim.py",  # Muon asks whether the step is skipped, once a step

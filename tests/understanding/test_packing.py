@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.understanding.build import build_llava
-from vqrae.understanding.conversation import ConversationCollator
-from vqrae.understanding.inspection import samples_of
+from vqrae.understanding.conversation import ConversationCollator, samples_of
 from vqrae.understanding.packing import PackingCollator, lay_out
 
 

@@ -14,8 +14,8 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.sprites import SPRITE_SETS
 from vqrae.quickstart import train_llm
 from vqrae.understanding import train
+from vqrae.understanding.build import load_projector
 from vqrae.understanding.chat import Chat
-from vqrae.understanding.projector import load_projector
 
 OPTIMIZATION = {
     "global_batch_size": 4,
@@ -60,7 +60,7 @@ def test_both_stages_train_what_they_should(arguments, tmp_path, capsys):
     run = tmp_path / "run"
     train.main(arguments(stage="pretrain"))
     train.main(arguments(stage="both"))
-    assert "pretrain: " in capsys.readouterr().out  # found finished
+    assert "pretrain/model is finished (2 steps)" in capsys.readouterr().out  # found finished
     assert {path.name for path in (run / "model").iterdir()} >= {
         "config.json",
         "model.safetensors",

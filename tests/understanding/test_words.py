@@ -9,12 +9,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vqrae.data.conversations import Conversations
 from vqrae.data.sources import texts_of
-from vqrae.data.word_tokenizer import build_word_tokenizer, grow_word_tokenizer, unknown_words
+from vqrae.data.word_tokenizer import (
+    build_word_tokenizer,
+    describe_unknown,
+    grow_word_tokenizer,
+    unknown_words,
+)
 from vqrae.scripts.cli import main
 from vqrae.understanding import train
-from vqrae.understanding.build import add_rows
+from vqrae.understanding.build import add_rows, add_word_rows
 from vqrae.understanding.chat import Chat
-from vqrae.understanding.words import add_word_rows, describe_unknown, learn_words
 
 
 @pytest.fixture
@@ -40,8 +44,8 @@ def test_a_word_tokenizer_grows_and_keeps_its_ids(own_data, tmp_path):
     assert unknown_words(text_tokenizer, texts[1]) == ["Teal", "-", "ish", "teal"]
     words = grow_word_tokenizer(text_tokenizer, texts, limit=4)
     assert words == ["teal", "-", "hue", "ish"]
-    assert learn_words(text_tokenizer, texts) == ["crimson"]
-    assert learn_words(text_tokenizer, texts) == []
+    assert grow_word_tokenizer(text_tokenizer, texts, limit=9) == ["crimson"]
+    assert grow_word_tokenizer(text_tokenizer, texts, limit=9) == []
     text_tokenizer.save_pretrained(tmp_path)
     read = AutoTokenizer.from_pretrained(tmp_path)
     assert read.get_vocab() == {
