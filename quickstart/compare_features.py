@@ -1,15 +1,15 @@
-"""The paper's central claim on the embedded data: which features should a unified tokenizer show to the language model?
+"""The paper's central claim on scenes: which features should the language model read?
 
-    python -m vqrae.quickstart.compare_features tokenizer=runs/quickstart/tokenizer llm=runs/quickstart/llm output=runs/feature_quality
+    python -m vqrae.quickstart.compare_features tokenizer=RUN llm=RUN output=runs/feature_quality
 
-One LLaVA on each of four kinds of features, everything else equal (arXiv 2511.23386, Table 6 and section 3.4):
+One LLaVA on each of four kinds of features, all else equal (arXiv 2511.23386, Table 6, section 3.4):
 
-    original     continuous, of the encoder as it was before the tokenizer touched it (stage 1 freezes it)
-    distilled    continuous, of stage 2, which learns to reconstruct and is held to the original by distillation
-    undistilled  continuous, of a stage 2 from the same start without distillation, which is trained here
+    original     continuous, of the encoder before the tokenizer's training (stage 1 freezes it)
+    distilled    continuous, of stage 2, which reconstructs and is distilled from the original
+    undistilled  continuous, of a stage 2 from the same start without distillation, trained here
     quantized    the distilled tokenizer's quantized features, those that its decoder reads
 
-Each training and each score is an ordinary entry point's; the same command goes on where it was interrupted.
+Each training and each score is an ordinary command; the same command resumes where it stopped.
 """
 
 import shutil
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse
+from vqrae.common.config import check_range
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import run_manifest
@@ -59,59 +59,60 @@ class FeatureQualityConfig:
     """Processes of each training and each score."""
 
     def __post_init__(self) -> None:
-        if not self.seeds or min(self.num_images, self.nproc) < 1:
-            raise ValueError("give at least one seed, and a positive num_images and nproc")
+        check_range(self, "num_images", "nproc", low=1)
+        if not self.seeds:
+            raise ValueError("seeds: got none, expected at least one")
+
+    @property
+    def data(self) -> str:
+        """The source of scenes."""
+        return "scenes" if self.sprites == "shapes" else f"scenes:{self.sprites}"
 
 
 def compare(config: FeatureQualityConfig) -> dict[str, Any]:
     """Train and score what is missing; returns the content of scores.json.
 
     Raises:
-        FileNotFoundError: when the tokenizer's run directory lacks one of its stages or its configuration.
+        FileNotFoundError: when the tokenizer's run directory lacks a stage or its configuration.
     """
     tokenizers = find_tokenizers(config)
-    values: dict[str, Any] = {
-        kind: {"tokenizer": weights_fingerprint(folder)} for kind, folder in tokenizers.items()
-    }
+    kinds: dict[str, Any] = {}
     for kind, folder in tokenizers.items():
-        if kind != "quantized":
-            values[kind]["psnr"] = _psnr(config, kind, folder)
-    values["quantized"]["psnr"] = values["distilled"]["psnr"]
+        # Quantized features come from the distilled tokenizer, whose PSNR is known by then.
+        psnr = (
+            kinds["distilled"]["psnr"] if kind == "quantized" else score_psnr(config, kind, folder)
+        )
+        kinds[kind] = {"tokenizer": weights_fingerprint(folder), "psnr": psnr}
     for kind, folder in tokenizers.items():
-        values[kind]["seeds"] = {
-            str(seed): _answers(config, kind, folder, seed) for seed in config.seeds
-        }
-    result = {
-        "kinds": values,
-        "manifest": run_manifest(fingerprints={k: v["tokenizer"] for k, v in values.items()}),
-    }
+        scores = {str(seed): score_llava(config, kind, folder, seed) for seed in config.seeds}
+        kinds[kind]["seeds"] = scores
+    fingerprints = {kind: values["tokenizer"] for kind, values in kinds.items()}
+    result = {"kinds": kinds, "manifest": run_manifest(fingerprints=fingerprints)}
     write_json(Path(config.output) / "scores.json", result)
     return result
 
 
 def find_tokenizers(config: FeatureQualityConfig) -> dict[str, Path]:
-    """The tokenizer of each kind; the one without distillation is trained first where it is not there."""
-    run, output = Path(config.tokenizer), Path(config.output)
+    """The tokenizer of each kind; the one without distillation is trained first if it is missing."""
+    run = Path(config.tokenizer)
     for part in ("config.yaml", "stage1/model/config.json", "stage2/model/config.json"):
         if not (run / part).is_file():
             raise FileNotFoundError(
                 f"{run / part} does not exist: give the run directory of a tokenizer with both stages"
             )
-    undistilled = output / "tokenizer_undistilled"
+    undistilled = Path(config.output) / "tokenizer_undistilled"
     if not (undistilled / "stage1").is_dir():
+        unneeded = shutil.ignore_patterns("step-*", "events", "samples")
         with atomic_path(undistilled / "stage1") as temporary:
-            shutil.copytree(
-                run / "stage1",
-                temporary,
-                ignore=shutil.ignore_patterns("step-*", "events", "samples"),
-            )
+            shutil.copytree(run / "stage1", temporary, ignore=unneeded)
     arguments = [
         str(run / "config.yaml"),
         f"output_dir={undistilled}",
         "stage=2",
         "stage2.distillation_weight=0",
+        *config.tokenizer_training,
     ]
-    run_module(tokenizer_training, [*arguments, *config.tokenizer_training], config.nproc)
+    run_module(tokenizer_training, arguments, config.nproc)
     distilled = run / "stage2" / "model"
     return {
         "original": run / "stage1" / "model",
@@ -121,68 +122,51 @@ def find_tokenizers(config: FeatureQualityConfig) -> dict[str, Path]:
     }
 
 
-def _psnr(config: FeatureQualityConfig, kind: str, tokenizer: Path) -> float:
+def score_psnr(config: FeatureQualityConfig, kind: str, tokenizer: Path) -> float:
     """PSNR of a tokenizer's reconstructions of scenes."""
     file = Path(config.output) / f"reconstruction_{kind}.json"
-    data = "scenes" if config.sprites == "shapes" else f"scenes:{config.sprites}"
-    scored = [
+    arguments = [
         f"model={tokenizer}",
         f"output={file}",
-        f"data={data}",
+        f"data={config.data}",
         f"num_images={config.num_images}",
+        "frechet=[]",
+        "lpips=[]",
     ]
-    if not _is_current(file, tokenizer, config):
-        run_module(reconstruction, [*scored, "frechet=[]", "lpips=[]"], config.nproc)
-        _mark(file, tokenizer, config)
+    run_module(reconstruction, arguments, config.nproc)
     return read_json(file)["psnr"]
 
 
-def _answers(config: FeatureQualityConfig, kind: str, tokenizer: Path, seed: int) -> dict[str, Any]:
-    """Scores of a LLaVA on one kind of features."""
+def score_llava(
+    config: FeatureQualityConfig, kind: str, tokenizer: Path, seed: int
+) -> dict[str, Any]:
+    """Scores of a LLaVA on one kind of features, which is trained first if it is missing."""
     run = Path(config.output) / f"{kind}-{seed}"
-    features = "quantized" if kind == "quantized" else "continuous"
-    llava = [
+    quantized = kind == "quantized"
+    training = [
         config.config,
         f"tokenizer={tokenizer}",
         f"llm={config.llm}",
         f"output_dir={run}",
         f"seed={seed}",
+        f"features={'quantized' if quantized else 'continuous'}",
+        f"data={config.data}",
+        *config.training,
     ]
-    data = "scenes" if config.sprites == "shapes" else f"scenes:{config.sprites}"
-    run_module(
-        llava_training,
-        [*llava, f"features={features}", f"data={data}", *config.training],
-        config.nproc,
-    )
+    run_module(llava_training, training, config.nproc)
     file = run / "questions.json"
-    if not _is_current(file, run, config):
-        asked = [
-            f"model={run}",
-            f"output={file}",
-            f"num_images={config.num_images}",
-            f"sprites={config.sprites}",
-        ]
-        needed = [f"tokenizer={tokenizer}"] if features == "quantized" else []
-        run_module(scene_questions, [*asked, *needed], config.nproc)
-        _mark(file, run, config)
-    return {key: value for key, value in read_json(file).items() if key != "examples"}
-
-
-def _settings(model: Path, config: FeatureQualityConfig) -> dict[str, Any]:
+    questions = [
+        f"model={run}",
+        f"output={file}",
+        f"num_images={config.num_images}",
+        f"sprites={config.sprites}",
+    ]
+    if quantized:
+        questions.append(f"tokenizer={tokenizer}")
+    run_module(scene_questions, questions, config.nproc)
     return {
-        "model": weights_fingerprint(resolve_model(model)),
-        "num_images": config.num_images,
-        "sprites": config.sprites,
+        key: value for key, value in read_json(file).items() if key not in ("examples", "settings")
     }
-
-
-def _is_current(file: Path, model: Path, config: FeatureQualityConfig) -> bool:
-    """Whether a score is of these weights and scenes."""
-    return file.is_file() and read_json(file).get("settings") == _settings(model, config)
-
-
-def _mark(file: Path, model: Path, config: FeatureQualityConfig) -> None:
-    write_json(file, read_json(file) | {"settings": _settings(model, config)})
 
 
 # ---- for people
@@ -190,36 +174,35 @@ def _mark(file: Path, model: Path, config: FeatureQualityConfig) -> None:
 
 def markdown(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """One row for each kind of features: mean over seeds, and their range where there are several."""
-    some = next(iter(next(iter(kinds.values()))["seeds"].values()))
-    questions = list(some["kinds"])
-    header = [
-        "features",
-        "PSNR of the tokenizer",
-        "right",
-        "of held-out scenes",
-        *(kind.replace("_", "/") for kind in questions),
-    ]
+    seeds = list(kinds["original"]["seeds"].values())
+    names = list(seeds[0]["kinds"])
+    questions = [name.replace("_", "/") for name in names]
+    header = ["features", "PSNR of the tokenizer", "right", "of held-out scenes", *questions]
     rows = []
     for kind, values in kinds.items():
         scores = list(values["seeds"].values())
-        columns = [[s["accuracy"] for s in scores], [s["held_out"] for s in scores]]
-        columns += [[s["kinds"][question] for s in scores] for question in questions]
-        rows.append([kind, f"{values['psnr']:.2f} dB", *(_mean(column) for column in columns)])
-    seeds = len(next(iter(kinds.values()))["seeds"])
-    lines = ["# Features for understanding", "", *markdown_table(header, rows), ""]
-    lines.append(
-        f"{some['num_questions']} questions about {some['num_images']} validation scenes, {seeds} "
-        f"{'seed' if seeds == 1 else 'seeds (mean and range)'}; guessing without eyes: {some['blind_accuracy']:.1%}."
+        row = [kind, f"{values['psnr']:.2f} dB"]
+        row += [spread([score[name] for score in scores]) for name in ("accuracy", "held_out")]
+        for name in names:
+            row.append(spread([score["kinds"][name] for score in scores]))
+        rows.append(row)
+    count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds (mean and range)"
+    asked = (
+        f"{seeds[0]['num_questions']} questions about {seeds[0]['num_images']} validation scenes"
     )
-    return "\n".join(lines) + "\n"
+    note = f"{asked}, {count}; guessing from the question: {seeds[0]['blind_accuracy']:.1%}."
+    table = markdown_table(header, rows)
+    return "\n".join(["# Features for understanding", "", *table, "", note]) + "\n"
 
 
-def _mean(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean and range, or the one value."""
     text = f"{sum(values) / len(values):.1%}"
     return text if len(values) == 1 else f"{text} ({min(values):.1%} to {max(values):.1%})"
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Command line: key=value …"""
     config = parse(FeatureQualityConfig, argv)
     text = markdown(compare(config)["kinds"])
     write_text(Path(config.output) / "scores.md", text)

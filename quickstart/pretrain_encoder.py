@@ -1,11 +1,13 @@
-"""Give a small encoder semantics before it is quantized: SigLIP's sigmoid loss (arXiv 2303.15343) on images and captions
-and, densely, on patches and the phrases of what they show.
-
-The full-size tokenizers start from published encoders; the embedded default earns its own on captioned scenes. SigLIP 2
-learns local semantics by decoding grounded captions; on minutes of data the same grounding teaches much sooner as a
-contrast (docs/quickstart.md has the comparison).
+"""Give a small encoder semantics before it is quantized: SigLIP's sigmoid loss (arXiv 2303.15343) on
+images and captions and, densely, on patches and the phrases of what they show.
 
     python -m vqrae.quickstart.pretrain_encoder tiny_encoder output_dir=runs/encoder
+
+The full-size tokenizers start from published encoders; the embedded default earns its own on captioned
+scenes. SigLIP 2 learns local semantics by decoding grounded captions; on minutes of data the same
+grounding teaches much sooner as a contrast (docs/quickstart.md compares).
+
+Shapes: B batch, T tokens of a text, P phrases, N patches of an image, R patches of objects.
 """
 
 import math
@@ -14,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import SiglipConfig, SiglipModel, SiglipVisionModel
 from transformers.trainer_utils import set_seed
 
+from vqrae.common import run as runs
 from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path
-from vqrae.common.run import RunDirectory, mark_trained, trained_steps
 from vqrae.common.trainer import (
     InstrumentCallback,
     OptimizationConfig,
@@ -51,7 +54,7 @@ class EncoderPretrainingConfig:
     """`SiglipTextConfig` values; the vocabulary comes from the captions."""
     optimization: OptimizationConfig
     logit_bias: float = -10.0
-    """Where the sigmoid's bias starts: the log-odds of a match. SigLIP's -10 fits batches of ten thousands."""
+    """Initial bias of the sigmoid, the log-odds of a match. SigLIP's -10 fits batches of ten thousands."""
     grounding_weight: float = 0.0
     """Of the sigmoid loss between patches and phrases."""
     sprites: str = "shapes"
@@ -63,9 +66,10 @@ class EncoderPretrainingConfig:
 
 
 class GroundedSiglip(SiglipModel):
-    """`SiglipModel` with a second sigmoid loss: every patch of an object against every phrase of the batch.
+    """`SiglipModel` with a second sigmoid loss: every patch of an object and every phrase of the batch.
 
-    The loss over whole images is dominated by what is easiest to tell apart, colours; this one asks every patch.
+    The loss over whole images is dominated by what is easiest to distinguish, colours; this one asks
+    every patch.
     """
 
     def __init__(self, config: SiglipConfig, *, grounding_weight: float = 0.0) -> None:
@@ -88,17 +92,13 @@ class GroundedSiglip(SiglipModel):
         """
         output = super().forward(pixel_values=pixel_values, input_ids=input_ids, return_loss=True)
         if self.grounding_weight:
-            features = output.vision_model_output.last_hidden_state.flatten(0, 1)[patches]
-            phrases = self.get_text_features(input_ids=phrase_ids).pooler_output
-            similarity = (
-                nn.functional.normalize(features.float(), dim=-1)
-                @ nn.functional.normalize(phrases.float(), dim=-1).T
-            )
-            logits = similarity * self.logit_scale.exp() + self.logit_bias
-            grounding_loss = (
-                -nn.functional.logsigmoid(torch.where(truth, logits, -logits)).sum(-1).mean()
-            )
-            output.loss = output.loss + self.grounding_weight * grounding_loss
+            features_RD = output.vision_model_output.last_hidden_state.flatten(0, 1)[patches]
+            phrases_PD = self.get_text_features(input_ids=phrase_ids).pooler_output
+            features_RD = F.normalize(features_RD.float(), dim=-1)
+            phrases_PD = F.normalize(phrases_PD.float(), dim=-1)
+            logits_RP = features_RD @ phrases_PD.T * self.logit_scale.exp() + self.logit_bias
+            losses_RP = -F.logsigmoid(torch.where(truth, logits_RP, -logits_RP))
+            output.loss = output.loss + self.grounding_weight * losses_RP.sum(-1).mean()
         return output
 
 
@@ -111,28 +111,24 @@ class GroundedCollator:
     def __init__(self, text_tokenizer: Any, max_length: int, grid_size: int) -> None:
         self.text_tokenizer, self.max_length = text_tokenizer, max_length
         centers = (torch.arange(grid_size) + 0.5) / grid_size
-        self.y, self.x = (
-            axis.flatten() for axis in torch.meshgrid(centers, centers, indexing="ij")
-        )  # (N,) each
+        y, x = torch.meshgrid(centers, centers, indexing="ij")
+        self.y_N, self.x_N = y.flatten(), x.flatten()
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         images = torch.stack([sample["image"] for sample in samples]).float() / 255
-        phrases = sorted(
-            {
-                phrase
-                for sample in samples
-                for true_phrases in sample["phrases"]
-                for phrase in true_phrases
-            }
-        )
-        patches, truth = [], []
+        known: set[str] = set()
+        for sample in samples:
+            known.update(*sample["phrases"])
+        phrases = sorted(known)
+        patches = []
+        truth = []
         for i, sample in enumerate(samples):
-            for (left, top, right, bottom), true_phrases in zip(
-                sample["boxes"], sample["phrases"], strict=True
-            ):
-                inside = (self.x > left) & (self.x < right) & (self.y > top) & (self.y < bottom)
+            for box, own in zip(sample["boxes"], sample["phrases"], strict=True):
+                left, top, right, bottom = box
+                inside = (self.x_N > left) & (self.x_N < right)
+                inside &= (self.y_N > top) & (self.y_N < bottom)
                 patches.append(inside.nonzero().flatten() + i * len(inside))
-                truth += [[phrase in true_phrases for phrase in phrases]] * int(inside.sum())
+                truth += [[phrase in own for phrase in phrases]] * int(inside.sum())
         return {
             "pixel_values": (images - 0.5) / 0.5,
             "input_ids": self.tokenize([sample["caption"] for sample in samples]),
@@ -142,34 +138,23 @@ class GroundedCollator:
         }
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """Texts -> token ids (n, max_length)."""
-        encoded = self.text_tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        return encoded["input_ids"]
+        """Texts -> token ids (B, max_length)."""
+        options = {"padding": "max_length", "truncation": True, "max_length": self.max_length}
+        return self.text_tokenizer(texts, return_tensors="pt", **options)["input_ids"]
 
 
 def build_siglip(
     config: EncoderPretrainingConfig, vocabulary_size: int, end_token_id: int
 ) -> GroundedSiglip:
-    """A SigLIP of the configured size, ready to learn.
-
-    From a bare configuration the logit scale and bias are 0 and nothing contrastive is learned; the paper starts from
-    log 10 and -10.
-    """
+    """A SigLIP of the configured size, ready to learn."""
     text = {**config.text, "vocab_size": vocabulary_size, "eos_token_id": end_token_id}
-    siglip = SiglipConfig(text_config=text, vision_config=config.vision)
+    half = config.optimization.bf16
     model = GroundedSiglip._from_config(
-        siglip,
-        attn_implementation=attention_implementation(
-            config.attention, half=config.optimization.bf16
-        ),
+        SiglipConfig(text_config=text, vision_config=config.vision),
+        attn_implementation=attention_implementation(config.attention, half=half),
         grounding_weight=config.grounding_weight,
     )
+    # transformers starts both at 0, where nothing contrastive is learned; the paper at log 10, -10.
     nn.init.constant_(model.logit_scale, math.log(10))
     nn.init.constant_(model.logit_bias, config.logit_bias)
     return model
@@ -179,28 +164,24 @@ def build_siglip(
 def retrieval_accuracy(
     model: SiglipModel, collator: GroundedCollator, dataset: Dataset, size: int = 100
 ) -> float:
-    """Share of `size` images whose own caption scores highest among all of theirs (equal captions count as own)."""
-    model.eval()
+    """Share of `size` images whose own caption, or an equal one, scores highest of all captions."""
     samples = [dataset[i] for i in range(size)]
     inputs = collator(samples)
-    logits: Tensor = model(
-        pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"]
-    ).logits_per_image
-    best = logits.argmax(-1).tolist()
-    return sum(samples[i]["caption"] == samples[j]["caption"] for i, j in enumerate(best)) / size
+    output = model.eval()(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"])
+    best = output.logits_per_image.argmax(-1).tolist()
+    found = [samples[i]["caption"] == samples[j]["caption"] for i, j in enumerate(best)]
+    return sum(found) / size
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Command line: CONFIG [key.path=value …]."""
     config = parse(EncoderPretrainingConfig, argv, package="vqrae.quickstart")
-    run, max_steps = (
-        RunDirectory(config.output_dir, config, seed=config.seed),
-        config.optimization.max_steps,
-    )
-    final = run.path / "model"
-    if trained_steps(final) >= max_steps:
-        print(f"{final} is finished ({max_steps} steps)")
+    optimization, output = config.optimization, Path(config.output_dir)
+    max_steps, checkpoints = optimization.max_steps, output / "checkpoints"
+    run = runs.open(output, config, seed=config.seed)
+    if run.finished(max_steps):
         return
-    check_launch(config.optimization, run.path / "checkpoints")
+    check_launch(optimization, checkpoints)
     run.begin()
     set_seed(config.seed)
     texts = vocabulary_texts(load_sprites(config.sprites).names)
@@ -210,39 +191,33 @@ def main(argv: list[str] | None = None) -> None:
     collator = GroundedCollator(text_tokenizer, config.text["max_position_embeddings"], grid_size)
     model = build_siglip(config, len(text_tokenizer), text_tokenizer.eos_token_id)
     options: dict[str, Any] = {
+        "item": "grounded_pair",
         "image_size": image_size,
         "sprites": config.sprites,
         "seed": config.seed,
     }
     trainer = WholeTrainer(
         model=model,
-        args=training_arguments(config.optimization, run.path / "checkpoints", seed=config.seed),
-        train_dataset=SceneDataset("train", item="grounded_pair", **options),
+        args=training_arguments(optimization, checkpoints, seed=config.seed),
+        train_dataset=SceneDataset("train", **options),
         data_collator=collator,
-        optimizers=build_optimizers(config.optimization, model),
+        optimizers=build_optimizers(optimization, model),
         callbacks=[InstrumentCallback(run, "encoder")],
     )
     run_trainer(trainer)
     trainer.require_finite_weights()
-    trainer.save_model(str(run.path / "siglip"))  # collective: every rank takes part
+    trainer.save_model(str(output / "siglip"))  # collective: every rank takes part
     if trainer.is_world_process_zero():
-        trained = SiglipModel.from_pretrained(run.path / "siglip")
-        accuracy = retrieval_accuracy(
-            trained, collator, SceneDataset("validation", item="grounded_pair", **options)
-        )
+        trained = SiglipModel.from_pretrained(output / "siglip")
+        accuracy = retrieval_accuracy(trained, collator, SceneDataset("validation", **options))
         run.log(max_steps, {"retrieval_accuracy": accuracy})
-        save_vision_tower(
-            run.path / "siglip", final, steps=max_steps
-        )  # last, for it says that the run is finished
-        print(f"encoder in {final}: of 100 held-out images {accuracy:.0%} find their own caption")
-
-
-def save_vision_tower(siglip_folder: Path, folder: Path, *, steps: int) -> None:
-    """Keep the vision tower of a SigLIP folder, without its pooling head, as trained for so many steps."""
-    tower = SiglipVisionModel.from_pretrained(siglip_folder, vision_use_head=False)
-    with atomic_path(folder) as temporary:
-        tower.save_pretrained(temporary)
-        mark_trained(temporary, steps)
+        # The vision tower without its pooling head; last, for it marks the run as finished.
+        tower = SiglipVisionModel.from_pretrained(output / "siglip", vision_use_head=False)
+        with atomic_path(output / "model") as whole:
+            tower.save_pretrained(whole)
+            runs.mark_trained(whole, max_steps)
+        found = f"of 100 held-out images {accuracy:.0%} find their own caption"
+        print(f"encoder in {output / 'model'}: {found}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Pretrain the small language model of the embedded default on the text of scenes, without images.
 
-    python -m vqrae.quickstart.train_llm tiny_llm output_dir=OUT [optimization.max_steps=N] [key=value …]
+    python -m vqrae.quickstart.train_llm tiny_llm output_dir=OUT [key=value …]
 
-What a downloaded LLM brings along is learned here: words, the chat format, and answering from context, which is a caption
-here and becomes the image in LLaVA. The result, `OUT/model`, is a plain `Qwen3ForCausalLM` folder.
+It learns what a downloaded LLM already knows: words, the chat format, and answering from context,
+which is a caption here and an image in LLaVA. `OUT/model` is a plain `Qwen3ForCausalLM` folder.
 
-Qwen3 and not Qwen2: for a folder of type qwen2, `AutoTokenizer` of transformers 5 takes Qwen2's own class whatever the folder
-says, and would read our word tokenizer as a byte-level one.
+Qwen3 and not Qwen2: for a folder of type qwen2, `AutoTokenizer` of transformers 5 takes Qwen2's own
+class whatever the folder says, and would read our word tokenizer as a byte-level one.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 
+from vqrae.common import run as runs
 from vqrae.common.cli import parse
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
-from vqrae.common.run import RunDirectory, trained_steps
 from vqrae.common.trainer import (
     IGNORE_INDEX,
     InstrumentCallback,
@@ -39,7 +38,7 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.scenes.sprites import SPRITE_SETS, load_sprites
 from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.understanding.conversation import load_template
+from vqrae.understanding.conversation import load_template, pad
 from vqrae.understanding.train import print_parameters
 
 VOCABULARY_MULTIPLE = 64  # matrix shapes that kernels like; also leaves room for added tokens
@@ -54,15 +53,15 @@ class TinyLLMConfig:
     model: dict[str, Any]
     """`Qwen3Config` values; the vocabulary size comes from the text tokenizer."""
     sprites: list[str] = field(default_factory=lambda: list(SPRITE_SETS))
-    """Whose words the model knows."""
+    """Sprites whose words the model knows."""
     attn_implementation: str = "auto"
     seed: int = 0
 
 
 class SceneText(Dataset):
-    """Index -> chat messages about a scene nobody sees: one in four is a bare caption, the others are dialogues.
+    """Index -> chat messages about a scene: one in four is a bare caption, the others are dialogues.
 
-    A dialogue opens with the description in the place where LLaVA puts the image.
+    A dialogue starts with the description, in the place of LLaVA's image.
     """
 
     def __init__(self, sprites: Sequence[str], *, seed: int = 0) -> None:
@@ -96,13 +95,10 @@ class TextCollator:
             list(chats), tokenize=True, return_dict=True
         )
         rows = [torch.tensor(ids) for ids in encoded["input_ids"]]
-        pad = self.text_tokenizer.pad_token_id
         return {
-            "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
-            "attention_mask": pad_sequence(
-                [torch.ones_like(ids) for ids in rows], batch_first=True
-            ),
-            "labels": pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX),
+            "input_ids": pad(rows, self.text_tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(ids) for ids in rows], 0),
+            "labels": pad(rows, IGNORE_INDEX),
         }
 
 
@@ -111,15 +107,13 @@ def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen3ForCausalLM, PreTrainedT
     names = [name for sprites in config.sprites for name in load_sprites(sprites).names]
     text_tokenizer = build_word_tokenizer(vocabulary_texts(names))
     text_tokenizer.chat_template = load_template("chatml")
-    vocab_size = -(-len(text_tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    half = config.optimization.bf16
     qwen = Qwen3Config(
-        vocab_size=vocab_size,
+        vocab_size=-(-len(text_tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
         bos_token_id=None,
         eos_token_id=text_tokenizer.eos_token_id,
         pad_token_id=text_tokenizer.pad_token_id,
-        attn_implementation=attention_implementation(
-            config.attn_implementation, half=config.optimization.bf16
-        ),
+        attn_implementation=attention_implementation(config.attn_implementation, half=half),
         **config.model,
     )
     return Qwen3ForCausalLM(qwen), text_tokenizer
@@ -128,29 +122,26 @@ def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen3ForCausalLM, PreTrainedT
 def main(argv: list[str] | None = None) -> None:
     """Command line: CONFIG [key.path=value …]."""
     config = parse(TinyLLMConfig, argv, package="vqrae.quickstart")
-    run_dir = Path(config.output_dir)
-    run = RunDirectory(run_dir, config, seed=config.seed)
-    if trained_steps(run_dir / "model") >= config.optimization.max_steps:
-        print(
-            f"{run_dir / 'model'} is finished ({config.optimization.max_steps} steps)", flush=True
-        )
+    optimization, output = config.optimization, Path(config.output_dir)
+    run = runs.open(output, config, seed=config.seed)
+    if run.finished(optimization.max_steps):
         return
-    check_launch(config.optimization, run_dir)
+    check_launch(optimization, output)
     run.begin()
     set_seed(config.seed)
     model, text_tokenizer = build_tiny_llm(config)
     print_parameters(model)
     trainer = WholeTrainer(
         model=model,
-        args=training_arguments(config.optimization, run_dir, seed=config.seed),
+        args=training_arguments(optimization, output, seed=config.seed),
         train_dataset=SceneText(config.sprites, seed=config.seed),
         data_collator=TextCollator(text_tokenizer),
         processing_class=text_tokenizer,
-        optimizers=build_optimizers(config.optimization, model),
+        optimizers=build_optimizers(optimization, model),
         callbacks=[InstrumentCallback(run, "llm")],
     )
     run_trainer(trainer)
-    save_model(trainer, run_dir / "model")
+    save_model(trainer, output / "model")
 
 
 if __name__ == "__main__":

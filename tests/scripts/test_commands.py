@@ -392,4 +392,4 @@ def test_check_data_finds_what_is_too_long(run: list[str], tmp_path: Path, vqrae
     assert "record long" in printed
     code, printed, _ = vqrae(*call, "max_length=64")
     assert code == 1
-    assert "problem: 1 conversations whose first answer" in printed
+    assert "problem: 1 conversations with an image beyond max_length 64" in printed
