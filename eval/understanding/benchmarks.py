@@ -1,5 +1,6 @@
-"""The eight understanding benchmarks of the paper as lmms-eval tasks, and what the paper reports (2511.23386, Table 3)."""
+"""The paper's understanding benchmarks as lmms-eval tasks, and the paper's own scores."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -7,135 +8,47 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import Dataset, Image, load_dataset
 
 from vqrae.common.files import write_text
 from vqrae.eval.results.evaluate import paper_tables
-from vqrae.eval.understanding.lmms_tasks.gqa import FOLDER_VARIABLE
+
+FOLDER_VARIABLE = "VQRAE_BENCHMARKS"  # the folder of local data, for the functions of task files
+GQA_IMAGES = "gqa/testdev_balanced_images/*.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One column of the table.
-
-    Attributes:
-        column: heading.
-        paper: the paper's name of it; the two TextVQA columns share one, for the paper does not say which of them it is.
-        source: task file below `lmms_eval/tasks`.
-        task: name of the task in lmms-eval.
-        metric: key of the score in lmms-eval's results.
-        scale: factor that gives the paper's unit.
-        files: parquet files of the benchmark, below the folder of local data.
-        split: the task's split.
-        changes: what differs from lmms-eval's task file.
-        local: further lines of the task file over local data.
-    """
+    """One column of the table."""
 
     column: str
+    """Heading."""
     paper: str
+    """The paper's name of it; it does not say which of the two TextVQA columns it has."""
     source: str
+    """Task file below `lmms_eval/tasks`."""
     task: str
-    metric: str
-    scale: float = 100.0
-    files: str
+    """Name of the task in lmms-eval."""
     split: str
+    metric: str
+    """Key of the score in lmms-eval's results."""
+    scale: float = 100.0
+    """Factor that gives the paper's unit."""
+    files: str
+    """Parquet files below the folder of local data."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    local: str = ""
+    """What differs from lmms-eval's task file."""
+    process_docs: str | None = None
+    """Function that the task file names over local data."""
 
 
-_ocr = {
-    "pre_prompt": "",
-    "post_prompt": "\nAnswer the question using a single word or phrase.",
-    "ocr": True,
-}
+_TABLE = resources.files("vqrae.eval.understanding") / "benchmarks.yaml"
 BENCHMARKS = {
-    "pope": Benchmark(
-        column="POPE (F1)",
-        paper="POPE",
-        source="pope/pope.yaml",
-        task="pope",
-        metric="pope_f1_score,none",
-        files="pope/**/test*.parquet",
-        split="test",
-    ),
-    "gqa": Benchmark(
-        column="GQA",
-        paper="GQA",
-        source="gqa/gqa.yaml",
-        task="gqa",
-        metric="exact_match,none",
-        files="gqa/testdev_balanced_instructions/*.parquet",
-        split="testdev",
-        local="process_docs: !function vqrae.eval.understanding.lmms_tasks.gqa.join_local_images\n",
-    ),
-    "textvqa": Benchmark(
-        column="TextVQA (no OCR tokens)",
-        paper="TQA",
-        source="textvqa/textvqa_val.yaml",
-        task="textvqa_val",
-        metric="exact_match,none",
-        files="textvqa/**/validation*.parquet",
-        split="validation",
-    ),
-    "textvqa_ocr": Benchmark(
-        column="TextVQA (OCR tokens)",
-        paper="TQA",
-        source="textvqa/textvqa_val.yaml",
-        task="textvqa_val",
-        metric="exact_match,none",
-        files="textvqa/**/validation*.parquet",
-        split="validation",
-        changes={"lmms_eval_specific_kwargs": {"default": _ocr}},
-    ),
-    "mmbench": Benchmark(
-        column="MMBench-en (dev, matched)",  # by rules instead of a GPT judge
-        paper="MMB",
-        source="mmbench/mmbench_en_dev_static.yaml",
-        task="mmbench_en_dev_static",
-        metric="gpt_eval_score,none",
-        scale=1.0,
-        files="mmbench/en/dev*.parquet",  # its neighbours cn and cc hold the same questions in Chinese
-        split="dev",
-    ),
-    "mme": Benchmark(
-        column="MME-Perception",
-        paper="MME-P",
-        source="mme/mme.yaml",
-        task="mme",
-        metric="mme_perception_score,none",
-        scale=1.0,
-        files="mme/**/test*.parquet",
-        split="test",
-    ),
-    "seedbench": Benchmark(
-        column="SEED-Image",
-        paper="SEED",
-        source="seedbench/seedbench.yaml",
-        task="seedbench",
-        metric="seed_image,none",
-        files="seedbench/**/test*.parquet",
-        split="test",
-    ),
-    "mmmu": Benchmark(
-        column="MMMU (val)",
-        paper="MMMU",
-        source="mmmu/mmmu_val.yaml",
-        task="mmmu_val",
-        metric="mmmu_acc,none",
-        files="mmmu/**/validation*.parquet",
-        split="validation",
-    ),
-    "ai2d": Benchmark(
-        column="AI2D",
-        paper="AI2D",
-        source="ai2d/ai2d.yaml",
-        task="ai2d",
-        metric="exact_match,flexible-extract",
-        files="ai2d/**/test*.parquet",
-        split="test",
-    ),
+    name: Benchmark(**values)
+    for name, values in yaml.safe_load(_TABLE.read_text(encoding="utf-8")).items()
 }
 
-# Model type of the encoder, pixels, width of the language model -> how the paper's table calls the three.
+# Model type of the encoder, pixels, width of the language model -> how the paper's table names them.
 _PAPER_MODELS = {
     ("siglip_vision_model", 256, 4096): ("SigLIP2", "V-7B", 256),
     ("siglip_vision_model", 256, 5120): ("SigLIP2", "V-13B", 256),
@@ -152,38 +65,35 @@ def paper_row(model_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         model_config: `config.json` of a LLaVA or InternVL folder.
 
     Returns:
-        Its name and its scores by the paper's names of the benchmarks; for a model that the paper does not have, the row of
-        SigLIP2-512 and Vicuna-7B under a name that says so.
+        Its name and its scores by the paper's names of the benchmarks; for a model that the paper does
+        not have, the row of SigLIP2-512 and Vicuna-7B under a name that says so.
     """
     vision, text = model_config.get("vision_config", {}), model_config.get("text_config", {})
     size = vision.get("image_size")
-    key = (
-        vision.get("model_type"),
-        size[0] if isinstance(size, list) else size,
-        text.get("hidden_size"),
-    )
-    wanted = _PAPER_MODELS.get(key, ("SigLIP2", "V-7B", 512))
+    size = size[0] if isinstance(size, list) else size
+    known = _PAPER_MODELS.get((vision.get("model_type"), size, text.get("hidden_size")))
+    encoder, llm, pixels = known or ("SigLIP2", "V-7B", 512)
     table = paper_tables()["understanding"]
     ours = [row for row in table.rows if str(row[0]).startswith("VQRAE")]
-    [row] = [row for row in ours if row[1:4] == list(wanted)]
-    encoder, llm, pixels = wanted
-    name = f"paper, {encoder}-{pixels}, {llm.replace('V-', 'Vicuna-')}{'' if key in _PAPER_MODELS else ' (another model)'}"
-    return name, dict(zip(list(table.columns)[3:], row[4:], strict=True))
+    [row] = [row for row in ours if row[1:4] == [encoder, llm, pixels]]
+    name = f"paper, {encoder}-{pixels}, {llm.replace('V-', 'Vicuna-')}"
+    scores = dict(zip(list(table.columns)[3:], row[4:], strict=True))
+    return name if known else f"{name} (another model)", scores
 
 
 def task_name(name: str, data: Path | None) -> str:
-    """Name in lmms-eval of a benchmark over `data`: its own where its own task file does."""
+    """Name in lmms-eval of a benchmark over `data`: its own, or that of the file written here."""
     benchmark = BENCHMARKS[name]
     return benchmark.task if data is None and not benchmark.changes else f"vqrae_{name}"
 
 
 def write_task_file(name: str, folder: Path, data: Path | None) -> None:
-    """Write the lmms-eval task file of a benchmark where lmms-eval's own does not do.
+    """Write the lmms-eval task file of a benchmark that lmms-eval's own does not fit.
 
     Args:
         name: key of `BENCHMARKS`.
         folder: for task files, to be given to lmms-eval as `--include_path`.
-        data: folder of local parquet files (`NAME/…`), None for lmms-eval's own source, the hub or its cache.
+        data: folder of local parquet files (`NAME/…`), None for the hub or its cache.
 
     Raises:
         FileNotFoundError: naming the pattern, when the local files are not there.
@@ -197,18 +107,36 @@ def write_task_file(name: str, folder: Path, data: Path | None) -> None:
         "output_type": "generate_until",  # lmms-eval's index looks for it here
         **benchmark.changes,
     }
-    text = ""
     if data is not None:
         files = sorted(str(path.resolve()) for path in data.glob(benchmark.files))
         if not files:
-            raise FileNotFoundError(
-                f"{data} holds no {benchmark.files}, which benchmark {name} reads"
-            )
-        values |= {
-            "dataset_path": "parquet",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": {benchmark.split: files}},
-        }
-        text = benchmark.local
-    header = f"# Needs {FOLDER_VARIABLE}={data}\n" if FOLDER_VARIABLE in text else ""
-    write_text(folder / f"{task}.yaml", header + yaml.safe_dump(values, sort_keys=False) + text)
+            raise FileNotFoundError(f"{data} holds no {benchmark.files}, which {name} reads")
+        sources = {"data_files": {benchmark.split: files}}
+        values |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": sources}
+    text = yaml.safe_dump(values, sort_keys=False)
+    if data is not None and benchmark.process_docs:
+        text = f"# Needs {FOLDER_VARIABLE}={data}\n{text}process_docs: !function {benchmark.process_docs}\n"
+    write_text(folder / f"{task}.yaml", text)
+
+
+def join_local_images(questions: Dataset) -> Dataset:
+    """GQA's questions with their images, from `$VQRAE_BENCHMARKS`.
+
+    lmms-eval's own task fetches the images from the hub, whatever its data set is set to.
+    """
+    folder = Path(os.environ[FOLDER_VARIABLE])
+    files = sorted(str(path) for path in folder.glob(GQA_IMAGES))
+    if not files:
+        raise ValueError(
+            f"{folder} holds no {GQA_IMAGES}: GQA keeps its images in files of their own"
+        )
+    images = load_dataset("parquet", data_files=files, split="train")
+    feature = images.features["image"]
+    # Decoded images would be encoded again, as JPEG.
+    images = images.cast_column("image", Image(decode=False))
+    rows = {identity: row for row, identity in enumerate(images["id"])}
+
+    def with_image(question: dict[str, Any]) -> dict[str, Any]:
+        return {"image": images[rows[question["imageId"]]]["image"]}
+
+    return questions.map(with_image).cast_column("image", feature)

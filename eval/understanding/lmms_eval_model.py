@@ -1,7 +1,7 @@
 """Our LLaVA, a grafted InternVL3, or any image-text model of transformers, as a chat model of lmms-eval 0.7.3.
 
-Beside lmms-eval's own LLaVA wrapper, which reads the same folder: questions are answered in batches, with the answers of
-batch size 1, and a question that fails ends the run instead of scoring as an empty answer.
+lmms-eval's own LLaVA wrapper reads the same folder. Here questions are answered in batches, with the answers
+of batch size 1, and a question that fails ends the run instead of scoring as an empty answer.
 """
 
 import json
@@ -43,15 +43,10 @@ class LMMSEvalModel(lmms):
     ) -> None:
         super().__init__()
         self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
-        self._rank, self._world_size = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        self.device = (
-            self.accelerator.device
-            if self._world_size > 1 or device is None
-            else torch.device(device)
-        )
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
+        shared = self._world_size > 1 or device is None
+        self.device = self.accelerator.device if shared else torch.device(str(device))
         self.batch_size = int(batch_size)
         self.chat = Chat.from_pretrained(
             pretrained, device=self.device, dtype=dtype, attn_implementation=attn_implementation
@@ -61,16 +56,13 @@ class LMMSEvalModel(lmms):
         """One answer to each request, in their order."""
         answers: dict[int, str] = {}
         progress = progress_line("questions")
-        for options, indices in _alike(requests):
+        for options, indices in alike(requests):
             stops = options.pop("until")
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
-                texts = self.chat.generate(
-                    [self._messages(requests[index].args) for index in batch], **options
-                )
-                answers |= {
-                    index: _cut(text, stops) for index, text in zip(batch, texts, strict=True)
-                }
+                chats = [self._messages(requests[index].args) for index in batch]
+                for index, text in zip(batch, self.chat.generate(chats, **options), strict=True):
+                    answers[index] = cut(text, stops)
                 if self._rank == 0:
                     progress(len(answers), len(requests))
         return [answers[index] for index in range(len(requests))]
@@ -87,35 +79,31 @@ class LMMSEvalModel(lmms):
         return messages.to_hf_messages()
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
-        """Not offered: none of the paper's benchmarks asks for it, and chat models of lmms-eval cannot score by it."""
-        raise NotImplementedError(
-            "vqrae answers questions (generate_until); it does not score given answers"
-        )
+        """Not offered: none of the paper's benchmarks asks for it."""
+        raise NotImplementedError("vqrae answers questions; it does not score given answers")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> Any:
         """Not offered."""
-        raise NotImplementedError(
-            "vqrae answers one question at a time; tasks of several rounds are not supported"
-        )
+        raise NotImplementedError("vqrae answers one question at a time, not several rounds")
 
 
-def _alike(requests: Sequence[Any]) -> list[tuple[dict[str, Any], list[int]]]:
-    """Requests that may share a batch: those with the same generation options, similar lengths beside each other."""
+def alike(requests: Sequence[Any]) -> list[tuple[dict[str, Any], list[int]]]:
+    """Requests that may share a batch: same generation options, similar lengths next to each other."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
-        groups[json.dumps(_options(request.args[2]), sort_keys=True)].append(index)
+        groups[json.dumps(chat_options(request.args[2]), sort_keys=True)].append(index)
     for indices in groups.values():
         indices.sort(key=lambda index: -len(str(requests[index].args[0])))
     return [(json.loads(options), indices) for options, indices in groups.items()]
 
 
-def _options(given: dict[str, Any]) -> dict[str, Any]:
-    """A task's `generation_kwargs` as `Chat.generate` takes them; a temperature of 0 means greedy, as in lmms-eval."""
+def chat_options(given: dict[str, Any]) -> dict[str, Any]:
+    """A task's `generation_kwargs` as `Chat.generate` takes them, and `until`."""
     sampling = {name: given[name] for name in SAMPLING if given.get(name) is not None}
-    if not sampling.get("temperature"):
-        sampling = {name: value for name, value in sampling.items() if name == "num_beams"}
-    else:
+    if sampling.get("temperature"):
         sampling["do_sample"] = True
+    else:  # a temperature of 0 means greedy, as in lmms-eval
+        sampling = {name: value for name, value in sampling.items() if name == "num_beams"}
     stops = given.get("until") or []
     return {
         "max_new_tokens": given.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
@@ -124,8 +112,7 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cut(text: str, stops: Sequence[str]) -> str:
+def cut(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop string."""
-    return text[
-        : min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))
-    ].strip()
+    ends = [text.index(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends, default=len(text))].strip()

@@ -1,1 +1,0 @@
-"""Task files for lmms-eval, and their functions."""
