@@ -1,4 +1,4 @@
-"""Figures of pages: SVG charts that take the page's colours, images as data URIs."""
+"""Figures of pages: SVG charts in the page's colours, images as data URIs."""
 
 import base64
 import io
@@ -12,15 +12,13 @@ from torch import Tensor
 
 from vqrae.common.images import tensor_to_image
 
-INK, SOFT, ACCENT, SECOND, RIGHT, WRONG, PAPER = (
-    "#22262b",
-    "#646b73",
-    "#1f6f8b",
-    "#c2762b",
-    "#2d7d4a",
-    "#b8452f",
-    "#fcfbf8",
-)
+INK = "#22262b"
+SOFT = "#646b73"
+ACCENT = "#1f6f8b"
+SECOND = "#c2762b"
+RIGHT = "#2d7d4a"
+WRONG = "#b8452f"
+PAPER = "#fcfbf8"
 _PAGE_COLORS = {
     INK: "currentColor",
     SOFT: "var(--soft)",
@@ -42,21 +40,21 @@ STYLE = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "svg.fonttype": "none",
-    "svg.hashsalt": "vqrae",  # the same image gives the same file
+    "svg.hashsalt": "vqrae",  # the same figure gives the same file
 }
 
 
 def data_uri(image: Image.Image | Tensor) -> str:
     """An image, or an image tensor (3, H, W) in [0, 1], as a PNG that a page can hold."""
+    if isinstance(image, Tensor):
+        image = tensor_to_image(image)
     stream = io.BytesIO()
-    (tensor_to_image(image) if isinstance(image, Tensor) else image).save(
-        stream, format="PNG", optimize=True
-    )
+    image.save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an inline SVG: its colours become the page's, its ids carry `name` so that two figures never mix."""
+    """The figure as SVG in the page's colours; ids start with `name`, so that figures never mix."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     text = stream.getvalue()
@@ -68,26 +66,13 @@ def inline_svg(figure: Figure, name: str) -> str:
 
 
 def draw_usage(axes: Axes, counts: np.ndarray) -> None:
-    """Sorted counts of the codes, beside the count that all would have in equal use."""
+    """Sorted counts of the codes, and the count that all would have in equal use."""
     ranked = np.sort(counts)[::-1]
     used = int((counts > 0).sum())
-    axes.fill_between(
-        np.arange(used), np.maximum(ranked[:used], 0.5), 0.5, color=ACCENT, step="post", linewidth=0
-    )
+    heights = np.maximum(ranked[:used], 0.5)
+    axes.fill_between(np.arange(used), heights, 0.5, color=ACCENT, step="post", linewidth=0)
     axes.axhline(counts.mean(), color=SECOND, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        "equal use",
-        (len(counts), counts.mean()),
-        (-2, 3),
-        textcoords="offset points",
-        ha="right",
-        color=SECOND,
-        fontsize=8,
-    )
-    axes.set(
-        yscale="log",
-        xlim=(0, len(counts)),
-        ylim=(0.5, None),
-        xlabel="codes, most frequent first",
-        ylabel="times chosen",
-    )
+    text = axes.text(len(counts), counts.mean(), "equal use ", ha="right", va="bottom")
+    text.set(color=SECOND, fontsize=8)
+    axes.set(yscale="log", xlim=(0, len(counts)), ylim=(0.5, None))
+    axes.set(xlabel="codes, most frequent first", ylabel="times chosen")

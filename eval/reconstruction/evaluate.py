@@ -93,11 +93,7 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "num_workers", low=0)
-        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 1):
-            raise ValueError(
-                f"got num_images={self.num_images}, batch_size={self.batch_size}, "
-                "expected both positive"
-            )
+        check_range(self, "batch_size", "num_images", low=1)
 
 
 # ---- data
@@ -174,23 +170,23 @@ def build_metrics(
     """Fréchet distances, LPIPS by backbone, and the reason for each metric that cannot be taken.
 
     Args:
-        originals: what identifies the original images; kept statistics of them must have the same.
+        originals: the identity of the original images, which their kept statistics must have.
     """
     frechet: list[FrechetMetric] = []
     lpips: dict[str, Distance] = {}
     not_measured: dict[str, str] = {}
     for name in config.frechet:
         try:
+            network: torch.nn.Module
             if name == "inception":
-                network: torch.nn.Module = Inception(config.inception_weights)
+                keys = ["rfid", "inception_score"]
+                network = Inception(config.inception_weights)
             else:
+                keys = ["frechet_encoder"]
                 network = OriginalEncoder(original_tokenizer(config.model, config.original_encoder))
+            frechet.append(FrechetMetric(network, device, config.reference, originals))
         except NotMeasured as error:
-            keys = ["rfid", "inception_score"] if name == "inception" else [f"frechet_{name}"]
             not_measured |= dict.fromkeys(keys, str(error))
-        else:
-            metric = FrechetMetric(network, device, reference=config.reference, identity=originals)
-            frechet.append(metric)
     for backbone in config.lpips:
         weights = getattr(config, f"{backbone}_weights")
         try:
@@ -297,17 +293,6 @@ def markdown(values: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(values: dict[str, Any]) -> str:
-    """The main numbers in a line."""
-    parts = [f"psnr {values['psnr']:.2f} dB", f"ssim {values['ssim']:.4f}"]
-    for name, value in values.items():
-        if value is not None and name.startswith(("rfid", "inception", "frechet", "lpips")):
-            parts.append(f"{name} {value:.4g}")
-    parts.append(f"codebook usage {values['codebook_usage']:.1%}")
-    parts.append(f"perplexity {values['perplexity']:.1f}")
-    return "  ".join(parts)
-
-
 def main(argv: list[str] | None = None) -> None:
     config = cli.parse(ReconstructionConfig, argv)
     quiet_libraries()
@@ -359,11 +344,9 @@ def main(argv: list[str] | None = None) -> None:
         settings = {**originals, "tokenizer": tokenizer, "networks": [*networks, *lpips]}
         values = run.kept(output, settings, score)
     if is_main_process():
-        write_text(output.with_suffix(".md"), markdown(values))
-        for name, reason in values["not_measured"].items():
-            print(f"{name} not measured: {reason}")
-        source = f"{config.data}, split {split}, protocol {config.protocol}"
-        print(f"{summary(values)}  ({values['num_images']} images of {source})  ->  {output}")
+        text = markdown(values)
+        write_text(output.with_suffix(".md"), text)
+        print(f"{text}->  {output}")
 
 
 if __name__ == "__main__":

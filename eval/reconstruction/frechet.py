@@ -30,8 +30,7 @@ class FrechetMetric:
         self,
         network: Any,
         device: torch.device | str = "cpu",
-        *,
-        reference: str | Path | None = None,
+        reference: str | None = None,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.network = network.to(device)
