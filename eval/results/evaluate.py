@@ -8,8 +8,8 @@ of understanding benchmarks with one JSON file each. A score that was not taken 
 so in its label and in its note.
 """
 
+import functools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -25,33 +25,6 @@ PAPER_IMAGES = 50_000  # ImageNet's validation images, of Table 2 (arXiv 2511.23
 PAPER_SIZE, PAPER_PROTOCOL = 256, "titok"  # of Table 2, and appendix B.3
 GENEVAL_IMAGES = 4  # of each prompt
 DPG_PROMPTS = 1065
-
-GENEVAL_COLUMNS = {
-    "single_object": "Sgl",
-    "two_object": "Two",
-    "counting": "Cnt",
-    "colors": "Col",
-    "position": "Pos",
-    "color_attr": "Attr",
-    "overall": "GenEval",
-}
-DPG_COLUMNS = {
-    "global": "Glob",
-    "entity": "Ent",
-    "attribute": "Attrib",
-    "relation": "Rel",
-    "other": "Oth",
-}
-UNDERSTANDING_COLUMNS = {
-    "pope": "POPE",
-    "gqa": "GQA",
-    "textvqa": "TQA",
-    "mmbench": "MMB",
-    "mme": "MME-P",
-    "seedbench": "SEED",
-    "mmmu": "MMMU",
-    "ai2d": "AI2D",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +48,15 @@ class PaperTable:
     """A table of the paper."""
 
     title: str
+    keys: dict[str, str]
+    """Columns by the keys of our scores."""
     columns: dict[str, int]
     """Digits of the numbers, by heading, the first column left out."""
     rows: list[list[float | str | None]]
     """The method, then a cell for each column."""
 
 
+@functools.cache
 def paper_tables() -> dict[str, PaperTable]:
     """The paper's tables `reconstruction`, `understanding` and `generation`."""
     text = (resources.files("vqrae.eval.results") / "paper.yaml").read_text(encoding="utf-8")
@@ -98,11 +74,10 @@ class Score:
     """Name of the paper's table."""
     label: str
     values: dict[str, Any]
-    """Cells by column."""
+    """By the table's keys."""
     reservations: list[str]
     """Why it does not compare with the paper's rows."""
     manifest: dict[str, Any]
-    source: str
 
 
 def read_score(path: str | Path) -> Score:
@@ -117,11 +92,11 @@ def read_score(path: str | Path) -> Score:
     stored = read_json(path)
     try:
         if "dpg" in stored:
-            return _dpg(stored, str(path))
+            return _dpg(stored)
         if str(stored.get("benchmark", "")).startswith("GenEval"):
-            return _geneval(stored, str(path))
+            return _geneval(stored)
         if "psnr" in stored and "protocol" in stored:
-            return _reconstruction(stored, str(path))
+            return _reconstruction(stored)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a score as an evaluation writes it: {error!r}") from error
     raise ValueError(
@@ -130,7 +105,7 @@ def read_score(path: str | Path) -> Score:
     )
 
 
-def _geneval(stored: dict[str, Any], source: str) -> Score:
+def _geneval(stored: dict[str, Any]) -> Score:
     manifest = stored["manifest"]
     images, prompts = stored["num_images"], stored["num_prompts"]
     reservations = []
@@ -144,14 +119,12 @@ def _geneval(stored: dict[str, Any], source: str) -> Score:
         reservations.append(
             f"{images} images of {prompts} prompts, GenEval has {GENEVAL_IMAGES} of each"
         )
-    leaked = stored.get("leakage", {}).get("normalized")
-    if leaked:
+    if leaked := stored.get("leakage", {}).get("normalized"):
         reservations.append(f"{leaked} prompts are among the training captions")
-    values = {column: stored[key] for key, column in GENEVAL_COLUMNS.items() if key in stored}
-    return Score("generation", stored["benchmark"], values, reservations, manifest, source)
+    return Score("generation", stored["benchmark"], stored, reservations, manifest)
 
 
-def _dpg(stored: dict[str, Any], source: str) -> Score:
+def _dpg(stored: dict[str, Any]) -> Score:
     manifest, prompts = stored["manifest"], stored["num_prompts"]
     reservations = []
     if "(mplug)" not in stored["benchmark"]:
@@ -164,12 +137,11 @@ def _dpg(stored: dict[str, Any], source: str) -> Score:
         reservations.append("categories by the corrected formulas, not by the published script")
     if lost := prompts - stored["num_scored"]:
         reservations.append(f"{lost} of {prompts} prompts are not scored")
-    values = {column: stored["categories"].get(key) for key, column in DPG_COLUMNS.items()}
-    values["DPG"] = stored["dpg"]
-    return Score("generation", stored["benchmark"], values, reservations, manifest, source)
+    values = {**stored["categories"], "dpg": stored["dpg"]}
+    return Score("generation", stored["benchmark"], values, reservations, manifest)
 
 
-def _reconstruction(stored: dict[str, Any], source: str) -> Score:
+def _reconstruction(stored: dict[str, Any]) -> Score:
     protocol, images = stored["protocol"], stored["num_images"]
     reservations = []
     if not (stored.get("imagenet_validation") and images == PAPER_IMAGES):
@@ -181,108 +153,108 @@ def _reconstruction(stored: dict[str, Any], source: str) -> Score:
         reservations.append(f"compared at {size} px, the paper: at {PAPER_SIZE}")
     if protocol["name"] != PAPER_PROTOCOL:
         reservations.append(
-            f"protocol {protocol['name']}, the paper: 1d-tokenizer's code, which "
-            f"{PAPER_PROTOCOL} follows"
+            f"protocol {protocol['name']}, the paper: 1d-tokenizer's, which {PAPER_PROTOCOL} follows"
         )
     if reason := stored.get("not_measured", {}).get("rfid"):
         reservations.append(f"rFID not measured: {reason}")
     keys = ("tokenizer", "data", "split", "protocol", "image_size", "packages")
-    return Score(
-        "reconstruction",
-        f"protocol {protocol['name']}",
-        {"rFID": stored.get("rfid"), "PSNR": stored["psnr"], "SSIM": stored["ssim"]},
-        reservations,
-        {key: stored[key] for key in keys if key in stored},
-        source,
-    )
+    manifest = {key: stored[key] for key in keys if key in stored}
+    label = f"protocol {protocol['name']}"
+    return Score("reconstruction", label, stored, reservations, manifest)
 
 
 def _understanding(folder: Path) -> Score:
     values, reservations, manifest = {}, [], {}
-    for name, column in UNDERSTANDING_COLUMNS.items():
+    names = paper_tables()["understanding"].keys
+    for name in names:
         file = folder / f"{name}.json"
-        stored = read_json(file) if file.is_file() else None
-        if not isinstance(stored, dict) or not {"score", "manifest"} <= stored.keys():
-            continue
-        settings = stored.get("settings", {})
-        values[column] = stored["score"]
-        manifest[name] = {**stored["manifest"], **settings}
-        if settings.get("limit"):
-            reservations.append(f"{name}: at most {settings['limit']} questions, a trial")
+        if file.is_file():
+            stored = read_json(file)
+            settings = stored.get("settings", {})
+            values[name] = stored["score"]
+            manifest[name] = {**stored["manifest"], **settings}
+            if settings.get("limit"):
+                reservations.append(f"{name}: at most {settings['limit']} questions, a trial")
     if not values:
-        names = ", ".join(UNDERSTANDING_COLUMNS)
-        raise ValueError(f"{folder} holds no scores: expected one of {names} as NAME.json")
-    return Score("understanding", "lmms-eval", values, reservations, manifest, str(folder))
+        raise ValueError(
+            f"{folder} holds no scores: expected one of {', '.join(names)} as NAME.json"
+        )
+    return Score("understanding", "lmms-eval", values, reservations, manifest)
 
 
 # ---- the tables
 
 
-def tables_json(scores: Sequence[Score]) -> dict[str, Any]:
-    """The tables that have rows of ours: title, columns, and rows of label, source and values.
+def fill_tables(scores: dict[str, Score]) -> dict[str, Any]:
+    """The tables that have rows of ours: title, columns with digits, and rows.
 
-    Ours also have reservations and their manifest.
+    A row has a label, its source and values by column; ours also have reservations and a manifest.
+
+    Args:
+        scores: by their source.
     """
     tables = []
     for name, table in paper_tables().items():
-        ours = [score for score in scores if score.table == name]
         rows: list[dict[str, Any]] = []
         for label, *cells in table.rows:
             values = dict(zip(table.columns, cells, strict=True))
             rows.append({"label": label, "source": "paper", "values": values})
-        for score in ours:
-            row = {"label": score.label, "source": score.source}
-            values = {column: score.values.get(column) for column in table.columns}
-            more = {"reservations": score.reservations, "manifest": score.manifest}
-            rows.append({**row, "values": values, **more})
-        if ours:
+        for source, score in scores.items():
+            if score.table == name:
+                values = dict.fromkeys(table.columns)
+                values |= {c: score.values[k] for k, c in table.keys.items() if k in score.values}
+                more = {"reservations": score.reservations, "manifest": score.manifest}
+                rows.append({"label": score.label, "source": source, "values": values, **more})
+        if len(rows) > len(table.rows):
             tables.append({"title": table.title, "columns": list(table.columns), "rows": rows})
     return {"tables": tables}
 
 
-def tables_markdown(scores: Sequence[Score]) -> str:
-    """The same for people: our rows are numbered, and notes say what each number rests on."""
+def markdown(tables: list[dict[str, Any]]) -> str:
+    """Tables and, for each row of ours, a note of what it rests on."""
+    digits = {name: d for table in paper_tables().values() for name, d in table.columns.items()}
     lines = ["# Results next to the paper's", ""]
-    for name, table in paper_tables().items():
-        digits = table.columns.values()
+    notes: list[str] = []
+    number = 0
+    for table in tables:
         rows = []
-        for label, *cells in table.rows:
-            rows.append([str(label), *map(_format, cells, digits)])
-        for number, score in enumerate(scores, start=1):
-            if score.table == name:
-                mark = " ≠" if score.reservations else ""
-                label = f"**ours: {score.label}** [{number}]{mark}"
-                cells = [score.values.get(column) for column in table.columns]
-                rows.append([label, *map(_format, cells, digits)])
-        if len(rows) > len(table.rows):
-            header = ("method", *table.columns)
-            lines += [f"## {table.title}", "", *markdown_table(header, rows), ""]
-    if any(score.reservations for score in scores):
-        lines += ["≠ was not taken like the paper's scores; the note says how it differs.", ""]
-    for number, score in enumerate(scores, start=1):
-        lines += [f"**[{number}]** `{score.source}`", ""]
-        lines += [f"- ≠ {reservation}" for reservation in score.reservations]
-        for key, value in score.manifest.items():
-            if key not in ("packages", "command"):
-                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-                lines.append(f"- {key}: `{text}`")
-        lines.append("")
-    return "\n".join(lines)
+        for row in table["rows"]:
+            label = row["label"]
+            if row["source"] != "paper":
+                number += 1
+                mark = " ≠" if row["reservations"] else ""
+                label = f"**ours: {label}** [{number}]{mark}"
+                notes += [f"**[{number}]** `{row['source']}`", ""]
+                notes += [f"- ≠ {reservation}" for reservation in row["reservations"]]
+                for key, value in row["manifest"].items():
+                    if key not in ("packages", "command"):
+                        notes.append(f"- {key}: `{_text(value)}`")
+                notes.append("")
+            cells = [_cell(value, digits[column]) for column, value in row["values"].items()]
+            rows.append([label, *cells])
+        header = ("method", *table["columns"])
+        lines += [f"## {table['title']}", "", *markdown_table(header, rows), ""]
+    lines += ["≠ was not taken like the paper's scores; the note says how it differs.", ""]
+    return "\n".join(lines + notes)
 
 
-def _format(value: Any, digits: int) -> str:
+def _cell(value: Any, digits: int) -> str:
     if value is None:
         return "—"
     return f"{value:.{digits}f}" if isinstance(value, int | float) else str(value)
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse(ResultsConfig, argv)
-    scores = [read_score(path) for path in config.scores]
+    filled = fill_tables({path: read_score(path) for path in config.scores})
     output = Path(config.output)
-    write_json(output.with_suffix(".json"), tables_json(scores))
-    write_text(output, tables_markdown(scores))
-    print(f"{len(scores)} rows of ours  ->  {output}")
+    write_json(output.with_suffix(".json"), filled)
+    write_text(output, markdown(filled["tables"]))
+    print(f"{len(config.scores)} rows of ours  ->  {output}")
 
 
 if __name__ == "__main__":

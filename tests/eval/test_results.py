@@ -10,11 +10,11 @@ from vqrae.common.config import ConfigError
 from vqrae.common.files import read_json, write_json
 from vqrae.eval.geneval.rules import summarize
 from vqrae.eval.results import evaluate as results
-from vqrae.eval.results.evaluate import GENEVAL_COLUMNS, paper_tables, read_score
+from vqrae.eval.results.evaluate import fill_tables, paper_tables, read_score
 
 
 def geneval(benchmark: str = "GenEval", suite: str = "official", **more: Any) -> dict[str, Any]:
-    tags = list(GENEVAL_COLUMNS)[:-1]
+    tags = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     rows = [{"tag": tag, "metadata": tag, "correct": i == 0} for tag in tags for i in range(4)]
     manifest = {
         "detector": "d",
@@ -65,24 +65,21 @@ def test_the_papers_numbers() -> None:
 
 def test_cells_of_each_kind(tmp_path: Path) -> None:
     write_json(tmp_path / "g.json", geneval())
-    score = read_score(tmp_path / "g.json")
-    assert (score.table, score.reservations) == ("generation", [])
-    assert (score.values["Sgl"], score.values["GenEval"]) == (0.25, 0.25)
     write_json(tmp_path / "d.json", dpg())
-    score = read_score(tmp_path / "d.json")
-    assert (score.values["DPG"], score.values["Ent"], score.values["Glob"]) == (71.236, 80, None)
-    assert score.reservations == []
     write_json(tmp_path / "r.json", RECONSTRUCTED)
-    score = read_score(tmp_path / "r.json")
-    assert (score.table, score.reservations) == ("reconstruction", [])
-    assert score.values == {"rFID": 1.0, "PSNR": 22.5, "SSIM": 0.7}
-    folder = tmp_path / "understanding"
-    stored = {"score": 88.0, "manifest": {"git_commit": "c"}, "settings": {"limit": 10}}
-    write_json(folder / "pope.json", stored)
-    write_json(folder / "scores.json", {"pope": 88.0})
-    score = read_score(folder)
-    assert (score.table, score.values) == ("understanding", {"POPE": 88})
-    assert score.reservations == ["pope: at most 10 questions, a trial"]
+    pope = {"score": 88.0, "manifest": {"git_commit": "c"}, "settings": {"limit": 10}}
+    write_json(tmp_path / "u" / "pope.json", pope)
+    scores = {name: read_score(tmp_path / name) for name in ("g.json", "d.json", "r.json", "u")}
+    tables = fill_tables(scores)["tables"]
+    rows = {row["source"]: row for table in tables for row in table["rows"]}
+    found = {name: rows[name]["values"] for name in scores}
+    assert (found["g.json"]["Sgl"], found["g.json"]["GenEval"]) == (0.25, 0.25)
+    assert (found["d.json"]["DPG"], found["d.json"]["Ent"]) == (71.236, 80)
+    assert found["d.json"]["Glob"] is None
+    assert found["r.json"] == {"ratio": None, "rFID": 1.0, "PSNR": 22.5, "SSIM": 0.7}
+    assert found["u"]["POPE"] == 88
+    reservations = [rows[name]["reservations"] for name in scores]
+    assert reservations == [[], [], [], ["pope: at most 10 questions, a trial"]]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +143,8 @@ def test_command(tmp_path: Path) -> None:
     )
     text = (tmp_path / "results.md").read_text()
     assert "| VQRAE | 0.6B | 0.96 | 0.82 | 0.64 | 0.80 | 0.73 | 0.58 | 0.76 | 89.78 |" in text
-    assert "| **ours: GenEval-HF** [1] ≠ | — | 0.25 |" in text
-    assert "| **ours: protocol titok** [2] | — | 1.00 | 22.50 | 0.700 |" in text
+    assert "| **ours: GenEval-HF** [2] ≠ | — | 0.25 |" in text
+    assert "| **ours: protocol titok** [1] | — | 1.00 | 22.50 | 0.700 |" in text
     assert '"guidance_scale": 4.5' in text
     assert "Table 3" not in text
     tables = read_json(tmp_path / "results.json")["tables"]
