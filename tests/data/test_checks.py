@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,27 +17,29 @@ from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.data.report import EDGE_RANGES, edge_range
 from vqrae.scripts.cli import main
 
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+PLAIN = [{**turn, "value": "word"} for turn in TURNS]
 
-def image(index: int, size: tuple[int, int] = (70, 80), mode: str = "RGB") -> bytes:
-    stream, (width, height) = io.BytesIO(), size
-    pixels = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(stream, "JPEG" if mode == "CMYK" else "PNG")
-    return stream.getvalue()
+
+def counts(findings: dict[str, Any]) -> dict[str, int]:
+    return {name: finding.count for name, finding in findings.items()}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Sound images beside a truncated one, a text file in disguise, a duplicate, a CMYK and a panorama."""
+def image(png: Callable[..., bytes]) -> Callable[..., bytes]:
+    return lambda index, size=(70, 80): png(index, size, noise=True)
+
+
+@pytest.fixture
+def folder(image: Callable[..., bytes], tmp_path: Path) -> Path:
+    """Sound images, a truncated one, a text file in disguise, a duplicate, a CMYK and a panorama."""
     folder = tmp_path / "images"
     folder.mkdir()
+    printed = io.BytesIO()
+    Image.open(io.BytesIO(image(5))).convert("CMYK").save(printed, "JPEG")
     files = {f"{i}.png": image(i) for i in range(4)}
-    files |= {
-        "cut.png": image(4)[:300],
-        "text.jpg": b"<html>",
-        "copy.png": image(0),
-        "print.jpg": image(5, mode="CMYK"),
-    }
-    files["wide.png"] = image(6, (400, 100))
+    files |= {"cut.png": image(4)[:300], "text.jpg": b"<html>", "copy.png": image(0)}
+    files |= {"print.jpg": printed.getvalue(), "wide.png": image(6, (400, 100))}
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
@@ -44,116 +49,122 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_with_everything_wrong(folder: Path, workers: int) -> None:
     report = check_source(str(folder), workers=workers)
     assert (report.samples, report.read, report.num_problems) == (9, 9, 2)
-    assert [
-        Path(line.split(":")[0]).name for line in report.problems["broken images"].examples
-    ] == ["cut.png", "text.jpg"]
+    broken = report.problems["broken images"].examples
+    assert [Path(line.split(":")[0]).name for line in broken] == ["cut.png", "text.jpg"]
     assert report.modes == {"RGB": 6, "CMYK": 1}
     assert report.shorter_edges["64-127"] == 7
     assert report.notes["stored as CMYK, read as RGB"].examples == [str(folder / "print.jpg")]
     assert report.notes["duplicates"].examples == [f"{folder / 'copy.png'} = {folder / '0.png'}"]
     assert "wide.png (400 x 100)" in report.notes["more than 3 times as long as wide"].examples[0]
+    edges = [edge_range(pixels) for pixels in (1, 63, 64, 127, 1023, 1024, 9999)]
+    assert edges == [*["< 64"] * 2, *["64-127"] * 2, "512-1023", *[">= 1024"] * 2]
 
 
 def test_the_command_reports_and_its_exit_code_tells(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    escape = folder / "\x1b[31m.png"
+    escape.write_bytes(b"")
     assert main(["check-data", str(folder), "--json", str(tmp_path / "report.json")]) == 1
     output = capsys.readouterr()
-    assert "problem: 2 broken images" in output.out
-    assert "9 of 9 samples read, 2 problems" in output.out
-    assert "check-data 9/9" in output.err
+    assert "problem: 3 broken images" in output.out
+    assert "10 of 10 samples read, 3 problems" in output.out
+    assert "\x1b" not in output.out
+    assert "check-data 10/10" in output.err
     [report] = json.loads((tmp_path / "report.json").read_text())
-    assert report["problems"]["broken images"]["count"] == 2
+    assert report["problems"]["broken images"]["count"] == 3
     assert report["shorter_edges"] == {**dict.fromkeys(EDGE_RANGES, 0), "64-127": 7}
 
-    for name in ("cut.png", "text.jpg"):
-        (folder / name).unlink()
-    assert main(["check-data", f"{folder}*1+emoji*1", "--limit", "5"]) == 0
+    for path in (folder / "cut.png", folder / "text.jpg", escape):
+        path.unlink()
+    assert main(["check-data", f"{folder}*1+emoji*1+scenes*1", "--limit", "5"]) == 0
     output = capsys.readouterr()
     assert "5 of 7 samples read, no problem found" in output.out
     assert "5 of 4009 samples read, no problem found" in output.out
-    assert main(["check-data", "scenes"]) == 0
     assert main(["check-data", str(folder / "nowhere.tar")]) == 2
     assert main(["check-data", str(folder), "--limit", "-1"]) == 2
 
 
-def test_tars(tmp_path: Path) -> None:
+def test_tars(image: Callable[..., bytes], tmp_path: Path) -> None:
     samples: list[dict] = [
         {"png": image(0), "txt": "a caption"},
         {"png": image(1), "txt": " "},
         {"png": image(2)},
-    ]
-    samples += [
         {"png": image(3)[:500], "txt": "cut"},
         {"png": image(0), "json": {"caption": "a copy"}},
     ]
-    for name in ("a", "b"):
+    for name, count in (("a", 5), ("b", 1)):
         with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as writer:
-            for i, sample in enumerate(samples if name == "a" else samples[:1]):
+            for i, sample in enumerate(samples[:count]):
                 writer.write({"__key__": str(i), **sample})
-    damaged = (tmp_path / "b.tar").read_bytes()
-    (tmp_path / "b.tar").write_bytes(damaged[: len(damaged) // 2])
-    report = check_source(str(tmp_path / "*.tar"))
+    whole = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 2])
+    report, first = check_source(str(tmp_path / "*.tar")), tmp_path / "a.tar"
     assert report.captions == 4
-    assert {name: finding.count for name, finding in report.problems.items()} == {
-        "damaged tars": 1,
-        "empty captions": 1,
-        "broken images": 1,
-    }
-    assert report.problems["empty captions"].examples == [f"{tmp_path / 'a.tar'}, 1.png"]
+    assert counts(report.problems) == {"damaged tars": 1, "empty captions": 1, "broken images": 1}
+    assert report.problems["empty captions"].examples == [f"{first}, 1.png"]
     assert report.notes["duplicates"].count == 1
-    assert report.notes["images without a readable caption, left out of pairs"].examples == [
-        f"{tmp_path / 'a.tar'}, 2.png"
-    ]
+    uncaptioned = report.notes["images without a readable caption, left out of pairs"]
+    assert uncaptioned.examples == [f"{first}, 2.png"]
 
 
-def test_caption_files(folder: Path) -> None:
-    lines = [
-        json.dumps({"image": name, "caption": "x" * (name != "1.png")})
-        for name in ("0.png", "1.png", "no.png", "cut.png")
-    ]
-    (folder / "pairs.jsonl").write_text("\n".join([*lines, "{", '{"image": "2.png"}']))
-    report = check_source(str(folder / "pairs.jsonl"))
-    assert {name: finding.count for name, finding in report.problems.items()} == {
+def test_caption_files_and_the_clean_list(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+    names = ("0.png", "1.png", "no.png", "cut.png", "pipe.png")
+    lines = [json.dumps({"image": name, "caption": "x" * (name != "1.png")}) for name in names]
+    source = folder / "pairs.jsonl"
+    source.write_text("\n".join([*lines, "{", '{"image": "2.png"}']))
+    report = check_source(str(source))
+    assert counts(report.problems) == {
         "unusable lines": 2,
         "missing images": 1,
         "empty captions": 1,
+        "broken images": 2,
+    }
+    assert report.problems["unusable lines"].examples[0].startswith("line 6")
+    clean = folder / "clean.jsonl"
+    assert main(["check-data", str(source), "--write-clean", str(clean)]) == 0
+    assert clean.read_text() == lines[0] + "\n"
+    for target in (source, folder / "clean.json", tmp_path / "clean.jsonl"):
+        assert main(["check-data", str(source), "--write-clean", str(target)]) == 2
+
+
+def test_llava_files_and_the_clean_list(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blank, wordless = [PLAIN[0], {**PLAIN[1], "value": " "}], [{**PLAIN[0], "value": " "}, PLAIN[1]]
+    good = {"id": "twice", "image": "0.png", "source": "kept", "conversations": TURNS}
+    records = [
+        *[good] * 2,
+        {"id": "cut", "image": "cut.png", "conversations": TURNS},
+        {"id": "gone", "image": "no.png", "conversations": TURNS},
+        {"id": "no tag", "image": "1.png", "conversations": PLAIN},
+        {"id": "no image", "conversations": TURNS},
+        {"id": "text", "conversations": wordless},
+        {"id": "blank", "conversations": blank},
+    ]
+    source = folder / "chat.json"
+    source.write_text(json.dumps(records))
+    report = check_source(str(source))
+    assert report.read == 2, "each image once"
+    blank_answers = "conversations with a blank answer, which teaches to say nothing"
+    assert counts(report.problems) == {
+        "unusable records": 2,
+        blank_answers: 1,
+        "missing images": 1,
         "broken images": 1,
     }
-    assert report.problems["unusable lines"].examples[0].startswith("line 5")
+    first, second = report.problems["unusable records"].examples
+    assert "record 4 (no tag): has 1 image, but 0 <image> tags" in first
+    assert "record 5 (no image): has no image, but 1" in second
+    assert report.problems["missing images"].examples == [str(folder / "no.png")]
+    assert counts(report.notes) == {"conversations with a question that has no words": 1}
 
-
-def test_llava_files(folder: Path, tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
-    plain = [{**turn, "value": "word"} for turn in turns]
-    records = [{"id": "twice", "image": "0.png", "conversations": turns}] * 2
-    records += [
-        {"id": str(i), "image": name, "conversations": turns}
-        for i, name in enumerate(["cut.png", "no.png"])
-    ]
-    records += [
-        {"id": "no tag", "image": "1.png", "conversations": plain},
-        {"id": "no image", "conversations": turns},
-    ]
-    records.append({"id": "text", "conversations": plain})
-    (tmp_path / "chat.json").write_text(json.dumps(records))
-    report = check_source(str(tmp_path / "chat.json"), image_folder=folder)
-    assert report.read == 2, "each image once"
-    assert [finding.count for finding in report.problems.values()] == [2, 1, 1]
-    tags, missing, broken = report.problems.values()
-    assert "record 4 (no tag): has 1 image, but 0 <image> tags" in tags.examples[0]
-    assert "record 5 (no image): has no image, but 1" in tags.examples[1]
-    assert missing.examples == [str(folder / "no.png")]
-    assert "cut.png" in broken.examples[0]
-
-
-def test_edges_of_the_histogram() -> None:
-    assert [edge_range(pixels) for pixels in (1, 63, 64, 127, 1023, 1024, 9999)] == [
-        *["< 64"] * 2,
-        *["64-127"] * 2,
-        "512-1023",
-        *[">= 1024"] * 2,
-    ]
+    clean = folder / "clean.json"
+    assert main(["check-data", str(source), "--write-clean", str(clean)]) == 0
+    assert "clean.json: 3 of 8 entries" in capsys.readouterr().out
+    assert json.loads(clean.read_text()) == [good, good, records[6]]
+    assert main(["check-data", str(clean)]) == 0
 
 
 def test_a_code_set_is_compared_with_its_checksums(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter, verify_shard
+from vqrae.data.sources import vocabulary
 from vqrae.data.stream import Draw
 
 MANIFEST = CodeManifest(
@@ -23,10 +24,10 @@ CODES = np.random.default_rng(0).integers(0, 60_000, (7, 4))
 CAPTIONS = [[f"image {i}", f"Bild {i} — ü\nzweite Zeile"] for i in range(7)]
 
 
-def write(folder: Path, shards: range = range(3)) -> CodeWriter:
-    writer = CodeWriter(folder, MANIFEST)
+def write(folder: Path, shards: range = range(3), manifest: CodeManifest = MANIFEST) -> CodeWriter:
+    writer = CodeWriter(folder, manifest)
     for shard in shards:
-        rows = MANIFEST.images_of(shard)
+        rows = manifest.images_of(shard)
         writer.write(shard, CODES[rows], [CAPTIONS[i] for i in rows])
     return writer
 
@@ -39,6 +40,10 @@ def test_round_trip(tmp_path: Path) -> None:
         assert dataset[i]["codes"].dtype == torch.int64
         assert dataset[i]["codes"].tolist() == CODES[i].tolist()
         assert dataset.texts(i) == CAPTIONS[i]
+        heard = Counter(dataset[Draw(i, epoch)]["caption"] for epoch in range(6))
+        assert heard == dict.fromkeys(CAPTIONS[i], 3)
+    starts = {CAPTIONS[i].index(dataset[i]["caption"]) for i in range(7)}
+    assert len(starts) == 2, "not all images start with the first caption"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *(f"index-{i:05d}.npy" for i in range(3)),
         "manifest.json",
@@ -46,18 +51,13 @@ def test_round_trip(tmp_path: Path) -> None:
     ]
     with pytest.raises(IndexError, match="7 images"):
         dataset[7]
+    with pytest.raises(FileNotFoundError, match="extract_codes"):
+        CodeDataset(tmp_path / "elsewhere")
 
 
-def test_draws_take_every_caption_equally_often(tmp_path: Path) -> None:
-    write(tmp_path)
-    dataset = CodeDataset(tmp_path)
-    for i in range(7):
-        assert Counter(dataset[Draw(i, epoch)]["caption"] for epoch in range(6)) == dict.fromkeys(
-            CAPTIONS[i], 3
-        )
-    assert (
-        len({CAPTIONS[i].index(dataset[i]["caption"]) for i in range(7)}) == 2
-    )  # not all images start with the first
+def test_codes_of_scenes_know_the_words_of_scenes(tmp_path: Path) -> None:
+    write(tmp_path, manifest=replace(MANIFEST, source="scenes:emoji (train, seed 0)"))
+    assert vocabulary(str(tmp_path)) == vocabulary("scenes") != []
 
 
 def test_resume_keeps_complete_shards_and_rewrites_damaged_ones(tmp_path: Path) -> None:
@@ -70,55 +70,39 @@ def test_resume_keeps_complete_shards_and_rewrites_damaged_ones(tmp_path: Path) 
     assert [writer.is_complete(shard) for shard in range(3)] == [True, False, False]
     write(tmp_path, range(1, 3))
     assert len(CodeDataset(tmp_path)) == 7
+    (tmp_path / "index-00001.npy").unlink()  # as after a crash between the files of a shard
+    assert [writer.is_complete(shard) for shard in range(3)] == [True, False, True]
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     writer = CodeWriter(tmp_path, MANIFEST)
-    with pytest.raises(ValueError, match="expected 0 … 59999"):
-        writer.write(0, np.full((3, 4), 60_000), CAPTIONS[:3])
-    with pytest.raises(ValueError, match=r"expected \(3, 4\)"):
-        writer.write(0, CODES[:2], CAPTIONS[:2])
-    with pytest.raises(ValueError, match="image 1 has no caption"):
-        writer.write(0, CODES[:3], [["a"], [], ["b"]])
+    for codes, captions, message in (
+        (np.full((3, 4), 60_000), CAPTIONS[:3], "expected 0 … 59999"),
+        (CODES[:2], CAPTIONS[:2], r"expected \(3, 4\)"),
+        (CODES[:3], [["a"], [], ["b"]], "image 1 has no caption"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            writer.write(0, codes, captions)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 @pytest.mark.parametrize("name", ["shard-00001.npy", "shard-00001.jsonl", "index-00001.npy"])
-@pytest.mark.parametrize("size", [0, 20, -1])
-def test_a_truncated_file_is_named(tmp_path: Path, name: str, size: int) -> None:
+def test_damage_is_named(tmp_path: Path, name: str) -> None:
     write(tmp_path)
-    path = tmp_path / name
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"{name} is damaged.*extract the codes again"):
-        CodeDataset(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["shard-00001.npy", "shard-00001.jsonl"])
-def test_verification_finds_a_changed_byte(tmp_path: Path, name: str) -> None:
-    write(tmp_path)
-    for shard in range(3):
-        assert np.array_equal(
-            verify_shard(tmp_path, shard, MANIFEST).codes, CODES[MANIFEST.images_of(shard)]
-        )
-    data = bytearray((tmp_path / name).read_bytes())
-    data[-5] ^= 1
-    (tmp_path / name).write_bytes(data)
-    assert len(CodeDataset(tmp_path)) == 7  # opening looks at sizes: sets of terabytes open at once
-    with pytest.raises(ValueError, match=f"{name} is damaged .it has changed"):
-        verify_shard(tmp_path, 1, MANIFEST)
-
-
-def test_a_shard_without_its_index_is_written_again(tmp_path: Path) -> None:
-    """As after a crash between the files of a shard."""
-    write(tmp_path)
-    (tmp_path / "index-00001.npy").unlink()
-    assert [CodeWriter(tmp_path, MANIFEST).is_complete(shard) for shard in range(3)] == [
-        True,
-        False,
-        True,
-    ]
-    with pytest.raises(FileNotFoundError, match="lacks shard 1 of 3"):
-        CodeDataset(tmp_path)
+    path, shards = tmp_path / name, range(3)
+    sound = path.read_bytes()
+    for size in (0, 20, -1):
+        path.write_bytes(sound[:size])
+        with pytest.raises(ValueError, match=f"{name} is damaged.*extract the codes again"):
+            CodeDataset(tmp_path)
+    path.write_bytes(sound)
+    whole = [verify_shard(tmp_path, shard, MANIFEST).codes for shard in shards]
+    assert np.array_equal(np.concatenate(whole), CODES)
+    if name.startswith("shard"):
+        path.write_bytes(sound[:-5] + bytes([sound[-5] ^ 1]) + sound[-4:])
+        assert len(CodeDataset(tmp_path)) == 7, "opening looks at sizes only"
+        with pytest.raises(ValueError, match=f"{name} is damaged .it has changed"):
+            verify_shard(tmp_path, 1, MANIFEST)
 
 
 def test_codes_out_of_range_are_never_trained_on(tmp_path: Path) -> None:
@@ -134,26 +118,13 @@ def test_1024_codes_take_2_kib(tmp_path: Path) -> None:
     assert (tmp_path / "shard-00000.npy").stat().st_size == 100 * 2048 + 128  # numpy's header
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_another_tokenizer_and_another_set_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(ValueError, match=r"a{16}.*b{16}"):
         CodeDataset(tmp_path, tokenizer_fingerprint="b" * 64)
     with pytest.raises(ValueError, match=r"b{16}"):
         CodeWriter(tmp_path, replace(MANIFEST, tokenizer_fingerprint="b" * 64))
-
-
-def test_another_set_is_not_mixed_in(tmp_path: Path) -> None:
-    write(tmp_path)
     with pytest.raises(ValueError, match="num_images 7 -> 8"):
         CodeWriter(tmp_path, replace(MANIFEST, num_images=8))
-
-
-def test_a_large_codebook_does_not_fit() -> None:
     with pytest.raises(ValueError, match="65537"):
         replace(MANIFEST, codebook_size=65_537)
-    assert replace(MANIFEST, codebook_size=65_536).num_shards == 3
-
-
-def test_no_code_set(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="extract_codes"):
-        CodeDataset(tmp_path)
