@@ -12,7 +12,6 @@ not repeated. `output/SUITE.json` and `.md` are written after every run.
 import dataclasses
 import importlib
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,14 +27,16 @@ from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
 from vqrae.common.run import format_duration, quiet_libraries, run_manifest
 from vqrae.data.sources import fingerprint, source_kind
-from vqrae.eval.ablations.suites import SUITES, Recipe, Suite, TableRow, load_suite
-from vqrae.eval.ablations.tables import judge, markdown
+from vqrae.eval.ablations.suites import SUITES, Suite, load_suite
+from vqrae.eval.ablations.tables import Result, judge, markdown
 from vqrae.eval.features import evaluate as features
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.sharding import run_module
 from vqrae.tokenizer import train
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
+
+RECORD = "ablation.json"  # scores of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,22 +82,19 @@ class AblationConfig:
 class Trial:
     """One training of a row."""
 
-    recipe: Recipe
-    row: TableRow
+    result: Result
+    """Where its metrics go."""
     seed: int
     folder: Path
     overrides: dict[str, str]
     """Of the tokenizer's configuration, by key."""
     config: TokenizerTrainConfig
 
-    @property
-    def record(self) -> Path:
-        """File of the scores."""
-        return self.folder / "ablation.json"
 
-
-def plan_trials(name: str, suite: Suite, config: AblationConfig) -> list[Trial]:
-    """All trainings of a suite: every row once before any of them again.
+def plan_trials(
+    name: str, suite: Suite, config: AblationConfig
+) -> tuple[list[Result], list[Trial]]:
+    """The empty results of a suite, and its trainings: every row once before any of them again.
 
     Args:
         name: of the results.
@@ -115,10 +113,14 @@ def plan_trials(name: str, suite: Suite, config: AblationConfig) -> list[Trial]:
         raise ValueError(
             f"suite {name} asks what codes know of scenes, got data={config.data}: give data=scenes"
         )
+    results: list[Result] = []
+    for recipe, row in suite.trials():
+        labels = {"labels": row.labels, "paper": row.paper}
+        results.append({"recipe": recipe.name, "row": row.name, **labels, "runs": []})
     trials = []
     base = shipped_config("vqrae.tokenizer", suite.config)
     for seed in range(config.seeds):
-        for recipe, row in suite.trials():
+        for result, (recipe, row) in zip(results, suite.trials(), strict=True):
             arguments = [*suite.overrides, *recipe.overrides, *row.overrides]
             arguments += [f"model.encoder={config.encoder}", f"data.train={config.data}"]
             arguments += [f"seed={seed}", *config.overrides]
@@ -126,8 +128,8 @@ def plan_trials(name: str, suite: Suite, config: AblationConfig) -> list[Trial]:
             resolved = load_config(TokenizerTrainConfig, base, [*arguments, f"output_dir={folder}"])
             check_quantizer(resolved)
             overrides = dict(argument.split("=", 1) for argument in arguments)
-            trials.append(Trial(recipe, row, seed, folder, overrides, resolved))
-    return trials
+            trials.append(Trial(result, seed, folder, overrides, resolved))
+    return results, trials
 
 
 def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
@@ -136,7 +138,7 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
     Raises:
         ValueError: when a finished run has other settings, before anything is trained.
     """
-    trials = plan_trials(name, suite, config)
+    results, trials = plan_trials(name, suite, config)
     # An untrained tokenizer has the encoder that features and distances are compared with.
     original = Path(config.output) / name / "original" / "model"
     set_seed(0)  # its weights are its identity
@@ -152,27 +154,26 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
             keys = ("labelled_data", "num_train", "num_test")
             settings |= {key: getattr(config, key) for key in keys}
         return run.kept(
-            trial.record, settings, lambda: train_and_score(trial, original, suite, config)
+            trial.folder / RECORD, settings, lambda: train_and_score(trial, original, suite, config)
         )
 
     # Finished runs come first: where one has other settings, nothing is trained.
-    finished = [trial for trial in trials if trial.record.exists()]
-    waiting = [trial for trial in trials if not trial.record.exists()]
-    metrics: dict[Path, dict[str, Any]] = {}
+    waiting = [trial for trial in trials if not (trial.folder / RECORD).exists()]
+    finished = [trial for trial in trials if trial not in waiting]
     begin = time.monotonic()
-    for trial in [*finished, *waiting]:
-        done = len(metrics) - len(finished)
-        if done >= 0:
-            seconds = (time.monotonic() - begin) * (len(waiting) - done) / max(done, 1)
-            left = f", {format_duration(seconds)} left" if done else ""
-            place = f"run {done + 1} of {len(waiting)}{left}: {trial.folder}"
+    for number, trial in enumerate([*finished, *waiting], start=-len(finished)):
+        if number >= 0:
+            seconds = (time.monotonic() - begin) * (len(waiting) - number) / max(number, 1)
+            left = f", {format_duration(seconds)} left" if number else ""
+            place = f"run {number + 1} of {len(waiting)}{left}: {trial.folder}"
             print(f"===== {name}, {place} =====", flush=True)
         try:
-            metrics[trial.folder] = finish(trial)["metrics"]
+            metrics = finish(trial)["metrics"]
         except FloatingPointError as error:  # an outcome; the other rows are not affected
             print(f"{trial.folder} diverged: {error}", flush=True)
-            metrics[trial.folder] = {"diverged": str(error)}
-        values = results(suite, config, trials, metrics, probes, encoder)
+            metrics = {"diverged": str(error)}
+        trial.result["runs"].append({"seed": trial.seed, "metrics": metrics})
+        values = summarize(suite, config, results, probes, encoder)
         write_json(Path(config.output) / f"{name}.json", values)
         write_text(Path(config.output) / f"{name}.md", markdown(values, suite))
 
@@ -243,33 +244,22 @@ def score_features(model: Path, original: Path, config: AblationConfig) -> dict[
     }
 
 
-def results(
+def summarize(
     suite: Suite,
     config: AblationConfig,
-    trials: Sequence[Trial],
-    metrics: dict[Path, dict[str, Any]],
+    results: list[Result],
     probes: dict[str, float],
     encoder: str,
 ) -> dict[str, Any]:
     """Everything that is known so far, as it is written to JSON.
 
     Args:
-        metrics: of the trials that are done, by folder.
         probes: of the original encoder.
         encoder: its fingerprint.
     """
-    rows = []
-    for recipe, row in suite.trials():
-        runs = [
-            {"seed": trial.seed, "metrics": metrics[trial.folder]}
-            for trial in trials
-            if trial.folder in metrics and (trial.recipe, trial.row) == (recipe, row)
-        ]
-        labels = {"labels": row.labels, "paper": row.paper}
-        rows.append({"recipe": recipe.name, "row": row.name, **labels, "runs": runs})
     claims = []
     for claim in suite.claims:
-        verdicts = {recipe.name: judge(claim, rows, recipe.name) for recipe in suite.recipes}
+        verdicts = {recipe.name: judge(claim, results, recipe.name) for recipe in suite.recipes}
         claims.append({**dataclasses.asdict(claim), "verdicts": verdicts})
     notes = [
         f"{config.seeds} seed{'s' if config.seeds > 1 else ''}, mean ± half range, of "
@@ -288,7 +278,7 @@ def results(
     prints = {"data": fingerprint(config.data), "encoder": encoder}
     return {
         "title": suite.title,
-        "rows": rows,
+        "rows": results,
         "claims": claims,
         "frechet": config.frechet_key,
         "original_features": shown,

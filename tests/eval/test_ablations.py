@@ -64,7 +64,7 @@ def test_every_shipped_row_can_be_trained(name: str) -> None:
     tiny = shipped_config("vqrae.quickstart", "tiny_encoder")
     encoder = load_config(EncoderPretrainingConfig, tiny, ["output_dir=runs/encoder"])
     vision = {"model_type": "siglip_vision_model", "vision_use_head": False, **encoder.vision}
-    trials = plan_trials(name, load_suite(name), AblationConfig(seeds=2))
+    _, trials = plan_trials(name, load_suite(name), AblationConfig(seeds=2))
     assert len({trial.folder for trial in trials}) == len(trials)
     configs = [dataclasses.replace(trial.config, output_dir="") for trial in trials]
     assert all(a != b for i, a in enumerate(configs) for b in configs[:i])  # no two rows are equal
