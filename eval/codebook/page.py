@@ -58,7 +58,6 @@ def codebook_page(
         },
         charts=charts(statistics, summary),
         groups=groups,
-        dead=ranges((counts == 0).nonzero().flatten().tolist()),
         summary=summary,
     )
 
@@ -105,17 +104,6 @@ def enlarged(pixels: np.ndarray) -> Image.Image:
     """An image whose pixels stay squares."""
     image = Image.fromarray(pixels)
     return image.resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.NEAREST)
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """`[1, 2, 3, 7]` -> `1-3, 7`."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][-1] == number - 1:
-            parts[-1] = [parts[-1][0], number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)
 
 
 # ---- charts

@@ -13,7 +13,7 @@ from vqrae.common.images import save_image, tensor_to_image
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.codebook import evaluate as codebook
 from vqrae.eval.codebook.evaluate import CodebookStatistics, measure_codebook, nearest_others
-from vqrae.eval.codebook.page import code_cards, ranges
+from vqrae.eval.codebook.page import code_cards
 from vqrae.scripts.cli import main
 from vqrae.tokenizer.modeling import VQRAEModel
 
@@ -105,8 +105,3 @@ def test_command(
     )
     assert f"{values['dead_codes']} of 64 codes were not chosen" in page
     assert "dead codes; see" in capsys.readouterr().out
-
-
-def test_ranges() -> None:
-    assert ranges([1, 2, 3, 7, 9, 10]) == "1-3, 7, 9-10"
-    assert ranges([]) == ""
