@@ -1,5 +1,6 @@
 """Check a data set before training: read and decode every sample as training would.
- Problems (broken images, missing files, unusable lines or records, empty captions) make a source
+
+Problems (broken images, missing files, unusable lines or records, empty captions) make a source
 unfit; notes (duplicates, extreme shapes, colour modes that are converted) are for a person to
 judge.
 """

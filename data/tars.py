@@ -1,5 +1,6 @@
 """WebDataset tars (`KEY.jpg` next to `KEY.txt` or `KEY.json`) as map-style data sets.
- Each tar is scanned once; the places of its members are kept next to it in `.NAME.index.npy` (or in
+
+Each tar is scanned once; the places of its members are kept next to it in `.NAME.index.npy` (or in
 the user's cache folder where the tars are read-only) and read from then on, 20 bytes per sample.
 Reading any sample is then one or two `pread` calls, so shuffling, sharding and exact resume work as
 for any indexed data set, and nothing is unpacked. Measured numbers are in docs/data.md.
@@ -11,10 +12,10 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, starmap
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,23 +43,18 @@ _SOURCE = re.compile(r"(.*\.tar)((?:,\w+=[^,\s]+)*)")
 # ---- names
 
 
-class TarSource(NamedTuple):
-    """The meaning of `FILE.tar[,caption=KEY][,buffer=TARS]`."""
-
-    paths: list[str]
-    caption_keys: Sequence[str]
-    """Keys of KEY.json that may hold the caption; the first found is used."""
-    buffer: int
-    """Tars that are copied to a local disk at a time; 0: samples are read in place."""
-
-
 def is_tar(source: str) -> bool:
     """True for `FILE.tar`, with or without options."""
     return _SOURCE.fullmatch(source) is not None
 
 
-def parse_tars(source: str) -> TarSource:
-    """The tars of a name, a glob or a range (`shard-{000..012}.tar`), and how they are read.
+def parse_tars(source: str) -> tuple[list[str], Sequence[str], int]:
+    """The meaning of `FILE.tar[,caption=KEY][,buffer=TARS]`.
+
+    Returns:
+        The tars of the name, glob or range (`shard-{000..012}.tar`); the keys of KEY.json of which
+        the first found holds the caption; and the tars that are copied to a local disk at a time,
+        0 where samples are read in place.
 
     Raises:
         ValueError: for an unknown option, or a file system that cannot be reached.
@@ -75,7 +71,7 @@ def parse_tars(source: str) -> TarSource:
     missing = [path for path in paths if not is_remote(path) and not Path(path).is_file()]
     if missing or not paths:
         raise FileNotFoundError(f"{source}: no such file: {', '.join(missing[:5]) or source}")
-    return TarSource(paths, [caption] if caption else CAPTION_KEYS, int(buffer))
+    return paths, [caption] if caption else CAPTION_KEYS, int(buffer)
 
 
 # ---- indices
@@ -144,20 +140,6 @@ def _load_index(cache: Path) -> np.ndarray | None:
     return stored if is_index and stored[0, 2] == _VERSION else None
 
 
-def tar_indices(
-    paths: list[str], pick: Callable[[int, np.ndarray], T], stage: Stage | None = None
-) -> list[T]:
-    """What `pick` keeps of the rows of each tar; whole indices would be large.
-
-    Every process of a launch starts at another tar and finds the indices that the others have made:
-    they share the work.
-    """
-    first = int(os.environ.get("RANK", "0")) * len(paths) // world_size()
-    order = [*range(first, len(paths)), *range(first)]
-    found = {i: pick(i, tar_index(paths[i], stage)[1:]) for i in order}
-    return [found[i] for i in range(len(paths))]
-
-
 def _scan_tar(path: str, stream: Any = None) -> np.ndarray:
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
@@ -207,13 +189,28 @@ def _sample_rows(key: str, fields: dict[str, tuple[int, int]]) -> Iterator[tuple
 # ---- samples
 
 
+def _places(tar: int, samples: np.ndarray) -> np.ndarray:
+    """Rows of an index as int32 (samples, 5): tar, block and size of the image and of the text.
+
+    The size of a text is -1 for none, and -2 - size for JSON.
+    """
+    size = samples[:, _TEXT_SIZE]
+    columns = [
+        np.full(len(samples), tar),
+        samples[:, _IMAGE_OFFSET] // tarfile.BLOCKSIZE,
+        samples[:, _IMAGE_SIZE],
+        samples[:, _TEXT_OFFSET] // tarfile.BLOCKSIZE,
+        np.where((samples[:, _IS_JSON] > 0) & (size >= 0), -2 - size, size),
+    ]
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
 class TarDataset(EncodedImages):
     """Samples of WebDataset tars; with `captions` those that have KEY.txt or KEY.json.
 
-    With a buffer the order of training is decided here: a seeded permutation of the tars, `buffer`
-    after `buffer` of them
-    shuffled together. It is a function of (seed, epoch, position) like any other, so that a resume
-    is exact.
+    With a buffer the order of training is decided here: a seeded permutation of the tars, of which
+    `buffer` after `buffer` are shuffled together. It is a function of (seed, epoch, position) like
+    any other, so that a resume is exact.
 
     Attributes:
         reads_captions: whether samples come with the caption that they may have.
@@ -225,9 +222,17 @@ class TarDataset(EncodedImages):
         self.paths, self.caption_keys, self.buffer = parse_tars(source)
         self.reads_captions = self.captions
         self.stage = Stage(source, 2 * self.buffer) if self.buffer else None
-        picked = tar_indices(self.paths, self._pick, self.stage)
-        chosen = self.chosen(np.concatenate([hashes for _, hashes in picked]))
-        self.places = np.concatenate([places for places, _ in picked])[chosen]
+        # Every process of a launch starts at another tar and finds the indices that the others
+        # have made: they share the scanning. Of an index only what is needed is kept.
+        start = int(os.environ.get("RANK", "0")) * len(self.paths) // world_size()
+        places: dict[int, np.ndarray] = {}
+        hashes: dict[int, np.ndarray] = {}
+        for tar in [*range(start, len(self.paths)), *range(start)]:
+            samples = self._usable(tar, tar_index(self.paths[tar], self.stage)[1:])
+            places[tar], hashes[tar] = _places(tar, samples), samples[:, _HASH].copy()
+        tars = range(len(self.paths))
+        chosen = self.chosen(np.concatenate([hashes[tar] for tar in tars]))
+        self.places = np.concatenate([places[tar] for tar in tars])[chosen]
         # Row of the first sample of each tar, int64 (tars + 1,).
         self.first = np.searchsorted(self.places[:, 0], np.arange(len(self.paths) + 1))
         self.training_index = self._buffered_index if self.buffer else None
@@ -235,32 +240,20 @@ class TarDataset(EncodedImages):
         # Shared memory: the sampler of the parent process sets it, loader workers read it.
         self._in_training_order = torch.zeros(1, dtype=torch.uint8).share_memory_()
 
-    def _pick(self, tar: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the usable samples, int32 (samples, 5), and the hashes of their names.
-
-        A place is tar, block and size of the image, block and size of the text; that size is
-        negative for no text (-1) and for JSON (-2 - size).
-        """
-        if self.captions:
-            has_text = index[:, _TEXT_SIZE] >= 0
-            path, found = self.paths[tar], int(has_text.sum())
-            if not found:
-                raise ValueError(
-                    f"{path} holds {len(index)} images but no caption: "
-                    "expected KEY.txt or KEY.json for each KEY.jpg"
-                )
-            if found < len(index):
-                told = f"{len(index) - found} of {len(index)} images have no caption, left out"
-                print(f"{path}: {told}", file=sys.stderr)
-            index = index[has_text]
-        size = index[:, _TEXT_SIZE]
-        places = np.empty((len(index), 5), dtype=np.int32)
-        places[:, 0] = tar
-        places[:, 1] = index[:, _IMAGE_OFFSET] // tarfile.BLOCKSIZE
-        places[:, 2] = index[:, _IMAGE_SIZE]
-        places[:, 3] = index[:, _TEXT_OFFSET] // tarfile.BLOCKSIZE
-        places[:, 4] = np.where((index[:, _IS_JSON] > 0) & (size >= 0), -2 - size, size)
-        return places, index[:, _HASH].copy()
+    def _usable(self, tar: int, samples: np.ndarray) -> np.ndarray:
+        """The rows of an index that have what is asked for."""
+        if not self.captions:
+            return samples
+        usable, path = samples[samples[:, _TEXT_SIZE] >= 0], self.paths[tar]
+        if not len(usable):
+            raise ValueError(
+                f"{path} holds {len(samples)} images but no caption: "
+                "expected KEY.txt or KEY.json for each KEY.jpg"
+            )
+        if lost := len(samples) - len(usable):
+            told = f"{lost} of {len(samples)} images have no caption, left out"
+            print(f"{path}: {told}", file=sys.stderr)
+        return usable
 
     def __len__(self) -> int:
         return len(self.places)

@@ -1,5 +1,6 @@
 """Scenes: one to four coloured objects on a plain, graded or textured background, from a seed.
- Some combinations never occur in training: one colour of every name, and one in eight
+
+Some combinations never occur in training: one colour of every name, and one in eight
 name-relation-name triples. Validation scenes hold them on purpose, so that composition is measured
 and not memory.
 """

