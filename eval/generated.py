@@ -89,7 +89,7 @@ def image_seed(prompt: int, sample: int) -> int:
 
 
 def claim_folder(folder: str | Path, settings: dict[str, Any], key: str) -> None:
-    """Record in `settings.json` what decides the content of a folder, which the argument `key` names.
+    """Record in `settings.json` what decides a folder's content; the argument `key` names it.
 
     Raises:
         ValueError: when the folder was filled with other settings, or another launch works on it.

@@ -1,11 +1,13 @@
-"""DPG-Bench (ELLA, Hu et al., arXiv 2403.05135; prompts and questions Apache-2.0): dense prompts, judged by questions.
+"""DPG-Bench (ELLA, Hu et al., arXiv 2403.05135): dense prompts, judged by questions.
 
     python -m vqrae.eval.dpg_bench.evaluate model=runs/generation out=dpg
-    python -m vqrae.eval.dpg_bench.evaluate images=GRIDS images_per_prompt=4 questions=dpg_bench.csv judge=mplug out=dpg
+    python -m vqrae.eval.dpg_bench.evaluate images=GRIDS images_per_prompt=4 \\
+        questions=dpg_bench.csv judge=mplug out=dpg
 
-Without a table, prompts and questions are made from the embedded scenes, and the scene detector answers.
+Without a table, prompts and questions are made from the embedded scenes, and the scene detector
+answers.
 
-    OUT/images/ITEM.png      one image, or a 2 x 2 grid: top left, top right, bottom left, bottom right
+    OUT/images/ITEM.png      one image, or a 2 x 2 grid, row by row
     OUT/singles/ITEM/0.png   the images in the grids that were generated here
     OUT/answers/ITEM.json    what the judge said, kept: an interrupted run asks only the rest
     OUT/scores.json          scores, counts, failures, manifest
@@ -43,7 +45,7 @@ NUM_SCENES = 50
 
 @dataclass(frozen=True, kw_only=True)
 class DPGConfig(ImagesConfig):
-    """Score images of dense prompts by questions; `images` holds ITEM.png, one image or a 2 x 2 grid."""
+    """Score images of dense prompts by questions; `images` holds ITEM.png, one or a 2 x 2 grid."""
 
     out: str
     """Folder of everything that is written."""
@@ -70,7 +72,7 @@ class DPGConfig(ImagesConfig):
         super().__post_init__()
         if self.judge == "scenes" and self.questions != "scenes":
             raise ValueError(
-                f"judge=scenes cannot answer the questions of {self.questions}: give judge=mplug or another"
+                f"judge=scenes cannot answer the questions of {self.questions}: give judge=mplug"
             )
         if not 1 <= self.images_per_file <= 4:
             raise ValueError(
@@ -79,8 +81,8 @@ class DPGConfig(ImagesConfig):
         if self.images is not None and self.images_per_prompt is None and self.resolution is None:
             raise ValueError(
                 f"are the files of images={self.images} single images or grids? Set "
-                "images_per_prompt=1, or images_per_prompt=4 for grids of 2 x 2, or resolution= to the "
-                "pixels of one image's side in a grid"
+                "images_per_prompt=1, or images_per_prompt=4 for grids of 2 x 2, or resolution= to "
+                "the pixels of one image's side in a grid"
             )
 
     @property

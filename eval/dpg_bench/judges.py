@@ -60,7 +60,7 @@ class ChatJudge:
 
 
 class EndpointJudge:
-    """A server with OpenAI's chat interface (vLLM, SGLang, llama.cpp, OpenAI …); images travel as PNG.
+    """A server with OpenAI's chat interface (vLLM, SGLang, llama.cpp, OpenAI …).
 
     Args:
         url: up to and including the version, such as http://localhost:8000/v1.

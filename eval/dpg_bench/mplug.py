@@ -1,9 +1,8 @@
-"""DPG-Bench's official judge, mPLUG (Li et al., arXiv 2205.12005): modelscope's model code without its pipeline.
+"""DPG-Bench's official judge, mPLUG (arXiv 2205.12005): modelscope's model, not its pipeline.
 
-The pipeline imports fairseq, which does not install on Python 3.11. The steps around the model are those of
-modelscope's `MPlugPreprocessor` and `MPlugForAllTasks`: squared bicubic resize, CLIP's normalisation, 25
-tokens of the lower-cased question, beam search.
-"""
+The pipeline imports fairseq, which does not install on Python 3.11. The steps around the model are
+those of modelscope's `MPlugPreprocessor` and `MPlugForAllTasks`: squared bicubic resize, CLIP's
+normalisation, 25 tokens of the lower-cased question, beam search."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +98,7 @@ def _model_code() -> ModuleType:
 
 
 def _invert_attention_mask(self: Any, mask: Tensor) -> Tensor:
-    """(B, S) or (B, T, S), 1 where attention is allowed -> 0 there and the least number elsewhere."""
+    """(B, S) or (B, T, S), 1 where attention is allowed -> 0 there, the least number elsewhere."""
     mask = mask[:, None] if mask.dim() == 3 else mask[:, None, None]
     return (1 - mask.to(self.dtype)) * torch.finfo(self.dtype).min
 

@@ -1,8 +1,7 @@
 """DPG-Bench's table of prompts and questions: one row per question, in the published format.
 
-`dependency` names the questions that must be answered with yes before this one counts: "0" for none, else
-"1" or "1,2". `tuple` starts with the category: "attribute - color (car, red)".
-"""
+`dependency` names the questions that must be answered with yes before this one counts: "0" for
+none, else "1" or "1,2". `tuple` starts with the category: "attribute - color (car, red)"."""
 
 import csv
 import io
@@ -57,11 +56,11 @@ def broad(category: str) -> str:
 
 
 def read_questions(path: str | Path) -> tuple[list[Item], list[str]]:
-    """The items of the table, and a line for each oddity. Empty rows, as spreadsheets leave them, are skipped.
+    """The items of the table, and a line for each oddity; empty rows are skipped.
 
-    Oddities: rows without a number (left out), questions that appear twice (the later one is taken, as by
-    the published script), dependencies on questions that do not exist (left out), rows of an item that are
-    apart from each other (put together).
+    Oddities: rows without a number (left out), questions that appear twice (the later one is taken,
+    as by the published script), dependencies on questions that do not exist (left out), rows of an
+    item that are apart from each other (put together).
 
     Raises:
         FileNotFoundError: when there is no table, with where to get it.

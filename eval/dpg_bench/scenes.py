@@ -1,4 +1,4 @@
-"""DPG-Bench over the embedded scenes: prompts and questions, and a judge that reads the images exactly."""
+"""DPG-Bench over the embedded scenes: prompts, questions, and a judge that reads images exactly."""
 
 import re
 from collections import Counter
@@ -33,7 +33,7 @@ def true_images(sprites: str, count: int, image_size: int = 64) -> list[Image.Im
 
 
 def scene_questions(scene: Scene, names: Sequence[str]) -> tuple[Question, ...]:
-    """Questions that a scene answers with yes: things, their colours, how many, and where if two."""
+    """Questions that a scene answers with yes: things, colours, how many, and where if two."""
     asked: list[Question] = []
 
     def ask(text: str, proposition: str, *parents: int) -> int:

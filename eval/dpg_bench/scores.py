@@ -1,19 +1,19 @@
-"""DPG-Bench's scores from a judge's answers: as the benchmark means them, and as its script computes them.
+"""DPG-Bench's scores from a judge's answers: as it means them, and as its script computes them.
 
-A question counts when it and every question that it depends on are answered with yes. An image scores the
-share of its questions that count, a prompt the mean of its images, the benchmark 100 x the mean of its
-prompts. Categories take the answers themselves, whatever they depend on.
+A question counts when it and every question that it depends on are answered with yes. An image
+scores the share of its questions that count, a prompt the mean of its images, the benchmark 100 x
+the mean of its prompts. Categories take the answers themselves, whatever they depend on.
 
-The published script (ELLA's compute_dpg_bench.py) departs from that; `official_scores` reproduces it for
-comparison with old numbers:
+The published script (ELLA's compute_dpg_bench.py) departs from that; `official_scores` reproduces
+it for comparison with old numbers:
 
-1. Categories use the last image of each prompt only.
-2. With several processes, categories are gathered in another order on each, which mixes them up. Not
+1. Categories use the last image of each prompt only. 2. With several processes, categories are
+gathered in another order on each, which mixes them up. Not
    reproduced: it is random, and absent with one process.
-3. The table's first row is skipped. Where a question depends on it, the whole prompt may fail.
-4. Prompts that fail leave every mean silently. Here they are counted in both ways of scoring.
-5. An answer counts when it equals "yes" to the letter.
-6. Dependencies are followed in the order of the table: a question before its parent uses what the parent
+3. The table's first row is skipped. Where a question depends on it, the whole prompt may fail. 4.
+Prompts that fail leave every mean silently. Here they are counted in both ways of scoring. 5. An
+answer counts when it equals "yes" to the letter. 6. Dependencies are followed in the order of the
+table: a question before its parent uses what the parent
    was answered, not whether it counts.
 """
 
@@ -70,8 +70,8 @@ def summarize(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str
 
     Returns:
         `dpg`, 0 to 100; its `interval`, 95 % by the spread of prompts; `categories` and
-        `categories_detailed`, 0 to 100; num_prompts, num_scored; `unclear_answers`, neither yes nor no,
-        which count as no.
+        `categories_detailed`, 0 to 100; num_prompts, num_scored; `unclear_answers`, neither yes nor
+        no, which count as no.
 
     Raises:
         ValueError: when no prompt has answers.

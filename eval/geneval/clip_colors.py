@@ -1,4 +1,4 @@
-"""GenEval's colour test: OpenAI's CLIP ViT-L/14 names the colour of the masked crop of an object."""
+"""GenEval's colour test: OpenAI's CLIP ViT-L/14 names the colour of an object's masked crop."""
 
 from collections.abc import Sequence
 from pathlib import Path

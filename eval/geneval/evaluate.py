@@ -1,13 +1,13 @@
-"""GenEval (Ghosh et al., arXiv 2310.11513): images of its prompts, generated here or given, and scored.
+"""GenEval (Ghosh et al., arXiv 2310.11513): images of its prompts, generated or given.
 
-    python -m vqrae.eval.geneval.evaluate model=runs/generation output=scenes/generation.json
-    python -m vqrae.eval.geneval.evaluate suite=official model=runs/generation output=geneval/scores.json
-    python -m vqrae.eval.geneval.evaluate suite=official images=FOLDER output=geneval/scores.json
-    python -m vqrae.eval.geneval.evaluate suite=official prompts_only=true output=geneval/scores.json
+    python -m vqrae.eval.geneval.evaluate model=runs/generation output=scenes.json
+    python -m vqrae.eval.geneval.evaluate suite=official model=runs/generation output=official.json
+    python -m vqrae.eval.geneval.evaluate suite=official images=FOLDER output=official.json
+    python -m vqrae.eval.geneval.evaluate suite=official prompts_only=true output=official.json
 
-`suite=scenes` asks for embedded scenes and scores by exact rules, with two ceilings: scenes that satisfy
-the prompts, and their reconstructions by the tokenizer. `suite=official` has GenEval's own prompts and
-detector. An interrupted run keeps the images and rows that it has.
+`suite=scenes` asks for embedded scenes and scores by exact rules, with two ceilings: scenes that
+satisfy the prompts, and their reconstructions by the tokenizer. `suite=official` has GenEval's own
+prompts and detector. An interrupted run keeps the images and rows that it has.
 
     OUTPUT.json, OUTPUT.jsonl   scores with their manifest; GenEval's results file
     images/, rows/              next to them: what was generated, and each image's row
@@ -100,7 +100,7 @@ def suite_title(config: GenEvalConfig, records: list[Record]) -> str:
 
 
 def build_judges(config: GenEvalConfig, device: str) -> Judges:
-    """Detector and colour classifier of the suite, tested; exits with code 2 when weights are missing."""
+    """Detector and colour classifier of the suite; exits with code 2 when weights are missing."""
     if config.suite == "scenes":
         return scene_judges(config.sprites)
     try:
@@ -228,7 +228,7 @@ def write_prompts_only(config: GenEvalConfig, records: list[Record]) -> None:
 
 
 def text_table(values: dict[str, Any]) -> str:
-    """The scores for people, with intervals or ceilings, and what is wrong with images or prompts."""
+    """The scores for people, with intervals and ceilings, and what is wrong with the images."""
     manifest, ceiling = values["manifest"], values.get("ceiling", {})
     lines = [
         f"{values['benchmark']}, detector {manifest['detector']}, suite {manifest['suite']}",

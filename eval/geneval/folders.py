@@ -1,4 +1,4 @@
-"""Images in GenEval's folder layout. Folders and images are named by numbers, with or without zeros.
+"""Images in GenEval's folder layout; numbers name folders and images, with zeros or without.
 
 OUT/00000/metadata.jsonl          one record: tag, include, [exclude,] prompt
 OUT/00000/samples/00000.png       one image per seed, in any format

@@ -98,13 +98,13 @@ def require_sight(
     if not row["correct"]:
         raise RuntimeError(
             f"detector {detector.name} fails on a known image of {record['prompt']!r}: "
-            f"{row['reason']}. It found {row['details']}. Its scores would be meaningless: check its "
-            "weights, configuration and compiled kernels"
+            f"{row['reason']}. It found {row['details']}. Its scores would be meaningless: check "
+            "its weights, configuration and compiled kernels"
         )
 
 
 def sample_photograph() -> Path:
-    """A photograph of one person that is always installed: matplotlib's portrait of Grace Hopper."""
+    """A photograph of a person that is always installed: matplotlib's portrait of Grace Hopper."""
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give known_image=, a photograph with a person")

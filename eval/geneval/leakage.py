@@ -64,8 +64,8 @@ def leakage_report(prompts: Sequence[str], captions: Iterable[str]) -> dict[str,
 
     Returns:
         num_prompts and num_captions; the prompts that equal a caption, `exact` and `normalized`;
-        `contained`, prompts within a longer caption; `template_captions`, captions that start like a
-        GenEval prompt; the first `examples` of prompts found.
+        `contained`, prompts within a longer caption; `template_captions`, captions that start like
+        a GenEval prompt; the first `examples` of prompts found.
     """
     wanted, plain = set(prompts), {normalized(prompt) for prompt in prompts}
     lengths = sorted({len(prompt.split()) for prompt in plain})

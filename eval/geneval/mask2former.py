@@ -1,9 +1,8 @@
 """Mask2Former (arXiv 2112.01527) on COCO as GenEval's detector, in plain transformers.
 
-`from_mmdet` takes GenEval's own checkpoint, so that its scores are GenEval's; `from_transformers` takes
-a Hugging Face checkpoint, another training run whose scores carry another name. Pre- and post-processing
-are mmdetection's: the Hugging Face processor drops overlaps and resizes masks.
-"""
+`from_mmdet` takes GenEval's own checkpoint, so that its scores are GenEval's; `from_transformers`
+takes a Hugging Face checkpoint, another training run whose scores carry another name. Pre- and
+post-processing are mmdetection's: the Hugging Face processor drops overlaps and resizes masks."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,8 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MMDET_PADDING = 128  # grey level, before normalising; detectron2 trained Hugging Face's with zeros
 MAX_PER_IMAGE = 100
 
-# Of scalars that training hooks may leave in a checkpoint's metadata: harmless, but not allowed by default.
+# Of scalars that training hooks may leave in a checkpoint's metadata: harmless, but not allowed by
+# default.
 _NUMPY_SCALARS: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),  # its name before numpy 2
     np.dtype,
@@ -43,7 +43,7 @@ _NUMPY_SCALARS: list[Any] = [
 
 
 def swin_small_config() -> Mask2FormerConfig:
-    """The architecture of GenEval's detector: Swin-S, 100 queries, 80 classes; 68.7 M parameters."""
+    """The architecture of GenEval's detector: Swin-S, 100 queries, 80 classes, 68.7 M weights."""
     backbone = SwinConfig(
         embed_dim=96,
         depths=[2, 2, 18, 2],
@@ -122,7 +122,7 @@ class Mask2FormerDetector:
 
 
 def prepare(image: Image.Image, padding: int | None = None) -> tuple[Tensor, tuple[int, int]]:
-    """RGB image -> (1, 3, H, W) as the detector wants it, and the (height, width) that the image covers.
+    """RGB image -> (1, 3, H, W) for the detector, and the (height, width) that the image covers.
 
     Resized to fit 800 x 1333 without antialiasing, like OpenCV, to whole grey levels; padded to
     multiples of 32.
@@ -152,9 +152,9 @@ def instances(
     """mmdetection's instances: class probability times the mean probability inside the mask.
 
     Args:
-        class_logits: (queries, classes + 1), the last one for "nothing".
-        mask_logits: (queries, h, w).
-        padded, resized, size: (height, width) of the network's input, of the image in it, of the image.
+        class_logits: (queries, classes + 1), the last one for "nothing". mask_logits: (queries, h,
+        w). padded, resized, size: (height, width) of the network's input, of the image in it, of
+        the image.
     """
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     num_classes = probabilities.shape[1]

@@ -1,8 +1,7 @@
 """GenEval's prompts by its published rules: seed 43 gives the 553 official ones, byte for byte.
 
-Scores on the official suite compare with other papers'. Any other seed gives a fresh suite of the same
-families, which cannot have leaked into training captions.
-"""
+Scores on the official suite compare with other papers'. Any other seed gives a fresh suite of the
+same families, which cannot have leaked into training captions."""
 
 import hashlib
 import json
@@ -17,18 +16,21 @@ from vqrae.eval.geneval.rules import COLORS, Record
 
 OFFICIAL_SEED = 43
 OFFICIAL_MD5 = "9a0ed515640279a48ed3380d90aec0ed"  # of the official evaluation_metadata.jsonl
-DRAWS = 100  # of each task but single_object, before repetitions are dropped
+SAMPLES = 100  # of each task but single_object, before repetitions are dropped
 
-# COCO's 80 things in COCO's order; "mouse", "remote" and "keyboard" have a word more so that a prompt is understood.
+# COCO's 80 things in COCO's order; "mouse", "remote" and "keyboard" have a word more so that a
+# prompt is understood.
 OBJECT_NAMES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
-    "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra",
-    "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
-    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork",
-    "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut",
-    "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
-    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase",
-    "scissors", "teddy bear", "hair drier", "toothbrush",
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
+    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
+    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
+    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
+    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange",
+    "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant",
+    "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
+    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator",
+    "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
 
 
@@ -38,12 +40,12 @@ def official_prompts(seed: int = OFFICIAL_SEED) -> list[Record]:
     Args:
         seed: 43 is the official suite; any other a fresh one (0 has 548 prompts, 42 has 559).
     """
-    # The order of the draws is part of the rules: all of them come from one random generator.
+    # The order of the samples is part of the rules: all of them come from one random generator.
     rng = np.random.default_rng(seed)
     count = len(OBJECT_NAMES)
     records = [_single_object(int(index)) for index in rng.choice(count, size=count, replace=False)]
     for sample in (_two_object, _counting, _colors, _position, _color_attr):
-        records += [sample(rng) for _ in range(DRAWS)]
+        records += [sample(rng) for _ in range(SAMPLES)]
     return list({json.dumps(record): record for record in records}.values())
 
 
@@ -53,12 +55,12 @@ def metadata_lines(records: Sequence[Record]) -> str:
 
 
 def suite_name(records: Sequence[Record]) -> str:
-    """`official` for the 553 official records, else `md5:` and the first digits of the suite's checksum."""
+    """`official` for the 553 official records, else `md5:` and the start of the checksum."""
     digest = hashlib.md5(metadata_lines(records).encode(), usedforsecurity=False).hexdigest()
     return "official" if digest == OFFICIAL_MD5 else f"md5:{digest[:8]}"
 
 
-# ---- one draw of each task
+# ---- one prompt of each task
 
 
 def _clause(name: str, count: int = 1, **more: Any) -> dict[str, Any]:

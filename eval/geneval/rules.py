@@ -1,9 +1,8 @@
 """GenEval's scoring rules (Ghosh et al., arXiv 2310.11513; MIT), from detections to scores.
 
-The rules are those of the official `evaluate_images.py` and `summary_scores.py`, edge cases included:
-the same detections give the same verdicts, reasons and numbers. Detector and colour classifier are
-arguments, so quote every score with the detector's name.
-"""
+The rules are those of the official `evaluate_images.py` and `summary_scores.py`, edge cases
+included: the same detections give the same verdicts, reasons and numbers. Detector and colour
+classifier are arguments, so quote every score with the detector's name."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -39,7 +38,7 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects that count above `threshold`, in the counting task above `counting_threshold`."""
+    """Finds objects; they count above `threshold`, in the counting task `counting_threshold`."""
 
     name: str
     threshold: float
@@ -98,7 +97,7 @@ def judge(
     record: Record,
     classifier: ColorClassifier,
 ) -> list[str]:
-    """Why an image with these `confident_objects` misses its prompt, one line per clause; [] if right.
+    """Why an image with these `confident_objects` misses its prompt, by clause; empty if right.
 
     All `include` clauses must hold, and no `exclude` clause may. A clause looks at its `count` most
     confident objects only: at their colours, and at their positions relative to every object of the
@@ -159,9 +158,8 @@ def evaluate_image(
 ) -> dict[str, Any]:
     """One row of GenEval's results file: filename, tag, prompt, correct, reason, metadata, details.
 
-    `metadata` and `details` are JSON strings; `details` holds [x0, y0, x1, y1, score] of every object
-    that counted, by class.
-    """
+    `metadata` and `details` are JSON strings; `details` holds [x0, y0, x1, y1, score] of every
+    object that counted, by class."""
     counting = record["tag"] == "counting"
     threshold = detector.counting_threshold if counting else detector.threshold
     objects = confident_objects(detector.detect(image), threshold)
@@ -187,8 +185,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Share of correct images per task, and the unweighted mean of tasks as `overall`.
 
     Returns:
-        overall, one score per tag in order of appearance, `correct_images`, `correct_prompts` (with any
-        correct image), num_images, num_prompts; `intervals`, 95 % bounds per tag and of `overall`.
+        overall, one score per tag in order of appearance, `correct_images`, `correct_prompts` (with
+        any correct image), num_images, num_prompts; `intervals`, 95 % bounds per tag and of
+        `overall`.
 
     Raises:
         ValueError: without rows.
@@ -222,7 +221,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def wilson_interval(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Bounds of a share from `correct` of `total` independent trials (Wilson 1927); 95 % by default."""
+    """Bounds of a share from `correct` of `total` independent trials (Wilson 1927); 95 %."""
     share, spread = correct / total, z * z / total
     center = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * float(np.sqrt(share * (1 - share) / total + spread / (4 * total)))

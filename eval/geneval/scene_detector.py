@@ -1,15 +1,16 @@
 """A rule-based detector for the embedded scenes: no weights, nothing learned.
 
-Analysis by synthesis. The background is fitted where no object covers it. Every pixel is explained as a
-blend of the background and one of the ten colours; connected pixels where a colour prevails form a thing.
-The thing's coverage map is compared with every sprite at several sizes, positions and blurs; the best one
-gives name and box. The score is a soft intersection over union, so a blob that resembles no sprite scores
-low and is not counted.
+Analysis by synthesis. The background is fitted where no object covers it. Every pixel is explained
+as a blend of the background and one of the ten colours; connected pixels where a colour prevails
+form a thing. The thing's coverage map is compared with every sprite at several sizes, positions and
+blurs; the best one gives name and box. The score is a soft intersection over union, so a blob that
+resembles no sprite scores low and is not counted.
 
 Shapes: S = SIDE pixels, P pixels of a selection, M sprites (names), K = 10 colours.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ REACH = (
 FAINT = 0.12  # coverage below this is background
 SMOOTHING = 1.0  # pixels of blur that thing and sprites get alike, against noise and blotches
 BLURS = (0.0, 0.7, 1.3)  # further blurs of the sprites, in pixels: a soft image is not a wrong one
-SHIFTS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
+SHIFTS = tuple(itertools.product((-1, 0, 1), repeat=2))  # (dy, dx)
 OPACITY = 0.3  # of "the blend should be opaque" vs "the blend should match" when choosing a colour
 DISTINCTION = 0.03  # overlap by which the best name must lead; a smaller lead costs score
 PURITY = 0.6  # share of a thing's pixels that must have its colour; fewer cost score
@@ -43,9 +44,10 @@ class SceneDetector:
     """Finds the sprites of one set in an image; see the module.
 
     Attributes:
-        threshold: score above which a thing counts as seen. True scenes of shapes score 0.98 and more,
-            after a blur of one pixel above 0.9, at a reconstruction's 28 dB above 0.8; an oblong or a half
-            disc stays below 0.74.
+        threshold: score above which a thing counts as seen. True scenes of shapes score 0.98 and
+        more,
+            after a blur of one pixel above 0.9, at a reconstruction's 28 dB above 0.8; an oblong or
+            a half disc stays below 0.74.
         counting_threshold: the same for GenEval's counting task.
     """
 
@@ -56,7 +58,7 @@ class SceneDetector:
         self._matcher = SpriteMatcher(sprites)
 
     def detect(self, image: Image.Image) -> list[Detection]:
-        """Every thing in the image under its best name, whatever the score. Masks are (S, S) bool."""
+        """Every thing in the image under its best name, whatever its score; masks (S, S) bool."""
         view = View.of(image)
         components, _ = ndimage.label(view.opaque)
         found: list[Detection] = []
@@ -136,7 +138,7 @@ class View:
 
 
 def fit_background(pixels: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Continue a background below the things on it: a plane, plus the periodic texture that fits best.
+    """Continue a background below things: a plane, plus the periodic texture that fits best.
 
     Args:
         pixels: (S, S, 3) in [0, 1].
@@ -200,8 +202,8 @@ def _label(pixels: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.n
 def _blend(departure: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cost and share (P, K) of each colour in the blend that explains a departure (P, 3) best.
 
-    With OPACITY = 1 the cost would be the squared distance to the pure colour; less forgives blurred edges.
-    """
+    With OPACITY = 1 the cost would be the squared distance to the pure colour; less forgives
+    blurred edges."""
     difference = COLOR_VALUES - background[:, None]  # (P, K, 3)
     square = np.square(difference).sum(axis=-1)
     product = np.einsum("pc,pkc->pk", departure, difference)
@@ -318,7 +320,7 @@ class SpriteMatcher:
         return self.sprites.names[first], float(overlaps[first] * certainty), (x0, y0, x1, y1)
 
     def _candidates(self, area: float) -> dict[int, list[int]]:
-        """Size -> sprites that have about this area at that size. Unlike a box, an area survives blur."""
+        """Size -> sprites of about this area at that size. Unlike a box, an area survives blur."""
         sizes: dict[int, list[int]] = {}
         for name, reference in enumerate(self._bank(24).areas):
             guess = round(24 * float(np.sqrt(area / reference)))

@@ -35,11 +35,10 @@ BATCH = 64  # images that a tokenizer reconstructs, and that a process scores, a
 
 
 def satisfying_scene(record: Record, sampler: SceneSampler, rng: np.random.Generator) -> Scene:
-    """A scene that holds exactly what a prompt asks for; the rest is distributed as in the data set.
+    """A scene with exactly what a prompt asks for; the rest is distributed as in the data set.
 
-    Layouts are sampled until one has the right number of objects and the relation; the prompt's names
-    and colours are then put on it.
-    """
+    Layouts are sampled until one has the right number of objects and the relation; the prompt's
+    names and colours are then put on it."""
     names: list[int] = []
     colors: list[int | None] = []
     where = None
@@ -103,7 +102,7 @@ def holds_held_out(record: Record, names: Sequence[str]) -> bool:
 def scene_scores(
     rows: Sequence[dict[str, Any]], records: Sequence[Record], names: Sequence[str]
 ) -> dict[str, Any]:
-    """GenEval's summary; `held_out` and `seen`: composing prompts with and without new combinations."""
+    """GenEval's summary; apart, prompts that compose: new combinations (`held_out`) and `seen`."""
     new = {record["prompt"] for record in records if holds_held_out(record, names)}
     halves: dict[str, list[dict[str, Any]]] = {"held_out": [], "seen": []}
     for row in rows:

@@ -48,7 +48,8 @@ BENCHMARKS = {
     for name, values in yaml.safe_load(_TABLE.read_text(encoding="utf-8")).items()
 }
 
-# Model type of the encoder, pixels, width of the language model -> how the paper's table names them.
+# Model type of the encoder, pixels, width of the language model -> how the paper's table names
+# them.
 _PAPER_MODELS = {
     ("siglip_vision_model", 256, 4096): ("SigLIP2", "V-7B", 256),
     ("siglip_vision_model", 256, 5120): ("SigLIP2", "V-13B", 256),
@@ -65,8 +66,8 @@ def paper_row(model_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         model_config: `config.json` of a LLaVA or InternVL folder.
 
     Returns:
-        Its name and its scores by the paper's names of the benchmarks; for a model that the paper does
-        not have, the row of SigLIP2-512 and Vicuna-7B under a name that says so.
+        Its name and its scores by the paper's names of the benchmarks; for a model that the paper
+        does not have, the row of SigLIP2-512 and Vicuna-7B under a name that says so.
     """
     vision, text = model_config.get("vision_config", {}), model_config.get("text_config", {})
     size = vision.get("image_size")
@@ -115,7 +116,8 @@ def write_task_file(name: str, folder: Path, data: Path | None) -> None:
         values |= {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": sources}
     text = yaml.safe_dump(values, sort_keys=False)
     if data is not None and benchmark.process_docs:
-        text = f"# Needs {FOLDER_VARIABLE}={data}\n{text}process_docs: !function {benchmark.process_docs}\n"
+        function = f"process_docs: !function {benchmark.process_docs}\n"
+        text = f"# Needs {FOLDER_VARIABLE}={data}\n{text}{function}"
     write_text(folder / f"{task}.yaml", text)
 
 

@@ -1,12 +1,12 @@
-"""Understanding benchmarks through lmms-eval: each score with its manifest, and the paper's row above ours.
+"""Understanding benchmarks through lmms-eval: scores with their manifests, below the paper's row.
 
-    python -m vqrae.eval.understanding.evaluate model=runs/vicuna_7b data=benchmarks output=… batch_size=16
-    torchrun --nproc_per_node 8 -m vqrae.eval.understanding.evaluate model=runs/vicuna_7b benchmark=pope,gqa …
+    python -m vqrae.eval.understanding.evaluate model=runs/vicuna_7b data=benchmarks output=OUT
+    torchrun --nproc_per_node 8 -m vqrae.eval.understanding.evaluate benchmark=pope,gqa …
 
-Every benchmark leaves `NAME.json` (score, all of lmms-eval's results, manifest) and `NAME.samples.jsonl` as
-soon as it is done; the same command continues with those that are missing. lmms-eval runs inside this
-process, so that what fails there fails here: its own command line ends with exit code 0 whatever happened.
-"""
+Every benchmark leaves `NAME.json` (score, all of lmms-eval's results, manifest) and
+`NAME.samples.jsonl` as soon as it is done; the same command continues with those that are missing.
+lmms-eval runs inside this process, so that what fails there fails here: its own command line ends
+with exit code 0 whatever happened."""
 
 import importlib.metadata
 import json
@@ -76,7 +76,8 @@ def evaluate(config: UnderstandingConfig, model_config: dict[str, Any]) -> dict[
     """The content of `NAME.json` by benchmark, on the main process; what is missing is run.
 
     Raises:
-        ValueError: when a benchmark was run with other settings, or lmms-eval returns without a score.
+        ValueError: when a benchmark was run with other settings, or lmms-eval returns without a
+        score.
     """
     output, data = Path(config.output), Path(config.data) if config.data else None
     settings: dict[str, Any] = {  # what decides a score
@@ -169,7 +170,7 @@ def find_score(name: str, task: str, results: Mapping[str, Any] | None) -> float
     score = scores.get(metric)
     if not isinstance(score, int | float) or not math.isfinite(score):
         raise ValueError(
-            f"{name}: lmms-eval gave no {metric} of task {task}, only {scores}: the benchmark failed"
+            f"{name}: the benchmark failed, lmms-eval gave no {metric} of task {task}: {scores}"
         )
     return score
 

@@ -1,8 +1,8 @@
-"""Our LLaVA, a grafted InternVL3, or any image-text model of transformers, as a chat model of lmms-eval 0.7.3.
+"""Our LLaVA, a graft, or any image-text model of transformers as a chat model of lmms-eval 0.7.3.
 
-lmms-eval's own LLaVA wrapper reads the same folder. Here questions are answered in batches, with the answers
-of batch size 1, and a question that fails ends the run instead of scoring as an empty answer.
-"""
+lmms-eval's own LLaVA wrapper reads the same folder. Here questions are answered in batches, with
+the answers of batch size 1, and a question that fails ends the run instead of scoring as an empty
+answer."""
 
 import json
 from collections import defaultdict
@@ -68,7 +68,7 @@ class LMMSEvalModel(lmms):
         return [answers[index] for index in range(len(requests))]
 
     def _messages(self, arguments: tuple[Any, ...]) -> Messages:
-        """The chat of a request; its six fields are those of lmms-eval 0.7.3, whose guide names five."""
+        """The chat of a request, which has six fields in lmms-eval 0.7.3; its guide names five."""
         _, doc_to_messages, _, doc_id, task, split = arguments
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         _, videos, audios = messages.extract_media()
@@ -88,7 +88,7 @@ class LMMSEvalModel(lmms):
 
 
 def alike(requests: Sequence[Any]) -> list[tuple[dict[str, Any], list[int]]]:
-    """Requests that may share a batch: same generation options, similar lengths next to each other."""
+    """Requests that may share a batch: same generation options, sorted by length."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[json.dumps(chat_options(request.args[2]), sort_keys=True)].append(index)

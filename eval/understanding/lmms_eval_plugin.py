@@ -1,6 +1,6 @@
-"""What lmms-eval finds by the entry point `lmms_eval.models`: a manifest, and nothing that takes time to import.
+"""What lmms-eval finds by the entry point `lmms_eval.models`: a manifest, quick to import.
 
-python -m lmms_eval --model vqrae --model_args pretrained=runs/understanding --tasks pope --batch_size 16
+python -m lmms_eval --model vqrae --model_args pretrained=runs/understanding --tasks pope
 """
 
 from typing import Any

@@ -1,13 +1,13 @@
 """Score a grafted InternVL3 (or any image-text folder) with VLMEvalKit, as the paper does (B.3).
 
     git clone https://github.com/open-compass/VLMEvalKit && pip install -e VLMEvalKit
-    python -m vqrae.eval.understanding.vlmevalkit root=VLMEvalKit model=runs/internvl3_vqrae output=OUT
+    python -m vqrae.eval.understanding.vlmevalkit root=VLMEvalKit model=runs/internvl3 output=OUT
     torchrun --nproc_per_node 8 -m vqrae.eval.understanding.vlmevalkit root=VLMEvalKit …
 
-VLMEvalKit has no plug-ins: the model is entered into its table of models, then its own `run.py` does the
-rest. Prompts and the number of tiles are those of its InternVL class, so that scores compare with InternVL's.
-Written against VLMEvalKit at e8e78f05 (2026-08), whose `run.py` was run with it.
-"""
+VLMEvalKit has no plug-ins: the model is entered into its table of models, then its own `run.py`
+does the rest. Prompts and the number of tiles are those of its InternVL class, so that scores
+compare with InternVL's. Written against VLMEvalKit at e8e78f05 (2026-08), whose `run.py` was run
+with it."""
 
 import os
 import runpy
@@ -55,7 +55,7 @@ class VLMEvalKitConfig:
 
 
 def model_class() -> type:
-    """A VLMEvalKit model: its InternVL class, whose weights and generation are ours and whose prompts stay."""
+    """A VLMEvalKit model: its InternVL class with our weights and generation; its prompts stay."""
     # By name: it comes from a clone and is not a dependency of ours.
     base = import_module("vlmeval.vlm.internvl").InternVLChat
     reorganize_prompt = import_module("vlmeval.vlm.internvl.utils").reorganize_prompt
@@ -64,7 +64,8 @@ def model_class() -> type:
         """Prompts of `InternVLChat`, answers of `Chat`."""
 
         def __init__(self, model_path: str, max_new_tokens: int) -> None:
-            # Its own constructor, without the weights that it would load: prompts need its attributes.
+            # Its own constructor, without the weights that it would load: prompts need its
+            # attributes.
             weights = {"AutoModel": mock.DEFAULT, "AutoTokenizer": mock.DEFAULT}
             with mock.patch.multiple(base.__module__, **weights):
                 super().__init__(model_path, version="V2.0", max_new_tokens=max_new_tokens)
@@ -137,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
         manifest = run_manifest(fingerprints={"model": weights_fingerprint(folder)})
         write_json(output / "manifest.json", manifest)
     if world_size() > 1 and torch.cuda.is_available():
-        # run.py sets CUDA_VISIBLE_DEVICES for each process: too late where an import has asked for CUDA.
+        # run.py sets CUDA_VISIBLE_DEVICES for each process: too late where an import has asked for
+        # CUDA.
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     arguments = ["--model", config.name, "--data", *config.data, "--work-dir", str(output)]
     with mock.patch.object(sys, "argv", [str(run), *arguments, *config.options]):

@@ -118,7 +118,8 @@ class TestOfficialFaults:
     def test_a_prompt_that_depends_on_the_first_row_is_lost(self) -> None:
         values = official_scores([CAR, SKY], {"car": [[YES] * 4], "sky": [[YES, NO]]})
         assert (values["dpg"], values["num_scored"], list(values["dropped"])) == (50, 1, ["car"])
-        # The script stops at the first parent that counts 0, before it looks for the one that is gone.
+        # The script stops at the first parent that counts 0, before it looks for the one that is
+        # gone.
         asked = item("i", _1=(), _2=(), _3=(2, 1))
         assert official_scores([asked], {"i": [[YES, NO, YES]]})["dpg"] == 0
         with pytest.raises(ValueError, match="none of 1 prompts"):

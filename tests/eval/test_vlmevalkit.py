@@ -1,8 +1,7 @@
 """The launcher's model answers what VLMEvalKit asks: a stand-in of the parts that it uses, which calls as `infer_data` does.
 
-VLMEvalKit is no package and drags in sixty others. At e8e78f05 its own `run.py` was run with the launcher; what it asked of the
-model, in which order, is what `RUN` below asks.
-"""
+VLMEvalKit is no package and drags in sixty others. At e8e78f05 its own `run.py` was run with the
+launcher; what it asked of the model, in which order, is what `RUN` below asks."""
 
 import json
 import sys
@@ -223,7 +222,8 @@ def test_several_images_keep_their_labels_and_share_the_tiles(
         model.chat([{"role": "user", "content": "?"}], dataset="MMDU")
 
 
-# Width, height, most tiles, and how many the kit's `dynamic_preprocess` makes at e8e78f05, thumbnail included.
+# Width, height, most tiles, and how many the kit's `dynamic_preprocess` makes at e8e78f05,
+# thumbnail included.
 TILES = [
     (1222, 155, 1, 1), (378, 296, 24, 21), (1307, 885, 1, 1), (168, 518, 12, 4), (943, 734, 6, 7), (264, 1046, 18, 5),
     (78, 197, 12, 11), (605, 1335, 12, 9), (647, 663, 18, 5), (892, 284, 18, 4), (1142, 1435, 18, 13), (447, 500, 18, 1),

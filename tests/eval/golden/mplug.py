@@ -2,8 +2,9 @@
 
 Makes mplug.json, in an environment with modelscope 1.40.2, addict, simplejson and the transformers it was written for:
 
-    pip install --no-deps --target OLD transformers==4.44.2 tokenizers==0.19.1 huggingface_hub==0.24.7
-    PYTHONPATH=OLD python tests/eval/golden/mplug.py > tests/eval/golden/mplug.json
+    pip install --no-deps --target OLD transformers==4.44.2 tokenizers==0.19.1
+    huggingface_hub==0.24.7 PYTHONPATH=OLD python tests/eval/golden/mplug.py >
+    tests/eval/golden/mplug.json
 """
 
 import importlib.abc
