@@ -60,8 +60,7 @@ def read(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     main = importlib.import_module(f"vqrae.{module}").main
     for name, loaded in list(sys.modules.items()):
-        is_ours = name.startswith("vqrae.") and loaded is not cli
-        if is_ours and getattr(loaded, "parse", None) is original:
+        if name.startswith("vqrae.") and getattr(loaded, "parse", None) is original:
             monkeypatch.setattr(loaded, "parse", parse_and_stop)
     with pytest.raises(Accepted):
         main(arguments)
