@@ -462,8 +462,8 @@ def train_stage(
     if start >= stage.max_steps:  # an ablation may start stage 2 from an untrained stage 1
         state.finish(run, stage.max_steps)
     engine.wait_for_everyone()
-    engine.free_memory()
-    d_engine.free_memory()
+    for prepared in engines.values():
+        prepared.free_memory()
 
 
 def set_mode(wrapped: nn.Module, model: VQRAEModel, stage: StageConfig) -> None:

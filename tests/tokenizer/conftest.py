@@ -1,9 +1,13 @@
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tokenizer_trainings import train
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from vqrae.tokenizer import train as tokenizer_train
 
 
 class LargestResult(TorchDispatchMode):
@@ -27,7 +31,14 @@ def largest_result() -> LargestResult:
     return LargestResult()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True, scope="module")
+def quick_statistics() -> Iterator[None]:
+    """Trainings start from the statistics of 32 images."""
+    with mock.patch.object(tokenizer_train, "sample_size", return_value=32):
+        yield
+
+
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training of both stages with everything; not to be changed."""
     output = tmp_path_factory.mktemp("finished")

@@ -1,18 +1,21 @@
 """Loss terms, the discriminators and their schedule, the teacher."""
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from tokenizer_trainings import TINY, equal
+from tokenizer_trainings import TINY, equal, read
 from torch import Tensor, nn
 from transformers import AutoModel, Dinov2Config, PreTrainedModel, ViTConfig
 
+from vqrae.common.run import open as open_run
 from vqrae.tokenizer import train as tokenizer_train
-from vqrae.tokenizer.config import StageConfig
+from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.configuration import FEATURE_TAPS
 from vqrae.tokenizer.discriminator import (
     BlurDownsample,
@@ -31,6 +34,7 @@ from vqrae.tokenizer.losses import (
     generator_hinge_loss,
 )
 from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.train import train_stage
 
 
 def test_hinge_by_hand() -> None:
@@ -64,76 +68,34 @@ def test_lecam_steers_logits_towards_the_mean_of_the_other_class() -> None:
 # ---- when the discriminator runs, and what it learns
 
 
-def adversarial_stage(**values: Any) -> StageConfig:
-    defaults = {
-        "global_batch_size": 1,
-        "micro_batch_size": 1,
-        "freeze_encoder": True,
-        "decoder_lr": 1e-4,
-        "end_lr": 1e-5,
-        "adversarial_weight": 0.1,
-        "discriminator_lr": 4e-5,
-    }
-    return StageConfig(**(defaults | values))
-
-
 def test_the_discriminator_counts_its_own_steps() -> None:
-    stage = adversarial_stage(
-        max_steps=100, warmup_steps=10, discriminator_start=50, discriminator_ramp=4
-    )
+    options = ["max_steps=100", "warmup_steps=10", "decoder_lr=1e-4", "end_lr=1e-5"]
+    options += ["adversarial_weight=0.1", "discriminator_lr=4e-5", "discriminator_start=50"]
+    options += ["discriminator_ramp=4"]
+    stage = read("tiny", *(f"stage1.{option}" for option in options)).stage1
     weights = [stage.adversarial_weight_at(step) for step in range(48, 56)]
     assert weights == pytest.approx([0, 0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
     factors = [stage.rate_factor(step, begin=50) for step in (50, 60, 99)]
-    assert factors == pytest.approx([1 / 11, 1, 0.1])  # of a warm-up and a cosine of its own
+    assert factors == pytest.approx([1 / 11, 1, 0.1])  # its own warm-up and cosine
 
 
-def test_not_run_before_its_start_then_parts_images_from_reconstructions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two micro-batches in a step; the discriminator starts in the third."""
-    seen: list[Any] = []
-    forward, rate_factor, update = PatchDiscriminator.forward, StageConfig.rate_factor, LeCam.update
-
-    def note_step(stage: StageConfig, step: int, *, begin: int = 0) -> float:
-        if not begin and (not seen or seen[-1] is not step):
-            seen.append(step)
-        return rate_factor(stage, step, begin=begin)
-
-    def note_run(discriminator: PatchDiscriminator, images: Tensor) -> Tensor:
-        seen.append("run")
-        return forward(discriminator, images)
-
-    def note_means(lecam: LeCam, means: Tensor, *, taken: Tensor) -> None:
-        seen.append(means)
-        update(lecam, means, taken=taken)
-
-    monkeypatch.setattr(StageConfig, "rate_factor", note_step)
-    monkeypatch.setattr(PatchDiscriminator, "forward", note_run)
-    monkeypatch.setattr(LeCam, "update", note_means)
-    stage = ["global_batch_size=4", "micro_batch_size=2", "max_steps=22", "adversarial_weight=1e-9"]
-    stage += [
-        "discriminator_lr=1e-3",
-        "discriminator_start=2",
-        "discriminator_channels=[8, 16, 16]",
-    ]
-    arguments = [
-        *TINY,
-        "stage=1",
-        "bf16=false",
-        "model.codebook_init=random",
-        "model.feature_norm=none",
-        "stage1.revival_interval=0",
-    ]
-    tokenizer_train.main(
-        [*arguments, *(f"stage1.{pair}" for pair in stage), f"output_dir={tmp_path}"]
-    )
-    means = [value for value in seen if isinstance(value, Tensor)]
-    order = ["means" if isinstance(value, Tensor) else value for value in seen]
-    # Both networks run it, in every micro-batch; LeCam's means move once in a step.
-    step = ["run", "run", "run", "run", "means"]
-    assert order[:13] == [0, 1, 2, *step, 3, *step[:4]]
-    assert len(means) == 20
-    assert (means[-1][0] - means[-1][1]) > (means[0][0] - means[0][1]) + 0.1
+def test_not_run_before_its_start_then_parts_images_from_reconstructions(tmp_path: Path) -> None:
+    """Two micro-batches in a step; the discriminator starts in the third step."""
+    options = ["global_batch_size=4", "micro_batch_size=2", "max_steps=23", "revival_interval=0"]
+    options += ["adversarial_weight=1e-9", "discriminator_lr=1e-3", "discriminator_start=2"]
+    options += ["discriminator_channels=[8, 16, 16]"]
+    config = read(*TINY, "bf16=false", *(f"stage1.{option}" for option in options))
+    spies = {"autospec": True, "side_effect": PatchDiscriminator.forward}
+    with (
+        mock.patch.object(PatchDiscriminator, "forward", **spies) as forward,
+        mock.patch.object(LeCam, "update", autospec=True) as update,
+    ):
+        steps = train_stage(config, 1, build_tokenizer(config.model, "eager"), open_run(tmp_path))
+        calls = [(forward.call_count, update.call_count) for _ in itertools.islice(steps, 23)]
+    # Both networks run it in every micro-batch; LeCam's means move once in a step.
+    assert calls[:5] == [(0, 0), (0, 0), (0, 0), (4, 1), (8, 2)]
+    real, fake = torch.stack([call.args[1] for call in update.call_args_list]).T
+    assert (real - fake)[-1] > (real - fake)[0] + 0.1
 
 
 # ---- discriminators
@@ -179,11 +141,16 @@ def test_generator_follows_the_discriminator_and_leaves_it_alone(discriminator: 
     torch.testing.assert_close(before[:1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_maskbit_has_its_published_size_shape_and_blur() -> None:
+def test_discriminators_have_their_published_size_shape_and_blur() -> None:
     with torch.device("meta"):
         networks = PatchDiscriminator(), PatchDiscriminator((128, 128, 256, 512, 1024))
     parameters = [sum(p.numel() for p in network.parameters()) for network in networks]
     assert parameters == [1_909_889, 7_431_297]  # TiTok's 1.91 M, MaskBit's 7.43 M
+    with torch.device("meta"):
+        dino = build_discriminator("dino", channels=(), random_backbone=True)
+    assert isinstance(dino, DinoDiscriminator)
+    assert dino.depths == [3, 6, 9, 12]
+    assert dino.backbone.num_parameters() == pytest.approx(21.67e6, rel=1e-3)  # ViT-S/16
     logits = PatchDiscriminator((8, 16, 16))(torch.rand(2, 3, 64, 64))
     assert logits.shape == (2, 1, 16, 16)
     blurred = BlurDownsample(4)(torch.full((1, 4, 8, 8), 0.7))[..., 1:-1, 1:-1]
@@ -206,15 +173,6 @@ def test_dino_trains_only_its_normalised_heads(kind: type) -> None:
     for convolution in convolutions:
         norm = torch.linalg.matrix_norm(convolution.weight.flatten(1), 2)
         torch.testing.assert_close(norm, torch.ones(()), rtol=0.05, atol=0)
-
-
-def test_dino_reads_four_depths_of_vit_s() -> None:
-    with torch.device("meta"):
-        discriminator = build_discriminator("dino", channels=(), random_backbone=True)
-    assert isinstance(discriminator, DinoDiscriminator)
-    assert discriminator.depths == [3, 6, 9, 12]
-    count = sum(p.numel() for p in discriminator.backbone.parameters())
-    assert count == pytest.approx(21.67e6, rel=1e-3)  # ViT-S/16
 
 
 def test_a_backbone_is_never_partly_random(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""The tokenizer's trainings on a GPU, of which tests/fake_gpu.py says what it is: devices fit, and the host waits for none of
-the steps.
+"""Trainings on a fake GPU (see `fake_gpu`): devices fit, and the host waits for none of the steps.
 
-The published configurations have their true widths here and two layers; VQRAE_FULL_SIZE=1 gives them all of their layers.
+The published configurations have their true widths here and two layers; VQRAE_FULL_SIZE=1 gives
+them all of their layers.
 """
 
 import dataclasses
@@ -36,10 +36,12 @@ SEARCH = "quantizers/search.py"  # in bf16 lists candidates
 def start(
     config: TokenizerTrainConfig, number: int, folder: Path
 ) -> tuple[VQRAEModel, Iterator[int]]:
-    """A tokenizer on the GPU, with weights that never were on the host, and the loop that trains it."""
+    """A tokenizer with weights that never were on the host, and the loop that trains it, set up."""
     with torch.device("cuda"):
         model = build_tokenizer(dataclasses.replace(config.model, encoder=None), "sdpa")
-    return model, train_stage(config, number, model, open_run(folder))
+    steps = train_stage(config, number, model, open_run(folder))
+    next(steps)
+    return model, steps
 
 
 @pytest.fixture
@@ -53,17 +55,14 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["model.encoder_config.num_hidden_layers=2"]
 
 
-@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("name", ["siglip2_256", "siglip2_512", "internvit_448"])
 def test_the_host_waits_for_no_step_of_a_published_training(
-    name: str, number: int, shallow: list[str], tmp_path: Path
+    name: str, shallow: list[str], tmp_path: Path
 ) -> None:
-    config = rehearsal(read(name, "dry_run=2", "ema_decay=0.999", *shallow), number)
+    config = rehearsal(read(name, "dry_run=2", "ema_decay=0.999", *shallow), 2)
+    config = dataclasses.replace(config, log_steps=2, save_steps=9, sample_steps=2)
     with fake_gpu() as gpu:
-        model, steps = start(
-            dataclasses.replace(config, log_steps=2, save_steps=9), number, tmp_path
-        )
-        next(steps)
+        model, steps = start(config, 2, tmp_path)
         with gpu.no_waiting():
             next(steps)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -74,56 +73,48 @@ def test_the_host_waits_for_no_step_of_a_published_training(
         assert next(steps) == 2  # logged and previewed
 
 
-class ProductsOfStep(TorchDispatchMode):
-    """By shape of its result, what every fp32 matrix product of a step may lose."""
+class Products(TorchDispatchMode):
+    """By shape of its result, what every fp32 matrix product may lose."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.precisions: dict[torch.Size, set[str]] = defaultdict(set)
+        self.precisions: dict[tuple[int, ...], set[str]] = defaultdict(set)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if (
-            func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-            and result.dtype == torch.float32
-        ):
-            self.precisions[result.shape].add(torch.backends.cuda.matmul.fp32_precision)
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        if func in products and result.dtype == torch.float32:
+            precision = torch.backends.cuda.matmul.fp32_precision
+            self.precisions[tuple(result.shape)].add(precision)
         return result
 
 
-@pytest.mark.parametrize(("switch", "precision"), [((), "tf32"), (("tf32=false",), "ieee")])
+@pytest.mark.parametrize(("switch", "precision"), [("tf32=true", "tf32"), ("tf32=false", "ieee")])
 def test_fp32_products_are_tf32_but_for_the_search(
-    switch: tuple[str, ...], precision: str, tmp_path: Path
+    switch: str, precision: str, tmp_path: Path
 ) -> None:
-    config = read(
-        *TINY,
-        "model.codebook_size=48",
-        "stage2.global_batch_size=1",
-        "stage2.micro_batch_size=1",
-        *switch,
-    )
+    one_image = ["stage2.global_batch_size=1", "stage2.micro_batch_size=1", "stage2.bypass_steps=0"]
+    config = read(*TINY, "model.codebook_size=48", *one_image, switch)
     try:
         with fake_gpu():
             _, steps = start(config, 2, tmp_path)
-            next(steps)
-            with ProductsOfStep() as products:
+            with Products() as products:
                 next(steps)
     finally:
         allow_tf32(False)
         torch.backends.cudnn.allow_tf32 = True  # PyTorch's own start
-    scores, table = (64, 48), (48, 32)  # of 64 features with 48 codes, and W(C)
-    assert {shape: products.precisions.pop(torch.Size(shape)) for shape in (scores, table)} == {
-        scores: {"ieee"},
-        table: {"ieee"},
-    }
-    assert products.precisions
+    # Scores of 64 features with 48 codes, and W(C).
+    assert products.precisions.pop((64, 48)) == products.precisions.pop((48, 32)) == {"ieee"}
     assert set.union(*products.precisions.values()) == {precision}
 
 
 SEARCH_BF16 = "model.quantizer_options={search: bf16, train_codebook: true}"
+ADAMW = ("ema_decay=0.9", "stage2.optimizer=adamw", "activation_checkpointing=true")
+PIXELS = ("stage2.revival_interval=3", "stage2.bypass_steps=1")
 DINO = (
+    "model.quantizer=ibq",
+    "stage2.entropy_weight=0.05",
+    "stage2.perceptual_weight=0.1",
     "stage2.adversarial_weight=0.1",
     "stage2.discriminator_lr=1e-4",
     "stage2.discriminator=dino",
@@ -131,67 +122,34 @@ DINO = (
 
 
 @pytest.mark.parametrize(
-    ("number", "options"),
-    [
-        (1, ("stage1.revival_interval=3",)),
-        (
-            2,
-            (
-                "stage2.revival_interval=3",
-                "stage2.bypass_steps=1",
-                "stage2.codebook_metric=features",
-            ),
-        ),
-        (
-            2,
-            (
-                SEARCH_BF16,
-                "ema_decay=0.9",
-                "stage2.optimizer=adamw",
-                "activation_checkpointing=true",
-            ),
-        ),
-        (2, ("model.quantizer=ema_vq",)),
-        (
-            2,
-            (
-                "model.quantizer=ibq",
-                "stage2.entropy_weight=0.05",
-                "stage2.perceptual_weight=0.1",
-                *DINO,
-            ),
-        ),
-    ],
+    "options", [PIXELS, (SEARCH_BF16, *ADAMW), ("model.quantizer=ema_vq",), DINO]
 )
 def test_a_stage_runs_saves_and_resumes(
-    number: int,
-    options: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {
-        "hidden_size": 24,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-    }
-    vit = AutoModel.from_config(ViTConfig(**small), add_pooling_layer=False)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+    vit = AutoModel.from_config(ViTConfig(**sizes, intermediate_size=24), add_pooling_layer=False)
     monkeypatch.setattr(discriminator, "random_vit", lambda: vit)
-    batches_of_two = [f"stage{number}.{size}_batch_size=2" for size in ("global", "micro")]
-    intervals = [f"{what}_steps=3" for what in ("log", "save", "sample")]
-    config = read(*TINY, "random_perceptual_weights=true", *intervals, *batches_of_two, *options)
+    config = read(
+        *TINY,
+        "random_perceptual_weights=true",
+        *("log_steps=3", "save_steps=3", "sample_steps=3"),
+        *("stage2.global_batch_size=2", "stage2.micro_batch_size=2"),
+        *("stage2.revival_interval=0", "stage2.bypass_steps=0"),
+        *options,
+    )
     waits = (MUON, SEARCH) if SEARCH_BF16 in options else (MUON,)
     with fake_gpu() as gpu:
-        _, steps = start(config, number, tmp_path)
-        stage = config.stage_config(number)
-        next(steps)
+        _, steps = start(config, 2, tmp_path)
         for step in range(3):
-            if stage.is_revival(step + 1) or step + 1 == 3 or (step and step == stage.bypass_steps):
-                next(steps)  # looks for codes, which are then moved; logs, saves and previews
-            else:
+            # The second step may start a codebook; the third moves codes, logs, saves and previews.
+            if step == 0 or (step == 1 and not config.stage2.bypass_steps):
                 with gpu.no_waiting(*waits):
                     next(steps)
-        _, resumed = start(config, number, tmp_path)
-        assert next(resumed) == 3
+            else:
+                next(steps)
+        run = open_run(tmp_path)
+        assert [folder.name for folder in run.checkpoints()] == ["step-3"]
+        _, resumed = start(config, 2, tmp_path)
         with gpu.no_waiting(*waits):
-            next(resumed)
+            assert next(resumed) == 4

@@ -297,7 +297,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, 2])  # 1: see the test that follows the bypass
 def test_two_processes_train_like_one(zero: int, one_process: Path, tmp_path: Path) -> None:
     """Both networks, under DDP and ZeRO, with a skipped step: every figure of every step, then the weights."""
     found = launch(tmp_path, *trainings.ANY_PROCESSES, f"zero={zero}")
