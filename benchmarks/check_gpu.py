@@ -33,11 +33,10 @@ from vqrae.common.cli import parse
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
-from vqrae.common.files import read_json, write_json
+from vqrae.common.files import markdown_table, read_json, write_json
 from vqrae.common.run import open as open_run
 from vqrae.common.run import read_metrics
 from vqrae.data.scenes.dataset import SceneDataset
-from vqrae.eval.tables import markdown_table
 from vqrae.generation.config import GeneratorConfig
 from vqrae.generation.data import GenerationCollator
 from vqrae.generation.modeling import VisualHead, VisualVocabulary

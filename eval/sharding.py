@@ -96,9 +96,6 @@ def gather(items: list[Any]) -> list[Any]:
     return [item for item in itertools.chain.from_iterable(rounds) if item is not _NOTHING]
 
 
-gather_strided = gather
-
-
 def share(total: int) -> range:
     """This process's indices of 0 … total - 1: consecutive."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqrae.common.config import ConfigError, did_you_mean, load_config
+from vqrae.common.files import markdown_table
 from vqrae.common.memory import (
     GIB,
     PLANNING_ATTENTION,
@@ -23,7 +24,6 @@ from vqrae.common.memory import (
     weight_bytes,
 )
 from vqrae.common.trainer import OptimizationConfig
-from vqrae.eval.tables import markdown_table
 from vqrae.generation.config import GeneratorConfig, TrainingConfig
 from vqrae.generation.modeling import VisualHead, VisualVocabulary, build_generator
 from vqrae.generation.train import visual_loss

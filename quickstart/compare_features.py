@@ -21,11 +21,17 @@ from typing import Any
 from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.errors import run_main
-from vqrae.common.files import atomic_path, read_json, weights_fingerprint, write_json, write_text
+from vqrae.common.files import (
+    atomic_path,
+    markdown_table,
+    read_json,
+    weights_fingerprint,
+    write_json,
+    write_text,
+)
 from vqrae.common.run import run_manifest
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.sharding import run_module
-from vqrae.eval.tables import markdown_table
 from vqrae.quickstart import scene_questions
 from vqrae.tokenizer import train as tokenizer_training
 from vqrae.understanding import train as llava_training

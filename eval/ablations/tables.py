@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from vqrae.common.files import markdown_table
 from vqrae.eval.ablations.suites import METRICS, Claim, Suite
-from vqrae.eval.tables import markdown_table
 
 Result = dict[str, Any]
 """One row in one recipe: recipe, row, labels, paper, and runs of seed and metrics."""

@@ -28,7 +28,7 @@ from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import is_main_process, sum_over_processes
 from vqrae.common.errors import run_main
-from vqrae.common.files import write_text
+from vqrae.common.files import markdown_table, write_text
 from vqrae.common.run import package_versions, quiet_libraries
 from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval.features.labelled import Task, folder_tasks, scene_tasks
@@ -40,7 +40,6 @@ from vqrae.eval.features.probes import (
 )
 from vqrae.eval.reconstruction.networks import NotMeasured, original_tokenizer
 from vqrae.eval.sharding import batch_indices, gather, processes, progress_of_main
-from vqrae.eval.tables import markdown_table
 from vqrae.tokenizer.modeling import VQRAEModel
 
 KINDS = ("continuous", "quantized")

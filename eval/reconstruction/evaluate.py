@@ -24,7 +24,7 @@ from vqrae.common.checkpoints import model_fingerprint, resolve_model
 from vqrae.common.config import check_range
 from vqrae.common.distributed import is_main_process, sum_over_processes
 from vqrae.common.errors import run_main
-from vqrae.common.files import write_text
+from vqrae.common.files import markdown_table, write_text
 from vqrae.common.images import image_grid, image_to_uint8, open_image, save_image
 from vqrae.common.run import package_versions, quiet_libraries
 from vqrae.data.image_files import ImageFolder
@@ -44,7 +44,6 @@ from vqrae.eval.reconstruction.networks import (
 )
 from vqrae.eval.reconstruction.protocols import PROTOCOLS, Protocol, resize_image
 from vqrae.eval.sharding import batch_indices, processes, progress_of_main
-from vqrae.eval.tables import markdown_table
 from vqrae.tokenizer.modeling import VQRAEModel
 
 EXAMPLES = 8  # originals and reconstructions in the grid

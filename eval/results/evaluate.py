@@ -18,8 +18,7 @@ from typing import Any
 from vqrae.common.cli import parse
 from vqrae.common.config import parse_yaml
 from vqrae.common.errors import run_main
-from vqrae.common.files import read_json, write_json, write_text
-from vqrae.eval.tables import markdown_table
+from vqrae.common.files import markdown_table, read_json, write_json, write_text
 
 PAPER_IMAGES = 50_000  # ImageNet's validation images, of Table 2 (arXiv 2511.23386)
 PAPER_SIZE, PAPER_PROTOCOL = 256, "titok"  # of Table 2, and appendix B.3

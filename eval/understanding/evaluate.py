@@ -23,9 +23,14 @@ from vqrae.common.cli import parse
 from vqrae.common.config import check_range, did_you_mean
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import require_package, run_main
-from vqrae.common.files import read_json, weights_fingerprint, write_json, write_text
+from vqrae.common.files import (
+    markdown_table,
+    read_json,
+    weights_fingerprint,
+    write_json,
+    write_text,
+)
 from vqrae.common.run import hold, kept, quiet_libraries, run_manifest
-from vqrae.eval.tables import markdown_table
 from vqrae.eval.understanding.benchmarks import (
     BENCHMARKS,
     FOLDER_VARIABLE,
