@@ -1,23 +1,21 @@
 """What the steps of a quickstart run left in its folder, read for the report.
 
-    DIR/plan.json, DIR/steps/NAME.json        budget in minutes and optimizer steps; seconds of every step
-    DIR/{encoder,tokenizer,llm,…}             run directories
-    DIR/evaluation/                           reconstruction.json, questions.json, generation.json, images/
+    DIR/plan.json, DIR/steps/NAME.json      budget in minutes and optimizer steps; seconds of each step
+    DIR/{encoder,tokenizer,llm,…}           run directories
+    DIR/evaluation/                         reconstruction.json, questions.json, generation.json, images/
 
-A step that has not run leaves None or nothing.
+A step that has not run leaves None or nothing. Examples are always the first ones.
 """
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vqrae.common.checkpoints import resolve_model
 from vqrae.common.files import json_lines, read_json
 from vqrae.common.images import open_image
 from vqrae.common.run import read_metrics
@@ -26,7 +24,6 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import FAMILIES
 from vqrae.eval.geneval.folders import list_samples
 from vqrae.eval.geneval.scenes import holds_held_out
-from vqrae.quickstart.scene_questions import is_correct
 from vqrae.tokenizer.modeling import VQRAEModel
 
 STEPS = (
@@ -40,19 +37,14 @@ STEPS = (
     "generation",
     "eval_generation",
 )
+BUDGETS = (12, 90)  # minutes of the default run and of the long one, which expectations are for
 
 
-BUDGETS = (12, 90)
-"""Minutes of the default run and of the long one, which the expectations are for."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One metric of one training run."""
+class Curve(NamedTuple):
+    """One metric of one training run, whose directory is `folder` in that of the quickstart."""
 
     title: str
     folder: str
-    """Run directory below the run's folder."""
     key: str
     caption: str
 
@@ -90,8 +82,196 @@ CURVES = (
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """The figures of a run."""
+
+    directory: Path
+    plan: dict[str, Any]
+    """Budget: minutes, sprites, optimizer steps."""
+    seconds: dict[str, float]
+    """Wall time of every finished step."""
+    reconstruction: dict[str, Any] | None
+    questions: dict[str, Any] | None
+    generation: dict[str, Any] | None
+    manifests: dict[str, dict[str, Any]]
+    """Manifest of every training run, by the name of its folder."""
+
+    @property
+    def budget(self) -> int | None:
+        """Index of the largest of the `BUDGETS` that this run reached; None below the default."""
+        minutes = self.plan.get("minutes", 0)
+        return max((i for i, budget in enumerate(BUDGETS) if minutes >= budget), default=None)
+
+    @property
+    def scenes(self) -> SceneDataset:
+        """Validation scenes of the kind that the run was trained on."""
+        return SceneDataset("validation", sprites=self.plan.get("sprites", "shapes"))
+
+    def curve(self, curve: Curve) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric; empty when the run has not logged it."""
+        rows = [row for row in read_metrics(self.directory / curve.folder) if curve.key in row]
+        return [row["step"] for row in rows], [row[curve.key] for row in rows]
+
+
+def read_evidence(directory: str | Path) -> Evidence:
+    """The figures that are in a quickstart folder.
+
+    Raises:
+        ValueError: when the folder is missing or holds no quickstart run.
+    """
+    directory = Path(directory)
+
+    def read(name: str) -> dict[str, Any] | None:
+        path = directory / name
+        return read_json(path) if path.exists() else None
+
+    seconds = {}
+    for name in STEPS:
+        if (step := read(f"steps/{name}.json")) and step["done"]:
+            seconds[name] = step["seconds"]
+    manifests = {}
+    for folder in dict.fromkeys(["encoder", "tokenizer", *(curve.folder for curve in CURVES)]):
+        if manifest := read(f"{folder}/manifest.json"):
+            manifests[folder] = manifest
+    plan = read("plan.json") or {}
+    if not (plan or seconds):
+        raise ValueError(
+            f"{directory} holds neither plan.json nor steps/: set directory= to a quickstart run"
+        )
+    return Evidence(
+        directory=directory,
+        plan=plan,
+        seconds=seconds,
+        reconstruction=read("evaluation/reconstruction.json"),
+        questions=read("evaluation/questions.json"),
+        generation=read("evaluation/generation.json"),
+        manifests=manifests,
+    )
+
+
+def report_values(evidence: Evidence) -> dict[str, Any]:
+    """The content of `report.json`; keys of steps that have not run are absent."""
+    values: dict[str, Any] = {}
+    for row in read_metrics(evidence.directory / "encoder"):
+        if "retrieval_accuracy" in row:
+            values["encoder"] = {"retrieval_accuracy": row["retrieval_accuracy"]}
+    scores = {
+        "tokenizer": evidence.reconstruction,
+        "understanding": evidence.questions,
+        "generation": evidence.generation,
+    }
+    for name, found in scores.items():
+        if found:
+            unneeded = ("examples", "settings")
+            values[name] = {key: value for key, value in found.items() if key not in unneeded}
+    return {
+        **values,
+        "seconds": evidence.seconds,
+        "plan": evidence.plan,
+        "manifests": evidence.manifests,
+    }
+
+
+# ---- the table of figures
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line as text; `met` is None where nothing was promised or the budget was smaller."""
+
+    label: str
+    value: str
+    expected: tuple[str, ...]
+    met: bool | None
+    note: str
+    tile: str = ""
+    """What it is in large letters at the top of the page, if it is there."""
+
+
+def figure_rows(values: dict[str, Any], budget: int | None) -> list[Row]:
+    """The table, from the content of `report.json`, judged by the expectations of `budget`."""
+    tokenizer, understanding = values.get("tokenizer", {}), values.get("understanding", {})
+    generation = values.get("generation", {})
+    ceiling = generation.get("ceiling", {})
+    accuracy, blind = understanding.get("accuracy"), understanding.get("blind_accuracy")
+    gain = None if accuracy is None or blind is None else 100 * (accuracy - blind)
+    size = tokenizer.get("codebook_size")
+    codes = f"share of the {size} codes" if size else "share of the codebook"
+
+    def row(
+        label: str,
+        value: float | None,
+        form: str,
+        note: str,
+        expected: tuple[float, ...] = (),
+        tile: str = "",
+    ) -> Row:
+        met = None if budget is None or value is None or not expected else value >= expected[budget]
+        bounds = tuple(f"≥ {form.format(bound).replace('.0', '')}" for bound in expected)
+        text = "—" if value is None else form.format(value)
+        return Row(label, text, bounds or ("",) * len(BUDGETS), met, note, tile)
+
+    return [
+        row(
+            "Reconstruction, PSNR",
+            tokenizer.get("psnr"),
+            "{:.1f} dB",
+            "distance of scenes and reconstructions",
+            (24, 29),
+            "PSNR of reconstructions",
+        ),
+        row(
+            "Reconstruction, SSIM",
+            tokenizer.get("ssim"),
+            "{:.3f}",
+            "likeness of structure, 1 is identical",
+        ),
+        row(
+            "Codebook usage",
+            tokenizer.get("codebook_usage"),
+            "{:.0%}",
+            f"{codes} chosen at least once",
+            (0.9, 0.95),
+            "of the codebook in use",
+        ),
+        row(
+            "Questions answered",
+            accuracy,
+            "{:.1%}",
+            "about validation scenes",
+            (0.75, 0.95),
+            "of questions answered right",
+        ),
+        row("… more than blind", gain, "{:+.1f} points", "what seeing adds to guessing", (25, 25)),
+        row(
+            "Prompts followed",
+            generation.get("overall"),
+            "{:.1%}",
+            "mean of six families of prompts",
+            (0.4, 0.8),
+            "of images show what was asked for",
+        ),
+        row(
+            "… ceiling of the codes",
+            ceiling.get("reconstruction", {}).get("overall"),
+            "{:.1%}",
+            "true scenes, tokenized",
+        ),
+        row(
+            "… ceiling of the detector",
+            ceiling.get("truth", {}).get("overall"),
+            "{:.1%}",
+            "true scenes as they are",
+        ),
+    ]
+
+
+# ---- examples
+
+
+@dataclass(frozen=True)
 class Reconstructions:
-    """Validation scenes 0, 1, …: images (M, 3, H, W) in [0, 1], their codes (M, N), what the codes decode to."""
+    """Validation scenes 0, 1, … (M, 3, H, W) in [0, 1], their codes (M, N), the decoded codes."""
 
     originals: Tensor
     codes: Tensor
@@ -105,277 +285,57 @@ class Reconstructions:
         return (-10 * error.log10()).tolist()
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer to a question about a scene, beside the right one."""
-
-    question: str
-    expected: str
-    answer: str
-
-    @property
-    def right(self) -> bool:
-        return is_correct(self.answer, self.expected)
-
-
-@dataclass(frozen=True)
-class AskedScene:
-    """Validation scene `index` (3, H, W) in [0, 1] with what was asked about it."""
-
-    index: int
-    image: Tensor
-    answers: list[Answer]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One generated image; `correct` is None where it has not been scored."""
-
-    image: Image.Image
-    correct: bool | None
-    reason: str
+@torch.inference_mode()
+def reconstruct_scenes(evidence: Evidence, count: int) -> Reconstructions | None:
+    """The first `count` validation scenes through the tokenizer."""
+    folder = evidence.directory / "tokenizer" / "model"
+    if not (folder / "config.json").exists():
+        return None
+    model = VQRAEModel.from_pretrained(folder).eval()
+    scenes = evidence.scenes
+    originals = torch.stack([scenes.image(i) for i in range(count)]).float() / 255
+    codes = model.encode(originals)
+    return Reconstructions(originals, codes, model.decode(codes), model.config.codebook_size)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt of the benchmark with its images; `held_out` when it names a combination that training never shows."""
+    """A prompt with its images; `held_out` when it names a combination that training never shows."""
 
     text: str
     held_out: bool
-    samples: list[Sample]
+    images: list[Image.Image]
+    verdicts: list[dict[str, Any]]
+    """`correct` and `reason` of each image; empty where it has not been scored."""
 
 
-class Evidence:
-    """Reads a quickstart folder piece by piece, each once.
-
-    Raises:
-        ValueError: when the folder is missing or holds no quickstart run.
-    """
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        if not self.directory.is_dir():
-            raise ValueError(
-                f"{self.directory} does not exist: set directory= to the folder of a quickstart run"
-            )
-        if not (self.plan or self.seconds):
-            raise ValueError(
-                f"{self.directory} holds neither plan.json nor steps/: set directory= to a quickstart run"
-            )
-
-    def _json(self, name: str) -> dict[str, Any] | None:
-        path = self.directory / name
-        return read_json(path) if path.exists() else None
-
-    # ---- figures
-
-    @functools.cached_property
-    def plan(self) -> dict[str, Any]:
-        """Budget: minutes, sprites, optimizer steps."""
-        return self._json("plan.json") or {}
-
-    @property
-    def budget(self) -> int | None:
-        """Which of the `BUDGETS` this run had; None when it had less than the default."""
-        minutes = self.plan.get("minutes", 0)
-        return max((i for i, budget in enumerate(BUDGETS) if minutes >= budget), default=None)
-
-    @functools.cached_property
-    def seconds(self) -> dict[str, float]:
-        """Wall time of every finished step."""
-        found = {name: self._json(f"steps/{name}.json") for name in STEPS}
-        return {name: step["seconds"] for name, step in found.items() if step and step["done"]}
-
-    @functools.cached_property
-    def reconstruction(self) -> dict[str, Any] | None:
-        return self._json("evaluation/reconstruction.json")
-
-    @functools.cached_property
-    def questions(self) -> dict[str, Any] | None:
-        return self._json("evaluation/questions.json")
-
-    @functools.cached_property
-    def generation(self) -> dict[str, Any] | None:
-        return self._json("evaluation/generation.json")
-
-    @functools.cached_property
-    def manifests(self) -> dict[str, dict[str, Any]]:
-        """Manifest of every training run, by the name of its folder."""
-        folders = dict.fromkeys(["encoder", "tokenizer", *(curve.folder for curve in CURVES)])
-        found = {folder: self._json(f"{folder}/manifest.json") for folder in folders}
-        return {folder: manifest for folder, manifest in found.items() if manifest}
-
-    def curve(self, curve: Curve) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric; empty when the run has not logged it."""
-        rows = [row for row in read_metrics(self.directory / curve.folder) if curve.key in row]
-        return [row["step"] for row in rows], [row[curve.key] for row in rows]
-
-    @functools.cached_property
-    def code_counts(self) -> np.ndarray | None:
-        """How often each code occurs in the extracted code set (K,)."""
-        folder = self.directory / "codes"
-        if "codes" not in self.seconds:
-            return None
-        counts = np.zeros(read_manifest(folder).codebook_size, dtype=np.int64)
-        for shard in sorted(folder.glob("shard-*.npy")):
-            counts += np.bincount(np.load(shard, mmap_mode="r").ravel(), minlength=len(counts))
-        return counts
-
-    # ---- examples: always the first ones
-
-    @functools.cached_property
-    def scenes(self) -> SceneDataset:
-        """Validation scenes of the kind that the run was trained on."""
-        return SceneDataset("validation", sprites=self.plan.get("sprites", "shapes"))
-
-    @torch.inference_mode()
-    def reconstructions(self, count: int) -> Reconstructions | None:
-        """The first `count` validation scenes through the tokenizer."""
-        if not (self.directory / "tokenizer" / "model" / "config.json").exists():
-            return None
-        model = VQRAEModel.from_pretrained(resolve_model(self.directory / "tokenizer")).eval()
-        originals = torch.stack([self.scenes.image(i) for i in range(count)]).float() / 255
-        codes = model.encode(originals)
-        return Reconstructions(originals, codes, model.decode(codes), model.config.codebook_size)
-
-    def asked(self) -> list[AskedScene]:
-        """The questions that the evaluation kept as examples, its first ones, by scene."""
-        by_scene: dict[int, list[Answer]] = {}
-        for example in (self.questions or {}).get("examples", []):
-            answer = Answer(example["question"], example["expected"], example["answer"])
-            by_scene.setdefault(example["index"], []).append(answer)
-        return [
-            AskedScene(index, self.scenes.image(index).float() / 255, answers)
-            for index, answers in by_scene.items()
-        ]
-
-    def prompts(self, per_family: int) -> dict[str, list[Prompt]]:
-        """The first prompts of each family with their images."""
-        folder = self.directory / "evaluation" / "images"
-        verdicts = self._verdicts()
-        found: dict[str, dict[str, Prompt]] = {family: {} for family in FAMILIES}
-        for path, metadata in list_samples(folder):
-            family, key = found.setdefault(metadata["tag"], {}), path.parts[-3]
-            if key not in family and len(family) == per_family:
+def read_prompts(evidence: Evidence, per_family: int) -> dict[str, list[Prompt]]:
+    """The first prompts of each family with their images."""
+    folder = evidence.directory / "evaluation"
+    scored = folder / "generation.jsonl"
+    # By the last three parts of the image's path, for the folder may have moved.
+    verdicts: dict[tuple[str, ...], dict[str, Any]] = {}
+    for _, row in json_lines(scored) if scored.exists() else ():
+        verdicts[Path(row["filename"]).parts[-3:]] = row
+    names = evidence.scenes.sprites.names
+    found: dict[str, dict[str, Prompt]] = {family: {} for family in FAMILIES}
+    for path, record in list_samples(folder / "images"):
+        family, number = found[record["tag"]], path.parts[-3]
+        if number not in family:
+            if len(family) == per_family:
                 continue
-            held_out = holds_held_out(metadata, self.scenes.sprites.names)
-            prompt = family.setdefault(key, Prompt(metadata["prompt"], held_out, []))
-            row = verdicts.get(path.parts[-3:], {})
-            prompt.samples.append(
-                Sample(open_image(path), row.get("correct"), row.get("reason", ""))
-            )
-        return {family: list(prompts.values()) for family, prompts in found.items() if prompts}
-
-    def _verdicts(self) -> dict[tuple[str, ...], dict[str, Any]]:
-        """Result rows by the last three parts of the image's path: the folder may have moved since."""
-        path = self.directory / "evaluation" / "generation.jsonl"
-        rows = [row for _, row in json_lines(path)] if path.exists() else []
-        return {Path(row["filename"]).parts[-3:]: row for row in rows}
+            family[number] = Prompt(record["prompt"], holds_held_out(record, names), [], [])
+        family[number].images.append(open_image(path))
+        family[number].verdicts.append(verdicts.get(path.parts[-3:], {}))
+    return {family: list(prompts.values()) for family, prompts in found.items() if prompts}
 
 
-# ---- figures, and what is expected of them
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table of figures, as text; `met` is None where nothing was promised or the budget was smaller."""
-
-    label: str
-    value: str
-    expected: tuple[str, ...]
-    met: bool | None
-    note: str
-
-
-def report_values(evidence: Evidence) -> dict[str, Any]:
-    """The content of `report.json`; keys of steps that have not run are absent."""
-    values: dict[str, Any] = {}
-    retrieval = [
-        row["retrieval_accuracy"]
-        for row in read_metrics(evidence.directory / "encoder")
-        if "retrieval_accuracy" in row
-    ]
-    if retrieval:
-        values["encoder"] = {"retrieval_accuracy": retrieval[-1]}
-    if evidence.reconstruction:
-        values["tokenizer"] = evidence.reconstruction
-    if evidence.questions:
-        values["understanding"] = {
-            key: value for key, value in evidence.questions.items() if key != "examples"
-        }
-    if evidence.generation:
-        values["generation"] = evidence.generation
-    return {
-        **values,
-        "seconds": evidence.seconds,
-        "plan": evidence.plan,
-        "manifests": evidence.manifests,
-    }
-
-
-def figure_rows(values: dict[str, Any], budget: int | None) -> list[Row]:
-    """The table of figures, from the content of `report.json`, judged by the expectations of `budget`."""
-    tokenizer, understanding, generation = (
-        values.get(key, {}) for key in ("tokenizer", "understanding", "generation")
-    )
-    ceiling = generation.get("ceiling", {})
-    accuracy, blind = understanding.get("accuracy"), understanding.get("blind_accuracy")
-    gain = None if accuracy is None or blind is None else 100 * (accuracy - blind)
-    codes = (
-        f"share of the {tokenizer['codebook_size']} codes"
-        if "codebook_size" in tokenizer
-        else "share of the codebook"
-    )
-
-    def row(
-        label: str, value: float | None, form: str, expected: tuple[float, ...] = (), note: str = ""
-    ) -> Row:
-        met = None if budget is None or value is None or not expected else value >= expected[budget]
-        bounds = tuple(f"≥ {form.format(bound).replace('.0', '')}" for bound in expected) or (
-            "",
-        ) * len(BUDGETS)
-        return Row(label, "—" if value is None else form.format(value), bounds, met, note)
-
-    return [
-        row(
-            "Reconstruction, PSNR",
-            tokenizer.get("psnr"),
-            "{:.1f} dB",
-            (24, 29),
-            "distance of scenes and reconstructions",
-        ),
-        row(
-            "Reconstruction, SSIM",
-            tokenizer.get("ssim"),
-            "{:.3f}",
-            note="likeness of structure, 1 is identical",
-        ),
-        row(
-            "Codebook usage",
-            tokenizer.get("codebook_usage"),
-            "{:.0%}",
-            (0.9, 0.95),
-            f"{codes} chosen at least once",
-        ),
-        row("Questions answered", accuracy, "{:.1%}", (0.75, 0.95), "about validation scenes"),
-        row("… more than blind", gain, "{:+.1f} points", (25, 25), "what seeing adds to guessing"),
-        row(
-            "Prompts followed",
-            generation.get("overall"),
-            "{:.1%}",
-            (0.4, 0.8),
-            "mean of six families of prompts",
-        ),
-        row(
-            "… ceiling of the codes",
-            ceiling.get("reconstruction", {}).get("overall"),
-            "{:.1%}",
-            note="true scenes, tokenized",
-        ),
-        row(
-            "… ceiling of the detector",
-            ceiling.get("truth", {}).get("overall"),
-            "{:.1%}",
-            note="true scenes as they are",
-        ),
-    ]
+def count_codes(evidence: Evidence) -> np.ndarray | None:
+    """How often each code occurs in the extracted codes, int64 (K,)."""
+    if "codes" not in evidence.seconds:
+        return None
+    folder = evidence.directory / "codes"
+    counts = np.zeros(read_manifest(folder).codebook_size, dtype=np.int64)
+    for shard in sorted(folder.glob("shard-*.npy")):
+        counts += np.bincount(np.load(shard, mmap_mode="r").ravel(), minlength=len(counts))
+    return counts

@@ -1,22 +1,44 @@
-"""The quickstart's report: what the run reached, beside what it was expected to reach, with its images.
+"""The quickstart's report: what the run reached, next to what was expected, with its images.
 
     python -m vqrae.quickstart.report directory=runs/quickstart
 
-Reads what the steps left (`report_evidence.py`) and writes report.json, report.png (one sheet for a README) and report.html
-(one self-contained page). Examples are always the first ones, never chosen. A step that has not run is said to be missing.
+Reads what the steps left (evidence.py) and writes report.json, report.png (one sheet for a README,
+figures.py) and report.html (one self-contained page, report.html.jinja). Examples are always the
+first ones, never chosen. A step that has not run is reported as missing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import jinja2
 
 from vqrae.common.cli import parse
+from vqrae.common.config import check_range
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json, write_text
 from vqrae.common.images import save_image
-from vqrae.common.run import quiet_libraries
-from vqrae.quickstart.evidence import Evidence, Row, figure_rows, report_values
-from vqrae.quickstart.figures import summary_image
-from vqrae.quickstart.page import render_page
+from vqrae.common.run import format_duration, quiet_libraries
+from vqrae.data.scenes.scene import is_held_out
+from vqrae.eval.figures import data_uri
+from vqrae.quickstart.evidence import (
+    BUDGETS,
+    CURVES,
+    Evidence,
+    Prompt,
+    Reconstructions,
+    Row,
+    count_codes,
+    figure_rows,
+    read_evidence,
+    read_prompts,
+    reconstruct_scenes,
+    report_values,
+)
+from vqrae.quickstart.figures import curve_svg, summary_image, usage_svg
+from vqrae.quickstart.scene_questions import is_correct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +53,7 @@ class ReportConfig:
     """Prompts of each family that are shown with their images."""
 
     def __post_init__(self) -> None:
-        if self.num_scenes < 1 or self.prompts_per_family < 1:
-            raise ValueError(
-                f"got num_scenes={self.num_scenes}, prompts_per_family={self.prompts_per_family}, expected both positive"
-            )
+        check_range(self, "num_scenes", "prompts_per_family", low=1)
 
 
 def write_report(config: ReportConfig) -> list[Row]:
@@ -43,22 +62,72 @@ def write_report(config: ReportConfig) -> list[Row]:
     Raises:
         ValueError: when the folder holds no quickstart run.
     """
-    directory = Path(config.directory)
-    evidence = Evidence(directory)
+    evidence = read_evidence(config.directory)
     values = report_values(evidence)
     rows = figure_rows(values, evidence.budget)
-    pairs = evidence.reconstructions(config.num_scenes)
-    asked = evidence.asked()
-    prompts = evidence.prompts(config.prompts_per_family)
-    write_json(directory / "report.json", values)
-    save_image(summary_image(evidence, rows, pairs, prompts), directory / "report.png")
-    write_text(
-        directory / "report.html", render_page(evidence, values, rows, pairs, asked, prompts)
-    )
+    pairs = reconstruct_scenes(evidence, config.num_scenes)
+    prompts = read_prompts(evidence, config.prompts_per_family)
+    write_json(evidence.directory / "report.json", values)
+    sheet = summary_image(evidence, rows, pairs, prompts)
+    save_image(sheet, evidence.directory / "report.png")
+    page = render_page(evidence, values, rows, pairs, prompts)
+    write_text(evidence.directory / "report.html", page)
     return rows
 
 
+def render_page(
+    evidence: Evidence,
+    values: dict[str, Any],
+    rows: Sequence[Row],
+    pairs: Reconstructions | None,
+    prompts: dict[str, list[Prompt]],
+) -> str:
+    """The page.
+
+    Args:
+        values: content of `report.json`.
+        rows: the table of figures.
+        pairs, prompts: the examples that are shown.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"uri": data_uri, "duration": format_duration}
+    environment.globals["zip"] = zip
+    template = resources.files("vqrae.quickstart") / "report.html.jinja"
+    scenes = evidence.scenes
+    asked: dict[int, list[dict[str, Any]]] = {}
+    for example in (evidence.questions or {}).get("examples", []):
+        right = is_correct(example["answer"], example["expected"])
+        asked.setdefault(example["index"], []).append({**example, "right": right})
+    shown = {*asked, *range(len(pairs.originals) if pairs else 0)}
+    counts = count_codes(evidence)
+    charts = []
+    for i, curve in enumerate(CURVES):
+        steps, history = evidence.curve(curve)
+        if steps:
+            charts.append((curve, history[-1], curve_svg(f"curve{i}", steps, history)))
+    return environment.from_string(template.read_text(encoding="utf-8")).render(
+        plan={"minutes": BUDGETS[0], "sprites": "shapes", **evidence.plan},
+        budgets=BUDGETS,
+        budget=evidence.budget,
+        rows=rows,
+        pairs=pairs,
+        held_out={index for index in shown if is_held_out(scenes.scene(index))},
+        counts=None if counts is None else sorted(counts.tolist(), reverse=True),
+        usage="" if counts is None else usage_svg(counts),
+        understanding=values.get("understanding"),
+        asked=[(i, scenes.image(i).float() / 255, answers) for i, answers in asked.items()],
+        generation=values.get("generation"),
+        prompts=prompts,
+        charts=charts,
+        seconds=evidence.seconds,
+        manifests=evidence.manifests,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
+    """Command line: key=value …"""
     config = parse(ReportConfig, argv)
     quiet_libraries()
     for row in write_report(config):

@@ -19,7 +19,15 @@ from vqrae.eval.geneval import evaluate as geneval
 from vqrae.eval.geneval.folders import sample_path, write_prompts
 from vqrae.eval.geneval.scenes import ceilings, satisfying_images
 from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
-from vqrae.quickstart.evidence import CURVES, STEPS, Evidence, figure_rows, report_values
+from vqrae.quickstart.evidence import (
+    CURVES,
+    STEPS,
+    count_codes,
+    figure_rows,
+    read_evidence,
+    reconstruct_scenes,
+    report_values,
+)
 from vqrae.quickstart.figures import curve_svg
 from vqrae.quickstart.report import ReportConfig, main, write_report
 from vqrae.quickstart.scene_questions import evaluate_questions
@@ -147,7 +155,7 @@ def test_json_holds_what_is_promised(run: Path) -> None:
     assert report["manifests"]["tokenizer/stage2"]["git_commit"] == "0123abc"
 
 
-def test_page_stands_alone(run: Path) -> None:
+def test_page_is_self_contained(run: Path) -> None:
     page = Page((run / "report.html").read_text())
     assert page.open == []
     assert all(source.startswith(("data:image/png;base64,", "#")) for source in page.sources)
@@ -177,7 +185,7 @@ def test_page_marks_right_and_wrong(run: Path) -> None:
     )
 
 
-def test_summary_is_a_image(run: Path) -> None:
+def test_summary_is_an_image(run: Path) -> None:
     with Image.open(run / "report.png") as image:
         assert min(image.size) > 1000
         assert len(image.convert("RGB").getcolors(1 << 24)) > 1000
@@ -199,20 +207,20 @@ def test_every_part_may_be_missing(
 
 
 def test_figures_are_judged_by_the_budget(run: Path) -> None:
-    values = report_values(Evidence(run))
+    values = report_values(read_evidence(run))
     values["tokenizer"] = {**values["tokenizer"], "psnr": 26.0}
     assert [figure_rows(values, budget)[0].met for budget in (None, 0, 1)] == [None, True, False]
     assert figure_rows({}, 0)[0].met is None
 
 
 def test_codes_are_counted(run: Path) -> None:
-    counts = Evidence(run).code_counts
+    counts = count_codes(read_evidence(run))
     assert counts is not None
     assert counts.sum() == 20 * 64
 
 
 def test_examples_are_the_first_ones(run: Path) -> None:
-    pairs = Evidence(run).reconstructions(3)
+    pairs = reconstruct_scenes(read_evidence(run), 3)
     assert pairs is not None
     expected = SceneDataset("validation").image(2).float() / 255
     assert pairs.originals[2].equal(expected)
