@@ -17,6 +17,9 @@ from vqrae.data.code_shards import CodeManifest, CodeWriter
 from vqrae.data.report import EDGE_RANGES, edge_range
 from vqrae.scripts.cli import main
 
+Png = Callable[..., bytes]  # see conftest
+Capture = pytest.CaptureFixture[str]
+
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
 PLAIN = [{**turn, "value": "word"} for turn in TURNS]
 
@@ -26,13 +29,13 @@ def counts(findings: dict[str, Any]) -> dict[str, int]:
 
 
 @pytest.fixture
-def image(png: Callable[..., bytes]) -> Callable[..., bytes]:
+def image(png: Png) -> Png:
     return lambda index, size=(70, 80): png(index, size, noise=True)
 
 
 @pytest.fixture
-def folder(image: Callable[..., bytes], tmp_path: Path) -> Path:
-    """Sound images, a truncated one, a text file in disguise, a duplicate, a CMYK and a panorama."""
+def folder(image: Png, tmp_path: Path) -> Path:
+    """Sound images, a truncated one, a text in disguise, a duplicate, a CMYK and a panorama."""
     folder = tmp_path / "images"
     folder.mkdir()
     printed = io.BytesIO()
@@ -61,7 +64,7 @@ def test_a_folder_with_everything_wrong(folder: Path, workers: int) -> None:
 
 
 def test_the_command_reports_and_its_exit_code_tells(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     escape = folder / "\x1b[31m.png"
     escape.write_bytes(b"")
@@ -85,7 +88,7 @@ def test_the_command_reports_and_its_exit_code_tells(
     assert main(["check-data", str(folder), "--limit", "-1"]) == 2
 
 
-def test_tars(image: Callable[..., bytes], tmp_path: Path) -> None:
+def test_tars(image: Png, tmp_path: Path) -> None:
     samples: list[dict] = [
         {"png": image(0), "txt": "a caption"},
         {"png": image(1), "txt": " "},
@@ -129,9 +132,7 @@ def test_caption_files_and_the_clean_list(folder: Path, tmp_path: Path) -> None:
         assert main(["check-data", str(source), "--write-clean", str(target)]) == 2
 
 
-def test_llava_files_and_the_clean_list(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_llava_files_and_the_clean_list(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     blank, wordless = [PLAIN[0], {**PLAIN[1], "value": " "}], [{**PLAIN[0], "value": " "}, PLAIN[1]]
     good = {"id": "twice", "image": "0.png", "source": "kept", "conversations": TURNS}
     records = [
@@ -167,9 +168,7 @@ def test_llava_files_and_the_clean_list(
     assert main(["check-data", str(clean)]) == 0
 
 
-def test_a_code_set_is_compared_with_its_checksums(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_code_set_is_compared_with_its_checksums(tmp_path: Path, capsys: Capture) -> None:
     manifest = CodeManifest(
         tokenizer_fingerprint="a" * 64,
         codebook_size=10,

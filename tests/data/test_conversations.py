@@ -1,4 +1,4 @@
-"""LLaVA's records, as files and as tables: canonical form; what cannot be used is named and counted."""
+"""LLaVA's records in files and tables: canonical form; what cannot be used is named."""
 
 import io
 import json
@@ -13,6 +13,8 @@ from PIL import Image
 
 from vqrae.data.conversations import IMAGE_TAG, normalize_turns
 from vqrae.data.sources import fingerprint, open_conversations, source_kind, texts_of
+
+Capture = pytest.CaptureFixture[str]
 
 TURNS = [
     {"from": "human", "value": f"What is this? {IMAGE_TAG}"},
@@ -77,10 +79,7 @@ def test_records_in_canonical_form(folder: Path) -> None:
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_tables_of_conversations(
-    as_text: bool,
-    png: Callable[..., bytes],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    as_text: bool, png: Callable[..., bytes], tmp_path: Path, capsys: Capture
 ) -> None:
     turns: list[Any] = [TURNS, PLAIN, [*TURNS, *TURNS], TURNS]
     columns = {
@@ -117,9 +116,7 @@ def odd_records(image: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("form", ["list.json", "lines.json", "lines.jsonl"])
-def test_odd_records_are_left_out_by_name(
-    form: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_odd_records_are_left_out_by_name(form: str, folder: Path, capsys: Capture) -> None:
     html = [{"from": "human", "value": "what is <video> in HTML?"}, TURNS[1]]
     good = [{"id": str(i), "image": "0.png", "conversations": TURNS} for i in range(120)]
     records = [{"id": "html", "conversations": html}, *good, *odd_records("0.png")]
@@ -133,9 +130,7 @@ def test_odd_records_are_left_out_by_name(
     assert "has a video" in told
 
 
-def test_missing_images_are_skipped_up_to_a_number(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_images_are_skipped_up_to_a_number(folder: Path, capsys: Capture) -> None:
     names = ["0.png" if i % 2 else f"no{i}.png" for i in range(10)]
     records = [{"id": n, "image": n, "conversations": TURNS} for n in names]
     source = write(folder, records)

@@ -26,6 +26,11 @@ from vqrae.data.sources import fingerprint, open_images, open_pairs, source_kind
 from vqrae.data.stream import Draw, Mixture, OwnOrderSampler, StreamSampler
 from vqrae.data.tars import tar_index
 
+Png = Callable[..., bytes]  # see conftest
+Write = Callable[..., list[Path]]
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
+
 ALL: dict[str, Any] = {"image_size": 8, "split": "all"}
 
 
@@ -39,7 +44,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 @pytest.fixture
-def write_tars(png: Callable[..., bytes]) -> Callable[..., list[Path]]:
+def write_tars(png: Png) -> Write:
     """Write tars of which tar i, sample j is image and caption i * samples + j."""
 
     def write(folder: Path, count: int, samples: int) -> list[Path]:
@@ -57,7 +62,7 @@ def write_tars(png: Callable[..., bytes]) -> Callable[..., list[Path]]:
 
 
 @pytest.fixture(autouse=True)
-def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copies(tmp_path: Path, monkeypatch: Patch) -> Path:
     """Indices and copies of this test only."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(remote.tempfile, "gettempdir", lambda: str(tmp_path))
@@ -83,7 +88,7 @@ def shown(samples: list[dict[str, Any]]) -> list[int]:
     return [int(sample["image"][0, 0, 0]) for sample in samples]
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *errors: int) -> None:
+def failing(monkeypatch: Patch, module: Any, name: str, *errors: int) -> None:
     """Let a function of the system fail with these errors first."""
     real, left = getattr(module, name), iter(errors)
 
@@ -99,7 +104,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *errors: in
 
 
 def test_names_with_dots_are_samples_and_fields_of_a_sample_are_not(
-    png: Callable[..., bytes], tmp_path: Path
+    png: Png, tmp_path: Path
 ) -> None:
     members = {
         "a.png": png(1), "a.mask.png": png(99), "a.txt": b"a",
@@ -117,7 +122,7 @@ def test_names_with_dots_are_samples_and_fields_of_a_sample_are_not(
 
 
 def test_captions_are_read_only_where_they_are_wanted(
-    write_tars: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_tars: Write, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     [path] = write_tars(tmp_path, 1, 4)
     reads: list[int] = []
@@ -133,7 +138,7 @@ def test_captions_are_read_only_where_they_are_wanted(
 
 
 def test_the_index_is_kept_and_made_again_when_the_tar_changes(
-    write_tars: Callable[..., list[Path]], tmp_path: Path
+    write_tars: Write, tmp_path: Path
 ) -> None:
     [path] = write_tars(tmp_path, 1, 3)
     first, cache = tar_index(str(path)), tmp_path / ".0000.tar.index.npy"
@@ -146,10 +151,7 @@ def test_the_index_is_kept_and_made_again_when_the_tar_changes(
 
 
 def test_processes_share_the_scanning_and_read_only_tars_are_indexed_elsewhere(
-    write_tars: Callable[..., list[Path]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    write_tars: Write, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     folder = tmp_path / "tars"
     paths = write_tars(folder, 4, 2)
@@ -176,11 +178,7 @@ def test_processes_share_the_scanning_and_read_only_tars_are_indexed_elsewhere(
 
 
 def test_damaged_tars_are_refused_and_truncated_images_skipped(
-    write_tars: Callable[..., list[Path]],
-    png: Callable[..., bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    write_tars: Write, png: Png, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     members = {f"s{i}.png": png(i)[: 50 if i == 1 else None] for i in range(4)}
     dataset = open_images(str(write_tar(tmp_path / "a.tar", members)), **ALL)
@@ -226,9 +224,7 @@ except OSError as error:
 
 
 @pytest.mark.slow
-def test_more_tars_than_a_process_may_open_files(
-    write_tars: Callable[..., list[Path]], tmp_path: Path
-) -> None:
+def test_more_tars_than_a_process_may_open_files(write_tars: Write, tmp_path: Path) -> None:
     write_tars(tmp_path, 450, 2)
     command = f"ulimit -n 400; exec {sys.executable} -c '{MANY}' {tmp_path}"
     done = subprocess.run(
@@ -242,7 +238,7 @@ def test_more_tars_than_a_process_may_open_files(
 
 
 def test_transient_errors_are_tried_again(
-    write_tars: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_tars: Write, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(files.time, "sleep", pauses.append)
@@ -281,7 +277,7 @@ def order(
 
 
 def test_tars_of_a_web_server_train_as_local_ones_do(
-    write_tars: Callable[..., list[Path]], tmp_path: Path, server: str, copies: Path
+    write_tars: Write, tmp_path: Path, server: str, copies: Path
 ) -> None:
     write_tars(tmp_path / "far", 12, 8)
     url, local = f"{server}/{{0000..0011}}.tar,buffer=2", f"{tmp_path}/far/*.tar,buffer=2"
@@ -304,12 +300,12 @@ def test_tars_of_a_web_server_train_as_local_ones_do(
 
 
 def test_remote_tars_that_are_gone_or_changed_are_named(
-    write_tars: Callable[..., list[Path]],
+    write_tars: Write,
     tmp_path: Path,
     server: str,
     copies: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: Patch,
+    capsys: Capture,
 ) -> None:
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
     write_tars(tmp_path / "far", 2, 4)
@@ -326,7 +322,7 @@ def test_remote_tars_that_are_gone_or_changed_are_named(
     assert "has changed since it was scanned" in capsys.readouterr().err
 
 
-def test_globs_of_any_file_system(write_tars: Callable[..., list[Path]], tmp_path: Path) -> None:
+def test_globs_of_any_file_system(write_tars: Write, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for path in write_tars(tmp_path, 3, 4):
         memory.put_file(str(path), f"/set/{path.name}")
@@ -344,7 +340,7 @@ def test_globs_of_any_file_system(write_tars: Callable[..., list[Path]], tmp_pat
 
 
 def test_a_buffer_orders_training_by_seed_and_epoch(
-    write_tars: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_tars: Write, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     write_tars(tmp_path, 6, 8)
     source = f"{tmp_path}/*.tar,buffer=2"
@@ -378,7 +374,7 @@ def test_a_buffer_orders_training_by_seed_and_epoch(
 
 
 def test_a_copy_that_another_process_removes_is_fetched_again(
-    write_tars: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_tars: Write, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     [tar] = write_tars(tmp_path, 1, 4)
     stage = remote.Stage("source", capacity=2)
