@@ -156,3 +156,9 @@ def first_nonfinite(model: nn.Module) -> str | None:
     together = torch.stack([pair.to(extremes[0].device) for pair in extremes])
     diverged = (~together.isfinite()).any(-1).tolist()
     return list(tensors)[diverged.index(True)] if any(diverged) else None
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Parameters of a module: all of them, and those that are trained. ZeRO-3's parts count whole."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)

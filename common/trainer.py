@@ -34,6 +34,8 @@ from vqrae.common.optim import Muon, muon_groups
 from vqrae.common.run import Run, format_duration, mark_trained, prune
 
 IGNORE_INDEX = -100  # label of tokens without loss
+WATCHERS: list[TrainerCallback] = []
+"""Callbacks of every job, for dry runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +83,6 @@ def training_arguments(
     config: OptimizationConfig, output_dir: str | Path, *, seed: int
 ) -> TrainingArguments:
     """`TrainingArguments` for this configuration on this machine."""
-    deepspeed = None
-    if config.zero:
-        prepare_cpu_deepspeed()
-        deepspeed = str(Path(__file__).parent / "deepspeed" / f"zero{config.zero}.json")
     named = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     for ours in ("global_batch_size", "micro_batch_size", "optimizer", "zero", "extra"):
         named.pop(ours)
@@ -95,7 +93,7 @@ def training_arguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=micro_batch_size,
         gradient_accumulation_steps=accumulation,
-        deepspeed=deepspeed,
+        deepspeed=deepspeed_settings(config.zero),
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
         remove_unused_columns=False,
@@ -112,6 +110,14 @@ def training_arguments(
     # Else a plain process on n GPUs would use nn.DataParallel, which splits our batches.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def deepspeed_settings(zero: int) -> str | None:
+    """The file with DeepSpeed's settings for a ZeRO stage; None for plain DDP."""
+    if not zero:
+        return None
+    prepare_cpu_deepspeed()
+    return str(Path(__file__).parent / "deepspeed" / f"zero{zero}.json")
 
 
 def build_optimizers(
@@ -262,7 +268,8 @@ def run_trainer(trainer: Trainer) -> None:
     newest = next(reversed(checkpoints(output_dir)), None)
     with StopRequest(trainer.args.device) as request:
         callback = StopCallback(request)
-        trainer.add_callback(callback)
+        for each in (callback, *WATCHERS):
+            trainer.add_callback(each)
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if callback.stopped:
         request.end_process(trainer.state.global_step)

@@ -31,6 +31,7 @@ from vqrae.common import run as runs
 from vqrae.common.checkpoints import local_model, resolve_model
 from vqrae.common.cli import parse
 from vqrae.common.distributed import attention_implementation
+from vqrae.common.dry_run import print_reports
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
 from vqrae.common.trainer import (
@@ -55,6 +56,7 @@ from vqrae.generation.data import (
     fill_codes,
     load_encoder,
 )
+from vqrae.generation.dry_run import dry_run
 from vqrae.generation.modeling import (
     PromptEncoder,
     VisualHead,
@@ -68,9 +70,7 @@ from vqrae.tokenizer.configuration import VQRAEConfig
 def main(argv: list[str] | None = None) -> None:
     config = parse(GeneratorConfig, argv, package="vqrae.generation", section="training")
     if config.dry_run:
-        from vqrae.generation.dry_run import dry_run
-
-        dry_run(config)
+        print_reports(dry_run(config, train))
     else:
         train(config)
 

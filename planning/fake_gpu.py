@@ -36,9 +36,8 @@ aten = torch.ops.aten
 
 
 def _unique(x: Tensor, inverse: bool, counts: bool) -> tuple[Tensor, Tensor, Tensor]:
-    number = {"dtype": torch.int64}
-    shape = x.shape if inverse else 0
-    return x.new_empty(1), x.new_empty(shape, **number), x.new_empty(int(counts), **number)
+    places = x.new_empty(x.shape if inverse else (0,), dtype=torch.int64)
+    return x.new_empty(1), places, x.new_empty(int(counts), dtype=torch.int64)
 
 
 # A GPU answers these with as many numbers as there are elements that fit; the host waits for them.
@@ -81,16 +80,23 @@ class FakeGPU(TorchDispatchMode):
     Attributes:
         used_bytes, peak_bytes: of all tensors on the device, now and at most.
         flops: of all products and convolutions so far.
+        marks: `flops` at each `torch.cuda.synchronize`.
     """
 
     def __init__(self, fake: FakeTensorMode, host_limit: float = math.inf) -> None:
         super().__init__()
         self.fake, self.host_limit = fake, host_limit
         self.used_bytes = self.peak_bytes = self.flops = 0
+        self.marks: list[int] = []
         self._storages: dict[int, Any] = {}
 
     def note(self, kind: str) -> None:
         """The host waited for the device."""
+
+    def synchronize(self, device: Any = None) -> None:
+        """What `torch.cuda.synchronize` does."""
+        self.note("synchronize")
+        self.marks.append(self.flops)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -211,11 +217,11 @@ class Generator(torch.Generator):
     """A random generator that may be one of the fake device."""
 
     def __new__(cls, device: Any = "cpu") -> Any:
-        generator = super().__new__(cls)
+        generator: Any = super().__new__(cls)
         generator.place = torch.device(device)
         return generator
 
-    device = property(lambda self: self.place)
+    device: Any = property(lambda self: self.place)
 
 
 _real_attention = nn.functional.scaled_dot_product_attention
@@ -372,7 +378,7 @@ def _driver(gpu: FakeGPU, count: int) -> dict[str, Any]:
         "is_initialized": lambda: True,
         "device_count": lambda: count,
         "current_device": lambda: 0,
-        "synchronize": lambda device=None: gpu.note("synchronize"),
+        "synchronize": gpu.synchronize,
         "is_bf16_supported": lambda *args, **options: True,
         "get_device_name": lambda device=None: _Properties.name,
         "get_device_capability": lambda device=None: (9, 0),
@@ -399,7 +405,7 @@ def _storage_address(storage: torch.UntypedStorage) -> int:
     return _data_ptr(storage) if storage.device.type == "cpu" else storage._cdata
 
 
-def _address(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> Any:
     return tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size()
 
 

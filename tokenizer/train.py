@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.trainer_utils import set_seed
 
+from vqrae.common.checkpoints import count_parameters
 from vqrae.common.cli import parse
 from vqrae.common.distributed import (
     StopRequest,
@@ -30,10 +31,10 @@ from vqrae.common.distributed import (
     is_main_process,
     world_size,
 )
+from vqrae.common.dry_run import print_reports
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, weights_fingerprint
 from vqrae.common.images import image_grid, save_image
-from vqrae.common.memory import count_parameters
 from vqrae.common.run import Run, format_duration, trained_steps
 from vqrae.common.run import open as open_run
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
@@ -49,6 +50,7 @@ from vqrae.tokenizer.codebook import (
 from vqrae.tokenizer.config import StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.data import StageImages, resize
 from vqrae.tokenizer.discriminator import frozen
+from vqrae.tokenizer.dry_run import dry_run
 from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.engine import (
     allow_tf32,
@@ -83,9 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(TokenizerTrainConfig, argv, package="vqrae.tokenizer")
     check_quantizer(config)
     if config.dry_run:
-        from vqrae.tokenizer.dry_run import dry_run  # it runs the loop of this file
-
-        dry_run(config)
+        print_reports(dry_run(config, train_stage))
         return
     output = Path(config.output_dir)
     stages = [1, 2] if config.stage == "both" else [config.stage]

@@ -34,6 +34,7 @@ from vqrae.common.checkpoints import load_model
 from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation, is_main_process
+from vqrae.common.dry_run import print_reports
 from vqrae.common.errors import require_package, run_main
 from vqrae.common.files import atomic_path, printable
 from vqrae.common.trainer import (
@@ -69,6 +70,7 @@ from vqrae.understanding.build import (
     require_tokenizer,
 )
 from vqrae.understanding.conversation import ConversationCollator, load_template
+from vqrae.understanding.dry_run import dry_run
 from vqrae.understanding.packing import PackingCollator
 from vqrae.understanding.trainer import LlavaTrainer, LoraSettings, add_lora, merge_lora
 
@@ -121,10 +123,13 @@ class TrainConfig:
     attn_implementation: str = "auto"
     features: Literal["continuous", "quantized"] = "continuous"
     """What the projector reads; `quantized` is for comparison only."""
+    dry_run: int = 0
+    """Take this many steps of the longest dialogues, keep nothing, and report what they took."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_range(self, "max_length", low=1)
+        check_range(self, "dry_run", low=0)
 
 
 def run_stage(config: TrainConfig, stage: Stage) -> None:
@@ -329,6 +334,9 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(TrainConfig, argv, package="vqrae.understanding")
     if config.lora is not None:
         require_package("peft", "lora")
+    if config.dry_run:
+        print_reports(dry_run(config, run_stage))
+        return
     stages: tuple[Stage, ...] = STAGES if config.stage == "both" else (config.stage,)
     output = Path(config.output_dir)
     # All launches are checked before the first stage trains for days.

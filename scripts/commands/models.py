@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from transformers.utils import logging
 
 from vqrae.common.config import check_range
-from vqrae.planning.memory_plan import GPU_COUNTS, plan, render
+from vqrae.planning.plan import GPU_COUNTS, plan, render
 from vqrae.understanding.graft import graft
 
 
@@ -45,6 +45,6 @@ class Plan:
             raise ValueError(f"gpus: got {min(self.gpus)}, expected at least 1")
 
     def run(self) -> None:
-        jobs = plan(self.config, self.overrides)
-        texts = [render(job, gpus=self.gpus, gpu_memory=self.gpu_memory) for job in jobs]
+        reports = plan(self.config, self.overrides)
+        texts = [render(*report, gpus=self.gpus, gpu_memory=self.gpu_memory) for report in reports]
         print("\n\n".join(texts))

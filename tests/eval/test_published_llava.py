@@ -1,10 +1,14 @@
 """The full-size configurations: Table 8 of the paper, and models whose parameters add up."""
 
 import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import fit_batch
-from vqrae.planning.empty_models import empty_llava
+from vqrae.common.dry_run import known_config
+from vqrae.tokenizer.dry_run import tokenizer_config
+from vqrae.understanding.build import llava_config
 from vqrae.understanding.train import TrainConfig, freeze
 
 VISION = 1152, 4304, 27  # SigLIP2-so400m: width, MLP, layers
@@ -39,7 +43,12 @@ def llm_parameters(width, mlp, layers, key_value, words, biases):
 @pytest.fixture(scope="module", params=list(LLMS))
 def full_size(request):
     config = load_config(TrainConfig, shipped_config("vqrae.understanding", request.param))
-    return request.param, config, empty_llava(config)
+    text_config = known_config(config.llm)
+    last_id = text_config.vocab_size - 1
+    llava = llava_config(tokenizer_config(config.tokenizer), text_config, image_token_id=last_id)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration._from_config(llava, dtype=torch.bfloat16)
+    return request.param, config, model
 
 
 def test_parameters_add_up(full_size):

@@ -22,7 +22,6 @@ ROOMS = ["common", "data", "tokenizer", "understanding", "generation"]
 ROOMS += ["eval", "planning", "quickstart", "scripts"]
 MAY_IMPORT = {room: set(ROOMS[: place + 1]) for place, room in enumerate(ROOMS)}
 MAY_IMPORT["generation"] -= {"understanding"}
-MAY_IMPORT["planning"] |= {"quickstart"}  # the plan of the tiny models
 # Not installed: run from the repository, where they are imported by their own names.
 OUTSIDE = {"benchmarks": {"benchmarks"}, "tests": {"benchmarks"}}
 

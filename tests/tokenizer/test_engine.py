@@ -15,7 +15,6 @@ from torch import nn
 from vqrae.common.config import load_config, shipped_config
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.config import TokenizerTrainConfig
-from vqrae.tokenizer.configuration import FEATURE_TAPS
 from vqrae.tokenizer.dry_run import rehearsal
 from vqrae.tokenizer.engine import clip_gradients, compile_blocks
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -182,11 +181,8 @@ def test_a_dry_run_reports_and_keeps_nothing(
         [*arguments, "model.encoder=nobody/has-this", f"output_dir={tmp_path / 'run'}"]
     )
     printed = capsys.readouterr().out
-    for part in ("encoder", "decoder", "quantizer", "teacher", "discriminator"):
+    for part in ("VQRAEModel", "PatchDiscriminator", "  encoder", "  decoder"):
         assert f"\n  {part} " in printed
-    assert "a checkpoint of 0.00 GiB, restored in" in printed
-    for tap in FEATURE_TAPS:
-        assert f"\n  {tap} " in printed  # how large its features are, and the distillation loss
     for line in (
         "2 steps of 1 images",
         "peak memory",
