@@ -19,10 +19,10 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -140,27 +140,21 @@ class Events:
         return os.path.abspath(name).startswith(self.folder)
 
 
-def start(job: Job, output: Path, log: Path, hooks: Sequence[Hook] = ()) -> list[int]:
+def start(job: Job, output: Path, log: Path, hooks: Sequence[Hook] = ()) -> list[ForkProcess]:
     """Fork the processes of a job, which have imported everything; `hooks` are the audit hooks of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    children = []
+    processes = []
     for rank in range(job.processes):
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                code = work(job, output, log, rank, port, hooks[rank] if hooks else None)
-            finally:
-                os._exit(code)
-        children.append(child)
-    return children
+        hook = hooks[rank] if hooks else None
+        processes.append(ForkProcess(target=work, args=(job, output, log, rank, port, hook)))
+        processes[-1].start()
+    return processes
 
 
-def work(job: Job, output: Path, log: Path, rank: int, port: int, hook: Hook | None) -> int:
-    """Run one process of a job in this one; returns its exit code."""
-    os.setpgid(0, 0)
+def work(job: Job, output: Path, log: Path, rank: int, port: int, hook: Hook | None) -> None:
+    """Run one process of a job in this one, and end it with the exit code."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -173,19 +167,10 @@ def work(job: Job, output: Path, log: Path, rank: int, port: int, hook: Hook | N
     main: Any = importlib.import_module(job.module).main
     if hook is not None:
         sys.addaudithook(hook)
-    try:
-        return exit_code(lambda: main(arguments), job.module)
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except Exception:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.exit(exit_code(lambda: main(arguments), job.module))
 
 
-def end(children: list[int], *, kill_after: float | None = None) -> str:
+def end(processes: list[ForkProcess], *, kill_after: float | None = None) -> str:
     """Wait for processes: "0" if all ended well, "killed", "hang", or the exit code of the first that failed.
 
     As a launcher does, it ends the others when one fails.
@@ -194,26 +179,20 @@ def end(children: list[int], *, kill_after: float | None = None) -> str:
         kill_after: seconds until all are killed.
     """
     deadline = time.monotonic() + (HANG_SECONDS if kill_after is None else kill_after)
-    result, running = "0", list(children)
-    while running:
-        for child in list(running):
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                running.remove(child)
-                code = os.waitstatus_to_exitcode(status)
-                if code and result == "0":
-                    result = "killed" if code == -signal.SIGKILL else str(code)
-                    kill(running)
-        if result == "0" and running and time.monotonic() > deadline:
+    result = "0"
+    while True:
+        are_alive = [process.is_alive() for process in processes]
+        codes = [process.exitcode for process in processes if process.exitcode]
+        if result == "0" and codes:
+            result = "killed" if codes[0] == -signal.SIGKILL else str(codes[0])
+        elif result == "0" and any(are_alive) and time.monotonic() > deadline:
             result = "hang" if kill_after is None else "killed"
-            kill(running)
+        if not any(are_alive):
+            return result
+        if result != "0":
+            for process in processes:
+                process.kill()
         time.sleep(0.005)
-    return result
-
-
-def kill(children: list[int]) -> None:
-    for child in children:
-        os.kill(child, signal.SIGKILL)
 
 
 # ---- what is compared
@@ -310,10 +289,11 @@ def table(outcomes: dict[str, Counter[str]]) -> str:
     """The counts as a Markdown table, with their sum."""
     lines = [f"| job | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     total: Counter[str] = Counter()
-    for name, counts in outcomes.items():
-        lines.append(f"| {name} | {' | '.join(str(counts[column]) for column in COLUMNS)} |")
+    for counts in outcomes.values():
         total += counts
-    return "\n".join([*lines, f"| **all** | {' | '.join(str(total[c]) for c in COLUMNS)} |"])
+    for name, counts in {**outcomes, "**all**": total}.items():
+        lines.append(f"| {name} | {' | '.join(str(counts[column]) for column in COLUMNS)} |")
+    return "\n".join(lines)
 
 
 def prepare_process(jobs: Collection[Job]) -> None:

@@ -15,6 +15,7 @@ from vqrae.common.config import check_range
 from vqrae.common.files import printable, read_json, text_lines, weights_fingerprint, write_json
 from vqrae.common.images import image_to_tensor, open_image, save_image, tensor_to_image
 from vqrae.generation.generator import Generator
+from vqrae.generation.sampling import SamplingConfig
 from vqrae.scripts.commands.images import BATCH_SIZE, GRID_COLUMNS, enlarged_grid
 
 GRID_ROWS = 32
@@ -84,24 +85,25 @@ class Generate:
         for prompt in dict.fromkeys(prompts):
             for lost in generator.encode_prompt.losses(prompt):
                 print(printable(f"vqrae: prompt {prompt[:60]!r}: {lost}"), file=sys.stderr)
-        records = self.records(prompts, generator)
-        missing = [path for path, record in records.items() if not is_finished(path, record)]
-        self.generate(generator, {path: records[path] for path in missing})
-        self.save_grid(prompts, list(records))
-        count = len(records) - len(missing)
-        before = f", {count} of them from before" if count else ""
-        print(f"{len(records)} images are in {self.out}{before}; see grid.png")
-
-    def records(self, prompts: list[str], generator: Generator) -> dict[Path, dict[str, Any]]:
-        """What makes each image, by its path without a suffix."""
         given = {key: value for key, value in asdict(self.sampling).items() if value is not None}
+        sampling = replace(generator.sampling, **given)
         settings = {
-            "sampling": asdict(replace(generator.sampling, **given)),
+            "sampling": asdict(sampling),
             "dtype": self.dtype,
             "generator": self.model,
             "generator_weights": weights_fingerprint(resolve_model(self.model)),
             "tokenizer": generator.model.config.vqrae_tokenizer_fingerprint,
         }
+        records = self.records(prompts, settings)
+        missing = {path: made for path, made in records.items() if not is_finished(path, made)}
+        self.generate(generator, sampling, missing)
+        self.save_grid(prompts, list(records))
+        count = len(records) - len(missing)
+        before = f", {count} of them from before" if count else ""
+        print(f"{len(records)} images are in {self.out}{before}; see grid.png")
+
+    def records(self, prompts: list[str], settings: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+        """What makes each image, by its path without a suffix."""
         records = {}
         for i, prompt in enumerate(prompts):
             for seed in range(self.seed, self.seed + self.num_images):
@@ -109,30 +111,32 @@ class Generate:
                 records[path] = {"prompt": prompt, "seed": seed, **settings}
         return records
 
-    def generate(self, generator: Generator, records: dict[Path, dict[str, Any]]) -> None:
+    def generate(
+        self, generator: Generator, sampling: SamplingConfig, records: dict[Path, dict[str, Any]]
+    ) -> None:
         """Generate and write the images of these records."""
-        paths = list(records)
-        given = {key: value for key, value in asdict(self.sampling).items() if value is not None}
-        sampling = replace(generator.sampling, **given)
         show = progress_line("generate")
-        for start in range(0, len(paths), self.batch_size):
-            batch = paths[start : start + self.batch_size]
+        for start in range(0, len(records), self.batch_size):
+            batch = list(records.items())[start : start + self.batch_size]
+            prompts = [record["prompt"] for _, record in batch]
+            seeds = [record["seed"] for _, record in batch]
 
             def report(done: int, total: int, start: int = start, count: int = len(batch)) -> None:
                 if whole := start + count * done // total:
-                    show(whole, len(paths))
+                    show(whole, len(records))
 
             images = generator.images(
-                [records[path]["prompt"] for path in batch],
-                seeds=[records[path]["seed"] for path in batch],
+                prompts,
+                seeds=seeds,
                 sampling=sampling,
                 batch_size=self.batch_size,
                 progress=report,
             )
-            for path, image in zip(batch, images, strict=True):
+            for (path, record), image in zip(batch, images, strict=True):
                 save_image(tensor_to_image(image), path.with_suffix(".png"))
-                # Last: an image that has one is finished.
-                write_json(path.with_suffix(".json"), records[path])
+                write_json(
+                    path.with_suffix(".json"), record
+                )  # last: an image that has one is finished
 
     def save_grid(self, prompts: list[str], paths: list[Path]) -> None:
         """A row of images for each of the first prompts."""
