@@ -1,4 +1,4 @@
-"""Each top-level folder is installed below the namespace `vqrae`: `tokenizer/x.py` is `vqrae.tokenizer.x`."""
+"""Each folder is installed below the namespace `vqrae`: `tokenizer/x.py` is `vqrae.tokenizer.x`."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ packages = [
 setup(
     name="vqrae",
     version="0.1.0",
-    description="One visual tokenizer: continuous features for understanding, discrete codes for generation",
+    description="One visual tokenizer: features for understanding, codes for generation",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The vqrae authors",

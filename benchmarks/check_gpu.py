@@ -1,11 +1,12 @@
-"""Is everything right on this GPU, and how fast is it? Every hot path once, with random weights and without a network.
+"""Is everything right on this GPU, and how fast is it? Every hot path, with random weights.
 
     bash scripts/check_gpu.sh [only=TEXT] [minutes=M] [output=FILE]
 
-Equality: each path runs in float32 with two layers of full width, here and in a process on the CPU with the same seeds; the
-losses, or the codes, must agree. Speed: the path as its configuration trains it, bf16 and all layers; FLOPs are counted by
-`torch.utils.flop_counter`, and the chip's bf16 rate is that of a large product measured here. A row that fails says so, and
-the others go on. A compiled sampler runs as a CUDA graph.
+Equality: each path runs in float32 with two layers of full width, here and in a process on the CPU
+with the same seeds; the losses, or the codes, must agree. Speed: the path as its configuration
+trains it, bf16 and all layers; FLOPs are counted by `torch.utils.flop_counter`, and the chip's bf16
+rate is that of a large product measured here. A row that fails says so, and the others go on. A
+compiled sampler runs as a CUDA graph.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ Numbers = list[float]
 Step = Callable[[], Any]
 
 
-# ---- the hot paths: (device, exact) -> a step; in float32 and with few layers if its numbers are to be exact
+# ---- the hot paths: (device, exact) -> a step; exact ones are in float32 and have few layers
 
 
 def tokenizer(name: str, stage: int, device: torch.device, exact: bool) -> Step:
@@ -98,7 +99,7 @@ def tokenizer(name: str, stage: int, device: torch.device, exact: bool) -> Step:
 
 
 def search(precision: Any, settle: bool, tf32: bool, device: torch.device, exact: bool) -> Step:
-    """The search of 16,384 codes x 1,536, with TF32 allowed around it or not; `settle` breaks near ties exactly."""
+    """The search of 16,384 codes x 1,536; `settle` breaks near ties exactly."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(16_384, 1536, generator=generator).to(device)
     features = torch.randn(1024 if exact else 8192, 1536, generator=generator).to(device)
@@ -152,7 +153,7 @@ def llava(llm: str, device: torch.device, exact: bool) -> Step:
 
 
 def generator(device: torch.device, exact: bool) -> Step:
-    """Forward and backward pass over a micro-batch of the longest sequences of the published generator."""
+    """Forward and backward pass of the published generator over its longest sequences."""
     given = ["training.model.llm="]
     if exact:
         given += ["training.optimization.bf16=false", "training.model.attention=sdpa"]
@@ -284,7 +285,7 @@ def check(row: Row, expected: dict[str, Numbers], bf16_rate: float, device: torc
 
 
 def compare(found: Numbers, expected: Numbers) -> float:
-    """The largest difference, relative to the largest number that was expected; codes must be equal.
+    """The largest difference, relative to the largest expected number; codes must be equal.
 
     Raises:
         ArithmeticError: when it is too large.
@@ -338,7 +339,7 @@ class CheckGPUConfig:
     """Rows that begin later are left out."""
     output: str = "runs/check_gpu.json"
     reference: str | None = None
-    """Write the numbers of this machine's CPU to this file and stop; the check itself starts such a process."""
+    """File for the numbers of the CPU: write them and stop, as the check's own process does."""
 
 
 def cpu_numbers(only: str) -> dict[str, Numbers]:

@@ -1,8 +1,8 @@
-"""Code extraction from WebDataset tars to verified shards vs the bare encoder on images that are already tensors.
+"""Code extraction from WebDataset tars to verified shards vs the bare encoder on tensors.
 
-The tokenizer has a ViT-B encoder at 256 px, 256 codes out of 16,384 in 1536 dimensions; the published encoders are three to
-five times larger, so that loading and writing weigh less there. All in one process without loader workers: on one core they
-would only take turns with the encoder.
+The tokenizer has a ViT-B encoder at 256 px, 256 codes out of 16,384 in 1536 dimensions; the
+published encoders are three to five times larger, so that loading and writing weigh less there. All
+in one process without loader workers: on one core they would only take turns with the encoder.
 """
 
 import io

@@ -1,6 +1,7 @@
-"""Fréchet statistics: a matrix product per batch vs an outer product per image, as public evaluators do it.
+"""Fréchet statistics: a matrix product per batch vs an outer product per image.
 
-And the distance itself: eigenvalues of a symmetric matrix vs a general matrix square root.
+Public evaluators do the latter. And the distance itself: eigenvalues of a symmetric matrix vs a
+general matrix square root.
 """
 
 import numpy as np
@@ -24,7 +25,7 @@ def batched(features: Tensor, batch_size: int = BATCH_SIZE) -> FeatureStatistics
 
 
 def outer_products(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of features and of their outer products in float64, one image at a time -> mean, covariance."""
+    """Mean and covariance from float64 sums over one image at a time."""
     count, width = features.shape
     total = torch.zeros(width, dtype=torch.float64)
     products = torch.zeros(width, width, dtype=torch.float64)

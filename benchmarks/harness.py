@@ -1,7 +1,7 @@
 """What a benchmark is made of: rows of alternating timings and of peak memory.
 
-A benchmark is a module with `run() -> list[Row]`. It first asserts that both ways give the same: a fast wrong answer is no
-row.
+A benchmark is a module with `run() -> list[Row]`. It first asserts that both ways give the same: a
+fast wrong answer is no row.
 """
 
 import multiprocessing
@@ -37,7 +37,9 @@ def time_row(
     work: float | None = None,
     unit: str = "s",
 ) -> Row:
-    """Median times of both, run in alternation so that a busy machine disturbs them alike; one run of each warms up.
+    """Median times of both, in alternation, so that a busy machine disturbs them alike.
+
+    One run of each warms up.
 
     Args:
         work: done by one call, in the unit of a rate; None: the row holds seconds.
@@ -64,12 +66,13 @@ def memory_row(
 
 
 def peak_memory(prepare: Callable[..., Work], *arguments: Any) -> float:
-    """MiB of resident memory that `prepare(*arguments)()` needs beyond its inputs, in a process of its own.
+    """MiB that `prepare(*arguments)()` needs on top of its inputs, in a process of its own.
 
     Raises:
-        OSError: without `/proc/self/clear_refs`: only Linux can reset the high-water mark of a process.
+        OSError: without `/proc/self/clear_refs`; only Linux can reset a high-water mark.
     """
-    # glibc keeps freed blocks below a growing threshold; with a fixed one they are returned, and seen when they come again.
+    # glibc keeps freed blocks below a growing threshold; with a fixed one they are returned, and
+    # seen when they come again.
     fixed = mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(64 * 1024))
     spawn = multiprocessing.get_context("spawn")
     with fixed, ProcessPoolExecutor(1, mp_context=spawn) as pool:

@@ -1,7 +1,7 @@
-"""The generator's loss: a softmax over the codes where codes are predicted vs one over the whole vocabulary.
+"""The generator's loss: a softmax over the codes vs one over the whole vocabulary.
 
-At the size of Qwen3-0.6B with one sequence of 1536 tokens, 1024 of them codes. The reference is the loss of transformers,
-with logits of all 168,448 rows at every position.
+At the size of Qwen3-0.6B with one sequence of 1536 tokens, 1024 of them codes. The reference is the
+loss of transformers, with logits of all 168,448 rows at every position.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,10 @@ LAYERS = 2  # of the 28
 def losses(
     vocabulary: VisualVocabulary, shape: dict[str, int], length: int, layers: int
 ) -> tuple[dict[str, Callable[[], Tensor]], list[nn.Parameter]]:
-    """Losses of one model and one random sequence, under bf16 autocast as in training, and its parameters.
+    """Losses of one random sequence, under bf16 autocast as in training, and the parameters.
 
-    `restricted` is what ours must equal: the full logits, cut to the codes. Without layers only embedding and head remain.
+    `restricted` is what ours must equal: the full logits, cut to the codes. Without layers only
+    embedding and head remain.
     """
     torch.manual_seed(0)
     config = {**shape, "num_hidden_layers": layers}

@@ -1,8 +1,9 @@
-"""Packed sft vs the padded, modality-grouped way of LLaVA-1.5: real tokens per second on a mixture with text-only records.
+"""Packed sft vs the padded, modality-grouped way of LLaVA-1.5, in real tokens per second.
 
-The mixture has the shape of LLaVA's mix-665k at a size for one CPU core: dialogues of one to eight questions about images,
-and text-only dialogues whose lengths spread as ShareGPT's do. Both ways see every record once and pay for encoding,
-batching, tower, forward and backward. Only real tokens count: no padding, no blank image.
+The mixture has the shape of LLaVA's mix-665k at a size for one CPU core: dialogues of one to eight
+questions about images, and text-only dialogues whose lengths spread as ShareGPT's do. Both ways see
+every record once and pay for encoding, batching, tower, forward and backward. Only real tokens
+count: no padding, no blank image.
 """
 
 import tempfile
@@ -82,7 +83,7 @@ def run(count: int = 96, micro_batch_size: int = 16, repeats: int = 3) -> list[R
     shuffled = np.random.default_rng(0).permutation(len(records)).tolist()
 
     def epoch(collator: ConversationCollator, order: Sequence[int]) -> Callable[[], float]:
-        """Forward and backward over all records; returns the sum of the losses of all trained tokens."""
+        """Forward and backward over all records; returns the summed loss of all trained tokens."""
 
         def train() -> float:
             total = 0.0

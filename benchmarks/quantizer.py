@@ -1,6 +1,7 @@
 """Code search and SimVQ's training step at the paper's size vs what public tokenizers do.
 
-The reference of the search is |z|^2 + |e|^2 - 2 z.e over all features and codes at once, then argmin.
+The reference of the search is |z|^2 + |e|^2 - 2 z.e over all features and
+codes at once, then argmin.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def search(way: Any, *sizes: int) -> Callable[[], Tensor]:
 
 
 def simvq_step(way: str, *sizes: int) -> Callable[[], Tensor]:
-    """Search and gradient of the projection; the usual way multiplies the whole table again in the backward pass."""
+    """Search and gradient of the projection; the usual way differentiates the whole table."""
     num_features, codebook_size, width = sizes
     torch.manual_seed(0)
     quantizer = SimVQ(codebook_size, width).train()

@@ -1,8 +1,8 @@
-"""Sampling images with guidance: our sampler vs `transformers.generate`, on a Qwen3 with random weights.
+"""Sampling with guidance: our sampler vs `transformers.generate`, on a random Qwen3.
 
-Eight images of eight prompts of different lengths, greedy, so that both must find the same codes. The codes are compared in
-float32 and the time in bfloat16, where transformers takes the unconditional log-probabilities in bfloat16 too, which turns
-near ties around.
+Eight images of eight prompts of different lengths, greedy, so that both must find the same codes.
+The codes are compared in float32 and the time in bfloat16, where transformers takes the
+unconditional log-probabilities in bfloat16 too, which turns near ties around.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def random_generator(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # not in float32 first, which takes twice the memory
     try:
-        # With the usual range of 0.02 every code repeats the last one, and equal codes prove little.
+        # With the usual 0.02 every code repeats the last one, and equal codes prove little.
         spread = {"initializer_range": 0.1, "tie_word_embeddings": True}
         model = build_generator(vocabulary, llm_config={**spread, **shape})
     finally:
@@ -54,7 +54,7 @@ def random_generator(
 def sampler(
     way: str, vocabulary: VisualVocabulary, shape: dict[str, Any], dtype: torch.dtype, batch: int
 ) -> Callable[[], Tensor]:
-    """Greedy codes (B, N), by our sampler (`ours`) or by transformers' own guidance (`reference`)."""
+    """Greedy codes (B, N), by our sampler (`ours`) or by transformers (`reference`)."""
     model = random_generator(vocabulary, shape, dtype)
     generator = torch.Generator().manual_seed(0)
     prompts = []

@@ -1,11 +1,12 @@
-"""Kill every job again and again, run the same command, and compare with a run that was never killed.
+"""Kill every job again and again, repeat its command, and compare with an untouched run.
 
     bash scripts/check_kill.sh [jobs=NAME,NAME] [kills=N] [seed=S] [output=DIR]
 
-A job is killed (SIGKILL, as in a power cut or by the kernel when memory is full) right before one of the file-system events
-of the untouched run: a file opened for writing, a rename, a removal, a new folder. Every fourth time it is killed at a random
-moment instead, which hits writes that Python does not see. Of several processes one is killed, and then the others, as a
-launcher does. The same command must then end without an error, with the same bytes in everything that it makes, and leave
+A job is killed (SIGKILL, as in a power cut or by the kernel when memory is full) right before one
+of the file-system events of the untouched run: a file opened for writing, a rename, a removal, a
+new folder. Every fourth time it is killed at a random moment instead, which hits writes that Python
+does not see. Of several processes one is killed, and then the others, as a launcher does. The same
+command must then end without an error, with the same bytes in everything that it makes, and leave
 nothing else. The models are tiny and random: what is tested is how they are kept.
 """
 
@@ -89,7 +90,7 @@ def all_jobs(parts: Path) -> dict[str, Job]:
 
 
 def make_parts(parts: Path, wanted: Collection[str]) -> None:
-    """Make the tiny models that are wanted, each by the job of its name, and questions and prompts."""
+    """Make the wanted models, each by the job of its name, and questions and prompts."""
     parts.mkdir(parents=True, exist_ok=True)
     jobs = all_jobs(parts)
     for name in ("tokenizer", "llm", "codes", "llava", "generator"):
@@ -105,7 +106,10 @@ def make_parts(parts: Path, wanted: Collection[str]) -> None:
 
 
 class Events:
-    """An audit hook that counts the changes of a folder, records them, and kills its process before number `kill_at`."""
+    """An audit hook that counts and records the changes of a folder.
+
+    It kills its process before change number `kill_at`.
+    """
 
     def __init__(
         self, folder: Path, *, kill_at: int | None = None, record: Path | None = None
@@ -141,7 +145,7 @@ class Events:
 
 
 def start(job: Job, output: Path, log: Path, hooks: Sequence[Hook] = ()) -> list[ForkProcess]:
-    """Fork the processes of a job, which have imported everything; `hooks` are the audit hooks of each."""
+    """Fork the processes of a job, which have imported everything; `hooks` are audit hooks."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -171,7 +175,7 @@ def work(job: Job, output: Path, log: Path, rank: int, port: int, hook: Hook | N
 
 
 def end(processes: list[ForkProcess], *, kill_after: float | None = None) -> str:
-    """Wait for processes: "0" if all ended well, "killed", "hang", or the exit code of the first that failed.
+    """Wait for processes: "0", "killed", "hang", or the exit code of the first that failed.
 
     As a launcher does, it ends the others when one fails.
 
@@ -199,9 +203,10 @@ def end(processes: list[ForkProcess], *, kill_after: float | None = None) -> str
 
 
 def result_of(output: Path) -> dict[str, str]:
-    """Everything that a job made, by name: digests of files, losses of the metrics, names of checkpoints.
+    """Everything that a job made: digests of files, losses of the metrics, checkpoints.
 
-    Not the previews: a tokenizer writes that of a step after its checkpoint, and a kill between the two costs it.
+    Not the previews: a tokenizer writes that of a step after its checkpoint, and a kill between the
+    two costs it.
     """
     found: dict[str, str] = {}
     for path in sorted(output.rglob("*")):
@@ -227,7 +232,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def judge(status: str, output: Path, expected: dict[str, str]) -> dict[str, list[str]]:
-    """What came of a restart, by the columns of the report: `equal` alone if all is well, else with the evidence."""
+    """Columns of the report that a restart counts in, with the evidence; `equal` if all is well."""
     found = result_of(output)
     different = [name for name in found if found[name] != expected.get(name)]
     if status != "0":
@@ -246,7 +251,7 @@ def judge(status: str, output: Path, expected: dict[str, str]) -> dict[str, list
 def campaign(
     name: str, job: Job, folder: Path, *, kills: int, seed: int = 0
 ) -> tuple[Counter[str], list[str]]:
-    """Kill a job `kills` times, each time in a fresh folder, and restart it; counts by column, and what went wrong."""
+    """Kill a job in a fresh folder and restart it, `kills` times; counts, and what went wrong."""
     output, log = folder / "output", folder / "log"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -256,7 +261,8 @@ def campaign(
         text = log.read_text(errors="replace")[-1000:]
         return Counter(errors=1), [f"the untouched run failed: {text}"]
     seconds = time.monotonic() - begin
-    expected, events = result_of(output), [record.read_text().splitlines() for record in records]
+    expected = result_of(output)
+    events = [record.read_text().splitlines() for record in records]
     moments = random.Random(f"{name} {seed}")
     counts: Counter[str] = Counter()
     notes = []
@@ -297,7 +303,7 @@ def table(outcomes: dict[str, Counter[str]]) -> str:
 
 
 def prepare_process(jobs: Collection[Job]) -> None:
-    """Import once what all processes need, with one thread each: a process with more cannot be forked."""
+    """Import what all processes need, with one thread: a process with more cannot be forked."""
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch

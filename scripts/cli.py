@@ -1,7 +1,7 @@
 """The `vqrae` command: a trained model at work on images, questions and prompts.
 
-A command is a dataclass with a method `run`. Its module is imported when it is called, so that `vqrae --help` answers at
-once.
+A command is a dataclass with a method `run`. Its module is imported when it is called, so that
+`vqrae --help` answers at once.
 """
 
 import importlib
@@ -52,7 +52,7 @@ def read(argv: Sequence[str]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns 0, 1 when `check-data` found a problem, 2 for a mistake in the call."""
+    """Run one command; returns 0, 1 if `check-data` found a problem, 2 for a mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in ([], ["-h"], ["--help"]):
         print("usage: vqrae COMMAND [--key value | key=value ...]; vqrae COMMAND --help\n")

@@ -1,15 +1,15 @@
-"""Start a job as its script does: make what it needs first, choose the processes, hand over to python or torchrun.
+"""Start a job: make what it needs first, choose the processes, hand over to python or torchrun.
 
-    python -m vqrae.scripts.launch MODULE [config=NAME] [nproc=N] [nnodes=M] [zero=0-3] [key=value ...]
+    python -m vqrae.scripts.launch MODULE [config=NAME] [nproc=N] [zero=0-3] [key=value ...]
 
-Nothing is installed here. Where a job starts from the result of another, its configuration says so, by the key that holds
-the path:
+Nothing is installed here. Where a job starts from the result of another, its configuration says so,
+by the key that holds the path:
 
     prepare:
       llm: quickstart.train_llm config=tiny_llm
 
-The launcher runs that job first if the path does not exist and the key was not given; `{key}` in it is the value of another
-key. The section is the launcher's alone, jobs do not see it.
+The launcher runs that job first if the path does not exist and the key was not given; `{key}` in it
+is the value of another key. The section is the launcher's alone, jobs do not see it.
 """
 
 import os
@@ -155,7 +155,7 @@ def split_arguments(job: Job, arguments: Sequence[str]) -> tuple[Launch, dict[st
 def read_settings(
     module: str, config: str | None, keys: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What YAML and arguments say, without the defaults of the job's code, and what must be made before."""
+    """What YAML and arguments say, without defaults of code, and what must be made before."""
     job = JOBS[module]
     settings: dict[str, Any] = {}
     prepare = dict(job.prepare)
@@ -176,7 +176,7 @@ def read_settings(
 def prepare_key(
     key: str, maker: str, keys: dict[str, str], settings: dict[str, Any], launch: Launch
 ) -> list[Command]:
-    """Let `key` name the folder that `maker` makes; returns the commands for it, none where it has been made.
+    """Let `key` name the folder that `maker` makes; returns the commands for it, if any.
 
     Raises:
         ConfigError: on several nodes, which would all make it.
@@ -276,7 +276,7 @@ def run(line: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line: [--extras] MODULE [key=value ...]; with --extras only say what setup.py must add."""
+    """Command line: [--extras] MODULE [key=value ...]; --extras only says what to install."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     only_extras = arguments[:1] == ["--extras"]
     module, *keys = arguments[only_extras:]

@@ -29,12 +29,13 @@ from vqrae.understanding.train import (
 class CheckData:
     """Read a source before training on it: sizes, broken and missing images, captions, duplicates.
 
-    Exit code 1: problems. With config, which names a LLaVA run, also conversations that are too long for it, and words for
-    which it has no ids. With write_clean, the usable entries of a FILE.json or FILE.jsonl are written, and the exit code is 0.
+    Exit code 1: problems. With config, which names a LLaVA run, also conversations that are too
+    long for it, and words for which it has no ids. With write_clean, the usable entries of a
+    FILE.json or FILE.jsonl are written, and the exit code is 0.
     """
 
     source: str
-    """scenes, emoji, a folder, FILE.jsonl, FILE.tar (or a glob), hf:NAME, FILE.json, code shards, a mixture."""
+    """scenes, emoji, a folder, FILE.jsonl, FILE.tar, hf:NAME, FILE.json, codes, a mixture."""
     image_folder: str | None = None
     """Where the images of a FILE.json are, if not next to it."""
     limit: int | None = None
@@ -46,7 +47,7 @@ class CheckData:
     write_clean: str | None = None
     """FILE for the usable entries."""
     config: str | None = None
-    """A name in understanding/configs, or FILE.yaml; key=value changes it, such as tokenizer=RUN."""
+    """A name in understanding/configs, or FILE.yaml; key=value (tokenizer=RUN) changes it."""
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ class InspectBatch:
     """Print the first samples of a LLaVA run as one batch, trained tokens in colour."""
 
     config: str
-    """A name in understanding/configs, or FILE.yaml; key=value changes it, such as tokenizer=RUN."""
+    """A name in understanding/configs, or FILE.yaml; key=value (tokenizer=RUN) changes it."""
     overrides: tuple[str, ...] = ()
     stage: Stage = "sft"
     samples: int = 4

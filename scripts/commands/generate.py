@@ -156,7 +156,7 @@ def is_finished(path: Path, record: dict[str, Any]) -> bool:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a text file, or the `prompt` of each where lines are JSON objects, as GenEval's metadata.
+    """The lines of a text file, or the `prompt` of JSON lines, as in GenEval's metadata.
 
     Raises:
         ValueError: naming the line, for a JSON object without a prompt.

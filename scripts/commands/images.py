@@ -59,7 +59,7 @@ class WithTokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruct(WithTokenizer):
-    """Encode images to codes and decode them again: pairs of images, a grid of the first ones, PSNR of each."""
+    """Encode images to codes and decode them again: pairs, a grid of the first ones, PSNR."""
 
     images: str
     """An image, or a folder of images of any size and mode."""
@@ -99,7 +99,7 @@ class Reconstruct(WithTokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Encode(WithTokenizer):
-    """Turn images into codes: a .npz with codes (M, N), names (M,), tokenizer (fingerprint) and codebook_size."""
+    """Turn images into a .npz of codes (M, N), names (M,), tokenizer and codebook_size."""
 
     images: str
     """An image, or a folder of images of any size and mode."""
@@ -178,7 +178,7 @@ class Codebook(WithTokenizer):
 
 
 class ImageReader:
-    """Batches of the readable images of a file or folder; broken ones are reported, counted and left out."""
+    """Batches of the readable images of a file or folder; broken ones are counted."""
 
     def __init__(self, source: str, image_size: int) -> None:
         path = Path(source)
@@ -213,7 +213,7 @@ class ImageReader:
 
 
 def output_names(names: Sequence[str]) -> dict[str, str]:
-    """A PNG name for each input: `a/b.jpg` -> `a/b.png`, or `a/b.jpg.png` where two would collide."""
+    """A PNG name for each input: `b.jpg` -> `b.png`, or `b.jpg.png` where two would collide."""
     stems = {name: str(Path(name).with_suffix("")) for name in names}
     counts = Counter(stems.values())
     return {name: f"{name if counts[stem] > 1 else stem}.png" for name, stem in stems.items()}

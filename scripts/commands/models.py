@@ -11,7 +11,7 @@ from vqrae.understanding.graft import graft
 
 @dataclass(frozen=True, kw_only=True)
 class Graft:
-    """Put a tokenizer's encoder into InternVL3, in place of its vision tower; plain transformers opens the result."""
+    """Put a tokenizer's encoder into InternVL3; plain transformers opens the result."""
 
     model: str
     """InternVL3: folder, or hub id that ends in -hf."""
@@ -29,10 +29,10 @@ class Graft:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Say what each training of a configuration needs: parameters, activations, memory by GPUs and ZeRO stage."""
+    """Say what each training of a configuration needs, by number of GPUs and ZeRO stage."""
 
     config: str
-    """A name such as siglip2_256 or tokenizer/tiny, or FILE.yaml; key=value changes it, as sft.micro_batch_size=8."""
+    """A name such as siglip2_256 or tokenizer/tiny, or FILE.yaml; key=value changes it."""
     overrides: tuple[str, ...] = ()
     gpus: tuple[int, ...] = GPU_COUNTS
     """May be given several times."""

@@ -1,4 +1,4 @@
-"""Every shipped YAML is read by exactly one dataclass, and its header says what a user needs to know."""
+"""Every shipped YAML is read by exactly one dataclass, and its header is complete."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Documents and files in git: commands parse, links lead somewhere, no path of anybody's machine."""
+"""Documents and files in git: commands parse, links lead somewhere, no path of a machine."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ CONFIG_NAMES = {path.stem for path in ROOT.glob("*/configs/*.yaml")}
 
 
 def commands(document: Path) -> list[list[str]]:
-    """The words of every command in the shell blocks of a document; continued lines are joined, comments dropped."""
+    """The words of every command in the shell blocks of a document."""
     blocks = re.findall(
         r"```(?:bash|sh|shell|console)\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL
     )

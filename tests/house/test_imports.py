@@ -1,6 +1,7 @@
 """Imports point one way, name what they use where it is defined, and are declared in setup.py.
 
-common <- data <- tokenizer <- {understanding, generation} <- eval <- planning <- quickstart <- scripts
+common <- data <- tokenizer <- {understanding, generation} <- eval <- planning <- quickstart
+<- scripts
 """
 
 import ast
@@ -43,7 +44,7 @@ def imports(code: str) -> Iterator[tuple[int, str]]:
 
 
 def problems(code: str, allowed: set[str], bare: Collection[str] = ()) -> Iterator[str]:
-    """What is wrong with the imports of a module that may import the rooms `allowed` and folders by their `bare` name."""
+    """What is wrong with imports, if the rooms `allowed` and the folders `bare` are not."""
     for line, name in imports(code):
         top, _, rest = name.partition(".")
         if not top:
@@ -78,7 +79,7 @@ def test_the_check_sees_what_it_forbids() -> None:
 
 
 def test_packages_re_export_nothing() -> None:
-    """A name is imported from the module that defines it: an `__init__.py` holds a docstring at most."""
+    """A name is imported from where it is defined: an `__init__.py` is a docstring at most."""
     found = []
     for path in itertools.chain.from_iterable(map(sources, [*ROOMS, "benchmarks"])):
         if path.name == "__init__.py":

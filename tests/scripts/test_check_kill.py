@@ -1,4 +1,4 @@
-"""A small campaign: real processes, killed at file-system events, repair themselves; and the campaign sees every loss."""
+"""A small campaign: killed processes repair themselves, and the campaign sees every loss."""
 
 import os
 import subprocess

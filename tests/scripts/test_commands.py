@@ -42,7 +42,7 @@ def vqrae(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A palette image, RGBA, 16-bit grey, a rotated photograph, one 1 px wide, two that share a stem."""
+    """Palette, RGBA, 16-bit grey, rotated, 1 px wide, and two that share a stem."""
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""What the launcher runs: missing artefacts first, then the job, with its processes, nodes and stage of ZeRO."""
+"""What the launcher runs: missing artefacts, then the job, with processes, nodes and ZeRO."""
 
 import importlib
 import os
