@@ -61,7 +61,7 @@ class AblationConfig:
     num_images: int = 500
     """Images that reconstructions are scored on."""
     frechet: Literal["encoder", "inception"] = "encoder"
-    """Network of the Fréchet distance; encoder is the original one, which needs no other weights."""
+    """Network of the Fréchet distance; encoder is the original one, it needs no other weights."""
     num_train: int = 1000
     """Images that probes learn from."""
     num_test: int = 500

@@ -73,43 +73,46 @@ def cell(result: Result, metric: str) -> str:
 
 
 def markdown(values: dict[str, Any], suite: Suite) -> str:
-    """The page of a suite: its table, its claims, and what was measured how.
+    """The page of a suite: its table, what was measured how, and its claims.
 
     Args:
         values: what `vqrae.eval.ablations.evaluate` writes as JSON.
     """
-    labels: list[str] = list(dict.fromkeys(label for row in suite.rows for label in row.labels))
-    first = ["recipe"] if len(suite.recipes) > 1 else []
-    last = ["the paper"] if any(row.paper for row in suite.rows) else []
-    headings = [METRICS[name].heading for name in suite.columns]
-    if "frechet" in suite.columns:
-        headings[suite.columns.index("frechet")] = values["frechet"]
-
-    rows = []
-    reference = values["original_features"]
-    if reference:
-        blanks = [""] * (len(first + labels) - 1)
-        cells = [
-            f"{reference[name]:{METRICS[name].format}}" if name in reference else ""
-            for name in suite.columns
-        ]
-        rows.append(["original encoder", *blanks, *cells, *("" for _ in last)])
-    for result in values["rows"]:
-        row = [result["recipe"] for _ in first]
-        row += [str(result["labels"].get(label, "")) for label in labels]
-        row += [cell(result, name) for name in suite.columns]
-        rows.append(row + [result["paper"] for _ in last])
-
-    table = markdown_table(first + labels + headings + last, rows)
-    lines = [f"# {suite.title}", "", *table, ""]
+    lines = [f"# {suite.title}", "", *result_table(values, suite), ""]
     lines += [f"- {note}" for note in values["notes"]]
     lines += [f"- `{recipe.name}`: {recipe.note}" for recipe in suite.recipes]
     if suite.claims:
-        recipes = [f"in `{recipe.name}`" for recipe in suite.recipes]
-        verdicts = []
+        header = ["what the paper finds", "compared by"]
+        header += [f"in `{recipe.name}`" for recipe in suite.recipes]
+        rows = []
         for claim in values["claims"]:
             heading = METRICS[claim["metric"]].heading
-            verdicts.append([claim["text"], heading, *claim["verdicts"].values()])
-        heading_row = ["what the paper finds", "compared by", *recipes]
-        lines += ["", *markdown_table(heading_row, verdicts)]
+            rows.append([claim["text"], heading, *claim["verdicts"].values()])
+        lines += ["", *markdown_table(header, rows)]
     return "\n".join(lines) + "\n"
+
+
+def result_table(values: dict[str, Any], suite: Suite) -> list[str]:
+    """A line for each row and recipe, after one for the original encoder."""
+    labels: dict[str, None] = {}
+    for row in suite.rows:
+        labels |= dict.fromkeys(row.labels)
+    headings = [METRICS[name].heading for name in suite.columns]
+    if "frechet" in suite.columns:
+        headings[suite.columns.index("frechet")] = values["frechet"]
+    rows = []
+    for result in values["rows"]:
+        named = [str(result["labels"].get(label, "")) for label in labels]
+        cells = [cell(result, name) for name in suite.columns]
+        rows.append([result["recipe"], *named, *cells, result["paper"]])
+
+    first = 0 if len(suite.recipes) > 1 else 1  # a single recipe needs no column
+    if reference := values["original_features"]:
+        run = {"metrics": reference}
+        cells = [cell({"runs": [run]}, name) if name in reference else "" for name in suite.columns]
+        blanks = [""] * (1 + len(labels))
+        blanks[first] = "original encoder"
+        rows.insert(0, [*blanks, *cells, ""])
+    last = None if any(row[-1] for row in rows) else -1
+    header = ["recipe", *labels, *headings, "the paper"][first:last]
+    return markdown_table(header, [row[first:last] for row in rows])

@@ -1,1 +1,1 @@
-"""What the codes stand for, and how they are used."""
+"""What the codes mean, and how they are used."""

@@ -1,6 +1,7 @@
 """What the codes of a tokenizer mean and how far apart they are; the report of `vqrae codebook`.
 
-Shapes: B batch, N tokens of an image, M tokens, K codebook size, E codebook width, P side of a patch.
+Shapes: B batch, N tokens of an image, M tokens of a batch, K codebook size, E codebook width,
+P side of a patch.
 """
 
 import math

@@ -37,7 +37,8 @@ class LabelledScenes(Dataset):
     """
 
     def __init__(self, scenes: SceneDataset, count: int, grid_size: int | None, ask: Ask) -> None:
-        self.scenes, self.grid_size, self.ask = scenes, grid_size, ask
+        self.scenes = scenes
+        self.grid_size, self.ask = grid_size, ask
         self.indices: list[int] = []
         index = 0
         while len(self.indices) < count:

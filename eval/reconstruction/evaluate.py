@@ -53,7 +53,7 @@ IMAGENET_VALIDATION = 50_000  # images
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionConfig:
-    """Score a tokenizer's reconstructions: rFID, Inception score, PSNR, SSIM, LPIPS, codebook usage."""
+    """Score reconstructions: rFID, Inception score, PSNR, SSIM, LPIPS, codebook usage."""
 
     model: str
     """Tokenizer: run directory, checkpoint folder or hub id."""
@@ -67,7 +67,7 @@ class ReconstructionConfig:
     num_images: int | None = None
     """Images to score, the first ones of the split; None: 1000 scenes, or all that files hold."""
     protocol: Literal["standard", "titok", "vgt", "maskbit", "llamagen", "rae"] = "standard"
-    """Resizing, rounding and SSIM of a public evaluator, see vqrae.eval.reconstruction.protocols."""
+    """Resizing, rounding and SSIM of a public evaluator, see eval/reconstruction/protocols.py."""
     frechet: tuple[Literal["inception", "encoder"], ...] = ("inception",)
     """Networks to take a Fréchet distance in: inception gives rfid and inception_score, encoder
     gives frechet_encoder."""
@@ -211,7 +211,7 @@ def evaluate_reconstruction(
     lpips: dict[str, Distance] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Encode and decode the first `num_images` (or all) of a data set of {"image": uint8 (3, H, W)}.
+    """Encode and decode the first `num_images` (or all) samples {"image": uint8 (3, H, W)}.
 
     Args:
         frechet, lpips: what else to measure than pixels and codes.

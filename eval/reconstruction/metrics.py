@@ -1,4 +1,4 @@
-"""Metrics of reconstructions as sums: they stream over any number of images and add up over processes.
+"""Metrics of reconstructions as sums, which stream over images and add up over processes.
 
 Shapes: B batch, N tokens, K codebook size.
 """

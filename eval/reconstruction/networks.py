@@ -36,7 +36,7 @@ class NotMeasured(Exception):
 
 
 def find_weights(name: str, url: str, key: str, path: str | None = None) -> Path:
-    """The weights file `name`, at `path` or in torch's cache, with the content that the name promises.
+    """The weights file `name`, at `path` or in torch's cache, with the content that it promises.
 
     Args:
         url: where a user gets it.

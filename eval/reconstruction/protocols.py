@@ -33,9 +33,8 @@ class Protocol:
     score_size: int | None = None
     """Side that both images are resized to (bilinear, not antialiased); None: the input's."""
     ssim_window: SSIMWindow = "gaussian_11"
-    """11 x 11 Gaussian of sigma 1.5 where it fits (Wang et al. 2004); the same with a border that is
-    padded by reflection (torchmetrics); or scikit-image's default: 7 x 7, uniform, samples'
-    covariance."""
+    """11 x 11 Gaussian of sigma 1.5 where it fits (Wang et al. 2004); the same with a reflected
+    border (torchmetrics); or scikit-image's default: 7 x 7, uniform, samples' covariance."""
     ssim_data_range: float = 1.0
     """Images are in [0, 1], so 1 is right. A range of 2 inflates; it is reported as `ssim_range_2`
     next to `ssim`, never in its place."""
@@ -44,12 +43,12 @@ class Protocol:
 PROTOCOLS: dict[str, Protocol] = {
     "standard": Protocol(),
     # bytedance/1d-tokenizer 942a96f: evaluator/evaluator.py truncates, but eval_reconstruction in
-    # utils/train_utils.py has rounded before. It has no PSNR or SSIM; scikit-image's stand in.
+    # utils/train_utils.py has rounded before. It has no PSNR or SSIM; we take scikit-image's.
     "titok": Protocol(ssim_window="uniform_7"),
     # hustvl/VGT 56bd80e, the sibling of VQRAE: eval_reconstruction in
-    # tokenizer/utils/train_vgtae_imagenet_utils.py compares at 256; tokenizer/evaluator/evaluator.py
-    # takes PSNR and SSIM (range 2, on [0, 1]) of unrounded values and truncates for Inception. Left
-    # out: the normalisation by ImageNet's statistics and back, after which truncation costs a
+    # tokenizer/utils/train_vgtae_imagenet_utils.py compares at 256; evaluator/evaluator.py takes
+    # PSNR and SSIM (range 2, on [0, 1]) of unrounded values and truncates for Inception. We
+    # leave out its normalisation by ImageNet's statistics and back, after which truncation costs a
     # quarter of the originals' levels one step.
     "vgt": Protocol(
         rounding="none",
@@ -58,8 +57,8 @@ PROTOCOLS: dict[str, Protocol] = {
         ssim_window="uniform_7",
         ssim_data_range=2.0,
     ),
-    # markweberdev/maskbit 5ea3d73, evaluator/evaluator.py: PSNR, SSIM and LPIPS on unrounded values;
-    # truncates for Inception.
+    # markweberdev/maskbit 5ea3d73, evaluator/evaluator.py: PSNR, SSIM and LPIPS of unrounded
+    # values; truncates for Inception.
     "maskbit": Protocol(
         resize="bilinear_crop",
         rounding="none",

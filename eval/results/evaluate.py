@@ -3,9 +3,9 @@
     python -m vqrae.eval.results.evaluate output=results.md \
         scores=[runs/evaluation/geneval/scores.json,runs/evaluation/dpg/scores.json]
 
-Reads what the evaluations write: reconstruction, GenEval (also of scenes), DPG-Bench, and the folder
-of understanding benchmarks with one JSON file each. A score that was not taken like the paper's says
-so in its label and in its note.
+Reads what the evaluations write: reconstruction, GenEval (also of scenes), DPG-Bench, and the
+folder of understanding benchmarks with one JSON file each. A score that was not taken like the
+paper's says so in its label and in its note.
 """
 
 import functools
@@ -152,7 +152,7 @@ def _reconstruction(stored: dict[str, Any]) -> Score:
         reservations.append(f"compared at {size} px, the paper: at {PAPER_SIZE}")
     if protocol["name"] != PAPER_PROTOCOL:
         reservations.append(
-            f"protocol {protocol['name']}, the paper: 1d-tokenizer's, which {PAPER_PROTOCOL} follows"
+            f"protocol {protocol['name']}, the paper: 1d-tokenizer's, that is {PAPER_PROTOCOL}"
         )
     if reason := stored.get("not_measured", {}).get("rfid"):
         reservations.append(f"rFID not measured: {reason}")
@@ -163,7 +163,9 @@ def _reconstruction(stored: dict[str, Any]) -> Score:
 
 
 def _understanding(folder: Path) -> Score:
-    values, reservations, manifest = {}, [], {}
+    values: dict[str, Any] = {}
+    manifest: dict[str, Any] = {}
+    reservations = []
     names = paper_tables()["understanding"].keys
     for name in names:
         file = folder / f"{name}.json"
@@ -201,7 +203,8 @@ def fill_tables(scores: dict[str, Score]) -> dict[str, Any]:
         for source, score in scores.items():
             if score.table == name:
                 values = dict.fromkeys(table.columns)
-                values |= {c: score.values[k] for k, c in table.keys.items() if k in score.values}
+                for key, column in table.keys.items():
+                    values[column] = score.values.get(key)
                 more = {"reservations": score.reservations, "manifest": score.manifest}
                 rows.append({"label": score.label, "source": source, "values": values, **more})
         if len(rows) > len(table.rows):
@@ -211,7 +214,9 @@ def fill_tables(scores: dict[str, Score]) -> dict[str, Any]:
 
 def markdown(tables: list[dict[str, Any]]) -> str:
     """Tables and, for each row of ours, a note of what it rests on."""
-    digits = {name: d for table in paper_tables().values() for name, d in table.columns.items()}
+    digits: dict[str, int] = {}
+    for paper in paper_tables().values():
+        digits |= paper.columns
     lines = ["# Results next to the paper's", ""]
     notes: list[str] = []
     number = 0
