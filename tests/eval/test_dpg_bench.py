@@ -1,8 +1,9 @@
-"""DPG-Bench: scores by hand, the published script's faults one by one, tables, judges, the command."""
+"""DPG-Bench: scores by hand, the published script's faults, tables, judges, the command."""
 
 import http.server
 import json
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -94,7 +95,15 @@ class TestScores:
 
 
 class TestOfficialFaults:
-    """See `vqrae.eval.dpg_bench.scores` for the list; random tables are compared in test_golden.py."""
+    """See `vqrae.eval.dpg_bench.scores` for the list."""
+
+    def test_random_tables_score_as_by_the_script(self) -> None:
+        """golden/dpg_bench.py made the numbers from the published script."""
+        file = Path(__file__).parent / "golden" / "dpg_bench.json"
+        script = runpy.run_path(str(file.with_suffix(".py")))
+        expected = json.loads(file.read_text())
+        assert [script["ours"](*table) for table in script["tables"](len(expected))] == expected
+        assert sum(bool(table and table["dropped"]) for table in expected) > 20
 
     first = Item("first", "", (Question(1, "", "other ()"), Question(2, "", "other ()")))
 
@@ -134,7 +143,8 @@ class TestTable:
         write_questions(tmp_path / "q.csv", [CAR, SKY])
         assert read_questions(tmp_path / "q.csv") == ([CAR, SKY], [])
         assert (tmp_path / "q.csv").read_text().splitlines()[2] == (
-            'car,a red car left of a tree,,2,1,attribute,color,"attribute - color (car, red)",Is it red?'
+            "car,a red car left of a tree,,2,1,attribute,color,"
+            '"attribute - color (car, red)",Is it red?'
         )
 
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""GenEval over scenes: true scenes reach the ceiling, generation resumes, held-out prompts count apart."""
+"""GenEval over scenes: true scenes score 1, generation resumes, held-out prompts count apart."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def scored(sprites: str, images: Sequence[Any], records: Sequence[Any]) -> dict[
 
 
 def contradictions(record: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Records of the same task that no image satisfies which holds exactly what this one asks for."""
+    """Records of the same task that no true image of this one satisfies."""
     asked = [clause["class"] for clause in record["include"]]
     absent = next(name for name in names if name not in asked)
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

@@ -24,10 +24,10 @@ SIZES = ((60, 40), (33, 77), (64, 64))
 STRIDE = 9973  # of the pixels that are compared
 
 
-def weights(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-    """Weights for parameters of mmdetection's names and shapes, each seeded by its name."""
+def weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Weights for tensors of mmdetection's names and shapes, each seeded by its name."""
     found = {}
-    for name, shape in shapes:
+    for name, shape in shapes.items():
         noise = torch.randn(
             shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
         )
@@ -110,9 +110,8 @@ def main() -> None:
             prepared.append({**case, "levels": inside.tolist()})
     config.model.backbone.init_cfg = config.model.train_cfg = None
     model = build_detector(config.model, test_cfg=config.get("test_cfg")).eval()
-    model.load_state_dict(
-        weights((name, tuple(p.shape)) for name, p in model.named_parameters()), strict=False
-    )
+    parameters = {name: list(p.shape) for name, p in model.named_parameters()}
+    model.load_state_dict(weights(parameters), strict=False)
     shape = tuple(pixels().shape[2:])
     metas = [{"batch_input_shape": shape, "img_shape": (*shape, 3), "ori_shape": (*shape, 3)}]
     with torch.no_grad():
@@ -130,7 +129,9 @@ def main() -> None:
         )[0]["ins_results"]
         by_class = enumerate(bbox2result(boxes, labels, 80))
         fused.append(rows([(label, box[4], box[:4]) for label, found in by_class for box in found]))
-    print(json.dumps({"prepared": prepared, "network": network, "fused": fused}))
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    values = {"prepared": prepared, "network": network, "fused": fused, "shapes": shapes}
+    print(json.dumps(values))
 
 
 if __name__ == "__main__":
