@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from vqrae.common.files import decode_text, raw_lines, read_bytes, write_text
 from vqrae.common.images import open_image
-from vqrae.data.code_shards import read_manifest, verify_shard
+from vqrae.data.code_shards import open_shard, read_manifest
 from vqrae.data.conversations import (
     IMAGE_TAG,
     ConversationTable,
@@ -242,7 +242,7 @@ def _check_codes(
     shards = _spread(manifest.num_shards, -(-(limit or report.samples) // manifest.shard_size))
     for done, number in enumerate(shards, 1):
         try:
-            shard = verify_shard(folder, number, manifest)
+            shard = open_shard(folder, number, manifest, verify=True)
             counts = np.bincount(shard.codes.ravel(), minlength=manifest.codebook_size)
             if len(counts) > manifest.codebook_size:
                 codes = f"code {len(counts) - 1} of {manifest.codebook_size}"

@@ -7,7 +7,7 @@
 
 Each file is renamed from a temporary one, and the index is written last: a shard with an index is
 complete, so a relaunched extraction skips it. Opening a set looks at the sizes of its files only;
-`verify_shard` reads all of them. 1024 codes take 2 KiB: 36 million images fit into 74 GB.
+`vqrae check-data` reads all of them. 1024 codes take 2 KiB: 36 million images fit into 74 GB.
 """
 
 import dataclasses
@@ -109,19 +109,11 @@ def read_manifest(folder: str | Path) -> CodeManifest:
 # ---- shards
 
 
-@dataclass(frozen=True)
-class ShardFiles:
-    codes: Path
-    captions: Path
-    index: Path
-
-
-def shard_files(folder: Path, shard: int) -> ShardFiles:
-    """The files of a shard."""
+def shard_files(folder: Path, shard: int) -> tuple[Path, Path, Path]:
+    """Codes, captions and index of a shard."""
     name = f"{shard:05d}"
-    return ShardFiles(
-        folder / f"shard-{name}.npy", folder / f"shard-{name}.jsonl", folder / f"index-{name}.npy"
-    )
+    codes, captions = folder / f"shard-{name}.npy", folder / f"shard-{name}.jsonl"
+    return codes, captions, folder / f"index-{name}.npy"
 
 
 class Shard(NamedTuple):
@@ -133,8 +125,6 @@ class Shard(NamedTuple):
     """uint8, all caption lines"""
     line_ends: np.ndarray
     """int64 (n,), places of the line breaks in `text`"""
-    checksums: np.ndarray
-    """int64 (2,), CRC-32 of codes and text"""
 
     def captions(self, row: int) -> list[str]:
         """All captions of an image."""
@@ -142,42 +132,34 @@ class Shard(NamedTuple):
         return json.loads(self.text[start : self.line_ends[row]].tobytes())
 
 
-def open_shard(folder: Path, shard: int, manifest: CodeManifest) -> Shard:
+def open_shard(folder: Path, shard: int, manifest: CodeManifest, *, verify: bool = False) -> Shard:
     """Memory-map a shard.
+
+    Args:
+        verify: read all of it and compare it with its checksums.
 
     Raises:
         FileNotFoundError: when a file is missing.
-        ValueError: when a file is cut short, or belongs to another set.
+        ValueError: when a file is cut short, changed, or belongs to another set.
     """
     files, rows = shard_files(folder, shard), len(manifest.images_of(shard))
-    if not all(path.exists() for path in (files.codes, files.captions, files.index)):
+    if not all(path.exists() for path in files):
         raise FileNotFoundError(
             f"{folder} lacks shard {shard} of {manifest.num_shards}: "
             "launch the same extraction again"
         )
-    codes = _map(files.codes, np.uint16, (rows, manifest.num_codes))
-    index = _map(files.index, np.int64, (2 + rows,))
-    size = files.captions.stat().st_size
+    codes_file, captions_file, index_file = files
+    codes = _map(codes_file, np.uint16, (rows, manifest.num_codes))
+    index = _map(index_file, np.int64, (2 + rows,))
+    size = captions_file.stat().st_size
     if size != index[-1] + 1:
-        raise _damaged(files.captions, f"{size} bytes, expected {index[-1] + 1}")
-    return Shard(codes, np.memmap(files.captions, mode="r"), index[2:], index[:2])
-
-
-def verify_shard(folder: Path, shard: int, manifest: CodeManifest) -> Shard:
-    """Read a whole shard and compare it with its checksums.
-
-    Raises:
-        FileNotFoundError, ValueError: as `open_shard`, or when a byte has changed since it was
-            written.
-    """
-    opened, files = open_shard(folder, shard, manifest), shard_files(folder, shard)
-    for path, data, expected in (
-        (files.codes, opened.codes, opened.checksums[0]),
-        (files.captions, opened.text, opened.checksums[1]),
-    ):
+        raise _damaged(captions_file, f"{size} bytes, expected {index[-1] + 1}")
+    text = np.memmap(captions_file, mode="r")
+    stored = [(codes_file, codes, index[0]), (captions_file, text, index[1])]
+    for path, data, expected in stored if verify else []:
         if zlib.crc32(np.ascontiguousarray(data).data) != expected:
             raise _damaged(path, "it has changed since it was written")
-    return opened
+    return Shard(codes, text, index[2:])
 
 
 def _map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
@@ -250,16 +232,16 @@ class CodeWriter:
         empty = next((i for i, texts in enumerate(captions) if not texts), None)
         if empty is not None:
             raise ValueError(f"shard {shard}: image {empty} has no caption")
-        files = shard_files(self.folder, shard)
-        files.index.unlink(missing_ok=True)  # of a damaged shard, until the new one is whole
+        codes_file, captions_file, index_file = shard_files(self.folder, shard)
+        index_file.unlink(missing_ok=True)  # of a damaged shard, until the new one is whole
         lines = [json.dumps(list(texts)).encode() + b"\n" for texts in captions]
         text, stored = b"".join(lines), np.ascontiguousarray(codes, dtype=np.uint16)
-        with atomic_path(files.captions) as temporary:
+        with atomic_path(captions_file) as temporary:
             temporary.write_bytes(text)
-        _save(files.codes, stored)
+        _save(codes_file, stored)
         ends = np.cumsum([len(line) for line in lines]) - 1
         checksums = [zlib.crc32(stored.data), zlib.crc32(text)]
-        _save(files.index, np.concatenate([checksums, ends]).astype(np.int64))
+        _save(index_file, np.concatenate([checksums, ends]).astype(np.int64))
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -271,7 +253,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 @functools.lru_cache(maxsize=256)  # bounds the open files of a set with thousands of shards
-def _open_shard(folder: Path, shard: int, manifest: CodeManifest, modified_ns: int) -> Shard:
+def _open_shard(folder: Path, shard: int, manifest: CodeManifest, written: int) -> Shard:
     return open_shard(folder, shard, manifest)
 
 
@@ -307,9 +289,10 @@ class CodeDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside of this code set of {len(self)} images")
         shard, row = divmod(int(index), self.manifest.shard_size)
-        # A shard that is written again meanwhile has another time.
-        modified_ns = shard_files(self.folder, shard).index.stat().st_mtime_ns
-        return _open_shard(self.folder, shard, self.manifest, modified_ns), row
+        _, _, index_file = shard_files(self.folder, shard)
+        # The time is a part of the key: a shard may be written again meanwhile.
+        written = index_file.stat().st_mtime_ns
+        return _open_shard(self.folder, shard, self.manifest, written), row
 
     def texts(self, index: int) -> list[str]:
         """All captions of an image."""

@@ -147,7 +147,7 @@ class Stage:
 
     @contextlib.contextmanager
     def _locked(self, url: str) -> Iterator[None]:
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f".lock-{int(short_hash(url), 16) % self.LOCKS}").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:

@@ -134,7 +134,7 @@ def unknown_words(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[st
 
 
 def describe_unknown(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str | None:
-    """The words of `texts` that a tokenizer reads as unknown, with their share; None if there are none."""
+    """The words of `texts` that a tokenizer reads as unknown, with their share, or None."""
     model = text_tokenizer.backend_tokenizer.model if text_tokenizer.is_fast else None
     # Byte fallback spells what has no id.
     if text_tokenizer.unk_token is None or model is None or getattr(model, "byte_fallback", False):
@@ -148,6 +148,6 @@ def describe_unknown(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[st
         return None
     shown = ", ".join(f"{word[:40]!r} ({count})" for word, count in words.most_common(8))
     return (
-        f"{words.total():,} of {total:,} tokens ({words.total() / total:.1%}) are words that the text "
-        f"tokenizer reads as {text_tokenizer.unk_token}, {len(words):,} different ones: {shown}"
+        f"{words.total():,} of {total:,} tokens ({words.total() / total:.1%}) are words that the "
+        f"text tokenizer reads as {text_tokenizer.unk_token}, {len(words):,} different ones: {shown}"
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter, verify_shard
+from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter, open_shard
 from vqrae.data.sources import vocabulary
 from vqrae.data.stream import Draw
 
@@ -96,13 +96,13 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
         with pytest.raises(ValueError, match=f"{name} is damaged.*extract the codes again"):
             CodeDataset(tmp_path)
     path.write_bytes(sound)
-    whole = [verify_shard(tmp_path, shard, MANIFEST).codes for shard in shards]
+    whole = [open_shard(tmp_path, shard, MANIFEST, verify=True).codes for shard in shards]
     assert np.array_equal(np.concatenate(whole), CODES)
     if name.startswith("shard"):
         path.write_bytes(sound[:-5] + bytes([sound[-5] ^ 1]) + sound[-4:])
         assert len(CodeDataset(tmp_path)) == 7, "opening looks at sizes only"
         with pytest.raises(ValueError, match=f"{name} is damaged .it has changed"):
-            verify_shard(tmp_path, 1, MANIFEST)
+            open_shard(tmp_path, 1, MANIFEST, verify=True)
 
 
 def test_codes_out_of_range_are_never_trained_on(tmp_path: Path) -> None:
