@@ -38,11 +38,12 @@ from vqrae.common.files import markdown_table, read_json, write_json
 from vqrae.common.run import open as open_run
 from vqrae.common.run import read_metrics
 from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation.config import GeneratorConfig
 from vqrae.generation.data import GenerationCollator
-from vqrae.generation.modeling import VisualHead, VisualVocabulary
+from vqrae.generation.modeling import VisualHead, VisualVocabulary, build_generator
 from vqrae.generation.sampling import sample_codes
-from vqrae.generation.train import build_model, build_text_tokenizer, fit_prompts, visual_loss
+from vqrae.generation.train import fit_prompts, visual_loss
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
@@ -164,18 +165,18 @@ def generator(device: torch.device, exact: bool) -> Step:
     count = 64 if exact else 1024
     offset = config.model.offset
     vocabulary = VisualVocabulary(offset=offset, codebook_size=16_384, num_codes=count)
-    text_tokenizer = build_text_tokenizer(config.model, [], list)
-    encode_prompt = fit_prompts(config.model, text_tokenizer, vocabulary)
+    encode_prompt = fit_prompts(config.model, build_word_tokenizer(["a"]), vocabulary)
     bf16 = config.optimization.bf16
     torch.manual_seed(0)
     with torch.device("cpu" if exact else device):
-        model = build_model(config.model, vocabulary, encode_prompt, bf16=bf16)
+        attention = attention_implementation(config.model.attention, half=bf16)
+        model = build_generator(vocabulary, llm_config=config.model.llm_config, attention=attention)
     model.to(device).train()
     model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
     caption = "a " * encode_prompt.max_caption_tokens
     codes = torch.randint(16_384, (config.optimization.micro_batch_size, count))
     samples = [{"codes": row, "caption": caption} for row in codes]
-    batch = GenerationCollator(encode_prompt, vocabulary)(samples)
+    batch = GenerationCollator(encode_prompt)(samples)
     batch = {name: value.to(device) for name, value in batch.items()}
 
     def step() -> Numbers:

@@ -1,4 +1,4 @@
-"""Typed configuration of the generator: one YAML file with a section for extraction and one for training."""
+"""Configuration of the generator: a YAML file with a section for extraction and one for training."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,7 +16,7 @@ class ExtractionConfig:
     tokenizer: str
     """Run directory, checkpoint folder or hub id of the visual tokenizer."""
     source: str
-    """Captioned images: scenes, emoji, FILE.jsonl, FILE.tar, hf:NAME or a mixture (docs/data.md)."""
+    """Captioned images: scenes, emoji, FILE.jsonl, FILE.tar, hf:NAME or a mixture."""
     output_dir: str
     size: int | None = None
     """Images to take; null takes all."""

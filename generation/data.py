@@ -18,10 +18,10 @@ _DROPOUT_STREAM = 1  # a separate random stream: dropping a caption never change
 
 
 class TrainingStream(Dataset):
-    """Every sample that a training run sees, in order: epoch after epoch, each a seeded permutation of the images.
+    """Every sample of a training run, in order: epoch after epoch, each a seeded permutation.
 
-    Position alone decides image, wording and caption dropout, so that a resumed run, another number of processes or
-    of loader workers sees the same samples; no permutation is ever held in memory.
+    Position alone decides image, wording and caption dropout, so that a resumed run, another number
+    of processes or of loader workers sees the same samples.
 
     Args:
         samples: code shards, captioned images or a mixture, with a length.
@@ -44,16 +44,16 @@ class TrainingStream(Dataset):
 
 
 class GenerationCollator:
-    """Samples -> a left-padded causal-LM batch whose last N tokens are the codes, the only ones with loss.
+    """Samples -> a left-padded causal-LM batch that ends in the codes, which alone carry loss.
 
     Returns:
-        input_ids, attention_mask, position_ids, labels, each int64 (B, T + N); labels are IGNORE_INDEX elsewhere. With
-        images among the samples also `images`, uint8 (M, 3, H, W), and `image_rows`, int64 (M,): the rows whose codes
-        `fill_codes` has yet to fill in.
+        input_ids, attention_mask, position_ids, labels: int64 (B, T + N) each; labels are
+        IGNORE_INDEX elsewhere. With images among the samples also `images`, uint8 (M, 3, H, W), and
+        `image_rows`, int64 (M,), the rows whose codes `fill_codes` has yet to fill in.
     """
 
-    def __init__(self, encode_prompt: PromptEncoder, vocabulary: VisualVocabulary) -> None:
-        self.encode_prompt, self.vocabulary = encode_prompt, vocabulary
+    def __init__(self, encode_prompt: PromptEncoder) -> None:
+        self.encode_prompt, self.vocabulary = encode_prompt, encode_prompt.vocabulary
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [self.encode_prompt(sample["caption"]) for sample in samples]
@@ -105,8 +105,8 @@ def load_encoder(folder: Path) -> VQRAEModel:
 def encode_images(model: VQRAEModel, images: Tensor) -> Tensor:
     """Images uint8 (B, 3, H, W) -> codes int64 (B, N), on the model's device."""
     images = images.to(model.device, non_blocking=True)
-    # In fp32 even inside autocast: under bf16 near neighbours in the codebook change places (docs/generation.md has
-    # the share), and codes made ahead would not be those made while training.
+    # fp32 even inside autocast: under bf16 near neighbours in the codebook change places, and codes
+    # made ahead would not be those made while training (docs/generation.md).
     with torch.autocast(images.device.type, enabled=False):
         # 8-bit values are in range; checking them would make the host wait.
         return model.encode(images.float() / 255, check=False)

@@ -1,10 +1,10 @@
-"""Images and captions -> code shards, once, so that training the generator never runs the tokenizer.
+"""Images and captions -> code shards, so that training the generator never runs the tokenizer.
 
-    python -m vqrae.generation.extract_codes tiny tokenizer=RUN source=scenes size=20000 output_dir=CODES
-    torchrun --nproc-per-node=8 -m vqrae.generation.extract_codes qwen3_0_6b tokenizer=RUN source='DIR/*.tar'
+    python -m vqrae.generation.extract_codes tiny tokenizer=RUN source=scenes output_dir=CODES
+    torchrun --nproc-per-node=8 -m vqrae.generation.extract_codes qwen3_0_6b source='DIR/*.tar'
 
-Every process takes every n-th shard. The same command skips the shards that are there; `vqrae check-data CODES` reads
-all of them again.
+Every process takes every n-th shard. The same command skips the shards that are there;
+`vqrae check-data CODES` reads all of them again.
 """
 
 import os
@@ -129,7 +129,7 @@ def write_shards(
     batch_size: int,
     num_workers: int = 0,
 ) -> Iterator[int]:
-    """Encode and write some shards of a code set, and yield the number of images of each batch when it is encoded."""
+    """Encode and write some shards, and yield the number of images after each batch."""
     manifest = writer.manifest
     loader = DataLoader(
         samples,

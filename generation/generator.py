@@ -14,20 +14,18 @@ from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
 from vqrae.generation.sampling import SamplingConfig, read_sampling, sample_codes
 from vqrae.tokenizer.modeling import VQRAEModel
 
-Progress = Callable[[int, int], None]
-"""Called with (codes done, codes in all)."""
-
 
 class Generator:
     """Text to image.
 
-        generator = Generator.from_pretrained("runs/generator")
+        generator = Generator.from_pretrained("runs/generation")
         images = generator.images(["a photo of a red circle"], seeds=[0])
 
     Args:
-        model: the language model; samples are exactly reproducible across batch sizes in fp32, faster in bf16.
+        model: the language model; in fp32 images do not depend on their batch, bf16 is faster.
         tokenizer: the visual tokenizer that its codes belong to.
-        compile: compile the language model's forward pass; for CUDA, where it is recorded as a graph.
+        compile: compile the language model's forward pass; for CUDA, where it is recorded as a
+            graph.
     """
 
     def __init__(
@@ -39,11 +37,10 @@ class Generator:
         compile: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.compile = model.eval(), tokenizer.eval(), compile
-        self.vocabulary = VisualVocabulary(**model.config.visual_vocabulary)
         self.sampling = read_sampling(model.config)
         self.encode_prompt = PromptEncoder(
             text_tokenizer,
-            self.vocabulary,
+            VisualVocabulary(**model.config.visual_vocabulary),
             template=model.config.prompt_template,
             max_caption_tokens=model.config.max_caption_tokens,
         )
@@ -62,21 +59,24 @@ class Generator:
 
         Args:
             name: run directory, model folder or hub id.
-            tokenizer: the visual tokenizer, where it is no longer at the place that training recorded.
+            tokenizer: the visual tokenizer, where it has moved since training.
             dtype: of the language model; the tokenizer decodes in fp32.
             compile: as for the class.
 
         Raises:
             FileNotFoundError: when generator or tokenizer cannot be found.
-            ValueError: for a model that is not a generator, for weights that are missing or not finite, and for another
-                tokenizer than the one that the generator was trained with.
+            ValueError: for another kind of model, for weights that are missing or not finite, and
+                for another tokenizer than the one that the generator was trained with.
         """
         folder, device = resolve_model(name), choose_device(device)
-        expected = "a generator (a 'qwen3' with visual_vocabulary)"
-        # Before any of its weights.
-        values = require_kind(folder, (Qwen3Config.model_type,), expected)
+        # Everything that can be refused is, before the weights are read.
+        values = require_kind(
+            folder, (Qwen3Config.model_type,), "a generator (a 'qwen3' with visual_vocabulary)"
+        )
         if "visual_vocabulary" not in values:
-            raise ValueError(f"{name} is not a generator: no visual_vocabulary in its config.json")
+            raise ValueError(
+                f"{folder} is not a generator: its config.json has no visual_vocabulary"
+            )
         recorded, fingerprint = values["vqrae_tokenizer"], values["vqrae_tokenizer_fingerprint"]
         try:
             visual = local_model(tokenizer) if tokenizer else find_tokenizer(recorded, folder)
@@ -95,50 +95,6 @@ class Generator:
             compile=compile,
         )
 
-    def codes(
-        self,
-        prompts: Sequence[str],
-        *,
-        seeds: Sequence[int],
-        sampling: SamplingConfig | None = None,
-        batch_size: int = 64,
-        progress: Progress | None = None,
-    ) -> Tensor:
-        """Sample the codes (B, N) of one image per prompt; the same prompt and seed give the same image.
-
-        Args:
-            prompts: captions; the empty one asks for any image.
-            sampling: how codes are drawn; None: as the model's `config.json` recommends.
-            batch_size: images sampled at once (guidance doubles the rows); images of one prompt in a batch share it.
-            progress: called after every step.
-
-        Raises:
-            ValueError: when prompts and seeds differ in number, or guidance is asked of a model trained without it.
-        """
-        if len(prompts) != len(seeds):
-            raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many")
-        num_codes = self.vocabulary.num_codes
-        sampled = [torch.empty(0, num_codes, dtype=torch.long)]
-        for start in range(0, len(prompts), batch_size):
-            chunk = [self.encode_prompt(prompt) for prompt in prompts[start : start + batch_size]]
-
-            def report(step: int, _: int, start: int = start, rows: int = len(chunk)) -> None:
-                if progress is not None:
-                    progress(start * num_codes + rows * step, len(prompts) * num_codes)
-
-            codes = sample_codes(
-                self.model,
-                chunk,
-                self.encode_prompt.unconditional,
-                self.vocabulary,
-                sampling or self.sampling,
-                seeds[start : start + batch_size],
-                compile=self.compile,
-                progress=report,
-            )
-            sampled.append(codes)
-        return torch.cat(sampled)
-
     @torch.inference_mode()
     def images(
         self,
@@ -147,25 +103,53 @@ class Generator:
         seeds: Sequence[int],
         sampling: SamplingConfig | None = None,
         batch_size: int = 64,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Sample one image per prompt, float (B, 3, H, W) in [0, 1] on the CPU; arguments as in `codes`."""
-        codes = self.codes(
-            prompts, seeds=seeds, sampling=sampling, batch_size=batch_size, progress=progress
-        )
-        size = self.tokenizer.config.output_size
-        images = torch.empty(len(codes), 3, size, size)
-        for start in range(0, len(codes), batch_size):
-            chunk = codes[start : start + batch_size].to(self.tokenizer.device)
-            images[start : start + batch_size] = self.tokenizer.decode(chunk)
+        """One image per prompt, float (B, 3, H, W) in [0, 1] on the CPU.
+
+        Args:
+            prompts: captions; the empty one asks for any image.
+            seeds: the same prompt and seed give the same image.
+            sampling: how codes are sampled; None: as the model's `config.json` recommends.
+            batch_size: images sampled at once; guidance doubles the rows.
+            progress: called after every step with (codes done, codes in all).
+
+        Raises:
+            ValueError: when prompts and seeds differ in number, or guidance is asked of a model
+                that was trained without it.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many")
+        vocabulary, size = self.encode_prompt.vocabulary, self.tokenizer.config.output_size
+        images = torch.empty(len(prompts), 3, size, size)
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
+            prompt_ids = [self.encode_prompt(prompt) for prompt in prompts[batch]]
+
+            def report(step: int, _: int, done: int = start, rows: int = len(prompt_ids)) -> None:
+                if progress is not None:
+                    num_codes = vocabulary.num_codes
+                    progress(done * num_codes + rows * step, len(prompts) * num_codes)
+
+            codes = sample_codes(
+                self.model,
+                prompt_ids,
+                self.encode_prompt.unconditional,
+                vocabulary,
+                sampling or self.sampling,
+                seeds[batch],
+                compile=self.compile,
+                progress=report,
+            )
+            images[batch] = self.tokenizer.decode(codes.to(self.tokenizer.device))
         return images
 
 
 def find_tokenizer(recorded: str, folder: str) -> Path:
-    """The tokenizer's folder, from what a generator in `folder` recorded of it (`vqrae.generation.train.portable_path`).
+    """The tokenizer's folder, from what the generator in `folder` recorded of it.
 
     Raises:
-        FileNotFoundError: when it is neither there nor at that absolute path, as older generators recorded it.
+        FileNotFoundError: when it is neither there nor at that path, as older generators record it.
     """
     relative = Path(folder).resolve() / recorded
     return local_model(relative if relative.is_dir() else recorded)

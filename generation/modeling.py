@@ -1,15 +1,13 @@
-"""The generator: a plain `Qwen3ForCausalLM` whose vocabulary also holds the codes of the tokenizer.
+"""The generator: a plain `Qwen3ForCausalLM` whose vocabulary also holds the tokenizer's codes.
 
-Ids below `offset` are text (the language model's own), then comes one id per code, then BOI, the beginning of an image:
+Ids below `offset` are text (the language model's own), then comes one id per code, then BOI:
 
     template with the caption | BOI | code_0 … code_{N-1} in raster order
 
-`offset` is a number in the config and never the length of the text tokenizer: adding a text token moves no visual id.
+`offset` is a number in the config, not the length of the text tokenizer: adding a text token moves
+no visual id. The folder loads in plain transformers; what images need is in its `config.json`.
 
-The folder loads in plain transformers. What images need is in `config.json`: `visual_vocabulary`, `prompt_template`,
-`max_caption_tokens`, `caption_dropout`, `sampling`, `vqrae_tokenizer` and `vqrae_tokenizer_fingerprint`.
-
-Shapes: V text rows, K codes, N codes of an image, D width of the language model, E width of the code vectors.
+Shapes: V text rows, K codes, N codes of an image, D width of the model, E width of code vectors.
 """
 
 import dataclasses
@@ -51,7 +49,7 @@ class VisualVocabulary:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the embedding: text, codes and BOI, rounded up; the rows after BOI are never used."""
+        """Rows of the embedding: text, codes and BOI, rounded up."""
         return -(-(self.begin_of_image + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
 
     @property
@@ -72,11 +70,11 @@ class PromptEncoder:
     """Caption -> ids of a prompt that ends in BOI.
 
     Args:
-        template: text around `{caption}`, e.g. a chat turn; the empty caption is the unconditional prompt.
+        template: text around `{caption}`, e.g. a chat turn.
         max_caption_tokens: longer captions lose their end (the template never does).
 
     Raises:
-        ValueError: when the template has not exactly one `{caption}`, or text ids reach into the visual ones.
+        ValueError: for a template without `{caption}`, or text ids that reach into the visual ones.
     """
 
     def __init__(
@@ -96,33 +94,33 @@ class PromptEncoder:
                 f"the text tokenizer has {len(text_tokenizer)} ids, but visual ids start at "
                 f"{vocabulary.offset}: set a larger offset"
             )
-        self.text_tokenizer, self.max_caption_tokens = text_tokenizer, max_caption_tokens
+        self.text_tokenizer, self.vocabulary = text_tokenizer, vocabulary
+        self.max_caption_tokens = max_caption_tokens
         before, after = template.split("{caption}")
         self._before = self._ids(before)
         self._after = [*self._ids(after), vocabulary.begin_of_image]
 
-    def _ids(self, text: str) -> list[int]:
-        # Special tokens are read as such in the template alone, see `caption_ids`.
-        return self.text_tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-    def caption_ids(self, caption: str) -> list[int]:
-        """Ids of a caption; special tokens that it happens to spell are read as plain text."""
-        options = {"add_special_tokens": False, "split_special_tokens": True}
-        return self.text_tokenizer(caption, **options)["input_ids"] if caption else []
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        options["add_special_tokens"] = False
+        return self.text_tokenizer(text, **options)["input_ids"] if text else []
 
     def __call__(self, caption: str) -> list[int]:
         """Ids of one prompt."""
-        caption_ids = self.caption_ids(caption)[: self.max_caption_tokens]
-        return [*self._before, *caption_ids, *self._after]
+        # Special tokens that a caption happens to spell are plain text.
+        caption_ids = self._ids(caption, split_special_tokens=True)
+        return [*self._before, *caption_ids[: self.max_caption_tokens], *self._after]
 
     def losses(self, caption: str) -> list[str]:
         """What the ids of a caption leave out: sentences for people."""
         found = []
         if unknown := list(dict.fromkeys(unknown_words(self.text_tokenizer, caption))):
-            shown = ", ".join(word[:40] for word in unknown[:5])
-            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            found.append(f"{len(unknown)} words have no id and are read as unknown: {shown}{more}")
-        length = len(self.caption_ids(caption))
+            words = [word[:40] for word in unknown[:5]]
+            if len(unknown) > len(words):
+                words[-1] += f" and {len(unknown) - len(words)} more"
+            found.append(
+                f"{len(unknown)} words have no id and are read as unknown: {', '.join(words)}"
+            )
+        length = len(self._ids(caption, split_special_tokens=True))
         if length > self.max_caption_tokens:
             found.append(
                 f"its end is cut: {length:,} tokens, of which {self.max_caption_tokens} are read"
@@ -153,14 +151,14 @@ def build_generator(
     llm_config: dict[str, Any] | None = None,
     attention: str = "sdpa",
 ) -> Qwen3ForCausalLM:
-    """A Qwen3 with rows for text, codes and BOI; new rows start as transformers initialises embeddings.
+    """A Qwen3 with rows for text, codes and BOI; new rows start as in transformers.
 
     Args:
         llm: folder or hub id of a pretrained Qwen3 to extend.
-        llm_config: `Qwen3Config` fields of a new model with random weights; exactly one of the two is given.
+        llm_config: `Qwen3Config` fields of a new model with random weights, in place of `llm`.
 
     Raises:
-        ValueError: when both or none are given, or the pretrained vocabulary reaches into the visual ids.
+        ValueError: for both or none of them, or a vocabulary that reaches into the visual ids.
     """
     if (llm is None) == (llm_config is None):
         raise ValueError(
@@ -192,9 +190,9 @@ def build_generator(
 
 
 class VisualHead(nn.Linear):
-    """An `lm_head` that computes the logits of some rows only; weight, key and tying stay those of the whole head.
+    """An `lm_head` that computes the logits of some rows only; weight, key and tying stay.
 
-    A module, because ZeRO-3 gathers a partitioned weight around the forward pass of the module that owns it.
+    A module, because ZeRO-3 gathers a weight around the forward pass of the module that owns it.
     """
 
     def __init__(self, head: nn.Linear, rows: slice) -> None:
@@ -211,10 +209,9 @@ class VisualHead(nn.Linear):
 def start_from_codebook(
     model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, code_vectors: Tensor
 ) -> None:
-    """Start the rows of the codes from the tokenizer's code vectors (K, E), so that similar codes are similar at once.
+    """Start the rows of the codes from the code vectors (K, E): similar codes are similar at once.
 
-    With tied embeddings these rows are rows of the head too, so they must look like rows that the model knows: see
-    `fit_projection`.
+    With tied embeddings they are rows of the head too, so they must look like those of the text.
     """
     weight = model.get_input_embeddings().weight
     with gathered(weight):
@@ -224,10 +221,10 @@ def start_from_codebook(
 
 
 def fit_projection(vectors: Tensor, rows: Tensor) -> Tensor:
-    """Code vectors (K, E) as rows (K, D) with the mean and the spread of `rows` (V, D), those of the text.
+    """Code vectors (K, E) as rows (K, D) with the mean and the spread of `rows` (V, D).
 
-    The vectors are centred and projected on their min(D, E) leading principal axes, which preserves their distances as
-    well as D dimensions can, then rotated at random, so that no dimension holds more than another.
+    Projecting on the min(D, E) leading principal axes preserves distances as well as D dimensions
+    can; the random rotation spreads them over all dimensions.
     """
     centred = vectors - vectors.mean(0)
     dims = min(vectors.shape[1], rows.shape[1])

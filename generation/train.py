@@ -1,31 +1,24 @@
-"""Train the generator: next-token prediction on the tokenizer's codes (VQRAE, arXiv 2511.23386, section 3.5).
+"""Train the generator: next-token prediction on codes (VQRAE, arXiv 2511.23386, section 3.5).
 
-    python -m vqrae.generation.train tiny tokenizer=RUN data=CODES output_dir=RUN [optimization.max_steps=N ...]
+    python -m vqrae.generation.train tiny tokenizer=RUN data=CODES output_dir=RUN [key=value ...]
     python -m vqrae.generation.train tiny tokenizer=RUN data='DIR/*.tar' output_dir=RUN
     python -m vqrae.generation.train qwen3_0_6b dry_run=1
 
-Images are encoded on the fly by the frozen tokenizer; code shards spare that. The same command resumes an interrupted
-run and returns at once from a finished one.
+Images are encoded on the fly by the frozen tokenizer; code shards spare that. The same command
+resumes an interrupted run and returns at once from a finished one.
 """
 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Qwen3ForCausalLM,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vqrae.common import run as runs
 from vqrae.common.checkpoints import local_model, resolve_model
@@ -77,18 +70,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: TrainingConfig) -> Path:
     """Train or resume, and return the folder of the finished generator."""
-    # ---- the run: begin, resume, find finished, or refuse
-    output = Path(config.output_dir)
-    tokenizer = local_model(config.tokenizer)
-    fingerprint = weights_fingerprint(tokenizer)
+    # ---- run: begin, resume, find finished, or refuse other settings
+    output, optimization = Path(config.output_dir), config.optimization
+    tokenizer_folder = local_model(config.tokenizer)
+    fingerprint = weights_fingerprint(tokenizer_folder)
     require_own_tokenizer(output, fingerprint)
     run = runs.open(output, config, seed=config.seed)
-    if run.finished(config.optimization.max_steps):
+    if run.finished(optimization.max_steps):
         return output / "model"
-    check_launch(config.optimization, output)
+    check_launch(optimization, output)
 
-    # ---- data
-    visual = VQRAEConfig.from_pretrained(tokenizer)
+    # ---- data: samples in order, prompts
+    visual = VQRAEConfig.from_pretrained(tokenizer_folder)
     samples = open_pairs_or_codes(
         config.data,
         image_size=visual.image_size,
@@ -97,54 +90,72 @@ def train(config: TrainingConfig) -> Path:
     )
     stream = TrainingStream(
         samples,
-        config.optimization.max_steps * config.optimization.global_batch_size,
+        length=optimization.max_steps * optimization.global_batch_size,
         caption_dropout=config.model.caption_dropout,
         seed=config.seed,
     )
+    if config.model.llm is not None:
+        text_tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model.llm))
+    else:
+        text_tokenizer = fit_word_tokenizer(
+            words_of(config.data), texts_of(samples), size=config.model.offset
+        )
     vocabulary = VisualVocabulary(
         offset=config.model.offset,
         codebook_size=visual.codebook_size,
         num_codes=visual.grid_size**2,
     )
-    text_tokenizer = build_text_tokenizer(
-        config.model, words_of(config.data), lambda: texts_of(samples)
-    )
     encode_prompt = fit_prompts(config.model, text_tokenizer, vocabulary)
 
-    # ---- models; the tokenizer before the arguments: under ZeRO-3 these decide how all later models are built
-    encoder = load_encoder(tokenizer)
-    code_vectors = encoder.code_vectors() if config.model.embedding_init == "codebook" else None
-    arguments = training_arguments(config.optimization, output, seed=config.seed)
-    arguments.train_sampling_strategy = "sequential"  # the stream is in order
-    encode = None
-    if not is_encoded(samples):
-        encode = functools.partial(encode_images, encoder.to(arguments.device))
-    del encoder  # training on shards keeps nothing of it
+    # ---- models
+    # The tokenizer before the arguments: under ZeRO-3 these decide how later models are built.
+    tokenizer = load_encoder(tokenizer_folder)
+    arguments = training_arguments(optimization, output, seed=config.seed)
+    arguments.train_sampling_strategy = "sequential"
     run.begin({"tokenizer": fingerprint, "data": data_fingerprint(config.data)})
     torch.manual_seed(config.seed)
-    model = build_model(config.model, vocabulary, encode_prompt, bf16=config.optimization.bf16)
+    model = build_generator(
+        vocabulary,
+        llm=config.model.llm,
+        llm_config=config.model.llm_config if config.model.llm is None else None,
+        attention=attention_implementation(config.model.attention, half=optimization.bf16),
+    )
+    if config.model.embedding_init == "codebook":
+        start_from_codebook(model, vocabulary, tokenizer.code_vectors())
+    # What sampling needs to know.
+    model.config.prompt_template = config.model.prompt_template
+    model.config.max_caption_tokens = encode_prompt.max_caption_tokens
+    model.config.caption_dropout = config.model.caption_dropout
+    model.config.sampling = dataclasses.asdict(config.model.sampling)
     model.config.vqrae_tokenizer = portable_path(config.tokenizer, output / "model")
     model.config.vqrae_tokenizer_fingerprint = fingerprint
-    if code_vectors is not None:
-        start_from_codebook(model, vocabulary, code_vectors)
+    if not config.full_vocabulary_loss:
+        model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
+
+    # ---- loss
+    encode = None
+    if not is_encoded(samples):
+        encode = functools.partial(encode_images, tokenizer.to(arguments.device))
+    del tokenizer  # training on shards keeps nothing of it
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if encode is not None:
+            batch = fill_codes(batch, encode, vocabulary)
+        return visual_loss(model, batch, vocabulary, full_vocabulary=config.full_vocabulary_loss)
 
     # ---- train, save
-    trainer = build_trainer(
-        config,
-        model,
-        arguments,
-        stream,
-        encode_prompt,
-        vocabulary,
-        callback=InstrumentCallback(run, "generator"),
-        encode=encode,
+    trainer = GeneratorTrainer(
+        loss=loss,
+        model=model,
+        args=arguments,
+        train_dataset=stream,
+        data_collator=GenerationCollator(encode_prompt),
+        optimizers=build_optimizers(optimization, model),
+        callbacks=[InstrumentCallback(run, "generator")],
     )
     run_trainer(trainer)
     save_model(trainer, output / "model", text_tokenizer.save_pretrained)
     return output / "model"
-
-
-# ---- the loss
 
 
 def visual_loss(
@@ -154,13 +165,15 @@ def visual_loss(
     *,
     full_vocabulary: bool = False,
 ) -> Tensor:
-    """Mean cross entropy of the codes of a left-padded batch of `GenerationCollator`.
+    """Mean cross entropy of the codes of a batch of `GenerationCollator`.
 
     Args:
-        full_vocabulary: softmax over all rows of the head. Else over the codes, and `model.lm_head` is a `VisualHead`.
+        full_vocabulary: softmax over all rows of the head. Else over the codes alone, and
+            `model.lm_head` is a `VisualHead`.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    # The sequence ends in the N codes: the N positions before its last one predict them, and no other logits exist.
+    # The sequence ends in the N codes: the N positions before its last one predict them, and no
+    # other logits are computed.
     keep = vocabulary.num_codes + 1
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits[:, :-1]
     ids = batch["labels"][:, -vocabulary.num_codes :]
@@ -169,100 +182,18 @@ def visual_loss(
 
 
 class GeneratorTrainer(WholeTrainer):
-    """A `Trainer` whose loss is on the codes.
-
-    Args:
-        encode: images uint8 (M, 3, H, W) -> codes, for data that is not encoded yet.
-    """
+    """A `Trainer` that minimises `loss(model, batch)`."""
 
     def __init__(
-        self,
-        *args: Any,
-        vocabulary: VisualVocabulary,
-        full_vocabulary: bool,
-        encode: Callable[[Tensor], Tensor] | None = None,
-        **kwargs: Any,
+        self, *, loss: Callable[[nn.Module, dict[str, Tensor]], Tensor], **options: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.vocabulary, self.full_vocabulary, self.encode = vocabulary, full_vocabulary, encode
-        # Every sample has N codes: the mean over micro-batches is the mean over tokens, without counting.
+        super().__init__(**options)
+        self.loss = loss
+        # Every sample has N codes: the mean over micro-batches is the mean over tokens.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        if self.encode is not None:
-            inputs = fill_codes(inputs, self.encode, self.vocabulary)
-        return visual_loss(model, inputs, self.vocabulary, full_vocabulary=self.full_vocabulary)
-
-
-def build_trainer(
-    config: TrainingConfig,
-    model: Qwen3ForCausalLM,
-    arguments: TrainingArguments,
-    stream: Dataset,
-    encode_prompt: PromptEncoder,
-    vocabulary: VisualVocabulary,
-    *,
-    callback: TrainerCallback,
-    encode: Callable[[Tensor], Tensor] | None = None,
-) -> GeneratorTrainer:
-    """The trainer; the head of `model` becomes a `VisualHead` where only codes take part in the softmax."""
-    if not config.full_vocabulary_loss:
-        model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
-    return GeneratorTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=stream,
-        data_collator=GenerationCollator(encode_prompt, vocabulary),
-        optimizers=build_optimizers(config.optimization, model),
-        callbacks=[callback],
-        vocabulary=vocabulary,
-        full_vocabulary=config.full_vocabulary_loss,
-        encode=encode,
-    )
-
-
-# ---- parts
-
-
-def build_model(
-    config: GeneratorModelConfig,
-    vocabulary: VisualVocabulary,
-    encode_prompt: PromptEncoder,
-    *,
-    bf16: bool,
-) -> Qwen3ForCausalLM:
-    """The model to train, with everything that sampling needs to know in its `config`.
-
-    Args:
-        bf16: whether it is trained under bf16 autocast.
-    """
-    model = build_generator(
-        vocabulary,
-        llm=config.llm,
-        llm_config=config.llm_config if config.llm is None else None,
-        attention=attention_implementation(config.attention, half=bf16),
-    )
-    model.config.prompt_template = config.prompt_template
-    model.config.caption_dropout = config.caption_dropout
-    model.config.max_caption_tokens = encode_prompt.max_caption_tokens
-    model.config.sampling = dataclasses.asdict(config.sampling)
-    return model
-
-
-def build_text_tokenizer(
-    config: GeneratorModelConfig, words: list[str], captions: Callable[[], Iterable[str]]
-) -> PreTrainedTokenizerBase:
-    """The pretrained model's own tokenizer, or a word tokenizer for a new model.
-
-    Args:
-        words: texts whose words all get an id.
-        captions: texts whose most frequent words get the remaining ids; asked for only when needed.
-    """
-    if config.llm is not None:
-        return AutoTokenizer.from_pretrained(resolve_model(config.llm))
-    return fit_word_tokenizer(words, captions(), size=config.offset)
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        return self.loss(model, inputs)
 
 
 def fit_prompts(
@@ -304,7 +235,7 @@ def require_own_tokenizer(run: Path, fingerprint: str) -> None:
 
 
 def portable_path(tokenizer: str | Path, folder: Path) -> str:
-    """How a generator in `folder` records its tokenizer: the relative path from one to the other, or the hub id.
+    """How a generator in `folder` records its tokenizer: the relative path, or the hub id.
 
     A tree that holds both may then be moved or copied as a whole.
     """

@@ -1,9 +1,12 @@
 """A tiny random visual tokenizer, a code set made with it, and a tiny random generator."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import Qwen3ForCausalLM
 
 from vqrae.generation import extract_codes
@@ -11,74 +14,69 @@ from vqrae.generation.modeling import VisualVocabulary, build_generator
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
-LLM_CONFIG = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "tie_word_embeddings": True,
-}
-
-
-def make_tokenizer(folder: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    encoder = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-        "vision_use_head": False,
-    }
-    VQRAEModel(
-        VQRAEConfig(encoder_config=encoder, codebook_size=64, codebook_dim=32)
-    ).save_pretrained(folder)
-    return folder
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2}
+LLM = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}
+ENCODER = {**SIZES, "model_type": "siglip_vision_model", "vision_use_head": False}
+ENCODER |= {"image_size": 32, "patch_size": 8}
 
 
 @pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"), seed=0)
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two tokenizers with different weights: 16 codes out of 64."""
+    folders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = VQRAEConfig(encoder_config=ENCODER, codebook_size=64, codebook_dim=32)
+        folders.append(tmp_path_factory.mktemp("tokenizer"))
+        VQRAEModel(config).save_pretrained(folders[-1])
+    return folders[0], folders[1]
 
 
 @pytest.fixture(scope="session")
-def other_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("other_tokenizer"), seed=1)
+def tokenizer_path(tokenizers: tuple[Path, Path]) -> Path:
+    return tokenizers[0]
 
 
 @pytest.fixture(scope="session")
-def codes_path(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_tokenizer_path(tokenizers: tuple[Path, Path]) -> Path:
+    return tokenizers[1]
+
+
+@pytest.fixture(scope="session")
+def extraction(tokenizer_path: Path) -> list[str]:
+    """Command line of the extraction of 20 scenes, without `output_dir`."""
+    return ["tiny", f"tokenizer={tokenizer_path}", "size=20", "shard_size=8"]
+
+
+@pytest.fixture(scope="session")
+def codes_path(extraction: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("codes") / "set"
-    extract_codes.main(
-        [
-            "tiny",
-            f"tokenizer={tokenizer_path}",
-            "size=20",
-            "shard_size=8",
-            "captions_per_image=3",
-            f"output_dir={folder}",
-        ]
-    )
+    extract_codes.main([*extraction, "captions_per_image=3", f"output_dir={folder}"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl of 12 captioned images of various shapes."""
+    folder = tmp_path_factory.mktemp("pairs")
+    lines = []
+    for i in range(12):
+        pixels = np.random.default_rng(i).integers(0, 256, (36 + i, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "caption": f"a zebra and {i} unicorns"}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return folder / "pairs.jsonl"
 
 
 @pytest.fixture(scope="session")
 def train_arguments(tokenizer_path: Path, codes_path: Path) -> list[str]:
-    """Command line of a run of a few steps, without `output_dir`."""
-    model = [f"model.llm_config.{key}={value}" for key, value in LLM_CONFIG.items()]
-    optimization = {
-        "max_steps": 4,
-        "global_batch_size": 8,
-        "micro_batch_size": 4,
-        "logging_steps": 1,
-        "save_steps": 2,
-    }
-    steps = [f"optimization.{key}={value}" for key, value in optimization.items()]
-    return ["tiny", f"tokenizer={tokenizer_path}", f"data={codes_path}", *model, *steps]
+    """Command line of a run of four steps, without `output_dir`."""
+    model = [f"model.llm_config.{key}={value}" for key, value in LLM.items()]
+    steps = ["max_steps=4", "global_batch_size=8", "micro_batch_size=4", "save_steps=2"]
+    steps += ["logging_steps=1", "save_total_limit=2"]
+    optimization = [f"optimization.{step}" for step in steps]
+    return ["tiny", f"tokenizer={tokenizer_path}", f"data={codes_path}", *model, *optimization]
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +88,6 @@ def vocabulary() -> VisualVocabulary:
 def model(vocabulary: VisualVocabulary) -> Qwen3ForCausalLM:
     """A random generator whose logits differ enough to be told apart."""
     torch.manual_seed(0)
-    model = build_generator(vocabulary, llm_config={**LLM_CONFIG, "initializer_range": 0.3}).eval()
+    model = build_generator(vocabulary, llm_config={**LLM, "initializer_range": 0.3}).eval()
     model.config.caption_dropout = 0.1
     return model
