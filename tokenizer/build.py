@@ -9,10 +9,10 @@ from vqrae.tokenizer.quantizers.registry import quantizer_class
 
 
 def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
-    """A tokenizer whose encoder has its pretrained weights, or random ones when only its configuration is given.
+    """A tokenizer with a pretrained encoder, or a random one when only its configuration is given.
 
     Raises:
-        ValueError: when neither is given, or the pretrained encoder is not what the configuration says.
+        ValueError: when neither is given, or the encoder is not what its configuration says.
     """
     if config.encoder is None and config.encoder_config is None:
         raise ValueError("model: give encoder (pretrained weights) or encoder_config (random ones)")
@@ -72,5 +72,5 @@ def check_quantizer(config: TokenizerTrainConfig) -> None:
         wrong.append("model.codebook_init=random")
     if wrong:
         raise ValueError(
-            f"quantizer {config.model.quantizer} cannot follow these settings: set {' '.join(wrong)}"
+            f"quantizer {config.model.quantizer} cannot follow all settings: set {' '.join(wrong)}"
         )

@@ -1,4 +1,4 @@
-"""Pretrained encoders, read from a folder or the hub into the Hugging Face vision classes, and their features.
+"""Pretrained encoders in the Hugging Face vision classes, and their features.
 
 Shapes: B batch, H W pixels, N visual tokens, D feature width.
 """
@@ -38,7 +38,7 @@ def load_encoder(source: str, attention: str) -> PreTrainedModel:
         source: run directory, checkpoint folder or hub id.
 
     Raises:
-        ValueError: for a checkpoint of another kind of model, or with weights that are missing or not finite.
+        ValueError: for another kind of model, or weights that are missing or not finite.
     """
     source = resolve_model(source)
     values, _ = PreTrainedConfig.get_config_dict(source)
@@ -62,8 +62,8 @@ def load_encoder(source: str, attention: str) -> PreTrainedModel:
 
 
 def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap: str) -> Tensor:
-    """Features (B, N, D) of a Hugging Face vision encoder at the configured tap, without a class token."""
-    # Its parts are called directly: `output_hidden_states=True` would keep the states of all layers.
+    """Features (B, N, D) of a Hugging Face vision encoder at a tap, without a class token."""
+    # Its parts are called directly: `output_hidden_states=True` would keep those of all layers.
     hidden = encoder.encoder(encoder.embeddings(pixel_values)).last_hidden_state
     if feature_tap == "last_hidden_state":
         hidden = final_norm(encoder)(hidden)
@@ -102,7 +102,7 @@ OPENGVLAB_KEYS = (
 
 
 def convert_opengvlab(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of OpenGVLab's InternViT under the names of `InternVLVisionModel`; the joint qkv becomes three."""
+    """Weights of OpenGVLab's InternViT as those of `InternVLVisionModel`; joint qkv become three."""
     converted = {}
     for key, tensor in state.items():
         for pattern, replacement in OPENGVLAB_KEYS:

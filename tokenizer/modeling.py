@@ -1,11 +1,12 @@
-"""VQRAE: a pretrained vision encoder, a quantizer, a symmetric ViT decoder (arXiv 2511.23386, section 3.2).
+"""VQRAE: a pretrained encoder, a quantizer, a symmetric ViT decoder (arXiv 2511.23386, section
+3.2).
 
     features = model.encode_features(images)   # continuous, for understanding
     codes = model.encode(images)               # discrete, for generation
     images = model.decode(codes)
     output = model(images)                     # reconstruction and losses, for training
 
-Shapes: B batch, H W pixels, N = G * G visual tokens on a grid of side G, D feature width, E codebook width, K codes,
+Shapes: B batch, H W pixels, N = G * G visual tokens, D feature width, E codebook width, K codes,
 q output patch size.
 """
 
@@ -31,7 +32,7 @@ from vqrae.tokenizer.quantizers.registry import build_quantizer
 @dataclass
 class VQRAEOutput:
     """Attributes:
-    reconstruction: (B, 3, H', W'); in [0, 1] in evaluation, not clamped in training (losses need the excess).
+    reconstruction: (B, 3, H', W'), clamped to [0, 1] in evaluation alone: losses need the excess.
     features: (B, N, D) continuous encoder output.
     codes: (B, N) int64.
     losses: unweighted losses of the quantizer by name.
@@ -44,7 +45,7 @@ class VQRAEOutput:
 
 
 class VQRAEModel(PreTrainedModel):
-    """The visual tokenizer. Images are float (B, 3, H, W) in [0, 1]; the encoder's normalisation is inside."""
+    """The visual tokenizer of images (B, 3, H, W) in [0, 1]; it normalises them for its encoder."""
 
     config: VQRAEConfig
     config_class = VQRAEConfig
@@ -54,7 +55,7 @@ class VQRAEModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    # Nearest codes change with the rounding of bf16, so what makes them stays fp32 in a half-precision model.
+    # Nearest codes change with the rounding of bf16: in a half-precision model these stay fp32.
     _keep_in_fp32_modules_strict = (
         r"^(in_proj|quantizer|out_proj)\.",
         r"^feature_(mean|std)$",
@@ -88,25 +89,23 @@ class VQRAEModel(PreTrainedModel):
         """Images (B, 3, H, W) in [0, 1] -> continuous features (B, N, D).
 
         Args:
-            check: look at the range of values, for which a GPU is waited for; never done in training mode.
+            check: check the range of values, which makes the host wait; never in training mode.
 
         Raises:
             ValueError: for another size, integers, or values outside [0, 1].
         """
-        check_images(images, self.config.image_size)
-        if check and not self.training:
-            check_range(images)
+        check_images(images, self.config.image_size, values=check and not self.training)
         pixel_values = self.normalize(images.float()).to(self.encoder.dtype)
         return encoder_features(self.encoder, pixel_values, self.config.feature_tap)
 
     def encode(self, images: Tensor, *, check: bool = True) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> codes (B, N), int64. `check` and errors as in `encode_features`."""
+        """Images (B, 3, H, W) in [0, 1] -> codes (B, N), int64; see `encode_features`."""
         projected_BNE = self.project(self.encode_features(images, check=check))
         with torch.autocast(images.device.type, enabled=False):
             return self.quantizer(projected_BNE).codes
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, N) -> images (B, 3, H', W') in [0, 1], equal to the reconstruction that `forward` returns.
+        """Codes (B, N) -> images (B, 3, H', W') in [0, 1], equal to `forward`'s reconstruction.
 
         Raises:
             ValueError: for codes of another grid or outside the codebook.
@@ -127,7 +126,7 @@ class VQRAEModel(PreTrainedModel):
         """Reconstruct images (B, 3, H, W) in [0, 1].
 
         Args:
-            bypass: decode the unquantized features, as an autoencoder (to warm up a training); codes are as without.
+            bypass: decode the unquantized features, as an autoencoder (to warm up a training).
         """
         features_BND = self.encode_features(images)
         projected_BNE = self.project(features_BND)
@@ -184,11 +183,11 @@ class VQRAEModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **options: Any
     ) -> "VQRAEModel":
-        """Load a tokenizer folder or hub id; the options are those of `PreTrainedModel.from_pretrained`.
+        """Load a tokenizer folder or hub id, with the options of `PreTrainedModel`.
 
         Raises:
-            ValueError: for weights that are damaged, missing, unknown, of another shape or not finite: codes would be
-                noise, without a warning.
+            ValueError: for weights that are damaged, missing, unknown, of another shape or not
+                finite: codes would be noise.
         """
         return load_model(super(), pretrained_model_name_or_path, allow_unknown=False, **options)
 
@@ -198,10 +197,7 @@ class VQRAEModel(PreTrainedModel):
         self.image_processor().save_pretrained(save_directory)
 
     def image_processor(self) -> SiglipImageProcessor:
-        """The Hugging Face image processor that prepares images as this package does.
-
-        The shorter edge is resized, the centre cropped, and `pixel_values` equal this model's own normalisation.
-        """
+        """The Hugging Face image processor that crops and normalises images as this package does."""
         size = self.config.image_size
         return SiglipImageProcessor(
             size={"shortest_edge": size},
@@ -214,7 +210,7 @@ class VQRAEModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Decoder and projections as in ViT; the encoder initialises itself, the quantizer by its own rule."""
+        """Decoder and projections as in ViT; the encoder and the quantizer have their own rules."""
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -238,7 +234,7 @@ class ViTDecoder(nn.Module):
     """A ViT with patch size 1 over the token grid, without convolutions.
 
     Args:
-        encoder: whose block class and configuration the decoder mirrors: depth, width, heads, activation.
+        encoder: whose blocks the decoder mirrors: depth, width, heads, activation.
         grid_size: G.
         output_patch_size: q; the image has G * q pixels a side.
         output_basis: the head's outputs are `pixels`, or coefficients of cosines (`dct`).
@@ -269,8 +265,8 @@ class ViTDecoder(nn.Module):
 class DCTBasis(nn.Module):
     """Patches as sums of cosines: coefficients (..., 3, q, q) -> pixels of the same shape.
 
-    A linear head followed by this fixed, invertible map is still a linear head, but Adam then steps along frequencies
-    instead of pixels, each scaled like the spectra of natural images: fine ones are learned from the start, not last.
+    With this fixed, invertible map the head is still linear, but Adam steps along frequencies
+    instead of pixels, scaled like the spectra of natural images: fine ones are not learned last.
     """
 
     basis: Tensor
@@ -297,11 +293,11 @@ class DCTBasis(nn.Module):
         return self.basis.T @ (coefficients * self.scale) @ self.basis
 
 
-def check_images(images: Tensor, size: int) -> None:
-    """Refuse images of another shape than (B, 3, size, size), and integers.
+def check_images(images: Tensor, size: int, *, values: bool) -> None:
+    """Refuse images that are not float (B, 3, size, size) and, if asked, in [0, 1] up to rounding.
 
     Raises:
-        ValueError: naming what was found.
+        ValueError: naming what was found and how to change it.
     """
     if images.shape[1:] != (3, size, size):
         raise ValueError(
@@ -311,20 +307,13 @@ def check_images(images: Tensor, size: int) -> None:
         raise ValueError(
             f"got images of {images.dtype}, expected floats in [0, 1]: divide 8-bit values by 255"
         )
-
-
-def check_range(images: Tensor) -> None:
-    """Refuse images that are not in [0, 1], up to rounding; one pass over the values.
-
-    Raises:
-        ValueError: naming what was found and how to change it.
-    """
-    low, high = (value.item() for value in images.aminmax())
-    if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails both
-        raise ValueError(
-            f"got images with values from {low:.4g} to {high:.4g}, expected [0, 1]: "
-            "divide 8-bit values by 255, map [-1, 1] by (x + 1) / 2, clamp what a resize overshoots"
-        )
+    if values:
+        low, high = (value.item() for value in images.aminmax())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN fails both
+            raise ValueError(
+                f"got images with values from {low:.4g} to {high:.4g}, expected [0, 1]: divide "
+                "8-bit values by 255, map [-1, 1] by (x + 1) / 2, clamp what a resize overshoots"
+            )
 
 
 AutoModel.register(VQRAEConfig, VQRAEModel)

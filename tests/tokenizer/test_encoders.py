@@ -23,20 +23,18 @@ from vqrae.tokenizer.config import ModelConfig
 from vqrae.tokenizer.encoders import encoder_features, load_encoder
 from vqrae.tokenizer.modeling import VQRAEModel
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2}
 SIGLIP = {**SIZES, "image_size": 64, "patch_size": 8, "attention_dropout": 0.1}
-INTERNVIT = {
-    **SIZES,
-    "image_size": [56, 56],
-    "patch_size": [14, 14],
-    "attention_bias": True,
-    "hidden_dropout_prob": 0.1,
-}
+INTERNVIT = {**SIZES, "image_size": [56, 56], "patch_size": [14, 14], "attention_bias": True}
+INTERNVIT |= {"hidden_dropout_prob": 0.1}
+# Names of OpenGVLab's releases.
+OPENGVLAB_NAMES = {
+    "cls_token": "class_embedding", "position_embeddings": "position_embedding",
+    "patch_embeddings.projection": "patch_embedding", "encoder.layer.": "encoder.layers.",
+    "attention.projection_layer": "attn.proj", "lambda_": "ls", "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+}  # fmt: skip
 
 
 def whole_siglip(folder: Path) -> PreTrainedModel:
@@ -60,38 +58,21 @@ def opengvlab(folder: Path) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.data.normal_(std=0.1)
     state = {}
-    for key, tensor in model.state_dict().items():
+    weights = model.state_dict()
+    for key, tensor in weights.items():
         if match := re.fullmatch(r"(.*)\.attention\.q_proj\.(.*)", key):
-            parts = [
-                model.state_dict()[f"{match[1]}.attention.{name}_proj.{match[2]}"] for name in "qkv"
-            ]
-            state[f"{match[1]}.attn.qkv.{match[2]}"] = torch.cat(parts)
-        elif not re.search(r"\.[kv]_proj\.", key):
-            state[key] = tensor
-    names = {
-        "cls_token": "class_embedding",
-        "position_embeddings": "position_embedding",
-        "patch_embeddings.projection": "patch_embedding",
-        "encoder.layer.": "encoder.layers.",
-        "attention.projection_layer": "attn.proj",
-        "lambda_": "ls",
-        "layernorm_before": "norm1",
-        "layernorm_after": "norm2",
-    }
-    for ours, theirs in names.items():
-        state = {key.replace(ours, theirs): tensor for key, tensor in state.items()}
-    values = {
-        **SIZES,
-        "model_type": "intern_vit_6b",
-        "image_size": 56,
-        "patch_size": 14,
-        "qkv_bias": True,
-        "drop_path_rate": 0.1,
-    }
+            layer, name = match.groups()
+            parts = [weights[f"{layer}.attention.{part}_proj.{name}"] for part in "qkv"]
+            key, tensor = f"{layer}.attn.qkv.{name}", torch.cat(parts)
+        elif re.search(r"\.[kv]_proj\.", key):
+            continue
+        for ours, theirs in OPENGVLAB_NAMES.items():
+            key = key.replace(ours, theirs)
+        state[key] = tensor
+    values = {**SIZES, "model_type": "intern_vit_6b", "image_size": 56, "patch_size": 14}
+    values |= {"qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"}
     folder.mkdir()
-    (folder / "config.json").write_text(
-        json.dumps({**values, "qk_normalization": False, "norm_type": "layer_norm"})
-    )
+    (folder / "config.json").write_text(json.dumps({**values, "drop_path_rate": 0.1}))
     save_file(state, folder / "model.safetensors")
     return model
 

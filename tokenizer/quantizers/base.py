@@ -28,7 +28,7 @@ class QuantizerOutput:
 
 
 class Quantizer(nn.Module, ABC):
-    """Features -> codes and their vectors. In evaluation `lookup` gives exactly what `forward` chose.
+    """Features -> codes and their vectors. In evaluation `lookup` gives exactly `forward`'s.
 
     All arithmetic is fp32: callers leave autocast first.
     """
@@ -57,7 +57,7 @@ class Quantizer(nn.Module, ABC):
         return features
 
     def straight_through(self, features: Tensor, quantized: Tensor) -> Tensor:
-        """The code vectors, with the gradient passed on to the features unchanged (VQ-VAE, 1711.00937)."""
+        """The code vectors, whose gradient is passed on to the features (VQ-VAE, 1711.00937)."""
         # Exact in evaluation: z + (e - z) is not e in floating point.
         return features + (quantized - features).detach() if self.training else quantized
 
@@ -75,7 +75,7 @@ class CodebookQuantizer(Quantizer):
     Args:
         codebook_size: K.
         codebook_dim: E.
-        search: precision of the product that finds candidates, `fp32` or `bf16`; the codes are the same.
+        search: `fp32` or `bf16`, of the product that finds candidates; the codes are the same.
     """
 
     codebook: Tensor

@@ -1,4 +1,4 @@
-"""VQ whose table follows running means of features instead of gradients (VQ-VAE-2, arXiv 1906.00446).
+"""VQ whose table follows running means of features, not gradients (VQ-VAE-2, arXiv 1906.00446).
 
 Shapes: B batch, N visual tokens, E codebook width, K codebook size.
 """
@@ -13,10 +13,10 @@ from vqrae.tokenizer.quantizers.search import Precision
 
 
 class EMAVQ(CodebookQuantizer):
-    """Code k is the decayed mean of the features that chose it, and `cluster_size` their decayed number.
+    """Code k is the decayed mean of the features that chose it, `cluster_size` their decayed count.
 
-    An unused code stays where it is: the usual ratio of decayed sums ends in 0 / 0, or with smoothing at
-    the origin. `reinitialize` moves it, as in every quantizer (`revival_interval` of a stage).
+    An unused code stays where it is until `reinitialize` moves it: the usual ratio of decayed sums
+    ends in 0 / 0, or with smoothing at the origin.
 
     Args:
         codebook_size: K.
@@ -68,14 +68,14 @@ class EMAVQ(CodebookQuantizer):
 
     @torch.no_grad()
     def after_step(self, taken: Tensor) -> None:
-        """Move the table by what all processes saw since the last step, with one sum over processes."""
+        """Move the table by what all processes saw since the last step, in one reduction."""
         if self._sums is None:
             return
         sums = sum_over_processes(torch.where(taken, self._sums, 0))
         totals, counts = sums[:, :-1], sums[:, -1]
         kept = torch.where(taken, self.decay, 1) * self.cluster_size
         self.cluster_size.copy_(kept + (1 - self.decay) * counts)
-        # (kept e + (1 - decay) sum z) / cluster_size as a step from e, which is 0 for an unused code.
+        # (kept e + (1 - decay) sum z) / cluster_size as a step from e: 0 for an unused code.
         share = torch.where(counts > 0, (1 - self.decay) / self.cluster_size, 0)
         self.codebook.add_(share[:, None] * (totals - counts[:, None] * self.codebook))
         self._sums.zero_()

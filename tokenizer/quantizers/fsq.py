@@ -1,4 +1,4 @@
-"""Finite scalar quantization (FSQ, arXiv 2309.15505): every channel is rounded to one of a few levels; nothing is learned.
+"""Finite scalar quantization (FSQ, arXiv 2309.15505): channels are rounded, nothing is learned.
 
 Shapes: B batch, N visual tokens, E channels.
 """
@@ -19,7 +19,7 @@ class FSQ(Quantizer):
     Args:
         codebook_size: K, the product of the levels.
         codebook_dim: E, the number of levels.
-        levels: values of each channel, such as [8, 8, 8, 8, 4] for K = 16384; the paper advises at least 5.
+        levels: values of each channel, such as [8, 8, 8, 8, 4]; the paper advises at least 5.
 
     Raises:
         ValueError: when K or E disagree with the levels.
@@ -50,7 +50,7 @@ class FSQ(Quantizer):
         init.copy_(self.bases, levels.cumprod(0) // levels)
 
     def to_code_space(self, features: Tensor) -> Tensor:
-        """Squash each channel to slightly more than the span of its levels, so that all are reached; 0 stays 0."""
+        """Squash each channel to slightly more than its levels, so that all are reached; 0 stays 0."""
         reach = (self.levels - 1) * (1 + 1e-3) / 2
         # An even number of levels is half a step off the centre of tanh.
         off_centre = (self.levels % 2 == 0) / 2

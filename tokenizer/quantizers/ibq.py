@@ -1,7 +1,7 @@
-"""Index back-propagation (IBQ, arXiv 2412.02692; SEED-Voken): the choice itself gets a gradient, and with it every code.
+"""Index back-propagation (IBQ, arXiv 2412.02692): the choice itself, so every code, gets gradient.
 
-The code with the largest product z.e is chosen. The backward pass treats the choice as the softmax over all
-K products, whose (B N, K) probabilities are recomputed in blocks and never exist at once.
+The code with the largest product z.e is chosen. The backward pass treats the choice as the softmax
+over all K products, whose (B N, K) probabilities are recomputed in blocks and never exist at once.
 
 Shapes: B batch, N visual tokens, E codebook width, K codebook size.
 """
@@ -21,7 +21,8 @@ BLOCK_LOGITS = 2**22
 
 
 class IBQ(VQ):
-    """The public code weighs `index_loss` 1, `commitment_loss` 1, `codebook_loss` 0.25; `entropy_loss` is optional.
+    """SEED-Voken weighs `index_loss` 1, `commitment_loss` 1, `codebook_loss` 0.25, and optionally
+    `entropy_loss`.
 
     Args:
         codebook_size: K.
@@ -61,7 +62,7 @@ class IBQ(VQ):
 
 
 class IndexBackPropagation(torch.autograd.Function):
-    """Forward: the chosen rows. Backward: as if p + (one-hot - p).detach() had been multiplied with the table."""
+    """Forward: the chosen rows. Backward: that of (p + (one-hot - p).detach()) @ table."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, table: Tensor, codes: Tensor) -> Tensor:
@@ -90,10 +91,10 @@ class IndexBackPropagation(torch.autograd.Function):
 
 
 def entropy_loss(features: Tensor, table: Tensor, temperature: float) -> Tensor:
-    """Mean entropy of each feature's distribution over codes, minus the entropy of the mean distribution.
+    """Mean entropy of the features' distributions over codes, minus that of their mean.
 
-    Low when single choices are sure and all codes are in use (as in LFQ, arXiv 2310.05737). The mean is over
-    the features (B, N, E) of this process; blocks are recomputed in the backward pass.
+    Low when single choices are sure and all codes are in use (as in LFQ, arXiv 2310.05737). The
+    mean is over the features (B, N, E) of this process; blocks are recomputed in the backward pass.
     """
 
     def block_entropy(block: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

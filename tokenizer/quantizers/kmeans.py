@@ -44,7 +44,7 @@ def kmeans(
 def draw_by_error(errors: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Indices (count,) with probability proportional to squared errors (M,), as in k-means++.
 
-    Codes go where the table is poor, not where features are many. All-zero errors are drawn uniformly.
+    Codes go where the table is poor, not where features are many.
     """
     weights = errors + errors.mean() * 1e-3 + torch.finfo(errors.dtype).tiny
     return torch.multinomial(weights, count, replacement=True, generator=generator)

@@ -1,4 +1,4 @@
-"""The projected table of SimVQ, T = C W' + b: computed once in evaluation, and without its full backward in training.
+"""The projected table of SimVQ, T = C W' + b: cached in evaluation, with a cheap backward pass.
 
 Shapes: B batch, N visual tokens, E codebook width, K codebook size.
 """
@@ -28,8 +28,8 @@ class ProjectedTable:
         """The table.
 
         Args:
-            reuse: keep it, and take the one that was kept. Not in training: a fused optimizer, or an engine
-                with views of the weights, changes them without changing their versions.
+            reuse: keep it, and take the one that was kept. Not in training: a fused optimizer, or
+                an engine with views of the weights, changes them without changing their versions.
         """
         if not reuse:
             self.clear()
@@ -46,8 +46,8 @@ class ProjectedTable:
 class ProjectedRows(torch.autograd.Function):
     """Rows of T with the gradients of C, W and b.
 
-    The values are those of T, so they equal a lookup bit for bit. The backward pass multiplies the chosen
-    rows alone, where autograd would multiply all K.
+    The values are those of T, so they equal a lookup bit for bit. The backward pass multiplies the
+    chosen rows alone, where autograd would multiply all K.
     """
 
     @staticmethod

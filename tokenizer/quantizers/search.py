@@ -1,9 +1,9 @@
 """The best code of every feature, exactly, without the matrix of all scores.
 
-A fast product leaves, for each feature, the codes that its own rounding error cannot rule out: nearly always one
-or a few. Only these candidates are compared in float64. So the codes depend neither on the precision of the product
-nor on how it is cut into blocks, and bf16 costs no accuracy. Features with too many candidates are searched again in
-the next precision.
+A fast product leaves, for each feature, the codes that its own rounding error cannot rule out:
+nearly always one or a few. Only these candidates are compared in float64. So the codes depend
+neither on the precision of the product nor on how it is cut into blocks, and bf16 costs no
+accuracy. Features with too many candidates are searched again in the next precision.
 
 Shapes: R features of a block, E width, K codes, P pairs of a feature and a candidate.
 """
@@ -19,10 +19,11 @@ from torch import Tensor
 
 Precision = Literal["bf16", "fp32"]
 
-# Scores held at once, so that the block of features shrinks as the codebook grows: 48 MiB in fp32; 12 MiB in bf16, whose
-# scores exist a second time in fp32, and whose table is a copy. Larger blocks are hardly faster, smaller ones slower.
+# Scores held at once, so that the block of features shrinks as the codebook grows: 48 MiB in fp32;
+# 12 MiB in bf16, whose scores exist a second time in fp32, and whose table is a copy. Larger blocks
+# are hardly faster, smaller ones slower.
 BLOCK_SCORES = {"fp32": 3 * 2**22, "bf16": 2**21}
-# On a GPU the host waits in every block, where candidates are listed, so its blocks are larger (256 MiB). Not measured.
+# 256 MiB: the host waits for a GPU in every block, where candidates are listed. Not measured.
 GPU_BLOCK_SCORES = 2**26
 # Features with more candidates than this are searched again in the next precision.
 MAX_CANDIDATES = 32
@@ -32,8 +33,8 @@ WIDE_NUMBERS = 2**19
 # Unit roundoffs: the largest relative error of one rounding.
 BF16, FP32, FP64 = 2.0**-8, 2.0**-24, 2.0**-53
 
-# Features (R, E) -> scores (R, K) and their slack (R,): no score is further than that from its true value, up to a shift
-# that all codes of a feature share.
+# Features (R, E) -> scores (R, K) and their slack (R,): no score is further than that from its true
+# value, up to a shift that all codes of a feature share.
 Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -50,9 +51,9 @@ def nearest_codes(
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """A block in which fp32 matrix products are fp32, also where `torch.backends` allows TF32 or bf16 for them."""
-    # torch sets the attributes of mkldnn on import, where type checkers do not see them.
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    """A block in which fp32 products are fp32, whatever `torch.backends` allows for them."""
+    everything: Any = torch.backends  # type checkers do not see the attributes of mkldnn
+    backends = [everything.cuda.matmul, everything.mkldnn.matmul]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -75,16 +76,16 @@ def best_codes(
 ) -> Tensor:
     """Codes (...) with the largest score z.e - offset, for features z (..., E).
 
-    Among scores that float64 cannot tell apart the lowest code wins; a feature that is not finite gets code 0.
-    Memory beyond the codes does not grow with the number of features.
+    Among scores that float64 cannot tell apart the lowest code wins; a feature that is not finite
+    gets code 0. Memory beyond the codes does not grow with the number of features.
 
     Args:
         table: code vectors e (K, E).
         offsets: (K,) float64.
-        precision: of the product that finds the candidates. The result is the same; bf16 is faster where the
-            hardware multiplies it faster, and needs a bf16 copy of the table.
-        exact: False skips exact tie-breaking of the fp32 search, so that the host never waits for the device:
-            near ties may go either way. bf16 is always exact.
+        precision: of the product that finds the candidates. The result is the same; bf16 is faster
+            where the hardware multiplies it faster, and needs a bf16 copy of the table.
+        exact: False skips exact tie-breaking of the fp32 search, so that the host never waits for
+            the device: near ties may go either way. bf16 is always exact.
     """
     exact = exact or precision == "bf16"
     block_scores = GPU_BLOCK_SCORES if features.is_cuda and exact else BLOCK_SCORES[precision]
@@ -132,9 +133,9 @@ def _search(
 
 
 def _candidates(scores: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and codes (P,), in order, of the scores (R, K) that may belong to the best code of the row.
+    """Rows and codes (P,), in order, of the scores (R, K) that may be the best of their row.
 
-    The score of the best code is at most one slack too low, and the highest score at most one too high.
+    The score of the best code is at most one slack too low, the highest at most one too high.
     """
     # Most groups of 64 codes hold no candidate, and only their maximum is looked at.
     size = math.gcd(scores.shape[1], 64)
@@ -149,7 +150,7 @@ def _candidates(scores: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
 def _compare(
     features: Tensor, table: Tensor, offsets: Tensor, row: Tensor, code: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The rows that occur in `row` (P,), sorted, and the best of the candidates `code` (P,) of each, in float64."""
+    """The different rows of `row` (P,), sorted, and the best candidate of `code` (P,) of each."""
     size = max(1, WIDE_NUMBERS // table.shape[1])
     parts = []
     for rows, codes in zip(row.split(size), code.split(size), strict=True):
@@ -175,7 +176,7 @@ def _split_wide(table: Tensor) -> tuple[Tensor, ...]:
 
 
 def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
-    """Centred on the mean code m, because bf16 errors grow with the norms and a common part decides nothing.
+    """Centred on the mean code m: bf16 errors grow with the norms, a common part decides nothing.
 
     With z' = z - m and e' = e - m: z.e - offset = z'.e' - (offset - m.e) + (what all codes share).
     """

@@ -1,4 +1,4 @@
-"""SimVQ (arXiv 2411.02038): a frozen codebook seen through one trained linear map, so every code gets gradient.
+"""SimVQ (arXiv 2411.02038): a frozen codebook seen through one trained linear map.
 
 Shapes: B batch, N visual tokens, E codebook width, K codebook size.
 """

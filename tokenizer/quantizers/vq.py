@@ -1,4 +1,4 @@
-"""Plain vector quantization (VQ-VAE, arXiv 1711.00937), and the same on the unit sphere (ViT-VQGAN, 2110.04627).
+"""Vector quantization (VQ-VAE, arXiv 1711.00937), plain and on the unit sphere (ViT-VQGAN).
 
 Shapes: B batch, N visual tokens, E codebook width, K codebook size.
 """
@@ -28,7 +28,7 @@ class VQ(CodebookQuantizer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1/K as in VQGAN: at first all codes are about equally near to any feature."""
+        """Uniform in +-1/K as in VQGAN: any feature is about equally near to all codes."""
         init.uniform_(self.codebook, -1 / self.codebook_size, 1 / self.codebook_size)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
@@ -44,7 +44,8 @@ class VQ(CodebookQuantizer):
 
 
 class L2VQ(VQ):
-    """Features and table are normalised, and so is what the decoder gets: the nearest code has the largest cosine."""
+    """ViT-VQGAN (arXiv 2110.04627), LlamaGen: features, table and what the decoder gets are
+    normalised, so the nearest code has the largest cosine."""
 
     is_nearest = False
 
