@@ -248,12 +248,12 @@ class CachedRows:
         padding = torch.tensor([length - len(p) for p in different], device=model.device)[:, None]
         # Added to attention scores. The lowest number instead of -inf: rows of padding see nothing,
         # and would become NaN.
-        hidden = torch.finfo(model.dtype).min
-        mask = torch.full((len(different), num_slots), hidden, dtype=model.dtype).to(model.device)
+        blocked = torch.finfo(model.dtype).min
+        mask = torch.full((len(different), num_slots), blocked, dtype=model.dtype).to(model.device)
         slots = self.slots_S[:length]
         mask[:, :length].masked_fill_(slots >= padding, 0)
         if length > 0:
-            causal = mask[:, None, None, :length].masked_fill(slots > slots[:, None], hidden)
+            causal = mask[:, None, None, :length].masked_fill(slots > slots[:, None], blocked)
             ids = torch.tensor(pad_left(different, 0), device=model.device)
             self._forward(model.model, ids, (slots - padding).clamp(min=0), causal, slots)
         for layer in self.cache.layers:

@@ -19,10 +19,7 @@ class EMAVQ(CodebookQuantizer):
     ends in 0 / 0, or with smoothing at the origin.
 
     Args:
-        codebook_size: K.
-        codebook_dim: E.
         decay: share of the old mean that an optimizer step keeps.
-        search: see `CodebookQuantizer`.
     """
 
     cluster_size: Tensor

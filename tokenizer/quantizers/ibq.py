@@ -25,10 +25,7 @@ class IBQ(VQ):
     `entropy_loss`.
 
     Args:
-        codebook_size: K.
-        codebook_dim: E.
         entropy_temperature: of the softmax in the entropy term.
-        search: see `CodebookQuantizer`.
     """
 
     is_nearest = False

@@ -17,10 +17,7 @@ class SimVQ(CodebookQuantizer):
     """The code vectors are W c_k: the codebook C is a buffer, W a linear layer with bias.
 
     Args:
-        codebook_size: K.
-        codebook_dim: E.
         train_codebook: C is a parameter and learns too (the reference reports both ways).
-        search: see `CodebookQuantizer`.
     """
 
     def __init__(

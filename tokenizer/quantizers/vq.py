@@ -12,13 +12,7 @@ from vqrae.tokenizer.quantizers.search import Precision
 
 
 class VQ(CodebookQuantizer):
-    """The table is a parameter; only chosen codes get gradient.
-
-    Args:
-        codebook_size: K.
-        codebook_dim: E.
-        search: see `CodebookQuantizer`.
-    """
+    """The table is a parameter; only chosen codes get gradient."""
 
     def __init__(
         self, codebook_size: int, codebook_dim: int, *, search: Precision = "fp32"
