@@ -95,7 +95,7 @@ def test_a_mixture_of_both_kinds_keeps_its_shares(
 
 def test_codes_are_no_images_and_need_their_tokenizer(pair_codes: Path) -> None:
     assert "manifest sha256" in fingerprint(str(pair_codes))
-    with pytest.raises(ValueError, match="has no images"):
+    with pytest.raises(ValueError, match="holds codes"):
         open_pairs(str(pair_codes), image_size=32)
     with pytest.raises(ValueError, match="was made with tokenizer"):
         open_pairs_or_codes(
