@@ -6,12 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from launched import read
 
 from vqrae.scripts import cli
+from vqrae.scripts.launch import JOBS, plan
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-CONFIG_NAMES = {path.stem for path in ROOT.glob("*/configs/*.yaml")}
 
 
 def commands(document: Path) -> list[list[str]]:
@@ -28,16 +29,27 @@ def commands(document: Path) -> list[list[str]]:
     ]
 
 
+def unknown_keys(module: str, arguments: list[str]) -> str:
+    """What a module says of keys that it does not know."""
+    try:
+        launched = plan(module, arguments)[-1].arguments if module in JOBS else arguments
+        read(module, launched)
+    except ValueError as error:
+        return str(error) if "unknown key" in str(error) else ""  # RUN and FILE do not exist
+    return ""
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_parse(document: Path) -> None:
+def test_commands_parse(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for words in commands(document):
         line = " ".join(words)
         if words[0] == "bash":
-            assert (ROOT / words[1]).is_file(), line
-            for word in words[2:]:
-                key, _, value = word.partition("=")
-                if key == "config" and not value.endswith(".yaml"):
-                    assert value in CONFIG_NAMES, line
+            modules = re.findall(r"launch ([\w.]+)", (ROOT / words[1]).read_text())
+            problems = [unknown_keys(module, words[2:]) for module in modules]
+            assert not problems or "" in problems, f"{line}: {problems}"
+        elif words[:2] == ["python", "-m"] and words[2].startswith("vqrae."):
+            assert unknown_keys(words[2].removeprefix("vqrae."), words[3:]) == "", line
         elif words[0] == "vqrae" and words[1:] != ["--help"]:
             assert cli.read(words[1:]), line
 

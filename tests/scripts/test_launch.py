@@ -1,6 +1,5 @@
 """What the launcher runs: missing artefacts, then the job, with processes, nodes and ZeRO."""
 
-import importlib
 import os
 import shutil
 import socket
@@ -11,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from launched import read
 
-from vqrae.common import cli
 from vqrae.common.config import ConfigError
 from vqrae.common.run import read_metrics
 from vqrae.quickstart.train_llm import main as train_llm
@@ -43,28 +42,6 @@ def modules(module: str, *arguments: str) -> list[str]:
 def line(module: str, *arguments: str) -> list[str]:
     """The command line of the job itself, without the interpreter."""
     return command_line(plan(module, arguments)[-1])[1:]
-
-
-class Accepted(Exception):
-    """A module has read its arguments."""
-
-
-def read(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The configuration that a module reads from its command line."""
-    found = []
-    original = cli.parse
-
-    def parse_and_stop(*given: Any, **options: Any) -> None:
-        found.append(original(*given, **options))
-        raise Accepted
-
-    main = importlib.import_module(f"vqrae.{module}").main
-    for name, loaded in list(sys.modules.items()):
-        if name.startswith("vqrae.") and getattr(loaded, "parse", None) is original:
-            monkeypatch.setattr(loaded, "parse", parse_and_stop)
-    with pytest.raises(Accepted):
-        main(arguments)
-    return found[0]
 
 
 # ---- what is made first
@@ -133,17 +110,17 @@ def test_nodes_do_not_all_make_what_is_missing() -> None:
 
 
 @pytest.mark.parametrize("module", CONFIGURED)
-def test_every_training_reads_its_arguments(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_training_reads_its_arguments(module: str) -> None:
     given = ["output=mine", *(["zero=1"] if JOBS[module].zero else [])]
     command = plan(module, given)[-1]
-    config = read(module, command.arguments, monkeypatch)
+    config = read(module, command.arguments)
     assert config.output_dir == command.output == "mine"
 
 
 @pytest.mark.parametrize("module", EVALUATIONS)
-def test_every_evaluation_reads_its_arguments(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_evaluation_reads_its_arguments(module: str) -> None:
     model = [] if JOBS[module].prepare else ["model=mine"]
-    read(module, plan(module, model)[-1].arguments, monkeypatch)
+    read(module, plan(module, model)[-1].arguments)
 
 
 def test_short_keys_and_the_last_of_two_values() -> None:
