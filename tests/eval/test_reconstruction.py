@@ -1,9 +1,6 @@
 """Reconstruction metrics against their definitions, and the command."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,28 +202,6 @@ def test_kept_references_give_the_same_distance_and_refuse_others(
         score(tmp_path / "c.json", *arguments, "num_images=7")
     with pytest.raises(ValueError, match=r"protocol: the file has .*round.*none"):
         score(tmp_path / "c.json", *arguments, "protocol=vgt")
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(
-    run_directory: Path, folder: Path, tmp_path: Path
-) -> None:
-    """Ten sound images and a broken one in batches of 4: one process has two, the other one."""
-    arguments = [f"model={run_directory}", f"data={folder}", "frechet=[encoder]", "batch_size=4"]
-    one = score(tmp_path / "one.json", *arguments)
-    output = tmp_path / "two.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    module = ["-m", "vqrae.eval.reconstruction.evaluate", *arguments, f"output={output}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*launch, *module], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    two = json.loads(output.read_text())
-    assert set(one) == set(two)
-    for key, value in one.items():
-        close = pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
-        assert two[key] == close, key
 
 
 # ---- networks
