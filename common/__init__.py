@@ -1,1 +1,1 @@
-"""Leaves that every package may import: configuration, run directories, distributed helpers, images."""
+"""Leaves that every package may import: configuration, runs, processes, files, images."""

@@ -13,13 +13,13 @@ from transformers import PreTrainedConfig
 from vqrae.common.files import read_json, weights_fingerprint
 
 OUTPUTS = "runs"
-"""Where trainings write by default: `runs/x` is a folder and not a hub id, also while it is missing."""
+"""Where trainings write by default: `runs/x` is never a hub id, also while it is missing."""
 
 
 def resolve_model(name: str | Path) -> str:
     """The model folder (with `config.json`) of `name`, or `name` itself when it is a hub id.
 
-    A run directory holds its finished model in `model/`; until then the newest `step-N/model` is used.
+    A run directory holds its finished model in `model/`, before that the newest in `step-N/model`.
 
     Raises:
         FileNotFoundError: when `name` is neither a folder with a model nor a hub id.
@@ -85,7 +85,8 @@ def require_kind(name: str | Path, kinds: Collection[str], expected: str) -> dic
         values, _ = PreTrainedConfig.get_config_dict(name)
     except OSError as error:
         raise FileNotFoundError(
-            f"{name} is not a folder here, and the hub gave no config.json: {str(error).splitlines()[0]}"
+            f"{name} is not a folder here, and the hub gave no config.json: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     if values.get("model_type") not in kinds:
         raise ValueError(f"{name} is a {values.get('model_type')!r} model, expected {expected}")
@@ -142,7 +143,7 @@ def require_finite(model: nn.Module, source: str | Path) -> None:
 
 
 def first_nonfinite(model: nn.Module) -> str | None:
-    """Name of the first parameter or buffer that is NaN or infinite; under ZeRO-3 of the local parts."""
+    """Name of the first parameter or buffer (ZeRO-3: local part) that is NaN or infinite."""
     tensors = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         tensor = getattr(tensor, "ds_tensor", tensor).detach()
@@ -159,6 +160,10 @@ def first_nonfinite(model: nn.Module) -> str | None:
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Parameters of a module: all of them, and those that are trained. ZeRO-3's parts count whole."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    """Parameters of a module, and those of them that are trained. ZeRO-3's parts count whole."""
+    total = trained = 0
+    for parameter in module.parameters():
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        total += size
+        trained += size if parameter.requires_grad else 0
+    return total, trained

@@ -1,4 +1,4 @@
-"""The one command-line parser: arguments are the fields of a dataclass, as `key=value` or `--key value`."""
+"""The one command-line parser: `key=value` and `--key value` set the fields of a dataclass."""
 
 import ast
 import dataclasses
@@ -54,8 +54,8 @@ def parse(
     """Build dataclass `cls` from the command line.
 
     `key.path=value` and `--key.path value`, `--key.path=value`, `--flag` mean the same. Dashes are
-    underscores, and a flag may be the last part of a path where that is unique. A flag of a list may
-    be given several times.
+    underscores, and a flag may be the last part of a path where that is unique. A flag of a list
+    may be given several times.
 
     Args:
         argv: the arguments; those of the process when not given.
@@ -220,7 +220,7 @@ def usage(
 
 
 def _rows(cls: type) -> Iterator[tuple[str, str]]:
-    """(key, meaning with type and default) of each field; the keys of a section once for its type."""
+    """(key, meaning with type and default) of each field; keys of a section once for its type."""
     shown: dict[type, str] = {}
     hidden: list[str] = []
     for field in _fields(cls):

@@ -1,8 +1,8 @@
 """YAML files and command-line values, converted to typed dataclasses.
 
 A run is a YAML file. Every key must be a field of the dataclass that reads it, and every value is
-converted to the declared type of its field or refused. All problems of a file are reported together,
-before anything is built.
+converted to the declared type of its field or refused. All problems of a file are reported
+together, before anything is built.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2 scalars (`1e-4` is a number, `on` a word) and no duplicate keys."""
 
 
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_StrictLoader.yaml_implicit_resolvers = {}
+for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
+    _kept = [each for each in _resolvers if not each[0].endswith((":float", ":bool"))]
+    _StrictLoader.yaml_implicit_resolvers[_first] = _kept
 _BOOL = re.compile(r"^(true|false)$", re.IGNORECASE)
 _FLOAT = re.compile(
     r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"

@@ -1,4 +1,4 @@
-"""What differs between machines and numbers of processes: devices, kernels, batches, ZeRO, signals."""
+"""What differs between machines and process counts: devices, kernels, batches, ZeRO, signals."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def attention_implementation(
     On CPU `eager` trains a ViT of width 192 twice as fast as `sdpa`, and a Qwen3 1.4 times as fast.
 
     Args:
-        half: whether the model computes in fp16 or bf16 (autocast counts), as flash-attention demands.
+        half: whether the model computes in fp16 or bf16, which flash-attention demands.
         device: of the model; None means CUDA when there is one.
 
     Raises:
@@ -136,7 +136,7 @@ def prepare_cpu_deepspeed() -> None:
 class FullPrecisionLinear(torch.nn.Linear):
     """A linear layer that computes outside of autocast.
 
-    A class of its own: DeepSpeed sums gradients of exactly `nn.Linear` in autocast's lower precision.
+    A class of its own: DeepSpeed sums gradients of exactly `nn.Linear` in autocast's precision.
     """
 
 
@@ -163,7 +163,7 @@ def require_same_partition(folder: Path, state: dict[str, Any], *, zero: int) ->
 
 
 def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager:
-    """A block in which `parameter` is whole and may be changed, also where ZeRO-3 has partitioned it."""
+    """A block in which `parameter` is whole and may be changed, also under ZeRO-3."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if not is_deepspeed_zero3_enabled():
@@ -190,9 +190,9 @@ def fit_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> 
         most = min(global_batch_size, 2 * processes)
         counts = [n for n in range(1, most + 1) if global_batch_size % n == 0]
         raise ValueError(
-            f"global_batch_size {global_batch_size} cannot be shared evenly by {processes} processes: "
-            f"launch {', '.join(map(str, counts))} processes (nproc=), or set global_batch_size to a "
-            f"multiple of {processes}, such as {max(share, 1) * processes}"
+            f"global_batch_size {global_batch_size} cannot be shared evenly by {processes} "
+            f"processes: launch {', '.join(map(str, counts))} processes (nproc=), or set "
+            f"global_batch_size to a multiple of {processes}, such as {max(share, 1) * processes}"
         )
     micro_batch_size = min(micro_batch_size, share)
     if share % micro_batch_size:
@@ -211,8 +211,8 @@ def fit_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> 
 class StopRequest:
     """Ctrl-C or SIGTERM ends a training after its step, with a checkpoint; a second one at once.
 
-    Processes get their signals at different steps, so they agree on one. The sum that is started after
-    one step is read after the next: the device has finished it by then, and no step waits for it.
+    Processes get their signals at different steps, so they agree on one. The sum that is started
+    after one step is read after the next: it is finished by then, and no step waits for it.
 
     Attributes:
         signal: number of the signal that reached this process or (once agreed) any; 0 for none.

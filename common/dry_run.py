@@ -1,8 +1,8 @@
-"""`dry_run=N` of every training: N real steps, then what they took and what the full run would need.
+"""`dry_run=N` of every training: N real steps, what they took, and what the full run would need.
 
 The training runs as it is, on a configuration that its package shortened. Nothing is downloaded and
-nothing is kept: models have the shapes of their configurations and random weights. `vqrae plan` runs
-the same on a fake GPU.
+nothing is kept: models have the shapes of their configurations and random weights. `vqrae plan`
+runs the same on a fake GPU.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def known_config(name: str) -> PreTrainedConfig:
 
 
 def stand_in(folder: Path, config: PreTrainedConfig) -> str:
-    """Write a model folder with a configuration and nothing of its weights; for `random_weights`."""
+    """Write a model folder with a configuration and no weights, for `random_weights`."""
     config.save_pretrained(folder)
     save_file({"stand_in": torch.zeros(1)}, folder / "model.safetensors")  # has a fingerprint
     return str(folder)
@@ -132,7 +132,7 @@ def random_weights() -> Iterator[None]:
 
 @contextlib.contextmanager
 def scratch_folder(output: Path) -> Iterator[Path]:
-    """A folder next to `output`, on the disk of the run, that all processes see; removed at the end."""
+    """A folder next to `output`, which all processes see; removed at the end."""
     folder = output.absolute().with_name(f".{output.name}.dry_run")
     made = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,8 +190,8 @@ class Report:
     def state_bytes(self, zero: int, gpus: int) -> float:
         """What weights, gradients and AdamW's moments occupy on each GPU.
 
-        ZeRO partitions its fp32 copy of the weights and the moments, at stage 2 the gradients too, at
-        stage 3 everything (1910.02054, section 3.1).
+        ZeRO partitions its fp32 copy of the weights and the moments, at stage 2 the gradients too,
+        at stage 3 everything (1910.02054, section 3.1).
         """
         width = 2 if self.half and zero else 4
         weights, gradients = width * self.parameters, width * self.trained
@@ -227,8 +227,9 @@ class Report:
             f"{self.peak_bytes / GIB:8.2f} GiB per process ({self.before_bytes / GIB:.2f} before)"
         )
         duration = format_duration(per_step * total / batch)
+        steps = f"{len(self.seconds)} steps of {batch} {self.samples}"
         lines = [
-            f"----- dry run of {self.name}: {len(self.seconds)} steps of {batch} {self.samples} -----",
+            f"----- dry run of {self.name}: {steps} -----",
             *self.table(),
             f"measured on {world_size()} x {device}, micro-batch {self.micro_batch_size}, "
             f"activation checkpointing {checkpointing}",
@@ -287,11 +288,8 @@ class Watch(TrainerCallback):
     def _measure(self) -> None:
         gc.collect()
         report = self.report
-        report.seconds, report.before_bytes, report.peak_bytes = (
-            self.seconds,
-            self.before,
-            peak_bytes(),
-        )
+        report.seconds, report.before_bytes = self.seconds, self.before
+        report.peak_bytes = peak_bytes()
         networks = self._networks()
         trained = nn.ModuleList([each for each in networks if count_parameters(each)[1]])
         frozen = nn.ModuleList([each for each in networks if not count_parameters(each)[1]])
@@ -330,7 +328,7 @@ class Watch(TrainerCallback):
 
 
 def rehearse(train: Callable[[Watch], Any], report: Report, steps: int) -> Report:
-    """Run a shortened training for this number of steps, with random weights, and fill in the report.
+    """Run a shortened training for this number of steps and fill in the report.
 
     Args:
         train: calls `Watch.step` after each step, unless it is a job on the `Trainer`.
@@ -363,7 +361,7 @@ def shorten(config: OptimizationConfig, steps: int) -> OptimizationConfig:
 
 
 def trainer_report(name: str, samples: str, full: OptimizationConfig, micro: int) -> Report:
-    """The report of a job on the `Trainer` with this optimization, rehearsed in micro-batches of `micro`."""
+    """The report of a job on the `Trainer` that is rehearsed in micro-batches of `micro`."""
     keys = ("gradient_checkpointing", "activation_checkpointing")
     return Report(
         name=name,

@@ -1,4 +1,4 @@
-"""What a user reads when something goes wrong: one line on stderr and an exit code. Light to import."""
+"""What a user reads when something goes wrong: one line and an exit code. Light to import."""
 
 import importlib.metadata
 import importlib.util
@@ -15,7 +15,8 @@ from typing import NoReturn
 
 from vqrae.common.files import printable
 
-DIVERGED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
+DIVERGED, MISTAKE = 1, 2
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 DEBUG_VARIABLE = "VQRAE_DEBUG"
 
 
@@ -26,22 +27,21 @@ def require_package(module: str, purpose: str) -> None:
         ValueError: naming the package and the command that installs it.
     """
     if importlib.util.find_spec(module) is None:
-        raise ValueError(
-            f"{purpose} needs the package {module}, which is not installed: {_install_command(module)}"
-        )
+        command = _install_command(module)
+        raise ValueError(f"{purpose} needs the package {module}, which is not installed: {command}")
 
 
 def exit_code(run: Callable[[], int | None], program: str) -> int:
-    """Run a command; a fault of its input or its machine becomes one line on stderr, not a traceback.
+    """Run a command; a fault of its input or machine becomes one line on stderr, not a traceback.
 
-    Errors of the program itself (TypeError, KeyError, …) keep their traceback; VQRAE_DEBUG=1 shows all.
+    Errors of the program (TypeError, KeyError, …) keep their traceback; VQRAE_DEBUG=1 shows all.
 
     Args:
         program: the name at the start of the line.
 
     Returns:
-        What `run` returned (0 for None), 2 for a mistake of the user, 1 for a training that diverged,
-        130 after Ctrl-C.
+        What `run` returned (0 for None), 2 for a mistake of the user, 1 for a training that
+        diverged, 130 after Ctrl-C.
 
     Raises:
         SystemExit: with 143, after SIGTERM.
@@ -73,7 +73,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
 @contextmanager
 def _ended_by_terminate(program: str) -> Iterator[None]:
-    """SIGTERM ends the block like Ctrl-C, so that `finally` and `with` run; a second one at once."""
+    """SIGTERM ends the block like Ctrl-C, so that `finally` and `with` run; a second one kills."""
     process = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
@@ -108,8 +108,8 @@ def _message(error: Exception) -> str | None:
         return f"out of memory, choose a smaller batch: {line}"
     if "DataLoader timed out" in line or "DataLoader worker" in line:
         return (
-            f"the workers that load data stopped ({line}): mostly /dev/shm is full (df -h /dev/shm; "
-            "in docker --shm-size=16g). Make room, or set num_workers or dataloader_num_workers to 0"
+            f"the workers that load data stopped ({line}): mostly /dev/shm is full (df -h /dev/shm;"
+            " in docker --shm-size=16g). Make room, or set num_workers / dataloader_num_workers to 0"
         )
     of_ours = type(error).__module__.startswith("vqrae.")
     if not (of_ours or isinstance(error, ValueError | OSError | FloatingPointError)):
@@ -140,7 +140,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _is_raised_here(error: Exception) -> bool:
-    """Whether code of this package raised it, and not a library, whose messages may say too little."""
+    """Whether code of this package raised it, and not a library, whose messages say too little."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,4 +1,4 @@
-"""Files that are whole or absent (written to a temporary name, then renamed), and robust reading."""
+"""Files that are whole or absent (renamed from a temporary name), and robust reading."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path (file or folder) that replaces `path` when the block ends without error.
+    """Yield a temporary path (file or folder) that replaces `path` when the block succeeds.
 
     The first write into a folder removes what killed processes left there.
     """
@@ -54,7 +54,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder under a temporary name: one that is half removed must not be taken for whole."""
+    """Remove a folder under a temporary name, so that a half removed one is not taken for whole."""
     temporary = _temporary(folder)
     folder.rename(temporary)
     shutil.rmtree(temporary)
@@ -149,7 +149,7 @@ def with_retries(read: Callable[[], T], name: str | Path) -> T:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a regular file, see `with_retries`. A pipe is refused instead of waited for."""
+    """The content of a regular file, see `with_retries`. A pipe is refused, not waited for."""
 
     def read() -> bytes:
         try:
@@ -315,5 +315,5 @@ def require_same_tokenizer(expected: str, found: str, artefact: str) -> None:
     if expected != found:
         raise ValueError(
             f"{artefact} was made with tokenizer {found[:16]}, but the tokenizer in use is "
-            f"{expected[:16]}: its codes would decode to noise. Make it again, or name the other one."
+            f"{expected[:16]}: its codes would decode to noise. Make it again, or name the other."
         )

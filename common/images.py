@@ -1,4 +1,4 @@
-"""Reading images of any kind, turning them into tensors, and writing image grids."""
+"""Images of any kind: reading them robustly, tensors, and grids."""
 
 import io
 import struct
@@ -13,35 +13,15 @@ from torch import Tensor
 
 from vqrae.common.files import atomic_path, read_bytes
 
-_OPTIONAL = {
-    ".avif": "avif",
-    ".jp2": "jpg_2000",
-    ".j2k": "jpg_2000",
-}  # what a build of Pillow may lack
+# What a build of Pillow may lack.
+_OPTIONAL = {".avif": "avif", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}
+_READ = ".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .ppm .pgm"
+_NOT_READ = ".heic .heif .jxl .svg .psd .exr .hdr .dng"
 IMAGE_SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-} | {suffix for suffix, feature in _OPTIONAL.items() if features.check(feature)}
-OTHER_IMAGES = {
-    ".heic",
-    ".heif",
-    ".jxl",
-    ".svg",
-    ".psd",
-    ".exr",
-    ".hdr",
-    ".dng",
-    *_OPTIONAL,
-} - IMAGE_SUFFIXES
+    *_READ.split(),
+    *(suffix for suffix, feature in _OPTIONAL.items() if features.check(feature)),
+}
+OTHER_IMAGES = {*_NOT_READ.split(), *_OPTIONAL} - IMAGE_SUFFIXES
 """Suffixes of images that cannot be read here."""
 _ORIENTATION = 0x0112
 _TRANSPOSED = {
@@ -64,10 +44,11 @@ def open_image(
     Args:
         source: a path, or the encoded bytes as a stream.
         name: what errors call the image; its path when not given.
-        draft: decode a JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 of its size whose edges have so many pixels.
+        draft: decode a JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 of its size whose edges have
+            this number of pixels.
 
     Raises:
-        ValueError: when the file is no readable image, naming it.
+        ValueError: when the file is not a readable image, naming it.
     """
     name = name or str(source)
     data = read_bytes(source) if isinstance(source, str | Path) else source.read()
@@ -83,10 +64,8 @@ def open_image(
             if image.format == "PNG":
                 _scale_transparency(image, bit_depth=data[24])
             return to_rgb(_upright(image))
-    except (
-        Exception
-    ) as error:  # decoders raise whatever they stumble over: struct.error, TypeError, KeyError, …
-        # Pillow's own message has the address of the stream in it, which differs from run to run.
+    except Exception as error:  # decoders raise anything: struct.error, TypeError, KeyError, …
+        # Pillow's own message holds the address of the stream, which differs from run to run.
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name}: not a readable image ({reason})") from error
     finally:
@@ -94,7 +73,7 @@ def open_image(
 
 
 def stored_size(source: IO[bytes], *, name: str) -> tuple[int, int]:
-    """Width and height of an encoded image as stored; only its head is read. Errors as those of `open_image`."""
+    """Width and height of an encoded image as stored, from its head; errors as `open_image`'s."""
     try:
         with Image.open(source) as image:
             return image.size
@@ -103,7 +82,7 @@ def stored_size(source: IO[bytes], *, name: str) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image as its Exif orientation says. Only this tag is read: cameras and editors write many of the others wrongly."""
+    """The image as its Exif orientation says; other tags, often broken, are not read."""
     try:
         method = _TRANSPOSED.get(image.getexif().get(_ORIENTATION, 1))
     except (ValueError, TypeError, KeyError, SyntaxError, OSError, struct.error):
@@ -112,7 +91,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _scale_transparency(image: Image.Image, *, bit_depth: int) -> None:
-    """The transparent colour of a PNG in the 8 bits that Pillow gives its pixels; it leaves the file's own bits."""
+    """Scale the transparent colour of a PNG to 8 bits, as Pillow scales the pixels alone."""
     key = image.info.get("transparency")
     if isinstance(key, int) and image.mode == "L":
         image.info["transparency"] = key * 255 // (2**bit_depth - 1)
@@ -121,17 +100,16 @@ def _scale_transparency(image: Image.Image, *, bit_depth: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any colour mode to RGB; transparent parts are laid on white, deep and float grey is scaled to 8 bits."""
+    """Any colour mode -> RGB: transparency becomes white, deep and float grey is scaled to 8 bits."""
     if image.mode.startswith(("I", "F")):
-        values, key = np.asarray(image), image.info.get("transparency")
-        white = _white(values, image.mode)
+        values = np.asarray(image)
+        key = image.info.get("transparency")
+        scale = 255 / _white(values, image.mode)
         grey = np.empty(values.shape, np.uint8)
-        for row, scaled in zip(
-            values, grey, strict=True
-        ):  # a large image as a whole would take many times its memory
-            scaled[:] = (
-                np.nan_to_num(row.astype(np.float32) * (255 / white), posinf=0).clip(0, 255).round()
-            )
+        # By rows: a large image as a whole would take many times its memory.
+        for row, scaled in zip(values, grey, strict=True):
+            levels = np.nan_to_num(row.astype(np.float32) * scale, posinf=0)
+            scaled[:] = levels.clip(0, 255).round()
         image = Image.fromarray(grey)
         if isinstance(key, int):
             image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
@@ -143,18 +121,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _white(values: np.ndarray, mode: str) -> float:
-    """The value that means white; files with 32 bits do not say which, so it is the next usual one above their largest."""
+    """The value that means white: for 32 bits a guess, the next usual one above the largest."""
     if mode.startswith("I;16"):
         return 65535
     largest = float(values.max(initial=0, where=np.isfinite(values)))
-    return next(
-        (white for white in ((1, 255, 65535) if mode == "F" else (255, 65535)) if largest <= white),
-        largest,
-    )
+    usual = (1, 255, 65535) if mode == "F" else (255, 65535)
+    return next((white for white in usual if largest <= white), largest)
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter edge to `size` (bicubic, antialiased) and take the centre `size` x `size`."""
+    """Resize the shorter edge to `size` (bicubic, antialiased) and cut out the central square."""
     if image.size == (size, size):
         return image
     return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
@@ -171,7 +147,7 @@ def image_to_tensor(image: Image.Image) -> Tensor:
 
 
 def tensor_to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] -> uint8, clamped and *rounded* (truncation darkens: 0.999 must become 255)."""
+    """Images in [0, 1] -> uint8, clamped and rounded: truncation would make 254 of 0.999."""
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -190,14 +166,14 @@ def save_image(image: Image.Image, path: str | Path) -> None:
 def image_grid(
     rows: Sequence[Sequence[Tensor]], *, labels: Sequence[str] = (), scale: int = 2, gap: int = 4
 ) -> Image.Image:
-    """Lay image tensors (3, H, W) out in rows on white, each `scale` times enlarged, with a label left of each row."""
+    """Rows of image tensors (3, H, W) on white, enlarged `scale` times, each after its label."""
     labels = [label if len(label) <= LABEL else f"{label[: LABEL - 3]}..." for label in labels]
-    height, width = rows[0][0].shape[-2] * scale, rows[0][0].shape[-1] * scale
+    height = rows[0][0].shape[-2] * scale
+    width = rows[0][0].shape[-1] * scale
     margin = 8 * max((len(label) for label in labels), default=0)
     columns = max(len(row) for row in rows)
-    canvas = Image.new(
-        "RGB", (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap), "white"
-    )
+    size = (margin + columns * (width + gap) + gap, len(rows) * (height + gap) + gap)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for i, row in enumerate(rows):
         top = gap + i * (height + gap)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class Muon(timm.optim.muon.Muon):
     """Muon (orthogonalised momentum for matrices, AdamW for groups with `use_fallback`).
 
-    A step is skipped where `found_inf` is not 0, as by fused AdamW. Reading it makes the host wait for
-    the device, which costs little next to the orthogonalisation.
+    A step is skipped where `found_inf` is not 0, as by fused AdamW. Reading it makes the host wait
+    for the device, which costs little next to the orthogonalisation.
     """
 
     found_inf: Tensor | None = None

@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -96,7 +95,7 @@ def open(
     if is_main_process():
         run.path.mkdir(parents=True, exist_ok=True)
         hold(run.path / ".lock", str(run.path))
-        remove_temporaries(run.path)
+        remove_leftovers(run.path, exclusive=True)
         if settings is not None and run.has_results():
             refuse_changes(run.path, changed_settings(run.path, settings, ignore))
     return run
@@ -106,7 +105,8 @@ class Run:
     """The folder of one run, see `open`. Only the main process writes."""
 
     def __init__(self, path: Path, settings: Any, seed: int) -> None:
-        self.path, self.settings, self.seed = path, settings, seed
+        self.path, self.settings = path, settings
+        self.seed = seed
         self._events: Any = None
 
     def has_results(self) -> bool:
@@ -156,7 +156,7 @@ class Run:
         return True
 
     def rewind(self, step: int) -> None:
-        """Forget metrics after `step`, which an interrupted run logged and a resume computes again."""
+        """Forget metrics after `step`: a resume computes these steps again."""
         if not is_main_process():
             return
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
@@ -186,16 +186,6 @@ class Run:
     def prune_checkpoints(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints."""
         prune(self.checkpoints(), keep)
-
-
-class RunDirectory(Run):
-    """`open`, until all jobs call it."""
-
-    def __init__(
-        self, path: str | Path, config: Any = None, *, seed: int = 0, ignore: Collection[str] = ()
-    ) -> None:
-        super().__init__(Path(path), config, seed)
-        open(path, config, seed=seed, ignore=ignore)
 
 
 def kept(file: str | Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> Any:
@@ -338,7 +328,7 @@ def hold(lock_file: Path, what: str) -> None:
         return
     stream = lock_file.open("a+")
     try:
-        # Unlike flock's, these locks end with the process even if its workers live on; NFS has them.
+        # Unlike flock's, these locks end with the process, not with its workers, and NFS has them.
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -357,14 +347,6 @@ def prune(paths: Sequence[Path], keep: int) -> None:
     """Delete all but the last `keep` folders."""
     for path in paths[:-keep]:
         discard(path)
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes left half-written; the caller holds the folder."""
-    remove_leftovers(folder, exclusive=True)
-    for path in folder.glob(".*"):
-        if path.name.endswith((".tmp", ".staging")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -136,13 +136,13 @@ def build_optimizers(
 
 
 def diverged(problem: str) -> FloatingPointError:
-    """The error of a training that cannot continue: its checkpoint would restore the learning rate."""
+    """The error of a training that cannot continue; a checkpoint would restore its rate."""
     advice = "Start again with a lower learning_rate and another output_dir"
     return FloatingPointError(f"{problem}. {advice}")
 
 
 class InstrumentCallback(TrainerCallback):
-    """One line per logging step, with the remaining time; the same numbers go to the run directory."""
+    """One line per logging step, with the remaining time; its numbers go to the run directory."""
 
     def __init__(self, run: Run, name: str) -> None:
         self.run, self.name = run, name
@@ -237,8 +237,8 @@ def check_launch(config: OptimizationConfig, output_dir: Path) -> None:
     """Refuse, before anything is built, what this number of processes cannot train or resume.
 
     Raises:
-        ValueError: when the batch cannot be shared by the processes, or when DeepSpeed cut the newest
-            checkpoint for another number of processes.
+        ValueError: when the batch cannot be shared by the processes, or when DeepSpeed cut the
+            newest checkpoint for another number of processes.
     """
     fit_batch(config.global_batch_size, config.micro_batch_size, world_size())
     for newest in checkpoints(output_dir)[-1:]:
@@ -259,8 +259,8 @@ def run_trainer(trainer: Trainer) -> None:
         FloatingPointError: when the training has diverged.
     """
     trainer.remove_callback(PrinterCallback)  # the instrument callback prints the line
-    # Checks of transformers for which the host would wait in every forward pass; our collators count
-    # image tokens.
+    # Checks of transformers for which the host would wait in every forward pass; our collators
+    # count image tokens.
     os.environ.setdefault("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
     output_dir = Path(str(trainer.args.output_dir))
     if is_main_process() and output_dir.is_dir():

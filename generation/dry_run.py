@@ -71,7 +71,7 @@ def rehearsal(config: TrainingConfig, folder: Path) -> TrainingConfig:
 
 
 def without_download(model: GeneratorModelConfig) -> GeneratorModelConfig:
-    """The same model with random weights and a vocabulary of words, where it is not on this machine.
+    """The same model with random weights and a vocabulary of words, where it is not here.
 
     Raises:
         ValueError: when its configuration is not known either.

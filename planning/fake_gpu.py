@@ -4,9 +4,9 @@
         model(images.to("cuda")).sum().backward()
     gpu.peak_bytes, gpu.flops
 
-`cuda` tensors are torch's FakeTensors: shape, type and device, so a model of full size costs nothing,
-and tensors on two devices do not mix. CPU tensors are real, up to a size that only weights exceed.
-Values that are read back are made up: numbers are 1, truths false, tensors zero, and a search for
+`cuda` tensors are torch's FakeTensors: shape, type and device, so a model of full size costs
+nothing, and tensors on two devices do not mix. CPU tensors are real, up to a size that only weights
+exceed. Values that are read back are made up: numbers are 1, truths false, tensors zero, and a search for
 elements finds one (that of a mask from the host, as many as it has). Questions to the driver are
 answered, so that our code takes its own paths for a GPU.
 
@@ -237,7 +237,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The kernel that CUDA chooses: flash attention, or the memory-efficient one for masks and fp32."""
+    """The kernel that CUDA chooses: flash attention, or the efficient one for masks and fp32."""
     if not is_on_gpu(query):
         options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         return _real_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
@@ -364,7 +364,8 @@ _GRAPH_TASKS = itertools.count()
 
 
 class _Properties:
-    name, major, minor = "fake GPU", 9, 0
+    name = "fake GPU"
+    major, minor = 9, 0
     total_memory, multi_processor_count = 80 * GIB, 132
 
 
@@ -403,6 +404,10 @@ _data_ptr = torch.UntypedStorage.data_ptr
 
 def _storage_address(storage: torch.UntypedStorage) -> int:
     return _data_ptr(storage) if storage.device.type == "cpu" else storage._cdata
+
+
+def _reduce(tensor: Tensor, protocol: Any) -> Any:
+    return tensor.detach().cpu().__reduce_ex__(protocol)
 
 
 def _address(tensor: Tensor) -> Any:
@@ -444,8 +449,7 @@ def fake_gpu(
         put(torch.autograd, backward=_backward, grad=_grad)
         put(nn.Module, _apply=_move)
         put(Tensor, pin_memory=_pinned)
-        pickled = lambda tensor, protocol: tensor.detach().cpu().__reduce_ex__(protocol)  # noqa: E731
-        put(FakeTensor, data_ptr=_address, __reduce_ex__=pickled)
+        put(FakeTensor, data_ptr=_address, __reduce_ex__=_reduce)
         put(torch.UntypedStorage, data_ptr=_storage_address)
         put(torch, _check_tensor_all_with=check, Generator=Generator)
         put(nn.functional, scaled_dot_product_attention=_attention)

@@ -1,7 +1,8 @@
 """`vqrae plan CONFIG`: what a training takes of each GPU, by number of GPUs and ZeRO stage.
 
-Its own `dry_run` takes two steps on a fake GPU, which counts memory and FLOPs. Nothing is downloaded
-or computed, and ZeRO, which divides weights, gradients and optimizer states, is arithmetic.
+Its own `dry_run` takes two steps on a fake GPU, which counts memory and FLOPs. Nothing is
+downloaded or computed, and ZeRO, which divides weights, gradients and optimizer states, is
+arithmetic.
 """
 
 import contextlib

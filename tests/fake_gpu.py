@@ -25,7 +25,7 @@ TORCH = str(Path(torch.__file__).parent)
 
 
 class WatchedGPU(planning.FakeGPU):
-    """Lists in `waits` what made the host wait since it was last cleared, with our line that did."""
+    """Lists in `waits` what made the host wait since it was last cleared, with our line."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -1,4 +1,4 @@
-"""The tokenizer's `dry_run=N`: the configured stages on rendered scenes (see `vqrae.common.dry_run`).
+"""The tokenizer's `dry_run=N`: its stages on rendered scenes (see `vqrae.common.dry_run`).
 
 The discriminator takes part from the first step on; the global batch is one micro-batch of every
 process.

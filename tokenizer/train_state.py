@@ -4,7 +4,6 @@ Nothing here makes the host wait for the device before something is logged or sa
 """
 
 import copy
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vqrae.common.checkpoints import require_finite
-from vqrae.common.distributed import is_main_process, require_same_partition, world_size
+from vqrae.common.distributed import (
+    is_main_process,
+    require_same_partition,
+    shared_path,
+    world_size,
+)
 from vqrae.common.files import atomic_path, read_json, write_json
 from vqrae.common.run import Run, mark_trained
 from vqrae.tokenizer.codebook import CodeUsage
@@ -154,24 +158,23 @@ class TrainState:
             keep: newest checkpoints to leave.
         """
         require_finite(self.model, f"{run.path}, step {step}")
-        temporary = run.path / f".step-{step}.tmp"
-        folder = temporary / "train_state"
-        if is_main_process():
-            shutil.rmtree(temporary, ignore_errors=True)
-            for name, model in self._models().items():
-                model.save_pretrained(temporary / name)
-        for name, engine in self.engines.items():
+        with shared_path(run.path / f"step-{step}") as temporary:
+            folder = temporary / "train_state"
+            if is_main_process():
+                for name, model in self._models().items():
+                    model.save_pretrained(temporary / name)
+            for name, engine in self.engines.items():
+                self._wait()
+                engine.save_state(str(folder / name))
             self._wait()
-            engine.save_state(str(folder / name))
-        self._wait()
-        for window in self.windows.values():
-            window.gather(engine)
+            for window in self.windows.values():
+                window.gather(engine)
+            if is_main_process():
+                parts = {name: part.state_dict() for name, part in self._counted().items()}
+                torch.save(parts, folder / COUNTERS_FILE)
+                state = {"step": step, "zero": zero, "processes": world_size()}
+                write_json(folder / STATE_FILE, state)
         if is_main_process():
-            parts = {name: part.state_dict() for name, part in self._counted().items()}
-            torch.save(parts, folder / COUNTERS_FILE)
-            state = {"step": step, "zero": zero, "processes": world_size()}
-            write_json(folder / STATE_FILE, state)
-            temporary.rename(run.path / f"step-{step}")
             run.prune_checkpoints(keep)
         self._leave_windows_to_main()
         self._wait()

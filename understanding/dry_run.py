@@ -76,7 +76,7 @@ def rehearsal(config: "TrainConfig", folder: Path) -> "TrainConfig":
 
 
 def write_dialogues(folder: Path, words: int, size: int = 256) -> None:
-    """LLaVA's format: an image, and an answer of this number of words, of which none is left out."""
+    """Dialogues in LLaVA's format: an image, and an answer of this number of words."""
     Image.new("RGB", (64, 64)).save(folder / "image.png")
     turns = [
         {"from": "human", "value": "<image>\nword"},

@@ -36,7 +36,7 @@ from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.dry_run import print_reports
 from vqrae.common.errors import require_package, run_main
-from vqrae.common.files import atomic_path, printable
+from vqrae.common.files import atomic_path, printable, remove_leftovers
 from vqrae.common.trainer import (
     InstrumentCallback,
     OptimizationConfig,
@@ -149,7 +149,7 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
     else:
         unread = {"pretrain", "pretrain_data", "pretrain_image_folder"}
         if is_main_process():
-            runs.remove_temporaries(output)
+            remove_leftovers(output, exclusive=True)
             if pretrained.is_dir():
                 others = {f.name for f in dataclasses.fields(config)} - BUILT_BY_PRETRAIN
                 folder = pretrained.parent

@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from vqrae.common import run as runs
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.distributed import fit_batch
 from vqrae.common.files import atomic_path, require_same_tokenizer, weights_fingerprint, write_json
 from vqrae.common.images import image_grid, image_to_tensor, open_image, tensor_to_uint8
 from vqrae.common.optim import warmup_cosine
-from vqrae.common.run import RunDirectory, format_duration, read_metrics
+from vqrae.common.run import format_duration, read_metrics
 from vqrae.data.stream import StreamSampler
 
 
@@ -143,7 +144,7 @@ def test_models_are_found_where_people_point(tmp_path: Path) -> None:
 
 
 def test_metrics_survive_a_crash_and_a_rewind(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
+    run = runs.open(tmp_path)
     run.begin()
     for step in (1, 2, 3):
         run.log(step, {"loss": 1 / step})

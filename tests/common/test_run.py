@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from vqrae.common import run as runs
 from vqrae.common.files import read_json
-from vqrae.common.run import RunDirectory, changed_settings, hold, kept, mark_trained, trained_steps
+from vqrae.common.run import changed_settings, hold, kept, mark_trained, trained_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Settings:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run that has a checkpoint."""
-    RunDirectory(tmp_path, Settings()).begin({"data": "a"})
+    runs.open(tmp_path, Settings()).begin({"data": "a"})
     (tmp_path / "checkpoint-2").mkdir()
     return tmp_path
 
@@ -41,7 +42,7 @@ def test_other_settings_are_refused_by_name_and_nothing_is_written(run: Path) ->
     before = {file.name: file.read_bytes() for file in run.glob("*.*") if file.is_file()}
     other = Settings(data="mine.json", steps=Steps(learning_rate=1e-4, extra={"adafactor": True}))
     with pytest.raises(ValueError, match="differ") as error:
-        RunDirectory(run, other)
+        runs.open(run, other)
     for change in (
         "data 'scenes' -> 'mine.json'",
         "steps.learning_rate 0.001 -> 0.0001",
@@ -49,9 +50,9 @@ def test_other_settings_are_refused_by_name_and_nothing_is_written(run: Path) ->
     ):
         assert change in str(error.value)
     with pytest.raises(ValueError, match="max_steps 4 -> 2"):
-        RunDirectory(run, Settings(steps=Steps(max_steps=2)))
+        runs.open(run, Settings(steps=Steps(max_steps=2)))
     with pytest.raises(ValueError, match="data 'a' -> 'b'"):
-        RunDirectory(run, Settings()).begin({"data": "b"})
+        runs.open(run, Settings()).begin({"data": "b"})
     assert before == {file.name: file.read_bytes() for file in run.glob("*.*") if file.is_file()}
 
 
@@ -60,7 +61,7 @@ def test_more_steps_and_another_machine_are_no_other_settings(run: Path) -> None
         output_dir="elsewhere",
         steps=Steps(max_steps=8, micro_batch_size=1, extra={"gradient_checkpointing": True}),
     )
-    RunDirectory(run, grown).begin({"data": "a", "new": "c"})
+    runs.open(run, grown).begin({"data": "a", "new": "c"})
     assert "max_steps: 8" in (run / "config.yaml").read_text()
     assert not changed_settings(run, grown)
     assert not changed_settings(run, dataclasses.replace(grown, data="other"), ignore={"data"})
@@ -69,7 +70,7 @@ def test_more_steps_and_another_machine_are_no_other_settings(run: Path) -> None
 def test_the_manifest_keeps_every_launch(run: Path) -> None:
     first = read_json(run / "manifest.json")
     for _ in range(2):
-        RunDirectory(run, Settings()).begin({"data": "a"})
+        runs.open(run, Settings()).begin({"data": "a"})
     manifest = read_json(run / "manifest.json")
     assert {key: manifest[key] for key in first} == first
     assert [set(launch) for launch in manifest["resumed"]] == [
@@ -78,8 +79,8 @@ def test_the_manifest_keeps_every_launch(run: Path) -> None:
 
 
 def test_a_run_without_results_may_begin_with_other_settings(tmp_path: Path) -> None:
-    RunDirectory(tmp_path, Settings(data="tpyo")).begin({"data": "a"})
-    RunDirectory(tmp_path, Settings(data="typo")).begin({"data": "b"})
+    runs.open(tmp_path, Settings(data="tpyo")).begin({"data": "a"})
+    runs.open(tmp_path, Settings(data="typo")).begin({"data": "b"})
     assert "data: typo" in (tmp_path / "config.yaml").read_text()
     assert "resumed" not in read_json(tmp_path / "manifest.json")
 
@@ -88,12 +89,13 @@ def test_what_killed_processes_left_is_removed(run: Path) -> None:
     (run / ".model.123@00000000.tmp").mkdir()
     (run / ".model.123@00000000.tmp" / "model.safetensors").touch()
     (run / ".config.yaml.9@00000000.tmp").touch()
-    RunDirectory(run, Settings()).begin()
+    runs.open(run, Settings()).begin()
     assert [path.name for path in run.glob(".*")] == [".lock"]
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
-    code = "import sys; from vqrae.common.run import RunDirectory; RunDirectory(sys.argv[1]); print('in', flush=True); input()"
+    code = "import sys; from vqrae.common import run; run.open(sys.argv[1]); "
+    code += "print('in', flush=True); input()"
     process = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(
         process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -101,9 +103,9 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == "in\n"
         with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {other.pid} on"):
-            RunDirectory(tmp_path)
+            runs.open(tmp_path)
         other.kill()
-    RunDirectory(tmp_path)
+    runs.open(tmp_path)
     hold(tmp_path / ".lock", "again, in the same process")
 
 
