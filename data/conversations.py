@@ -55,17 +55,22 @@ def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
     if not num_images and any(_VIDEO.search(turn["value"]) for turn in turns):
         raise ValueError("is about a video, which this model cannot see")
     tags = [turn["value"].count(IMAGE_TAG) for turn in turns]
+    _check_tags(tags, num_images)
+    normalized = []
+    for turn, count in zip(turns, tags, strict=True):
+        text = turn["value"].replace(IMAGE_TAG, "").strip()
+        normalized.append({"from": turn["from"], "value": f"{IMAGE_TAG}\n" * count + text})
+    return normalized
+
+
+def _check_tags(tags: list[int], num_images: int) -> None:
+    """Whether the number of image tags in each turn fits the images of a record."""
     if sum(tags) != num_images:
         images = f"{num_images or 'no'} image{'s' * (num_images > 1)}"
         raise ValueError(f"has {images}, but {sum(tags)} {IMAGE_TAG} tag{'s' * (sum(tags) != 1)}")
     if any(tags[1::2]):
         turn = tags.index(max(tags[1::2])) + 1
         raise ValueError(f"{IMAGE_TAG} is in an answer (turn {turn}), expected it in a question")
-    normalized = []
-    for turn, count in zip(turns, tags, strict=True):
-        text = turn["value"].replace(IMAGE_TAG, "").strip()
-        normalized.append({"from": turn["from"], "value": f"{IMAGE_TAG}\n" * count + text})
-    return normalized
 
 
 def _is_turn(turn: Any) -> bool:
@@ -127,6 +132,7 @@ def stored_records(path: str | Path) -> list[Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    # The suffix does not tell: LLaVA's lists are .json, but so are lines of other programs.
     with path.open("rb") as stream:
         is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     found = read_json(path) if is_list else [line for _, line in raw_lines(path) if line.strip()]

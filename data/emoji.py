@@ -95,6 +95,7 @@ class EmojiDataset(EncodedImages):
 
     def background(self, file: str, epoch: int) -> str:
         """Name of the background colour of an image in an epoch."""
+        # 5 and 12 have no common factor: twelve epochs show every background.
         return list(BACKGROUNDS)[(name_hash(file) + self.seed + 5 * epoch) % len(BACKGROUNDS)]
 
     def encoded(self, draw: Draw) -> Encoded:

@@ -160,6 +160,7 @@ class HuggingFaceDataset(EncodedImages):
                 "name one with ,caption=COLUMN"
             )
         table = without_decoding(table, self.image_column)
+        # Any other column would be read with every row.
         columns = [name for name in (self.image_column, self.caption_column) if name]
         self.table = table.select_columns(columns)
         hashes = [name_hash(str(row)) for row in range(len(table))]

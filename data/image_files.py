@@ -58,7 +58,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         for start in starts:
             for place, folders, files in os.walk(start, onerror=report):
                 status = os.stat(place)
-                if (status.st_dev, status.st_ino) in seen:
+                if (status.st_dev, status.st_ino) in seen:  # a link to it came first, or a loop
                     folders.clear()
                     continue
                 seen.add((status.st_dev, status.st_ino))

@@ -59,6 +59,7 @@ def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarr
             "give more, or split=all"
         )
     held_out = max(1, round(VALIDATION_SHARE * len(hashes)))
+    # Stable: samples of one hash keep their order on every machine.
     order = np.argsort(hashes, kind="stable")
     return np.sort(order[-held_out:] if split == "validation" else order[:-held_out])
 
@@ -235,6 +236,7 @@ class EncodedImages(TolerantDataset):
         self.image_size, self.captions = image_size, captions
         self.split, self.size = split, size
         self.crop, self.seed = crop, seed
+        # A zoom cuts out less than the whole edge, so more of it must be decoded.
         self.draft = math.ceil(image_size / (ZOOM if crop == "zoom" else 1)) if draft else 0
         self.min_edge, self.max_aspect = min_edge, max_aspect
 

@@ -171,14 +171,7 @@ def _open(
             split, size, item=item, image_size=image_size, sprites=sprites, seed=seed
         )
     if item == "conversation":
-        if not holds_conversations(source):
-            forms = "scenes, a .json file or hf:NAME"
-            raise ValueError(f"{source} holds no conversations: give {forms}")
-        if split == "validation":
-            raise ValueError(f"{source} is trained on whole, without validation: give another file")
-        if kind == "hf":
-            return ConversationTable(source, size=size)
-        return Conversations(source, size=size, **options)
+        return _open_records(source, size=size, split=split, **options)
     if kind == "codes" and tokenizer_fingerprint:
         return CodeDataset(source, tokenizer_fingerprint=tokenizer_fingerprint)
     if kind in ("json", "codes"):
@@ -191,6 +184,19 @@ def _open(
         )
     options |= {"size": size, "split": split, "seed": seed}
     return READERS[kind](source, image_size=image_size, captions=item != "image", **options)
+
+
+def _open_records(
+    source: str, *, size: int | None, split: FileSplit, **options: Any
+) -> Conversations | ConversationTable:
+    if not holds_conversations(source):
+        forms = "scenes, a .json file or hf:NAME"
+        raise ValueError(f"{source} holds no conversations: give {forms}")
+    if split == "validation":
+        raise ValueError(f"{source} is trained on whole, without validation: give another file")
+    if source_kind(source) == "hf":
+        return ConversationTable(source, size=size)
+    return Conversations(source, size=size, **options)
 
 
 # ---- questions about sources

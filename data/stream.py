@@ -51,7 +51,7 @@ def shuffled(place: int, size: int, *key: int) -> int:
     salt = ",".join(map(str, key)).encode()
     while True:
         left, right = place >> half, place & mask
-        for turn in range(4):
+        for turn in range(4):  # rounds that make it pseudorandom (Luby and Rackoff 1988)
             digest = hashlib.blake2b(b"%d,%d," % (turn, right) + salt, digest_size=8).digest()
             left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
         place = left << half | right
@@ -98,6 +98,7 @@ class StreamSampler(Sampler[int]):
             else:
                 epoch, place = divmod(position, size)
                 if epoch != order_epoch:
+                    # A prime beyond any number of epochs: no two (seed, epoch) share a permutation.
                     generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                     order, order_epoch = torch.randperm(size, generator=generator), epoch
                 yield Draw(int(order[place]), epoch)
@@ -218,6 +219,7 @@ class Mixture(Dataset):
         size: int | None = None,
         repeat: bool = True,
     ) -> None:
+        # As decimals: 0.1 is a tenth, not the nearest binary fraction.
         shares = [Fraction(str(weight)) for weight in weights]
         shown = [float(share) for share in shares]
         if min(shares) <= 0:
@@ -239,6 +241,7 @@ class Mixture(Dataset):
         self.size = size or self._epoch_size(repeat)
 
     def _epoch_size(self, repeat: bool) -> int:
+        # Near the answer; the shuffled windows move it by a few samples.
         needed = self.sizes * len(self._schedule) / self._before[-1]
         if repeat:
             size = max(1, int(needed.max()) - WINDOW)

@@ -202,6 +202,7 @@ def _places(tar: int, samples: np.ndarray) -> np.ndarray:
         samples[:, _TEXT_OFFSET] // tarfile.BLOCKSIZE,
         np.where((samples[:, _IS_JSON] > 0) & (size >= 0), -2 - size, size),
     ]
+    # Places are blocks of 512 bytes, of which int32 counts up to 1 TiB.
     return np.stack(columns, axis=1).astype(np.int32)
 
 
@@ -261,6 +262,7 @@ class TarDataset(EncodedImages):
     def encoded(self, draw: Draw) -> Encoded:
         tar, image, image_size, text, text_size = self.places[draw].tolist()
         if self.stage and self._in_training_order[0]:
+            # The tar that takes the place of this one when the buffer moves on.
             order, _ = self._order(draw.epoch)
             for later in order[np.flatnonzero(order == tar)[0] + self.buffer :][:1]:
                 self.stage.fetch_soon(self.paths[later])

@@ -111,6 +111,7 @@ def caption(
         counted = f"{number} {name}"
         forms = [counted, counted, colored if one_color else _enumerate(rich)]
     elif len(objects) == 2 and (where := relation(*objects)):
+        # Twice: a relation is said in every third caption of a pair.
         forms = [*forms * 2, f"{plain[0]} {where} {plain[1]}", f"{rich[0]} {where} {rich[1]}"]
     if detailed:
         forms = forms[-1:]
