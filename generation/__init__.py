@@ -1,1 +1,1 @@
-"""Next-token prediction on the tokenizer's codes with Qwen3: vocabulary, extraction, training, sampling."""
+"""Next-token prediction on codes with Qwen3: vocabulary, extraction, training, sampling."""

@@ -1,4 +1,4 @@
-"""Configuration of the generator: a YAML file with a section for extraction and one for training."""
+"""Configuration of the generator: one YAML file, sections for extraction and training."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -3,7 +3,7 @@
     python -m vqrae.generation.extract_codes tiny tokenizer=RUN source=scenes output_dir=CODES
     torchrun --nproc-per-node=8 -m vqrae.generation.extract_codes qwen3_0_6b source='DIR/*.tar'
 
-Every process takes every n-th shard. The same command skips the shards that are there;
+Every process takes every n-th shard. The same command skips finished shards;
 `vqrae check-data CODES` reads all of them again.
 """
 
@@ -82,7 +82,7 @@ def extract(config: ExtractionConfig) -> None:
                 f"{format_duration((total - done) / speed)} left",
                 flush=True,
             )
-    # The process that ends last says so.
+    # Printed by the process that ends last.
     if all(writer.is_complete(shard) for shard in range(manifest.num_shards)):
         size = f"{manifest.num_images} images x {manifest.num_codes} codes"
         print(f"finished: {config.output_dir} ({size})", flush=True)

@@ -36,7 +36,8 @@ class Generator:
         *,
         compile: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.compile = model.eval(), tokenizer.eval(), compile
+        self.model, self.tokenizer = model.eval(), tokenizer.eval()
+        self.compile = compile
         self.sampling = read_sampling(model.config)
         self.encode_prompt = PromptEncoder(
             text_tokenizer,

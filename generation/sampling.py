@@ -298,7 +298,8 @@ class StaticCache:
 
     def write_to(self, slots: Tensor, *, rows: int, length: int) -> None:
         """Where the next pass writes, and how many rows and slots it reads."""
-        self.slots, self.rows, self.length = slots, rows, length
+        self.slots = slots
+        self.rows, self.length = rows, length
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         both = self.layers[layer][:, : self.rows]

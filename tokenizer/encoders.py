@@ -102,7 +102,7 @@ OPENGVLAB_KEYS = (
 
 
 def convert_opengvlab(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of OpenGVLab's InternViT as those of `InternVLVisionModel`; joint qkv become three."""
+    """Weights of OpenGVLab's InternViT as those of `InternVLVisionModel`, with q, k, v apart."""
     converted = {}
     for key, tensor in state.items():
         for pattern, replacement in OPENGVLAB_KEYS:

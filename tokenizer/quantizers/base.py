@@ -62,7 +62,7 @@ class Quantizer(nn.Module, ABC):
         return features + (quantized - features).detach() if self.training else quantized
 
     def after_step(self, taken: Tensor) -> None:
-        """Called after every optimizer step, on all processes: what is learned without gradients.
+        """Update what is learned without gradients, after an optimizer step, on all processes.
 
         Args:
             taken: bool scalar; False when the step was skipped because its gradient was not finite.

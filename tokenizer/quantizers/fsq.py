@@ -50,7 +50,7 @@ class FSQ(Quantizer):
         init.copy_(self.bases, levels.cumprod(0) // levels)
 
     def to_code_space(self, features: Tensor) -> Tensor:
-        """Squash each channel to slightly more than its levels, so that all are reached; 0 stays 0."""
+        """Squash each channel to slightly more than its levels: all are reached, and 0 stays 0."""
         reach = (self.levels - 1) * (1 + 1e-3) / 2
         # An even number of levels is half a step off the centre of tanh.
         off_centre = (self.levels % 2 == 0) / 2

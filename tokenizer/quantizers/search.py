@@ -31,7 +31,8 @@ MAX_CANDIDATES = 32
 WIDE_NUMBERS = 2**19
 
 # Unit roundoffs: the largest relative error of one rounding.
-BF16, FP32, FP64 = 2.0**-8, 2.0**-24, 2.0**-53
+BF16, FP32 = 2.0**-8, 2.0**-24
+FP64 = 2.0**-53
 
 # Features (R, E) -> scores (R, K) and their slack (R,): no score is further than that from its true
 # value, up to a shift that all codes of a feature share.
@@ -76,8 +77,8 @@ def best_codes(
 ) -> Tensor:
     """Codes (...) with the largest score z.e - offset, for features z (..., E).
 
-    Among scores that float64 cannot tell apart the lowest code wins; a feature that is not finite
-    gets code 0. Memory beyond the codes does not grow with the number of features.
+    Among scores that are equal up to float64 rounding the lowest code wins; a feature that is not
+    finite gets code 0. Memory beyond the codes does not grow with the number of features.
 
     Args:
         table: code vectors e (K, E).
@@ -182,7 +183,8 @@ def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
     """
     center = table.mean(0)
     low = torch.empty_like(table, dtype=torch.bfloat16)
-    norms, losses, shifts = [], [], []
+    norms, losses = [], []
+    shifts = []
     for part, target in zip(_split_wide(table), _split_wide(low), strict=True):
         centred = part - center
         target.copy_(centred)
