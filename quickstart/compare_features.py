@@ -2,7 +2,8 @@
 
     python -m vqrae.quickstart.compare_features tokenizer=RUN llm=RUN output=runs/feature_quality
 
-One LLaVA on each of four kinds of features, all else equal (arXiv 2511.23386, Table 6, section 3.4):
+One LLaVA on each of four kinds of features, all else equal (arXiv 2511.23386, Table 6, section
+3.4):
 
     original     continuous, of the encoder before the tokenizer's training (stage 1 freezes it)
     distilled    continuous, of stage 2, which reconstructs and is distilled from the original
@@ -99,12 +100,13 @@ def compare(config: FeatureQualityConfig) -> dict[str, Any]:
 
 
 def find_tokenizers(config: FeatureQualityConfig) -> dict[str, Path]:
-    """The tokenizer of each kind; the one without distillation is trained first if it is missing."""
+    """The tokenizer of each kind; the one without distillation is trained if it is missing."""
     run = Path(config.tokenizer)
     for part in ("config.yaml", "stage1/model/config.json", "stage2/model/config.json"):
         if not (run / part).is_file():
             raise FileNotFoundError(
-                f"{run / part} does not exist: give the run directory of a tokenizer with both stages"
+                f"{run / part} does not exist: give the run directory of a tokenizer with "
+                "both stages"
             )
     undistilled = Path(config.output) / "tokenizer_undistilled"
     if not (undistilled / "stage1").is_dir():
@@ -179,7 +181,7 @@ def score_llava(
 
 
 def markdown(kinds: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row for each kind of features: mean over seeds, and their range where there are several."""
+    """One row for each kind of features: mean over seeds, and the range of several."""
     seeds = list(kinds["original"]["seeds"].values())
     names = list(seeds[0]["kinds"])
     questions = [name.replace("_", "/") for name in names]

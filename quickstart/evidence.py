@@ -1,8 +1,9 @@
 """What the steps of a quickstart run left in its folder, read for the report.
 
-    DIR/plan.json, DIR/steps/NAME.json      budget in minutes and optimizer steps; seconds of each step
-    DIR/{encoder,tokenizer,llm,…}           run directories
-    DIR/evaluation/                         reconstruction.json, questions.json, generation.json, images/
+    DIR/plan.json, DIR/steps/NAME.json      budget in minutes and optimizer steps; seconds of each
+    step DIR/{encoder,tokenizer,llm,…}           run directories
+    DIR/evaluation/                         reconstruction.json, questions.json, generation.json,
+    images/
 
 A step that has not run leaves None or nothing. Examples are always the first ones.
 """
@@ -242,7 +243,7 @@ def figure_rows(values: dict[str, Any], budget: int | None) -> list[Row]:
             (0.75, 0.95),
             "of questions answered right",
         ),
-        row("… more than blind", gain, "{:+.1f} points", "what seeing adds to guessing", (25, 25)),
+        row("… more than blind", gain, "{:+.1f} points", "what seeing adds", (25, 25)),
         row(
             "Prompts followed",
             generation.get("overall"),
@@ -300,7 +301,7 @@ def reconstruct_scenes(evidence: Evidence, count: int) -> Reconstructions | None
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with its images; `held_out` when it names a combination that training never shows."""
+    """A prompt with its images; `held_out` if it names a combination that training never shows."""
 
     text: str
     held_out: bool

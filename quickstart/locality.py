@@ -2,10 +2,10 @@
 
     python -m vqrae.quickstart.locality model=runs/tokenizer output=locality.json
 
-A patch of one colour looks the same in a star and in a circle. Where its code still distinguishes the
-two, codes stand for whole objects, and an object that training never showed (a red circle) has no
-codes: it is reconstructed as another one, and no generator can draw it. VQRAE's Figure 4 finds that
-its codes group textures where its continuous features group objects.
+A patch of one colour looks the same in a star and in a circle. Where its code still distinguishes
+the two, codes stand for whole objects, and an object that training never showed (a red circle) has
+no codes: it is reconstructed as another one, and no generator can draw it. VQRAE's Figure 4 finds
+that its codes group textures where its continuous features group objects.
 """
 
 import itertools
@@ -38,7 +38,7 @@ IMAGES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class LocalityConfig:
-    """Score what a tokenizer's codes know of objects, and how it reconstructs unseen combinations."""
+    """Score what a tokenizer's codes know of objects, and its reconstructions of unseen ones."""
 
     model: str
     """Tokenizer: run directory, checkpoint folder or hub id."""
@@ -151,8 +151,9 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"codes of one-coloured patches know {scores['known_share']:.0%} of the name of their "
             f"object ({scores['codes_per_color']:.1f} codes a colour, {scores['num_patches']:,} "
-            f"patches)\nreconstructions satisfy GenEval's rules: {halves['seen']:.0%} of combinations "
-            f"seen in training, {halves['held_out']:.0%} of others  ->  {config.output}"
+            f"patches)\nreconstructions satisfy GenEval's rules: {halves['seen']:.0%} of "
+            f"combinations seen in training, {halves['held_out']:.0%} of others  "
+            f"->  {config.output}"
         )
 
 

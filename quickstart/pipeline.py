@@ -1,11 +1,11 @@
-"""The whole idea on one CPU: encoder, tokenizer, understanding, generation, evaluations, one report.
+"""The whole idea on one CPU: encoder, tokenizer, understanding, generation, scores, a report.
 
     bash scripts/quickstart.sh [--minutes M] [--output DIR] [--sprites shapes|emoji]
 
-Every step is an ordinary command with the configuration `tiny`; only the numbers of steps follow the
-minutes. Understanding and generation need nothing of each other, so they run side by side, with half
-of the cores each. A finished step is not repeated, an interrupted one resumes: after any crash, run
-the same command again.
+Every step is an ordinary command with the configuration `tiny`; only the numbers of steps follow
+the minutes. Understanding and generation need nothing of each other, so they run side by side, with
+half of the cores each. A finished step is not repeated, an interrupted one resumes: after any
+crash, run the same command again.
 """
 
 import fcntl
@@ -40,8 +40,8 @@ TRAINING_STEPS = {
     "understanding.sft": 900,
     "generation": 2500,
 }
-# … up to these factors, where more brings little (docs/quickstart.md). Generation takes the remaining
-# time.
+# … up to these factors, where more brings little (docs/quickstart.md). Generation takes the
+# remaining time.
 LARGEST_SCALE = dict.fromkeys(TRAINING_STEPS, 3.0) | {
     "llm": 1.0,
     "understanding.sft": 2.0,
@@ -101,7 +101,7 @@ def save_every(count: int) -> str:
 
 
 def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[list[list[Step]]]:
-    """All commands: phases in order, each of branches that run side by side, each of steps in order."""
+    """All commands: phases in order, each of parallel branches, each of steps in order."""
     source = "scenes" if sprites == "shapes" else f"scenes:{sprites}"
     scores = output / "evaluation"
     stage2, sft, generation = (
@@ -187,7 +187,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[list[lis
 
 
 class Clock:
-    """Seconds of every step in `steps/NAME.json`, also while it runs: an interruption loses none."""
+    """Seconds of every step in `steps/NAME.json`, written while it runs for interruptions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -219,7 +219,7 @@ def exclusive_lock(output: Path) -> Iterator[None]:
 
 
 def die_with_parent() -> list[str]:
-    """Words before a command that end it when this process is killed, if the system has them (Linux)."""
+    """Words before a command that end it when this process is killed; none outside of Linux."""
     return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
@@ -258,7 +258,8 @@ def run_phase(branches: Sequence[Sequence[Step]], clock: Clock) -> None:
     """Run the branches of a phase side by side, without the steps that are done.
 
     Raises:
-        SystemExit: when a step failed, after the other branch has ended. Ctrl-C and SIGTERM end all.
+        SystemExit: when a step failed, after the other branch has ended. Ctrl-C and SIGTERM end
+            all.
     """
     stopped = threading.Event()
     num_threads = max(1, (os.cpu_count() or 1) // len(branches)) if len(branches) > 1 else None
@@ -307,8 +308,8 @@ def main(argv: list[str] | None = None) -> None:
     plan_file = output / "plan.json"
     if plan_file.exists() and read_json(plan_file) != chosen:
         raise ValueError(
-            f"{output} was started with other options ({plan_file}): repeat them, or choose another "
-            "--output"
+            f"{output} was started with other options ({plan_file}): repeat them, or choose "
+            "another --output"
         )
     write_json(plan_file, chosen)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,11 +1,11 @@
-"""Give a small encoder semantics before it is quantized: SigLIP's sigmoid loss (arXiv 2303.15343) on
-images and captions and, densely, on patches and the phrases of what they show.
+"""Give a small encoder semantics before it is quantized: SigLIP's sigmoid loss (arXiv 2303.15343)
+on images and captions and, densely, on patches and the phrases of what they show.
 
     python -m vqrae.quickstart.pretrain_encoder tiny_encoder output_dir=runs/encoder
 
-The full-size tokenizers start from published encoders; the embedded default earns its own on captioned
-scenes. SigLIP 2 learns local semantics by decoding grounded captions; on minutes of data the same
-grounding teaches much sooner as a contrast (docs/quickstart.md compares).
+The full-size tokenizers start from published encoders; the embedded default earns its own on
+captioned scenes. SigLIP 2 learns local semantics by decoding grounded captions; on minutes of data
+the same grounding teaches much sooner as a contrast (docs/quickstart.md compares).
 
 Shapes: B batch, T tokens of a text, P phrases, N patches of an image, R patches of objects.
 """
@@ -54,7 +54,7 @@ class EncoderPretrainingConfig:
     """`SiglipTextConfig` values; the vocabulary comes from the captions."""
     optimization: OptimizationConfig
     logit_bias: float = -10.0
-    """Initial bias of the sigmoid, the log-odds of a match. SigLIP's -10 fits batches of ten thousands."""
+    """Initial bias of the sigmoid, the log-odds of a match. SigLIP has -10 for large batches."""
     grounding_weight: float = 0.0
     """Of the sigmoid loss between patches and phrases."""
     sprites: str = "shapes"
@@ -66,10 +66,10 @@ class EncoderPretrainingConfig:
 
 
 class GroundedSiglip(SiglipModel):
-    """`SiglipModel` with a second sigmoid loss: every patch of an object and every phrase of the batch.
+    """`SiglipModel` with a second sigmoid loss: every patch of an object, every phrase.
 
-    The loss over whole images is dominated by what is easiest to distinguish, colours; this one asks
-    every patch.
+    The loss over whole images is dominated by what is easiest to distinguish, colours; this one
+    asks every patch.
     """
 
     def __init__(self, config: SiglipConfig, *, grounding_weight: float = 0.0) -> None:

@@ -43,7 +43,7 @@ from vqrae.quickstart.scene_questions import is_correct
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write the report of a quickstart run: report.json, report.png and report.html in its folder."""
+    """Write report.json, report.png and report.html into the folder of a quickstart run."""
 
     directory: str = "runs/quickstart"
     """The run's folder."""

@@ -35,7 +35,7 @@ EXAMPLES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class SceneQuestionsConfig:
-    """Score an understanding model on questions about validation scenes, with and without the image."""
+    """Score an understanding model on questions about scenes, with and without the image."""
 
     model: str
     """Understanding model: run directory, model folder or hub id."""
@@ -82,7 +82,7 @@ def validation_questions(scenes: SceneDataset, num_images: int) -> list[AskedQue
 
 
 class BlindGuesser:
-    """The best predictor that sees the question alone: its most frequent answer, else of its kind."""
+    """The best guess from the question alone: its most frequent answer, else that of its kind."""
 
     def __init__(self, questions: Iterable[Question]) -> None:
         self._by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -103,7 +103,7 @@ def is_correct(answer: str, expected: str) -> bool:
 
 
 def accuracies(asked: Sequence[AskedQuestion], answers: Sequence[str]) -> dict[str, Any]:
-    """Share of right answers: `accuracy` of all, by kind in `kinds`, of `held_out` and `seen` scenes."""
+    """Shares of right answers: `accuracy` of all, `kinds`, and `held_out` and `seen` scenes."""
     kinds: defaultdict[str, list[bool]] = defaultdict(list)
     halves: defaultdict[str, list[bool]] = defaultdict(list)
     correct = []
@@ -165,8 +165,8 @@ def evaluate_questions(
         progress: called with (questions done, questions in all), of this process.
 
     Returns:
-        What `accuracies` returns; `blind_accuracy` with `blind_kinds`, the same questions guessed from
-        their text alone; `no_image_accuracy`, the model with a mid-grey image; num_questions,
+        What `accuracies` returns; `blind_accuracy` with `blind_kinds`, the same questions guessed
+        from their text alone; `no_image_accuracy`, the model with a mid-grey image; num_questions,
         num_images; the first `examples`.
     """
     options: dict[str, Any] = {"image_size": image_size, "sprites": sprites, "seed": seed}

@@ -59,7 +59,7 @@ class TinyLLMConfig:
 
 
 class SceneText(Dataset):
-    """Index -> chat messages about a scene: one in four is a bare caption, the others are dialogues.
+    """Index -> chat messages about a scene: dialogues, and in one of four cases a caption.
 
     A dialogue starts with the description, in the place of LLaVA's image.
     """

@@ -1,1 +1,1 @@
-"""Visual understanding: LLaVA-1.5 on the tokenizer's continuous features, as a plain `LlavaForConditionalGeneration`."""
+"""Visual understanding: LLaVA-1.5 on the tokenizer's continuous features."""

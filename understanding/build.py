@@ -1,7 +1,7 @@
 """LLaVA-1.5 from a tokenizer and a language model, with nothing but classes of transformers.
 
-The vision tower *is* the tokenizer's encoder (same class, same weights), so the folder opens in plain
-transformers, peft, vLLM and lmms-eval. Its configuration carries the tokenizer's fingerprint.
+The vision tower *is* the tokenizer's encoder (same class, same weights), so the folder opens in
+plain transformers, peft, vLLM and lmms-eval. Its configuration carries the tokenizer's fingerprint.
 """
 
 import copy
@@ -67,8 +67,8 @@ def build_llava(
         dtype: of all weights; an optimizer needs float32 unless DeepSpeed keeps master weights.
 
     Raises:
-        ValueError: when LLaVA cannot read the tokenizer's features, when the text tokenizer lacks the
-            template's end token, or when weights are missing or not finite.
+        ValueError: when LLaVA cannot read the tokenizer's features, when the text tokenizer lacks
+            the template's end token, or when weights are missing or not finite.
     """
     folder, llm_name = local_model(tokenizer_folder), resolve_model(llm_folder)
     # The check of the features runs in fp32, which flash-attention refuses.
@@ -134,8 +134,8 @@ def llava_config(
 def keep_released_names(model: LlavaForConditionalGeneration) -> None:
     """Let `save_pretrained` write the names of released LLaVA checkpoints, which vLLM needs.
 
-    transformers reads `vision_tower.vision_model.…` and the names without `vision_model`. It writes
-    the latter for a model that it has not loaded itself, or that it has loaded from such names.
+    transformers reads `vision_tower.vision_model.…` and the names without `vision_model`. It
+    writes the latter for a model that it has not loaded itself, or has loaded from such names.
     """
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
 
@@ -151,7 +151,8 @@ def require_tokenizer(
     found = getattr(config, FINGERPRINT_KEY, None)
     if found is None:
         raise ValueError(
-            f"{artefact}: got no {FINGERPRINT_KEY} in its config.json, expected a model of this package"
+            f"{artefact}: got no {FINGERPRINT_KEY} in its config.json, expected a model of "
+            "this package"
         )
     require_same_tokenizer(weights_fingerprint(local_model(tokenizer_folder)), found, str(artefact))
 
@@ -160,7 +161,7 @@ def require_tokenizer(
 def check_features(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, tokenizer: VQRAEModel
 ) -> None:
-    """Refuse a model whose projector reads anything but `encode_features`, tried on one noise image.
+    """Refuse a model whose projector does not read `encode_features`, tried on a noise image.
 
     Raises:
         ValueError: for another number of tokens or other values.
@@ -209,8 +210,9 @@ def build_processor(
     """Image processor of a tokenizer and text tokenizer, which gets `<image>` and a padding token.
 
     Args:
-        aspect_ratio: `crop` resizes images by their shorter edge and cuts out the centre; `pad` makes
-            them square by a border in the mean colour, as LLaVA-1.5 does in sft and inference.
+        aspect_ratio: `crop` resizes images by their shorter edge and cuts out the centre; `pad`
+            makes them square by a border in the mean colour, as LLaVA-1.5 does in sft and
+            inference.
 
     Raises:
         ValueError: when the text tokenizer lacks the end token of the template.
@@ -218,8 +220,8 @@ def build_processor(
     end = end_token(text_tokenizer, chat_template)
     if end not in text_tokenizer.get_vocab():
         raise ValueError(
-            f"chat_template: got {chat_template!r}, whose end token {end!r} the text tokenizer does "
-            "not know: set another one"
+            f"chat_template: got {chat_template!r}, whose end token {end!r} the text tokenizer "
+            "does not know: set another one"
         )
     if IMAGE_TOKEN not in text_tokenizer.get_vocab():
         token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
@@ -255,7 +257,7 @@ def build_processor(
 
 
 def for_pretraining(processor: LlavaProcessor) -> LlavaProcessor:
-    """The processor for captions: as LLaVA-1.5's pretrain.sh, it cuts out the centre, never pads."""
+    """The processor for captions, which as LLaVA-1.5's pretrain.sh crops and never pads."""
     processor = copy.deepcopy(processor)
     if hasattr(processor.image_processor, "do_pad"):
         processor.image_processor.do_pad = False
@@ -278,8 +280,8 @@ def add_word_rows(model: PreTrainedModel, first: int, end: int) -> None:
     """Start the rows of the ids from `first` to `end` where the known words are.
 
     That is their mean with a tenth of their spread: rows that were padding before have been trained
-    to be never chosen. The numbers depend on nothing else, so that a resumed run and a merged adapter
-    find the same rows.
+    to be never chosen. The numbers depend on nothing else, so that a resumed run and a merged
+    adapter find the same rows.
     """
     add_rows(model, end)
     noise = torch.Generator().manual_seed(first)
@@ -368,9 +370,9 @@ def load_projector(projector: nn.Module, path: str | Path) -> None:
 def read_quantized_features(model: PreTrainedModel, tokenizer_folder: str | Path) -> None:
     """Let the projector read what the decoder reads, in the width of the continuous features.
 
-    VQRAE shows continuous features to the language model (arXiv 2511.23386, section 3.4); this is the
-    other side of that comparison. The folder stays that of a plain LLaVA, so all who open it must
-    quantize too: `Chat.from_pretrained(…, tokenizer=…)` does.
+    VQRAE shows continuous features to the language model (arXiv 2511.23386, section 3.4); this is
+    the other side of that comparison. The folder stays that of a plain LLaVA, so all who open it
+    must quantize too: `Chat.from_pretrained(…, tokenizer=…)` does.
 
     Raises:
         ValueError: when the model was built on another tokenizer.

@@ -140,8 +140,8 @@ class Chat:
         """The next answer of each chat, in one batch.
 
         Args:
-            sampling: arguments of transformers' `generate` such as do_sample, temperature, num_beams;
-                none means greedy.
+            sampling: arguments of transformers' `generate` such as do_sample, temperature,
+                num_beams; none means greedy.
             streamer: receives the tokens as they come (one chat only), such as
                 `transformers.TextStreamer`.
 
@@ -169,7 +169,8 @@ class Chat:
         if positions is not None and length >= positions:
             raise ValueError(
                 f"got a chat of {length:,} tokens, images included, expected fewer than the "
-                f"{positions:,} positions of the model: ask a shorter question, or show fewer images"
+                f"{positions:,} positions of the model: ask a shorter question, or "
+                "show fewer images"
             )
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -183,7 +184,7 @@ class Chat:
         return [text.strip() for text in texts]
 
     def _spells_control_tokens(self, chats: Sequence[Messages]) -> bool:
-        """Whether a text spells a token such as `<|im_end|>`, which must reach the model as text."""
+        """Whether a text spells a token such as `<|im_end|>`: it must stay text for the model."""
         added = self.text_tokenizer.added_tokens_decoder.values()
         controls = [token.content for token in added if token.special]
         for chat in chats:
@@ -240,7 +241,7 @@ ERROR_KEYS = ("error", "vqrae_error")
 
 @dataclass(frozen=True)
 class Answered:
-    """What a run did: answers in the file, how many were there before, how many questions failed."""
+    """Answers in the file, how many of them were there before, how many questions failed."""
 
     total: int
     resumed: int
@@ -259,10 +260,10 @@ def answer_file(
 ) -> Answered:
     """Answer every line of `questions`, in order; an answer does not depend on `batch_size`.
 
-    A line is `{"question": TEXT, "image": FILE or [FILES] or absent, …}`; LLaVA's evaluation files,
-    which have `text` for `question`, are read as they are. A line of `out` is that line with
-    `answer`, or with `prediction` where the line has an `answer` of its own. A question that cannot be
-    answered costs its own answer only.
+    A line is `{"question": TEXT, "image": FILE or [FILES] or absent, …}`; LLaVA's evaluation
+    files, which have `text` for `question`, are read as they are. A line of `out` is that line with
+    `answer`, or with `prediction` where the line has an `answer` of its own. A question that cannot
+    be answered costs its own answer only.
 
     Args:
         out: file of the answers, continued where it ends; OUT.manifest.json says what made them.

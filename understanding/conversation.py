@@ -1,9 +1,9 @@
 """LLaVA records as training samples: chat templates, exact answer masks, batches.
 
-A record is {"id", "image": one, a list of them or absent, "conversations": [{"from": "human" | "gpt",
-"value"}, …]}. The chat template marks what is trained (`{% generation %}`) and transformers reads
-that back. Nothing here counts token lengths, which fails with every text tokenizer that LLaVA's
-constants were not tuned for ("tokenization mismatch", loss 0).
+A record is {"id", "image": one, a list of them or absent, "conversations": [{"from": "human" |
+"gpt", "value"}, …]}. The chat template marks what is trained (`{% generation %}`); transformers
+reads that back. Nothing here counts token lengths, which fails with every text tokenizer that
+LLaVA's constants were not tuned for ("tokenization mismatch", loss 0).
 
 Shapes: T tokens with images expanded, B batch, P images.
 """
@@ -176,12 +176,12 @@ def examine_length(
 class ConversationCollator:
     """Turns records, or caption pairs, into a right-padded batch for LLaVA.
 
-    A record that cannot be trained on, such as one whose first answer is beyond `max_length`, is left
-    out of its batch, named and counted.
+    A record that cannot be trained on, such as one whose first answer is beyond `max_length`, is
+    left out of its batch, named and counted.
 
     Every process must run tower and projector in every step (DDP and ZeRO-3 wait for their
-    gradients), so a batch without images gets a black one. Its tokens are masked and carry no labels:
-    they change neither loss nor gradients.
+    gradients), so a batch without images gets a black one. Its tokens are masked and carry no
+    labels: they change neither loss nor gradients.
     """
 
     def __init__(

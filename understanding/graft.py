@@ -69,7 +69,8 @@ def graft(model: str | Path, tokenizer: str | Path, out: str | Path) -> Path:
                 shutil.copyfile(file, folder / file.name)
         for shard in shards:
             with safe_open(shard, framework="pt") as weights:
-                tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+                names = weights.keys()
+                tensors = {name: weights.get_tensor(name) for name in names}
                 metadata = weights.metadata()
             for name, tensor in tensors.items():
                 if TOWER in name:

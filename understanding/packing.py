@@ -18,7 +18,7 @@ from vqrae.understanding.conversation import ConversationCollator, pad
 
 
 def lay_out(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of samples in rows, with the least padding at up to twice the longest sample's length.
+    """Indices of samples in rows of up to twice the longest sample, with the least padding.
 
     Longer rows would save little more, and kernels without variable lengths compute their square.
     """
@@ -32,7 +32,7 @@ def lay_out(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of at most `capacity` tokens: longest sample first, each into the first row with room."""
+    """Rows of at most `capacity` tokens: longest samples first, each into the first that fits."""
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

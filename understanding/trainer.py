@@ -23,8 +23,9 @@ class LlavaTrainer(WholeTrainer):
     """`Trainer` that knows LLaVA's parts.
 
     Args:
-        projector_only: checkpoints hold the projector alone, as LLaVA's `mm_projector.bin`; the other
-            weights are those that the stage started from. (DeepSpeed keeps a whole copy of its own.)
+        projector_only: checkpoints hold the projector alone, as LLaVA's `mm_projector.bin`; the
+            other weights are those that the stage started from. (DeepSpeed keeps a whole copy of
+            its own.)
         grouped: sample by modality and length, as LLaVA does.
         projector_learning_rate: of the projector, where it is not that of the rest.
     """
@@ -91,9 +92,9 @@ class LlavaTrainer(WholeTrainer):
     ) -> None:
         """Load the weights of a checkpoint, strictly (not under DeepSpeed, which keeps its own).
 
-        LLaVA's weights have other names on disk than in memory. transformers 5.23 would load the file
-        by the names in memory and not strictly: it finds none, warns and trains on from the initial
-        weights. So whole models go through `from_pretrained`.
+        LLaVA's weights have other names on disk than in memory. transformers 5.23 would load the
+        file by the names in memory and not strictly: it finds none, warns and trains on from the
+        initial weights. So whole models go through `from_pretrained`.
         """
         model = model or self.model
         projector = Path(resume_from_checkpoint) / PROJECTOR_FILE
@@ -151,7 +152,7 @@ def add_lora(model: LlavaForConditionalGeneration, settings: LoraSettings) -> "P
 def merge_lora(
     model: LlavaForConditionalGeneration, adapter: str | Path
 ) -> LlavaForConditionalGeneration:
-    """The model that an adapter was trained on -> an ordinary model with the adapter in its weights.
+    """The model that an adapter was trained on -> an ordinary one with it in its weights.
 
     The sum is made in float32: in bfloat16 most of a small update would be rounded away twice.
     """

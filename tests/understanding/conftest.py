@@ -1,4 +1,4 @@
-"""Tiny random parts: a language model with the word tokenizer, and two text tokenizers trained in place."""
+"""Tiny random parts: a language model with the word tokenizer, text tokenizers, short trainings."""
 
 import json
 from collections.abc import Callable
@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
+from vqrae.understanding import train
+from vqrae.understanding.build import build_llava
 
 TEXTS = [
     "a photo of a red circle left of two blue stars",
@@ -19,57 +23,54 @@ TEXTS = [
     "USER: ASSISTANT: user assistant",
 ]
 VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-    "answers to the user's questions. "
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
-
-
-def train_llama_tokenizer(folder: Path, *, legacy: bool) -> PreTrainedTokenizerBase:
-    """A folder as lmsys publishes it: sentencepiece's tokenizer.model, read by transformers' own Llama class."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            [*TEXTS, "red circle", "and the circle ? two blue stars", VICUNA_SYSTEM] * 20
-        ),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=330,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
-    described = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": legacy,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(described | special))
-    return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(name="train_llama_tokenizer")
-def train_llama_tokenizer_fixture() -> Callable[..., PreTrainedTokenizerBase]:
-    return train_llama_tokenizer
+SMALL = ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")
+STEPS = {
+    "global_batch_size": 4,
+    "micro_batch_size": 2,
+    "logging_steps": 1,
+    "lr_scheduler_type": "constant_with_warmup",
+    "optimizer": "adamw",
+}
 
 
 @pytest.fixture(scope="session")
 def llm_folder(tmp_path_factory) -> Path:
     """Random Qwen3 with the word tokenizer."""
     folder = tmp_path_factory.mktemp("llm")
-    small = [
-        f"model.{key}"
-        for key in ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")
-    ]
+    small = [f"model.{value}" for value in SMALL]
     torch.manual_seed(0)
-    model, text_tokenizer = build_tiny_llm(
-        load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"), small)
-    )
-    model.save_pretrained(folder)
-    text_tokenizer.save_pretrained(folder)
+    config = load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"), small)
+    for part in build_tiny_llm(config):
+        part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def llava(tokenizer_folder, llm_folder):
+    """A fresh model and its processor."""
+    torch.manual_seed(0)
+    return build_llava(tokenizer_folder, llm_folder)
+
+
+@pytest.fixture
+def launch(tokenizer_folder, llm_folder, tmp_path) -> Callable[..., dict[str, Tensor]]:
+    """Train in `tmp_path/RUN` for a number of steps in each stage; returns the finished weights."""
+
+    def run(run: str, steps: int, *more: str, **options: object) -> dict[str, Tensor]:
+        folder = tmp_path / run
+        options = {"tokenizer": tokenizer_folder, "llm": llm_folder, **options}
+        given = [f"{key}={value}" for key, value in options.items()]
+        for stage in train.STAGES:
+            values = {**STEPS, "max_steps": steps}
+            given += [f"{stage}.{key}={value}" for key, value in values.items()]
+        train.main(["tiny", f"output_dir={folder}", *given, *more])
+        stage = "pretrain" if options.get("stage") == "pretrain" else "sft"
+        return load_file(folder / train.MODEL_FOLDERS[stage] / "model.safetensors")
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -108,3 +109,36 @@ def vicuna_like() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
+
+
+@pytest.fixture
+def train_llama_tokenizer(tmp_path) -> Callable[[bool], PreTrainedTokenizerBase]:
+    """A folder as lmsys publishes it: tokenizer.model, read by transformers' own Llama class."""
+
+    def build(legacy: bool) -> PreTrainedTokenizerBase:
+        texts = [*TEXTS, "red circle", "and the circle ? two blue stars", VICUNA_SYSTEM]
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts * 20),
+            model_prefix=str(tmp_path / "tokenizer"),
+            model_type="bpe",
+            vocab_size=330,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        described = {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": legacy,
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "pad_token": None,
+        }
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+        return AutoTokenizer.from_pretrained(tmp_path)
+
+    return build

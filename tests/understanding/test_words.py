@@ -104,7 +104,7 @@ def test_check_data_names_them_and_a_batch_holds_them(
     assert main(["check-data", str(own_data), *run]) == 0
     printed = capsys.readouterr().out
     assert (
-        "note: 24 of 28 tokens (85.7%) are words that the text tokenizer reads as <|unk|>, 7 different ones"
+        "note: 24 of 28 tokens (85.7%) are words that the text tokenizer reads as <|unk|>, 7 different"
         in printed
     )
     assert "'teal' (2), 'crimson' (2); training gives them ids" in printed
@@ -117,7 +117,7 @@ def test_words_that_stay_unknown_are_named_with_their_share(qwen_like, vicuna_li
     texts = ["which hue ?", "teal red teal"]
     line = describe_unknown(text_tokenizer, texts)
     assert line.startswith(
-        "3 of 6 tokens (50.0%) are words that the text tokenizer reads as <|unk|>, 2 different ones: 'teal' (2)"
+        "3 of 6 tokens (50.0%) are words that the text tokenizer reads as <|unk|>, 2 different: 'teal' (2)"
     )
     assert describe_unknown(text_tokenizer, ["red"]) is None
     assert describe_unknown(qwen_like, texts) is None
