@@ -175,6 +175,6 @@ def reinitialize_unused_codes(
         errors = (quantizer.to_code_space(features) - quantized).square().sum(-1)
         generator = torch.Generator(errors.device).manual_seed(seed)
         chosen = draw_by_error(errors, len(unused), generator)
-        # Each process drew from its own images: all take those of the main process.
+        # Each process chose among its own images: all take the main one's choice.
         quantizer.reinitialize(unused, broadcast(features[chosen]))
     return len(unused)

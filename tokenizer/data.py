@@ -126,7 +126,8 @@ class AugmentedImages(Dataset):
     """
 
     def __init__(self, images: Any, config: DataConfig, seed: int) -> None:
-        self.images, self.config, self.seed = images, config, seed
+        self.images, self.config = images, config
+        self.seed = seed
         self._newest: tuple[tuple[int, int], Tensor] | None = None
 
     def __getitem__(self, place: Place) -> Tensor:

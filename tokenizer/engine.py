@@ -21,8 +21,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from vqrae.common.distributed import prepare_cpu_deepspeed
 from vqrae.common.optim import Muon
 from vqrae.tokenizer.config import StageConfig
-from vqrae.tokenizer.encoders import final_norm
-from vqrae.tokenizer.modeling import VQRAEModel
 
 BUCKET = (
     100_000_000  # values in one ZeRO message: buffers of 0.4 GB each, where the default has 2 GB
@@ -124,13 +122,6 @@ def clip_gradients(
 
 
 # --------------------------------------------------------------------------------------- optimizers
-
-
-def set_trainable(model: VQRAEModel, stage: StageConfig) -> None:
-    """Freeze the encoder where the stage says so, and always what follows the feature tap."""
-    model.encoder.requires_grad_(not stage.freeze_encoder)
-    if model.config.feature_tap == "hidden_states[-1]":
-        final_norm(model.encoder).requires_grad_(False)
 
 
 def build_optimizer(

@@ -79,7 +79,7 @@ class LeCam(nn.Module):
 
 
 class LossNetworks(NamedTuple):
-    """What a stage needs besides the tokenizer; None where the loss weight is 0."""
+    """The other networks of a stage; None where the weight of their loss is 0."""
 
     teacher: PreTrainedModel | None
     perceptual: nn.Module | None

@@ -51,7 +51,7 @@ from vqrae.tokenizer.config import StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.data import StageImages, resize
 from vqrae.tokenizer.discriminator import frozen
 from vqrae.tokenizer.dry_run import dry_run
-from vqrae.tokenizer.encoders import encoder_features
+from vqrae.tokenizer.encoders import encoder_features, final_norm
 from vqrae.tokenizer.engine import (
     allow_tf32,
     build_accelerators,
@@ -60,7 +60,6 @@ from vqrae.tokenizer.engine import (
     compile_blocks,
     prepare,
     refresh_master_weights,
-    set_trainable,
     share_from_main,
 )
 from vqrae.tokenizer.losses import (
@@ -87,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         print_reports(dry_run(config, train_stage))
         return
+    attention = attention_implementation(config.attention, half=config.bf16)
     output = Path(config.output_dir)
     stages = [1, 2] if config.stage == "both" else [config.stage]
     # The settings of a stage may change until it begins.
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"stage {number} is finished: {folder / 'model'}")
             continue
         set_seed(config.seed)
-        model = initial_model(config, number)
+        model = initial_model(config, number, attention)
         run = open_run(folder, seed=config.seed)
         run.begin()
         for _ in train_stage(config, number, model, run):
@@ -132,13 +132,12 @@ def require_same_length(config: TokenizerTrainConfig, output: Path) -> None:
             )
 
 
-def initial_model(config: TokenizerTrainConfig, number: int) -> VQRAEModel:
+def initial_model(config: TokenizerTrainConfig, number: int, attention: str) -> VQRAEModel:
     """The tokenizer as it enters a stage: on the pretrained encoder, or as stage 1 left it.
 
     Raises:
         FileNotFoundError: when stage 2 has no stage 1.
     """
-    attention = attention_implementation(config.attention, half=config.bf16)
     if number == 1:
         return build_tokenizer(config.model, attention)
     first = Path(config.output_dir) / "stage1" / "model"
@@ -182,13 +181,15 @@ def train_stage(
 
     # ------------------------------------------------------------------------------------- networks
 
+    image_size, output_size = model.config.image_size, model.config.output_size
+    feature_tap = model.config.feature_tap
     model.to(device)
-    set_trainable(model, stage)
+    model.encoder.requires_grad_(not stage.freeze_encoder)
+    if feature_tap == "hidden_states[-1]":
+        final_norm(model.encoder).requires_grad_(False)  # follows the tap: it gets no gradient
     model.quantizer.compute_entropy = stage.entropy_weight > 0
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()
-    image_size, output_size = model.config.image_size, model.config.output_size
-    feature_tap = model.config.feature_tap
 
     # The teacher of both stages is the encoder as it was before any of them (section 3.3).
     original = run.path.with_name("stage1") / "original_encoder.safetensors"
@@ -325,6 +326,7 @@ def train_stage(
                     initialize_codebook(model, samples)
                 share_from_main(model)
                 refresh_master_weights(optimizer)
+                del samples  # more than 1 GiB at full size
 
             logit_means = []
             for _ in range(accumulation):

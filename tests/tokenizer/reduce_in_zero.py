@@ -1,4 +1,7 @@
-"""Gradients that ZeRO sums over two processes under bf16, next to their fp32 mean. Run by test_train.py."""
+"""Gradients that ZeRO sums over two processes under bf16, next to their fp32 mean.
+
+Run by test_train.py.
+"""
 
 import json
 import sys

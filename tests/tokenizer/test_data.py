@@ -30,7 +30,7 @@ def test_cutmix_puts_one_rectangle_of_another_image_into_an_image() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 images in two classes, dark ones and bright ones, each with its own grey and a white left half."""
+    """40 images, dark and bright ones, each with its own grey and a white left half."""
     root = tmp_path_factory.mktemp("images")
     for i in range(40):
         pixels = np.full((8, 8, 3), i * 4 + 20 * (i >= 20), dtype=np.uint8)

@@ -43,7 +43,8 @@ def test_hinge_by_hand() -> None:
     loss = discriminator_hinge_loss(real, fake)
     torch.testing.assert_close(loss.item(), 0.5 * ((0.5 + 0 + 2) / 3 + (0 + 1 + 3) / 3))
     loss.backward()
-    assert [value.sign().tolist() for value in (real.grad, fake.grad)] == [[-1, 0, -1], [0, 1, 1]]
+    assert real.grad.sign().tolist() == [-1, 0, -1]
+    assert fake.grad.sign().tolist() == [0, 1, 1]
     assert generator_hinge_loss(torch.tensor([1.0, 2.0, 6.0])) == -3
 
 
@@ -143,11 +144,10 @@ def test_generator_follows_the_discriminator_and_leaves_it_alone(discriminator: 
 
 def test_discriminators_have_their_published_size_shape_and_blur() -> None:
     with torch.device("meta"):
-        networks = PatchDiscriminator(), PatchDiscriminator((128, 128, 256, 512, 1024))
-    parameters = [sum(p.numel() for p in network.parameters()) for network in networks]
-    assert parameters == [1_909_889, 7_431_297]  # TiTok's 1.91 M, MaskBit's 7.43 M
-    with torch.device("meta"):
+        titok, maskbit = PatchDiscriminator(), PatchDiscriminator((128, 128, 256, 512, 1024))
         dino = build_discriminator("dino", channels=(), random_backbone=True)
+    assert sum(p.numel() for p in titok.parameters()) == 1_909_889  # published: 1.91 M
+    assert sum(p.numel() for p in maskbit.parameters()) == 7_431_297  # 7.43 M
     assert isinstance(dino, DinoDiscriminator)
     assert dino.depths == [3, 6, 9, 12]
     assert dino.backbone.num_parameters() == pytest.approx(21.67e6, rel=1e-3)  # ViT-S/16
@@ -301,5 +301,5 @@ def test_a_teacher_of_half_the_size_has_the_same_features(tokenizer: VQRAEModel)
             encoder_features(encoder, pixel_values, "hidden_states[-1]") for encoder in encoders
         ]
     assert torch.equal(*features)
-    large, small = (sum(p.nbytes for p in encoder.parameters()) for encoder in encoders)
+    large, small = (encoder.get_memory_footprint() for encoder in encoders)
     assert small < 0.65 * large

@@ -20,7 +20,7 @@ from vqrae.tokenizer.perceptual import LPIPS, build_perceptual
 
 @pytest.fixture(scope="module")
 def vgg_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with random VGG16 weights under torchvision's name, with a classifier that LPIPS has no use for."""
+    """Random VGG16 weights under torchvision's name, with a classifier that LPIPS ignores."""
     torch.manual_seed(0)
     with torch.device("meta"):
         layers = vgg16().features

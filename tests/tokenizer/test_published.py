@@ -20,7 +20,8 @@ SIZES = {"siglip2_256": 256, "siglip2_512": 512, "internvit_448": 448}
 BOTH_STAGES = {
     "weight_decay": 1e-4, "adam_betas": (0.9, 0.999), "warmup_steps": 2000, "max_grad_norm": 1.0,
     # "convnext-s" with 1.1 is, in its code lineage, 1.0 LPIPS + 0.1 ConvNeXt-S.
-    "perceptual_weight": 1.1, "perceptual_network": "lpips+convnext_s", "perceptual_mix": (1.0, 0.1),
+    "perceptual_weight": 1.1, "perceptual_network": "lpips+convnext_s",
+    "perceptual_mix": (1.0, 0.1),
     "reconstruction_weight": 1.0, "codebook_weight": 1.0, "commitment_weight": 0.25,  # Eq. 2 to 4
     # What serves the embedded default alone.
     "bypass_steps": 0, "revival_interval": 0, "discriminator_ramp": 0,
