@@ -201,25 +201,33 @@ def kept(file: str | Path, settings: dict[str, Any], make: Callable[[], dict[str
         ValueError: when the value in `file` was made with other settings, naming the differences.
     """
     file = Path(file)
-    settings = json.loads(json.dumps(settings, default=str))
-    if not file.is_file():
-        value = {**make(), "settings": settings}
-        if is_main_process():
-            write_json(file, value)
+    if file.is_file():
+        value = read_json(file)
+        remedy = "choose another output, or delete it"
+        refuse_other_settings(file, value.get("settings", {}), settings, remedy)
         return value
-    value = read_json(file)
-    recorded = value.get("settings", {})
+    value = {**make(), "settings": json.loads(json.dumps(settings, default=str))}
+    if is_main_process():
+        write_json(file, value)
+    return value
+
+
+def refuse_other_settings(
+    where: str | Path, recorded: dict[str, Any], settings: dict[str, Any], remedy: str
+) -> None:
+    """Refuse settings that differ from those, read from JSON, that something was made with.
+
+    Raises:
+        ValueError: naming the differences and the remedy.
+    """
+    settings = json.loads(json.dumps(settings, default=str))  # tuples become lists, paths text
     changes = []
     for name in sorted({**recorded, **settings}):
         old, new = recorded.get(name), settings.get(name)
         if old != new:
             changes.append(f"{name} {old!s:.60} -> {new!s:.60}")
     if changes:
-        raise ValueError(
-            f"{file} was made with other settings ({', '.join(changes)}): "
-            "choose another output, or delete it"
-        )
-    return value
+        raise ValueError(f"{where} was made with other settings ({', '.join(changes)}): {remedy}")
 
 
 # ---- what made a result

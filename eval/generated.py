@@ -13,7 +13,7 @@ from vqrae.common.checkpoints import model_fingerprint, recorded_tokenizer, reso
 from vqrae.common.distributed import is_main_process
 from vqrae.common.files import read_json, write_json
 from vqrae.common.images import save_image, tensor_to_image
-from vqrae.common.run import hold
+from vqrae.common.run import hold, refuse_other_settings
 from vqrae.eval.sharding import gather, stride
 from vqrae.generation.sampling import SamplingConfig, read_sampling
 
@@ -98,16 +98,10 @@ def claim_folder(folder: str | Path, settings: dict[str, Any], key: str) -> None
     if is_main_process():
         lock.parent.mkdir(parents=True, exist_ok=True)
         hold(lock, str(folder))
-    before = read_json(stored) if stored.exists() else settings
-    if before != settings and any(path not in (stored, lock) for path in stored.parent.iterdir()):
-        names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-        changes = [
-            f"{name} {before.get(name)!s:.60} -> {settings.get(name)!s:.60}" for name in names
-        ]
-        raise ValueError(
-            f"{folder} was made with other settings ({', '.join(changes)}): set {key}= to a new "
-            "folder, or delete this one"
-        )
+    is_filled = any(path not in (stored, lock) for path in stored.parent.iterdir())
+    if stored.exists() and is_filled:
+        remedy = f"set {key}= to a new folder, or delete this one"
+        refuse_other_settings(folder, read_json(stored), settings, remedy)
     if is_main_process():
         write_json(stored, settings)
 

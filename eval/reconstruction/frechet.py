@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vqrae.common.distributed import sum_over_processes
 from vqrae.common.files import atomic_path
+from vqrae.common.run import refuse_other_settings
 
 
 class FrechetMetric:
@@ -156,17 +157,7 @@ class FeatureStatistics:
             raise ValueError(
                 f"{path} holds no reference statistics: {error}. Delete it to make it again"
             ) from error
-        wanted = json.loads(json.dumps(identity))  # tuples become lists
-        differences = [
-            f"{key}: the file has {found.get(key)!r}, this run {wanted.get(key)!r}"
-            for key in {**wanted, **found}
-            if wanted.get(key) != found.get(key)
-        ]
-        if differences:
-            raise ValueError(
-                f"{path} holds statistics of something else. {'; '.join(differences)}. "
-                "Name another folder, or delete the file"
-            )
+        refuse_other_settings(path, found, identity, "name another folder, or delete it")
         return statistics
 
 
