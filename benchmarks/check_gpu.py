@@ -380,7 +380,7 @@ def run(rows: Sequence[Row], expected: dict[str, Numbers], *, minutes: float) ->
 
 def main(argv: list[str] | None = None) -> int:
     """Check the GPU, print the table and write the JSON; 1 when a row has a problem."""
-    config = parse(CheckGPUConfig, argv)
+    config = parse(CheckGPUConfig, argv, program="bash scripts/check_gpu.sh")
     rows = [row for row in all_rows() if config.only in row.name]
     if config.reference:
         compared = [row for row in rows if row.compared]

@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks.harness import Row, time_row
 from vqrae.eval.reconstruction.frechet import FeatureStatistics, frechet_distance
 
-WIDTH, IMAGES, BATCH_SIZE = 2048, 256, 64  # of Inception
+WIDTH = 2048  # of Inception
+IMAGES, BATCH_SIZE = 256, 64
 DISTANCE_WIDTH = 512  # a matrix square root at 2048 takes minutes
 
 

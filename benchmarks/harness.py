@@ -1,7 +1,7 @@
 """What a benchmark is made of: rows of alternating timings and of peak memory.
 
 A benchmark is a module with `run() -> list[Row]`. It first asserts that both ways give the same: a
-fast wrong answer is no row.
+fast wrong answer is not a row.
 """
 
 import multiprocessing

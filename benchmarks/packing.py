@@ -34,7 +34,8 @@ ENCODER = {"model_type": "siglip_vision_model", "hidden_size": 128, "intermediat
 ENCODER |= {"num_hidden_layers": 4, "num_attention_heads": 4, "vision_use_head": False}
 ENCODER |= {"image_size": 64, "patch_size": 8}
 # Of the text-only dialogues, whose lengths are log-normal.
-TEXT_SHARE, MEDIAN_WORDS, SPREAD, MAX_WORDS = 0.25, 120, 1.0, 700
+TEXT_SHARE, MAX_WORDS = 0.25, 700
+MEDIAN_WORDS, SPREAD = 120, 1.0
 
 
 def mixture(count: int, *, seed: int = 0) -> list[dict[str, Any]]:

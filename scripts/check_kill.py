@@ -114,7 +114,8 @@ class Events:
     def __init__(
         self, folder: Path, *, kill_at: int | None = None, record: Path | None = None
     ) -> None:
-        self.folder, self.kill_at, self.count = str(folder), kill_at, 0
+        self.folder, self.kill_at = str(folder), kill_at
+        self.count = 0
         self.record = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if record else None
 
     def __call__(self, event: str, arguments: tuple) -> None:
@@ -323,7 +324,8 @@ def main(argv: list[str] | None = None) -> int:
         if name not in jobs:
             raise ConfigError(f"jobs: there is no {name!r}. {did_you_mean(name, jobs)}")
     prepare_process(jobs.values())
-    make_parts(output / "parts", {part for name in names for part in jobs[name].needs})
+    wanted: set[str] = set().union(*(jobs[name].needs for name in names))
+    make_parts(output / "parts", wanted)
     outcomes: dict[str, Counter[str]] = {}
     report: dict[str, Any] = {}
     for name in names:

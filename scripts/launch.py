@@ -2,7 +2,7 @@
 
     python -m vqrae.scripts.launch MODULE [config=NAME] [nproc=N] [zero=0-3] [key=value ...]
 
-Nothing is installed here. Where a job starts from the result of another, its configuration says so,
+Nothing is installed here. Where a job starts from the result of another, its configuration names it,
 by the key that holds the path:
 
     prepare:
@@ -118,12 +118,7 @@ def plan(module: str, arguments: Sequence[str]) -> list[Command]:
                 before += prepare_key(key, maker, keys, settings, launch)
 
     zero = max((int(value_of(settings, key) or 0) for key in job.zero), default=0)
-    extras = set(job.extras) | ({"deepspeed"} if zero else set())
-    for condition, extra in job.extras_where.items():
-        key, _, wanted = condition.partition("=")
-        value = value_of(settings, key)
-        if value == wanted if wanted else value is not None:
-            extras.add(extra)
+    extras = required_extras(job, settings) | ({"deepspeed"} if zero else set())
     processes = launch.nproc or job.processes
     if job.launches:
         keys["nproc"] = str(processes or count_gpus())
@@ -198,6 +193,17 @@ def prepare_key(
         keys[key] = str(folder)
     set_value(settings, key, str(folder))
     return commands
+
+
+def required_extras(job: Job, settings: dict[str, Any]) -> set[str]:
+    """The optional dependencies of a job with these settings."""
+    extras = set(job.extras)
+    for condition, extra in job.extras_where.items():
+        key, _, wanted = condition.partition("=")
+        value = value_of(settings, key)
+        if value == wanted if wanted else value is not None:
+            extras.add(extra)
+    return extras
 
 
 def as_arguments(keys: Mapping[str, str]) -> list[str]:

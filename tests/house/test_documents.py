@@ -17,16 +17,11 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 def commands(document: Path) -> list[list[str]]:
     """The words of every command in the shell blocks of a document."""
-    blocks = re.findall(
-        r"```(?:bash|sh|shell|console)\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL
-    )
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        words
-        for line in lines
-        for part in line.split("&&")
-        if (words := shlex.split(part, comments=True))
-    ]
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("&&", "\n").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in found if words]
 
 
 def unknown_keys(module: str, arguments: list[str]) -> str:
