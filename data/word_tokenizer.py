@@ -149,5 +149,6 @@ def describe_unknown(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[st
     shown = ", ".join(f"{word[:40]!r} ({count})" for word, count in words.most_common(8))
     return (
         f"{words.total():,} of {total:,} tokens ({words.total() / total:.1%}) are words that the "
-        f"text tokenizer reads as {text_tokenizer.unk_token}, {len(words):,} different: {shown}"
+        f"text tokenizer reads as {text_tokenizer.unk_token}, "
+        f"{len(words):,} different ones: {shown}"
     )

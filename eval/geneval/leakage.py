@@ -6,7 +6,7 @@ BLIP3o-60k, for one, holds some 10,000 captions in GenEval's templates.
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from vqrae.common.files import text_lines
@@ -14,7 +14,7 @@ from vqrae.data.image_files import scan_jsonl
 from vqrae.data.samples import EncodedImages
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.sources import open_pairs, source_kind
-from vqrae.data.stream import Draw, parse_mixture
+from vqrae.data.stream import parse_mixture
 
 SCENES = 100_000  # captions that are taken of scenes, which are endless, when no number is given
 EXAMPLES = 20
@@ -44,13 +44,8 @@ def training_captions(source: str, limit: int | None = None) -> Iterator[str]:
     else:
         pairs = open_pairs(source, image_size=64, size=limit, split="all")
         assert isinstance(pairs, EncodedImages)
-        for index in range(len(pairs)):
-            try:
-                caption = pairs.encoded(Draw(index, 0)).caption
-            except ValueError:  # an unreadable image, which training skips too
-                continue
-            if caption:
-                yield caption.strip()
+        captions = chain.from_iterable(map(pairs.texts, range(len(pairs))))
+        yield from map(str.strip, captions)
 
 
 def normalized(text: str) -> str:
