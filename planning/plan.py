@@ -23,7 +23,7 @@ from vqrae.common.config import (
     shipped_names,
 )
 from vqrae.common.dry_run import GIB, Report
-from vqrae.eval.tables import markdown_table
+from vqrae.common.files import markdown_table
 from vqrae.generation import dry_run as generation
 from vqrae.generation.config import GeneratorConfig
 from vqrae.generation.train import train
