@@ -179,8 +179,8 @@ def judge_item(
         return stored["answers"], ""
     try:
         crops = split_grid(image, config.images_per_file, config.resolution)
-        pairs = [(crop, question.text) for crop in crops for question in item.questions]
-        said = iter(judge.answer(pairs))
+        texts = [question.text for question in item.questions]
+        said = iter(judge.answer(list(itertools.product(crops, texts))))
     except (ValueError, RuntimeError, OSError) as error:
         return None, f"{type(error).__name__}: {error}"
     answers = [list(itertools.islice(said, len(item.questions))) for _ in crops]
@@ -195,10 +195,14 @@ def judge_folder(
 
     Several processes share the work, and all get everything.
     """
+    asked: list[list[Any]] = []
+    for item in items:
+        texts = [question.text for question in item.questions]
+        asked.append([item.id, texts])
     settings = {
         "judge": judge.name,
         "identity": judge.identity,
-        "questions": [[item.id, [question.text for question in item.questions]] for item in items],
+        "questions": asked,
         "images_per_prompt": config.images_per_file,
         "resolution": config.resolution,
     }

@@ -82,7 +82,8 @@ class EndpointJudge:
     ) -> None:
         self.name, self.identity = f"endpoint:{model}", f"{model} at {url}"
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
-        self.attempts, self.timeout, self.workers = attempts, timeout, workers
+        self.attempts, self.timeout = attempts, timeout
+        self.workers = workers
         key = key if key is not None else os.environ.get("OPENAI_API_KEY", "")
         self.headers = {"Content-Type": "application/json"}
         if key:

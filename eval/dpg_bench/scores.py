@@ -58,10 +58,9 @@ def image_score(item: Item, answers: Sequence[str]) -> float:
     yes = {}
     for question, answer in zip(item.questions, answers, strict=True):
         yes[question.number] = first_word(answer) == "yes"
-    counts = [
-        yes[number] and all(yes[parent] for parent in needed)
-        for number, needed in ancestors(item).items()
-    ]
+    counts = []
+    for number, needed in ancestors(item).items():
+        counts.append(yes[number] and all(yes[parent] for parent in needed))
     return float(np.mean(counts))
 
 
@@ -81,8 +80,9 @@ def summarize(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str
     for item in items:
         if item.id not in answers:
             continue
-        prompts.append(float(np.mean([image_score(item, image) for image in answers[item.id]])))
-        for image in answers[item.id]:
+        images = answers[item.id]
+        prompts.append(float(np.mean([image_score(item, image) for image in images])))
+        for image in images:
             for question, answer in zip(item.questions, image, strict=True):
                 word = first_word(answer)
                 by_category[question.category].append(word == "yes")
@@ -98,7 +98,8 @@ def official_scores(items: Sequence[Item], answers: Mapping[str, Answers]) -> di
     """
     items = [replace(items[0], questions=items[0].questions[1:]), *items[1:]]
     by_category: defaultdict[str, list[bool]] = defaultdict(list)
-    prompts, dropped, unclear = [], {}, 0
+    dropped: dict[str, str] = {}
+    prompts, unclear = [], 0
     for number, item in enumerate(items):
         if item.id not in answers:
             continue

@@ -132,7 +132,9 @@ def require_known_classes(judges: Judges, records: list[Record]) -> None:
     Raises:
         ValueError: naming some of them.
     """
-    asked = {clause["class"] for record in records for clause in record["include"]}
+    asked: set[str] = set()
+    for record in records:
+        asked |= {clause["class"] for clause in record["include"]}
     if unknown := sorted(asked - judges.classes):
         raise ValueError(
             f"prompts ask for {', '.join(unknown[:5])} ({len(unknown)} classes), which detector "

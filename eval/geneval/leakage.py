@@ -79,12 +79,13 @@ def leakage_report(prompts: Sequence[str], captions: Iterable[str]) -> dict[str,
             starts = range(len(words) - length + 1) if length < len(words) else ()
             contained |= plain & {" ".join(words[i : i + length]) for i in starts}
     found = [prompt for prompt in prompts if normalized(prompt) in equal | contained]
+    texts = list(map(normalized, prompts))
     return {
         "num_prompts": len(prompts),
         "num_captions": total,
-        "exact": sum(prompt in exact for prompt in prompts),
-        "normalized": sum(normalized(prompt) in equal for prompt in prompts),
-        "contained": sum(normalized(prompt) in contained for prompt in prompts),
+        "exact": sum(map(exact.__contains__, prompts)),
+        "normalized": sum(map(equal.__contains__, texts)),
+        "contained": sum(map(contained.__contains__, texts)),
         "template_captions": template,
         "examples": sorted(set(found))[:EXAMPLES],
     }

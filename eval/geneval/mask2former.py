@@ -28,7 +28,8 @@ MMDET_URL = (
 HUGGING_FACE = "facebook/mask2former-swin-small-coco-instance"
 
 # The test pipeline of mmdetection's configuration.
-SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32
+SHORT_SIDE, LONG_SIDE = 800, 1333
+DIVISOR = 32
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 MMDET_PADDING = 128  # grey level, before normalising; detectron2 trained Hugging Face's with zeros
 MAX_PER_IMAGE = 100

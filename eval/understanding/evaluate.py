@@ -185,13 +185,14 @@ def markdown(
 ) -> str:
     """The paper's row and ours."""
     title, paper = paper_row(model_config)
-    theirs = [paper[BENCHMARKS[name].paper] for name in found]
-    rows = [
-        [title, *("-" if value is None else f"{value:.1f}" for value in theirs)],
-        ["ours", *(f"{value['score']:.1f}" for value in found.values())],
-    ]
-    columns = [BENCHMARKS[name].column for name in found]
-    lines = ["# Understanding", "", *markdown_table(["", *columns], rows), ""]
+    header, theirs = [""], [title]
+    ours = ["ours"]
+    for name, value in found.items():
+        score = paper[BENCHMARKS[name].paper]
+        header.append(BENCHMARKS[name].column)
+        theirs.append("-" if score is None else f"{score:.1f}")
+        ours.append(f"{value['score']:.1f}")
+    lines = ["# Understanding", "", *markdown_table(header, [theirs, ours]), ""]
     if "textvqa" in found or "textvqa_ocr" in found:
         lines += ["The paper does not say whether its TextVQA prompts held OCR tokens.", ""]
     if limit is not None:
