@@ -109,7 +109,8 @@ def _message(error: Exception) -> str | None:
     if "DataLoader timed out" in line or "DataLoader worker" in line:
         return (
             f"the workers that load data stopped ({line}): mostly /dev/shm is full (df -h /dev/shm;"
-            " in docker --shm-size=16g). Make room, or set num_workers / dataloader_num_workers to 0"
+            " in docker --shm-size=16g). Make room, or set num_workers / "
+            "dataloader_num_workers to 0"
         )
     of_ours = type(error).__module__.startswith("vqrae.")
     if not (of_ours or isinstance(error, ValueError | OSError | FloatingPointError)):

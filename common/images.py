@@ -100,7 +100,7 @@ def _scale_transparency(image: Image.Image, *, bit_depth: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any colour mode -> RGB: transparency becomes white, deep and float grey is scaled to 8 bits."""
+    """Any colour mode -> RGB: transparency becomes white, deep and float grey gets 8 bits."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         key = image.info.get("transparency")

@@ -6,9 +6,9 @@
 
 `cuda` tensors are torch's FakeTensors: shape, type and device, so a model of full size costs
 nothing, and tensors on two devices do not mix. CPU tensors are real, up to a size that only weights
-exceed. Values that are read back are made up: numbers are 1, truths false, tensors zero, and a search for
-elements finds one (that of a mask from the host, as many as it has). Questions to the driver are
-answered, so that our code takes its own paths for a GPU.
+exceed. Values that are read back are made up: numbers are 1, truths false, tensors zero, and a
+search for elements finds one (that of a mask from the host, as many as it has). Questions to the
+driver are answered, so that our code takes its own paths for a GPU.
 
 Two more things need a driver and are replaced: `backward` walks torch's graph node by node (without
 the hooks of tensors and gradients), and modules get new parameters when they move.

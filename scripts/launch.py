@@ -2,8 +2,8 @@
 
     python -m vqrae.scripts.launch MODULE [config=NAME] [nproc=N] [zero=0-3] [key=value ...]
 
-Nothing is installed here. Where a job starts from the result of another, its configuration names it,
-by the key that holds the path:
+Nothing is installed here. Where a job starts from the result of another, its configuration names
+it, by the key that holds the path:
 
     prepare:
       llm: quickstart.train_llm config=tiny_llm

@@ -113,9 +113,9 @@ def _flash_varlen(
 
 @pytest.fixture
 def flash_attention(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name under which transformers finds a flash-attention that keeps the kernel's rule: fp16 and bf16 only.
+    """The name of a flash-attention that keeps the kernel's rule: fp16 and bf16 only.
 
-    All of transformers' own code around the kernel runs: unpadding, borders from positions, choice of types.
+    All of transformers' own code around the kernel runs: unpadding, borders, choice of types.
     """
     kernels = (_flash, _flash_varlen, None, flash_utils._pad_input, flash_utils._unpad_input)
     monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *args, **options: kernels)

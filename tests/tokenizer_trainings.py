@@ -1,4 +1,4 @@
-"""Trainings of a tiny tokenizer for tests. As a script: one with a step that has no finite gradient."""
+"""Trainings of a tiny tokenizer for tests. As a script: one with a non-finite gradient."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def train(output: Path, *more: str) -> Weights:
 
 
 def launch(output: Path, *more: str, processes: int = 2) -> Weights:
-    """Train with everything in processes of their own, with one bad step; the weights of the result.
+    """Train in processes of their own, with one bad step; the weights of the result.
 
     Also for one process: what other tests have set in this one would change its rounding.
     """

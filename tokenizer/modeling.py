@@ -197,7 +197,7 @@ class VQRAEModel(PreTrainedModel):
         self.image_processor().save_pretrained(save_directory)
 
     def image_processor(self) -> SiglipImageProcessor:
-        """The Hugging Face image processor that crops and normalises images as this package does."""
+        """The Hugging Face image processor that prepares images as this package does."""
         size = self.config.image_size
         return SiglipImageProcessor(
             size={"shortest_edge": size},

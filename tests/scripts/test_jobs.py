@@ -1,4 +1,4 @@
-"""What holds for every job on the `Trainer`: one GPU a process, whole checkpoints, orderly stops, no diverged models."""
+"""Every job on the `Trainer`: one GPU a process, whole checkpoints, no diverged models."""
 
 import importlib
 import signal
@@ -205,7 +205,7 @@ def has_nan(folder: Path) -> bool:
 
 
 class Unsendable:
-    """A data set whose samples a worker cannot hand over: they are lost as when its shared memory is full."""
+    """Samples that a worker cannot hand over: they are lost as when shared memory is full."""
 
     def __len__(self) -> int:
         return 8
