@@ -190,10 +190,9 @@ def markdown(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     for kind, values in kinds.items():
         scores = list(values["seeds"].values())
         row = [kind, f"{values['psnr']:.2f} dB"]
-        row += [spread([score[name] for score in scores]) for name in ("accuracy", "held_out")]
-        for name in names:
-            row.append(spread([score["kinds"][name] for score in scores]))
-        rows.append(row)
+        columns = [[score[name] for score in scores] for name in ("accuracy", "held_out")]
+        columns += [[score["kinds"][name] for score in scores] for name in names]
+        rows.append([*row, *map(spread, columns)])
     count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds (mean and range)"
     asked = (
         f"{seeds[0]['num_questions']} questions about {seeds[0]['num_images']} validation scenes"

@@ -111,34 +111,34 @@ def vicuna_like() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture
-def train_llama_tokenizer(tmp_path) -> Callable[[bool], PreTrainedTokenizerBase]:
+def train_llama_tokenizer(folder: Path, *, legacy: bool) -> PreTrainedTokenizerBase:
     """A folder as lmsys publishes it: tokenizer.model, read by transformers' own Llama class."""
+    texts = [*TEXTS, "red circle", "and the circle ? two blue stars", VICUNA_SYSTEM]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    described = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": legacy,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": None,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    return AutoTokenizer.from_pretrained(folder)
 
-    def build(legacy: bool) -> PreTrainedTokenizerBase:
-        texts = [*TEXTS, "red circle", "and the circle ? two blue stars", VICUNA_SYSTEM]
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts * 20),
-            model_prefix=str(tmp_path / "tokenizer"),
-            model_type="bpe",
-            vocab_size=330,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
-        )
-        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-        described = {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "legacy": legacy,
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "pad_token": None,
-        }
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
-        return AutoTokenizer.from_pretrained(tmp_path)
 
-    return build
+@pytest.fixture(name="train_llama_tokenizer")
+def train_llama_tokenizer_fixture(tmp_path) -> Callable[[bool], PreTrainedTokenizerBase]:
+    return lambda legacy: train_llama_tokenizer(tmp_path, legacy=legacy)

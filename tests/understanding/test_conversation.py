@@ -136,9 +136,9 @@ def test_vicuna_masks_and_a_single_bos(vicuna_like):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_tokens_and_labels_of_vicuna_are_llavas(legacy, train_llama_tokenizer, tmp_path):
+def test_tokens_and_labels_of_vicuna_are_llavas(legacy, train_llama_tokenizer):
     """Against LLaVA's own preprocess_plain and preprocess_v1, see golden/llava_tokens.py."""
-    text_tokenizer = train_llama_tokenizer(tmp_path, legacy=legacy)
+    text_tokenizer = train_llama_tokenizer(legacy)
     assert "Llama" in type(text_tokenizer).__name__
     golden = json.loads((Path(__file__).parent / "golden" / "llava_tokens.json").read_text())[
         f"legacy={legacy}"
