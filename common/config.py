@@ -13,7 +13,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -144,115 +144,94 @@ def union_members(annotation: Any) -> set[Any]:
     return set(get_args(annotation)) if is_union else {annotation}
 
 
-Problems = list[str]
+class _Converter:
+    """Converts values to declared types, and notes in `problems` what cannot be converted."""
 
+    def __init__(self) -> None:
+        self.problems: list[str] = []
 
-def _convert(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
-    """Convert `value` to `annotation`, or note in `problems` why that is impossible."""
-    if isinstance(value, Argument):
-        value = value.read(annotation, where)
-    if dataclasses.is_dataclass(annotation):
-        return _build(typing.cast(type, annotation), value, where, problems)
-    converter = _CONVERTERS.get(get_origin(annotation) or annotation, _convert_scalar)
-    return converter(value, annotation, where, problems)
-
-
-def _convert_union(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
-    choices = get_args(annotation)
-    if value is None and types.NoneType in choices:
-        return None
-    trial: Problems = []
-    for choice in choices:
-        if choice is not types.NoneType:
-            trial = []
-            converted = _convert(value, choice, where, trial)
-            if not trial:
-                return converted
-    problems += trial
-    return value
-
-
-def _convert_literal(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
-    choices = get_args(annotation)
-    if value not in choices:
-        problems.append(f"{where}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-    return value
-
-
-def _convert_sequence(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
-    kind: Any = get_origin(annotation)
-    kinds = get_args(annotation)
-    length = len(kinds) if kind is tuple and Ellipsis not in kinds else None
-    if not isinstance(value, list | tuple) or length not in (None, len(value)):
-        expected = f"a list of {length}" if length else "a list"
-        problems.append(f"{where}: got {value!r}, expected {expected}")
+    def refuse(self, value: Any, where: str, expected: str) -> Any:
+        self.problems.append(f"{where}: got {value!r}, expected {expected}")
         return value
-    return kind(_convert(item, kinds[0], f"{where}[{i}]", problems) for i, item in enumerate(value))
 
+    def convert(self, value: Any, annotation: Any, where: str) -> Any:
+        """`value` as `annotation` declares it, or unchanged after a problem was noted."""
+        if isinstance(value, Argument):
+            value = value.read(annotation, where)
+        kinds = get_args(annotation)
+        origin = get_origin(annotation) or annotation
+        if dataclasses.is_dataclass(annotation):
+            return self.build(typing.cast(type, annotation), value, where)
+        if origin in (Union, types.UnionType):
+            return self.union(value, kinds, where)
+        if origin is Literal:
+            choices = ", ".join(map(repr, kinds))
+            return value if value in kinds else self.refuse(value, where, f"one of {choices}")
+        if origin in (list, tuple):
+            return self.sequence(value, origin, kinds, where)
+        if origin in (dict, Any):
+            return self.free(value, origin, where)
+        return self.scalar(value, origin, where)
 
-def _convert_mapping(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
-    if isinstance(value, dict):
-        return {key: _convert(item, Any, f"{where}.{key}", problems) for key, item in value.items()}
-    problems.append(f"{where}: got {value!r}, expected a mapping")
-    return value
+    def union(self, value: Any, kinds: tuple, where: str) -> Any:
+        if value is None and types.NoneType in kinds:
+            return None
+        trial = _Converter()
+        for kind in kinds:
+            if kind is not types.NoneType:
+                trial = _Converter()
+                converted = trial.convert(value, kind, where)
+                if not trial.problems:
+                    return converted
+        self.problems += trial.problems
+        return value
 
+    def sequence(self, value: Any, kind: Any, kinds: tuple, where: str) -> Any:
+        length = len(kinds) if kind is tuple and Ellipsis not in kinds else None
+        if not isinstance(value, list | tuple) or length not in (None, len(value)):
+            return self.refuse(value, where, f"a list of {length}" if length else "a list")
+        items = enumerate(value)
+        return kind(self.convert(item, kinds[0], f"{where}[{i}]") for i, item in items)
 
-def _convert_any(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
-    return _convert_mapping(value, dict, where, problems) if isinstance(value, dict) else value
+    def free(self, value: Any, kind: Any, where: str) -> Any:
+        if isinstance(value, dict):
+            return {key: self.convert(item, Any, f"{where}.{key}") for key, item in value.items()}
+        return value if kind is Any else self.refuse(value, where, "a mapping")
 
+    def scalar(self, value: Any, kind: type, where: str) -> Any:
+        accepted = (int, float) if kind is float else kind
+        is_bool_for_number = isinstance(value, bool) and kind in (int, float)
+        if not isinstance(value, accepted) or is_bool_for_number:
+            got = f"{value!r} ({type(value).__name__})"
+            self.problems.append(f"{where}: got {got}, expected {kind.__name__}")
+            return value
+        if kind is float and math.isnan(value):
+            return self.refuse(value, where, "a number")
+        return float(value) if kind is float else value
 
-def _convert_float(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return _convert_scalar(value, annotation, where, problems)
-    if math.isnan(value):
-        problems.append(f"{where}: got nan, expected a number")
-    return float(value)
-
-
-def _convert_scalar(value: Any, annotation: Any, where: str, problems: Problems) -> Any:
-    is_bool_for_int = annotation is int and isinstance(value, bool)
-    if not isinstance(value, annotation) or is_bool_for_int:
-        got = f"{value!r} ({type(value).__name__})"
-        problems.append(f"{where}: got {got}, expected {annotation.__name__}")
-    return value
-
-
-_CONVERTERS: dict[Any, Callable[[Any, Any, str, Problems], Any]] = {
-    Any: _convert_any,
-    Union: _convert_union,
-    types.UnionType: _convert_union,
-    Literal: _convert_literal,
-    list: _convert_sequence,
-    tuple: _convert_sequence,
-    dict: _convert_mapping,
-    float: _convert_float,
-}
-
-
-def _build(cls: type, values: Any, where: str, problems: Problems) -> Any:
-    """The dataclass `cls` from a mapping; None where `problems` were found."""
-    if not isinstance(values, dict):
-        problems.append(f"{where or cls.__name__}: got {values!r}, expected a mapping")
-        return None
-    prefix = f"{where}." if where else ""
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    converted = {}
-    for key, value in values.items():
-        if key in fields:
-            converted[key] = _convert(value, hints[key], f"{prefix}{key}", problems)
-        else:
-            problems.append(f"{prefix}{key}: unknown key. {did_you_mean(str(key), fields)}")
-    for name, field in fields.items():
-        required = field.default is field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            problems.append(f"{prefix}{name}: required, but not given")
-    if problems:
-        return None
-    try:
-        return cls(**converted)
-    except ValueError as error:
-        problems.append(f"{where or cls.__name__}: {error}")
+    def build(self, cls: type, values: Any, where: str) -> Any:
+        """The dataclass `cls` from a mapping; None where there are problems."""
+        if not isinstance(values, dict):
+            return self.refuse(values, where or cls.__name__, "a mapping")
+        prefix = f"{where}." if where else ""
+        hints = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        converted = {}
+        for key, value in values.items():
+            if key in fields:
+                converted[key] = self.convert(value, hints[key], f"{prefix}{key}")
+            else:
+                hint = did_you_mean(str(key), fields)
+                self.problems.append(f"{prefix}{key}: unknown key. {hint}")
+        for name, field in fields.items():
+            required = field.default is field.default_factory is dataclasses.MISSING
+            if required and name not in values:
+                self.problems.append(f"{prefix}{name}: required, but not given")
+        if not self.problems:
+            try:
+                return cls(**converted)
+            except ValueError as error:
+                self.problems.append(f"{where or cls.__name__}: {error}")
         return None
 
 
@@ -262,11 +241,11 @@ def build_config(cls: type[T], values: dict, *, source: str = "config") -> T:
     Raises:
         ConfigError: naming every unknown key, missing key and value of the wrong type.
     """
-    problems: Problems = []
-    config = _build(cls, values, "", problems)
-    if problems:
-        separator = " " if len(problems) == 1 else "\n  "
-        raise ConfigError(separator.join([f"{source} cannot be used:", *problems]))
+    converter = _Converter()
+    config = converter.build(cls, values, "")
+    if converter.problems:
+        separator = " " if len(converter.problems) == 1 else "\n  "
+        raise ConfigError(separator.join([f"{source} cannot be used:", *converter.problems]))
     return config
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vqrae.common.checkpoints import load_model, require_kind, resolve_model
+from vqrae.common.files import require_same_tokenizer, weights_fingerprint
 
 
 def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(
@@ -75,3 +76,33 @@ def test_weights_that_are_missing_of_other_shapes_or_not_finite_are_refused(brok
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"the weights of .* are damaged"):
         load_model(Qwen3ForCausalLM, broken)
+
+
+def test_fingerprint_is_of_the_weights(tokenizer_folder: Path, tmp_path: Path) -> None:
+    assert len(weights_fingerprint(tokenizer_folder)) == 64
+    with pytest.raises(FileNotFoundError, match="not a checkpoint folder"):
+        weights_fingerprint(tmp_path)
+    with pytest.raises(
+        ValueError, match="codes was made with tokenizer bbb, but the tokenizer in use is aaa"
+    ):
+        require_same_tokenizer("aaa", "bbb", "codes")
+
+
+def test_models_are_found_where_people_point(tmp_path: Path) -> None:
+    for folder in (
+        "run/model",
+        "run/step-9/model",
+        "half/step-9/model",
+        "half/step-10/model",
+        "plain",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    assert resolve_model(tmp_path / "plain") == str(tmp_path / "plain")
+    assert resolve_model(tmp_path / "run") == str(tmp_path / "run" / "model")
+    assert resolve_model(tmp_path / "half") == str(tmp_path / "half" / "step-10" / "model")
+    assert resolve_model("google/siglip2-so400m-patch16-256") == "google/siglip2-so400m-patch16-256"
+    (tmp_path / "empty").mkdir()
+    for name in (tmp_path / "empty", tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError):
+            resolve_model(name)

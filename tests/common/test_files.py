@@ -18,6 +18,7 @@ from vqrae.common.files import (
     raw_lines,
     read_json,
     text_lines,
+    write_json,
     write_text,
 )
 from vqrae.common.run import read_metrics
@@ -131,3 +132,18 @@ def test_a_folder_is_replaced_or_kept(tmp_path: Path, monkeypatch: pytest.Monkey
         folder.mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "weights").read_text() == "second"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+
+    def interrupted() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of ")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]

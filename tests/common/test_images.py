@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from vqrae.common.images import (
@@ -18,6 +19,7 @@ from vqrae.common.images import (
     image_grid,
     image_to_tensor,
     open_image,
+    tensor_to_uint8,
 )
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))
@@ -183,3 +185,38 @@ def test_programs_and_bombs_are_refused(tmp_path: Path) -> None:
 def test_a_long_label_is_shortened() -> None:
     image = image_to_tensor(Image.new("RGB", (8, 8)))
     assert image_grid([[image]], labels=["long " * 200_000]).width <= 8 * LABEL + 24
+
+
+def test_rounding_not_truncation() -> None:
+    assert tensor_to_uint8(torch.tensor([0.999, -1.0, 2.0, 0.5])).tolist() == [255, 0, 255, 128]
+    levels = torch.arange(256) / 255
+    assert torch.equal(tensor_to_uint8(levels), torch.arange(256, dtype=torch.uint8))
+
+
+def test_images_of_any_mode(tmp_path: Path) -> None:
+    grey = Image.fromarray(np.full((4, 6), 40000, dtype=np.uint16))
+    clear = Image.new("RGBA", (6, 4), (255, 0, 0, 0))
+    palette = Image.new("RGB", (6, 4), "red").convert("P")
+    turned = Image.new("RGB", (6, 4), "blue")
+    exif = turned.getexif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    grey.save(tmp_path / "grey.png")
+    clear.save(tmp_path / "clear.png")
+    palette.save(tmp_path / "palette.png")
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "grey.png").getpixel((0, 0)) == (156, 156, 156)
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "palette.png").getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(tmp_path / "turned.jpg").size == (4, 6)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    for name, message in (("broken.png", "not a readable image"), ("absent.png", "no such file")):
+        with pytest.raises(ValueError, match=message):
+            open_image(tmp_path / name)
+
+
+def test_grid_is_as_large_as_its_parts() -> None:
+    image = image_to_tensor(Image.new("RGB", (8, 8), "red"))
+    grid = image_grid([[image, image], [image]], scale=2, gap=4)
+    assert grid.size == (2 * 20 + 4, 2 * 20 + 4)
+    assert grid.getpixel((5, 5)) == (255, 0, 0)
+    assert grid.getpixel((30, 30)) == (255, 255, 255)

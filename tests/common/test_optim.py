@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from vqrae.common.optim import Muon, muon_groups
+from vqrae.common.optim import Muon, muon_groups, warmup_cosine
 from vqrae.common.trainer import OptimizationConfig, build_optimizers
 
 
@@ -92,3 +92,10 @@ def test_zero_takes_adamw(
     assert scheduler is None
     assert optimizer is None if expected is None else isinstance(optimizer, expected)
     assert ("adamw, not muon" in capsys.readouterr().out) == (name == "muon" and zero > 0)
+
+
+def test_schedule_ends_where_it_should() -> None:
+    factors = [warmup_cosine(step, warmup_steps=4, total_steps=20, end=0.1) for step in range(20)]
+    assert 0 < factors[0] < factors[3] < factors[4] == 1.0
+    assert factors[-1] == pytest.approx(0.1)
+    assert factors[4:] == sorted(factors[4:], reverse=True)

@@ -11,7 +11,15 @@ import pytest
 
 from vqrae.common import run as runs
 from vqrae.common.files import read_json
-from vqrae.common.run import changed_settings, hold, kept, mark_trained, trained_steps
+from vqrae.common.run import (
+    changed_settings,
+    format_duration,
+    hold,
+    kept,
+    mark_trained,
+    read_metrics,
+    trained_steps,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,3 +130,22 @@ def test_a_model_says_how_long_it_was_trained(tmp_path: Path) -> None:
     assert trained_steps(tmp_path) == 0
     mark_trained(tmp_path, 7)
     assert trained_steps(tmp_path) == 7
+
+
+def test_metrics_survive_a_crash_and_a_rewind(tmp_path: Path) -> None:
+    run = runs.open(tmp_path)
+    run.begin()
+    for step in (1, 2, 3):
+        run.log(step, {"loss": 1 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    run.rewind(2)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert {"command", "git_commit", "packages", "seed"} <= set(
+        read_json(tmp_path / "manifest.json")
+    )
+
+
+def test_durations_read_well() -> None:
+    assert [format_duration(s) for s in (5, 75, 3720)] == ["5s", "1m15s", "1h02m"]
