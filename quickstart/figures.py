@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -45,7 +46,7 @@ def summary_image(
         figure = Figure(figsize=(13, 10.8), dpi=110, facecolor=PAPER)
         minutes = evidence.plan.get("minutes")
         budget = f", in a budget of {minutes:g} minutes" if minutes else ""
-        lines = {"va": "center", "x": 0.03}
+        lines: dict[str, Any] = {"va": "center", "x": 0.03}
         figure.text(y=0.965, s="One tokenizer, three jobs", fontsize=21, weight="bold", **lines)
         subtitle = f"trained from random weights on rendered scenes{budget}"
         figure.text(y=0.932, s=subtitle, fontsize=11, color=SOFT, **lines)
@@ -58,11 +59,11 @@ def summary_image(
 
         place = {"left": 0.05, "right": 0.975, "top": 0.295, "bottom": 0.04}
         grid = figure.add_gridspec(2, 4, hspace=0.75, wspace=0.25, **place)
-        for cell, curve in zip(grid, CURVES, strict=True):
-            axes = figure.add_subplot(cell)
-            title = {"loc": "left", "weight": "bold", "color": INK}
-            axes.set_title(curve.title, fontsize=10, pad=14, **title)
-            caption = {"fontsize": 7.5, "color": SOFT, "va": "bottom"}
+        for i, curve in enumerate(CURVES):
+            axes = figure.add_subplot(grid[i])
+            title = curve.title
+            axes.set_title(title, fontsize=10, pad=14, loc="left", weight="bold", color=INK)
+            caption: dict[str, Any] = {"fontsize": 7.5, "color": SOFT, "va": "bottom"}
             axes.text(0, 1.03, curve.caption, transform=axes.transAxes, **caption)
             steps, values = evidence.curve(curve)
             if steps:
@@ -92,7 +93,7 @@ def draw_table(axes: Axes, rows: Sequence[Row], column: int) -> None:
     """The figures, next to the expectations of one budget."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(len(rows) + 0.5, -0.6))
-    right = {"ha": "right", "va": "center"}
+    right: dict[str, Any] = {"ha": "right", "va": "center"}
     for x, text in ((0.66, "this run"), (0.97, f"expected, {BUDGETS[column]} min")):
         axes.text(x, 0, text, fontsize=9, color=SOFT, **right)
     for y, row in enumerate(rows, start=1):
@@ -116,9 +117,9 @@ def draw_pairs(
         draw_nothing(frame)
         return
     grid = place.subgridspec(3, columns, wspace=0.05, hspace=0.08)
-    for cell, original, copy in zip(grid, pairs.originals, pairs.copies, strict=False):
-        axes = figure.add_subplot(cell)
-        both = [np.asarray(tensor_to_image(image)) for image in (original, copy)]
+    for i in range(min(3 * columns, len(pairs.originals))):
+        axes = figure.add_subplot(grid[i])
+        both = [np.asarray(tensor_to_image(kind[i])) for kind in (pairs.originals, pairs.copies)]
         axes.imshow(np.concatenate(both, axis=1), interpolation="nearest")
         axes.set_axis_off()
 
@@ -136,15 +137,15 @@ def draw_prompts(figure: Figure, prompts: dict[str, list[Prompt]], columns: int 
     place = {"left": 0.03, "right": 0.975, "top": 0.571, "bottom": 0.366}
     num_rows = math.ceil(len(prompts) / columns)
     grid = figure.add_gridspec(num_rows, columns, wspace=0.05, hspace=0.28, **place)
-    for cell, (prompt, *_) in zip(grid, prompts.values(), strict=False):
-        row = cell.subgridspec(1, max(4, len(prompt.images)), wspace=0.08)
-        for i, (image, verdict) in enumerate(zip(prompt.images, prompt.verdicts, strict=True)):
-            axes = figure.add_subplot(row[i])
+    for i, (prompt, *_) in enumerate(prompts.values()):
+        row = grid[i].subgridspec(1, max(4, len(prompt.images)), wspace=0.08)
+        for j, (image, verdict) in enumerate(zip(prompt.images, prompt.verdicts, strict=True)):
+            axes = figure.add_subplot(row[j])
             axes.imshow(np.asarray(image), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             color = {True: RIGHT, False: WRONG, None: SOFT}[verdict.get("correct")]
             axes.spines[:].set(visible=True, color=color, linewidth=2.5)
-            if i == 0:
+            if j == 0:
                 text = prompt.text.removeprefix("a photo of ")
                 axes.set_title(text, loc="left", fontsize=9.5, color=INK, pad=4)
 
