@@ -215,7 +215,7 @@ def sampler(codes: int, batch: int, compiled: bool, device: torch.device, exact:
 
 
 @dataclass
-class Row:
+class Check:
     """One hot path, and what came out; a field stays None where it was not reached."""
 
     name: str
@@ -236,14 +236,14 @@ class Row:
     problem: str = ""
 
 
-def all_rows() -> list[Row]:
+def all_rows() -> list[Check]:
     """The most telling first."""
     rows = []
     for name, stage in itertools.product(("siglip2_256", "siglip2_512", "internvit_448"), (1, 2)):
         config = load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name))
         images = config.stage_config(stage).micro_batch_size
         build = partial(tokenizer, name, stage)
-        rows.append(Row(f"tokenizer {name}, stage {stage}", build, images, "images"))
+        rows.append(Check(f"tokenizer {name}, stage {stage}", build, images, "images"))
     searches = {
         "fp32, as in training": ("fp32", False, False),
         "fp32, TF32 allowed": ("fp32", False, True),
@@ -251,20 +251,20 @@ def all_rows() -> list[Row]:
         "bf16, exact": ("bf16", True, False),
     }
     for name, how in searches.items():
-        rows.append(Row(f"search {name}", partial(search, *how), 8192, "features"))
+        rows.append(Check(f"search {name}", partial(search, *how), 8192, "features"))
     for name, llm in (("0.6B", "qwen3"), ("7B", "llama")):
-        rows.append(Row(f"LLaVA {name}, packed", partial(llava, llm), RECORDS, "records"))
-    rows.append(Row("generator 0.6B, 1,024 codes", generator))
+        rows.append(Check(f"LLaVA {name}, packed", partial(llava, llm), RECORDS, "records"))
+    rows.append(Check("generator 0.6B, 1,024 codes", generator))
     # The last take long.
     for codes, compiled in ((64, False), (64, True), (1024, True), (1024, False)):
         for batch in (8, 1, 64):
             title = f"sampler {'compiled' if compiled else 'eager'}, {codes} codes, batch {batch}"
             build = partial(sampler, codes, batch, compiled)
-            rows.append(Row(title, build, batch, "images", compared=(codes, batch) == (64, 8)))
+            rows.append(Check(title, build, batch, "images", compared=(codes, batch) == (64, 8)))
     return rows
 
 
-def check(row: Row, expected: dict[str, Numbers], bf16_rate: float, device: torch.device) -> None:
+def check(row: Check, expected: dict[str, Numbers], bf16_rate: float, device: torch.device) -> None:
     """Compare a path with the CPU, then time it; what fails is noted in the row."""
     try:
         if row.compared:
@@ -358,7 +358,7 @@ def cpu_numbers(only: str) -> dict[str, Numbers]:
         return read_json(file)
 
 
-def run(rows: Sequence[Row], expected: dict[str, Numbers], *, minutes: float) -> dict[str, Any]:
+def run(rows: Sequence[Check], expected: dict[str, Numbers], *, minutes: float) -> dict[str, Any]:
     """The report on all rows; those that the time does not reach say so."""
     device = torch.device("cuda")
     end = time.monotonic() + 60 * minutes

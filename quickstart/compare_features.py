@@ -180,7 +180,7 @@ def score_llava(
 # ---- for people
 
 
-def markdown(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+def comparison_table(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """One row for each kind of features: mean over seeds, and the range of several."""
     seeds = list(kinds["original"]["seeds"].values())
     names = list(seeds[0]["kinds"])
@@ -211,7 +211,7 @@ def spread(values: Sequence[float]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line: key=value …"""
     config = parse(FeatureQualityConfig, argv)
-    text = markdown(compare(config)["kinds"])
+    text = comparison_table(compare(config)["kinds"])
     write_text(Path(config.output) / "scores.md", text)
     print(f"{text}->  {config.output}")
 

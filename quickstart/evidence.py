@@ -177,7 +177,7 @@ def report_values(evidence: Evidence) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """One line as text; `met` is None where nothing was promised or the budget was smaller."""
 
     label: str
@@ -189,7 +189,7 @@ class Row:
     """What it is in large letters at the top of the page, if it is there."""
 
 
-def figure_rows(values: dict[str, Any], budget: int | None) -> list[Row]:
+def figure_rows(values: dict[str, Any], budget: int | None) -> list[FigureRow]:
     """The table, from the content of `report.json`, judged by the expectations of `budget`."""
     tokenizer, understanding = values.get("tokenizer", {}), values.get("understanding", {})
     generation = values.get("generation", {})
@@ -206,11 +206,11 @@ def figure_rows(values: dict[str, Any], budget: int | None) -> list[Row]:
         note: str,
         expected: tuple[float, ...] = (),
         tile: str = "",
-    ) -> Row:
+    ) -> FigureRow:
         met = None if budget is None or value is None or not expected else value >= expected[budget]
         bounds = tuple(f"≥ {form.format(bound).replace('.0', '')}" for bound in expected)
         text = "—" if value is None else form.format(value)
-        return Row(label, text, bounds or ("",) * len(BUDGETS), met, note, tile)
+        return FigureRow(label, text, bounds or ("",) * len(BUDGETS), met, note, tile)
 
     return [
         row(

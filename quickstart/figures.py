@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqrae.common.images import tensor_to_image
 from vqrae.eval.figures import ACCENT, INK, PAPER, RIGHT, SOFT, STYLE, WRONG, draw_usage, inline_svg
-from vqrae.quickstart.evidence import BUDGETS, CURVES, Evidence, Prompt, Reconstructions, Row
+from vqrae.quickstart.evidence import BUDGETS, CURVES, Evidence, FigureRow, Prompt, Reconstructions
 
 LINE = "#e4e1da"
 
@@ -37,7 +37,7 @@ def usage_svg(counts: np.ndarray) -> str:
 
 def summary_image(
     evidence: Evidence,
-    rows: Sequence[Row],
+    rows: Sequence[FigureRow],
     pairs: Reconstructions | None,
     prompts: dict[str, list[Prompt]],
 ) -> Image.Image:
@@ -89,7 +89,7 @@ def draw_nothing(axes: Axes) -> None:
     axes.text(0, 0.5, "not run yet", transform=axes.transAxes, color=SOFT)
 
 
-def draw_table(axes: Axes, rows: Sequence[Row], column: int) -> None:
+def draw_table(axes: Axes, rows: Sequence[FigureRow], column: int) -> None:
     """The figures, next to the expectations of one budget."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(len(rows) + 0.5, -0.6))

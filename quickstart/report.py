@@ -27,9 +27,9 @@ from vqrae.quickstart.evidence import (
     BUDGETS,
     CURVES,
     Evidence,
+    FigureRow,
     Prompt,
     Reconstructions,
-    Row,
     count_codes,
     figure_rows,
     read_evidence,
@@ -56,7 +56,7 @@ class ReportConfig:
         check_range(self, "num_scenes", "prompts_per_family", low=1)
 
 
-def write_report(config: ReportConfig) -> list[Row]:
+def write_report(config: ReportConfig) -> list[FigureRow]:
     """Write the three files, each whole or not at all; returns the table of figures.
 
     Raises:
@@ -78,7 +78,7 @@ def write_report(config: ReportConfig) -> list[Row]:
 def render_page(
     evidence: Evidence,
     values: dict[str, Any],
-    rows: Sequence[Row],
+    rows: Sequence[FigureRow],
     pairs: Reconstructions | None,
     prompts: dict[str, list[Prompt]],
 ) -> str:

@@ -28,7 +28,7 @@ from vqrae.common.files import read_json, weights_fingerprint, write_json, write
 from vqrae.common.run import format_duration, quiet_libraries, run_manifest
 from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval.ablations.suites import SUITES, Suite, load_suite
-from vqrae.eval.ablations.tables import Result, judge, markdown
+from vqrae.eval.ablations.tables import Result, ablation_table, judge
 from vqrae.eval.features import evaluate as features
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.sharding import run_module
@@ -175,7 +175,7 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
         trial.result["runs"].append({"seed": trial.seed, "metrics": metrics})
         values = summarize(suite, config, results, probes, encoder)
         write_json(Path(config.output) / f"{name}.json", values)
-        write_text(Path(config.output) / f"{name}.md", markdown(values, suite))
+        write_text(Path(config.output) / f"{name}.md", ablation_table(values, suite))
 
 
 def train_and_score(

@@ -72,7 +72,7 @@ def cell(result: Result, metric: str) -> str:
     return f"{text} ({diverged} diverged)" if diverged else text
 
 
-def markdown(values: dict[str, Any], suite: Suite) -> str:
+def ablation_table(values: dict[str, Any], suite: Suite) -> str:
     """The page of a suite: its table, what was measured how, and its claims.
 
     Args:

@@ -203,7 +203,7 @@ def probe(model: VQRAEModel, tasks: dict[str, Task], config: FeaturesConfig) -> 
 # ---- the command
 
 
-def markdown(values: dict[str, Any]) -> str:
+def feature_table(values: dict[str, Any]) -> str:
     """One row for each stage and kind of features."""
     tasks = next(iter(values["stages"].values()))["tasks"]
     header = ["stage", "features", "teacher cosine (another image's)"]
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
 
         values = run.kept(config.output, settings, score)
     if is_main_process():
-        text = markdown(values)
+        text = feature_table(values)
         write_text(Path(config.output).with_suffix(".md"), text)
         print(f"{text}->  {config.output}")
 

@@ -273,7 +273,7 @@ def evaluate_reconstruction(
 # ---- the command
 
 
-def markdown(values: dict[str, Any]) -> str:
+def reconstruction_table(values: dict[str, Any]) -> str:
     """The scores as a table, with what they were measured on and what was not measured."""
     rows = [(name, f"not measured: {reason}") for name, reason in values["not_measured"].items()]
     for name, value in values.items():
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = {**originals, "tokenizer": tokenizer, "networks": [*networks, *lpips]}
         values = run.kept(output, settings, score)
     if is_main_process():
-        text = markdown(values)
+        text = reconstruction_table(values)
         write_text(output.with_suffix(".md"), text)
         print(f"{text}->  {output}")
 

@@ -212,7 +212,7 @@ def fill_tables(scores: dict[str, Score]) -> dict[str, Any]:
     return {"tables": tables}
 
 
-def markdown(tables: list[dict[str, Any]]) -> str:
+def result_tables(tables: list[dict[str, Any]]) -> str:
     """Tables and, for each row of ours, a note of what it rests on."""
     digits: dict[str, int] = {}
     for paper in paper_tables().values():
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     filled = fill_tables({path: read_score(path) for path in config.scores})
     output = Path(config.output)
     write_json(output.with_suffix(".json"), filled)
-    write_text(output, markdown(filled["tables"]))
+    write_text(output, result_tables(filled["tables"]))
     print(f"{len(config.scores)} rows of ours  ->  {output}")
 
 

@@ -180,7 +180,7 @@ def find_score(name: str, task: str, results: Mapping[str, Any] | None) -> float
     return score
 
 
-def markdown(
+def benchmark_table(
     found: Mapping[str, Mapping[str, Any]], model_config: Mapping[str, Any], limit: int | None
 ) -> str:
     """The paper's row and ours."""
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     model_config = read_json(local_model(config.model) / "config.json")
     found = evaluate(config, model_config)
     if is_main_process():
-        text = markdown(found, model_config, config.limit)
+        text = benchmark_table(found, model_config, config.limit)
         write_json(output / "scores.json", {name: value["score"] for name, value in found.items()})
         write_text(output / "scores.md", text)
         print(f"{text}->  {output}")

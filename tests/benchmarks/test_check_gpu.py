@@ -9,7 +9,7 @@ import torch
 from fake_gpu import fake_gpu
 
 from benchmarks import check_gpu
-from benchmarks.check_gpu import Row, all_rows, run, text
+from benchmarks.check_gpu import Check, all_rows, run, text
 
 CUDA = torch.device("cuda")
 
@@ -36,13 +36,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_that_fails_says_so_and_the_others_are_measured() -> None:
     memory = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
     rows = [
-        Row("equal", path([1.0, 2.0]), 4, "images"),
-        Row("no memory", path([], memory)),
-        Row("another loss", path([1.0, 2.1])),
-        Row("another code", path([9_999, 1])),
-        Row("not a number", path([float("nan")])),
-        Row("failure", path([], RuntimeError("a kernel failed\nsee the manual"))),
-        Row("speed alone", path([]), compared=False),
+        Check("equal", path([1.0, 2.0]), 4, "images"),
+        Check("no memory", path([], memory)),
+        Check("another loss", path([1.0, 2.1])),
+        Check("another code", path([9_999, 1])),
+        Check("not a number", path([float("nan")])),
+        Check("failure", path([], RuntimeError("a kernel failed\nsee the manual"))),
+        Check("speed alone", path([]), compared=False),
     ]
     expected: dict[str, list[float]] = {"equal": [1.0, 2.001], "another loss": [1.0, 2.0]}
     expected |= {"another code": [10_000, 1], "not a number": [1.0]}
@@ -70,7 +70,7 @@ def test_a_row_that_fails_says_so_and_the_others_are_measured() -> None:
 
 def test_rows_that_the_time_does_not_reach_say_so() -> None:
     with fake_gpu():
-        report = run([Row("late", path([]))], {}, minutes=0)
+        report = run([Check("late", path([]))], {}, minutes=0)
     assert report["rows"][0]["problem"] == "out of time"
 
 

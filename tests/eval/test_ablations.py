@@ -13,7 +13,7 @@ from vqrae.common.files import write_json
 from vqrae.eval.ablations import evaluate as ablations
 from vqrae.eval.ablations.evaluate import AblationConfig, plan_trials, sweep
 from vqrae.eval.ablations.suites import SUITES, Claim, Recipe, Suite, TableRow, load_suite
-from vqrae.eval.ablations.tables import cell, judge, markdown, verdict
+from vqrae.eval.ablations.tables import ablation_table, cell, judge, verdict
 from vqrae.quickstart import locality
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.build import build_tokenizer
@@ -214,7 +214,7 @@ def test_the_page_of_two_recipes() -> None:
         "notes": ["a note"],
         "original_features": {},
     }
-    assert markdown(values, suite(recipes=recipes)).splitlines() == [
+    assert ablation_table(values, suite(recipes=recipes)).splitlines() == [
         "# t",
         "",
         "| recipe | dim | PSNR, dB |",

@@ -136,7 +136,7 @@ def test_several_seeds_show_their_range() -> None:
             "blind_accuracy": 0.25,
         }
 
-    text = feature_quality.markdown(
+    text = feature_quality.comparison_table(
         {"original": {"psnr": 20.0, "seeds": {"0": seed(0.5), "1": seed(0.7)}}}
     )
     assert "60.0% (50.0% to 70.0%)" in text
