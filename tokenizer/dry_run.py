@@ -1,22 +1,26 @@
 """The tokenizer's `dry_run=N`: its stages on rendered scenes (see `vqrae.common.dry_run`).
 
 The discriminator takes part from the first step on; the global batch is one micro-batch of every
-process.
+process. A last step is then logged, previewed, saved and restored.
 """
 
 import dataclasses
+import gc
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import set_seed
 
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.config import ConfigError, load_config, shipped_config, shipped_names
-from vqrae.common.distributed import attention_implementation, world_size
+from vqrae.common.distributed import attention_implementation, is_main_process, world_size
 from vqrae.common.dry_run import (
+    GIB,
     KNOWN_MODELS,
     Report,
     Watch,
@@ -26,9 +30,13 @@ from vqrae.common.dry_run import (
     stand_in,
 )
 from vqrae.common.run import open as open_run
+from vqrae.data.sources import open_images
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
-from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.configuration import FEATURE_TAPS, VQRAEConfig
+from vqrae.tokenizer.encoders import encoder_features
+from vqrae.tokenizer.losses import distillation_loss
+from vqrae.tokenizer.modeling import VQRAEModel
 
 
 def dry_run(
@@ -64,9 +72,7 @@ def _rehearse_stage(
 
         def train(watch: Watch) -> None:
             set_seed(config.seed)
-            attention = attention_implementation(short.attention, half=short.bf16)
-            model = build_tokenizer(short.model, attention)
-            for done in train_stage(short, number, model, run):
+            for done in train_stage(short, number, initial_model(short), run):
                 watch.step() if done else watch.on_step_begin()
 
         return rehearse(train, report, config.dry_run)
@@ -95,6 +101,76 @@ def rehearsal(config: TokenizerTrainConfig, number: int) -> TokenizerTrainConfig
         save_steps=config.dry_run + 1,
         sample_steps=config.dry_run + 1,
     )
+
+
+def rehearse_checkpoints(
+    config: TokenizerTrainConfig, train_stage: Callable[..., Iterator[int]]
+) -> None:
+    """Rehearse what follows the steps of each configured stage: log, previews, checkpoint, resume.
+
+    Half-precision kernels that refuse a preview would otherwise show up hours into the run.
+    """
+    for number in [1, 2] if config.stage == "both" else [config.stage]:
+        short = rehearsal(dataclasses.replace(config, dry_run=1), number)
+        often = dataclasses.replace(short, log_steps=1, save_steps=1, sample_steps=1)
+        with scratch_folder(Path(config.output_dir)) as folder:
+            _rehearse_checkpoint(often, number, train_stage, folder / f"stage{number}")
+
+
+def _rehearse_checkpoint(
+    config: TokenizerTrainConfig,
+    number: int,
+    train_stage: Callable[..., Iterator[int]],
+    folder: Path,
+) -> None:
+    run = open_run(folder, config, seed=config.seed)
+    run.begin()
+    model = initial_model(config)
+    before = features_at_taps(model, bf16=config.bf16)
+    steps = train_stage(config, number, model, run)
+    next(steps)
+    begin = time.perf_counter()
+    saved = next(steps)
+    steps.close()
+    after = features_at_taps(model, bf16=config.bf16)
+    del steps, model
+    gc.collect()  # the next model takes its place
+    resumed = train_stage(config, number, initial_model(config), run)
+    assert next(resumed) == saved, "the resume starts after another step than the saved one"
+    resumed.close()
+    if is_main_process():
+        files = (folder / f"step-{saved}").rglob("*")
+        size = sum(file.stat().st_size for file in files if file.is_file()) / GIB
+        seconds = time.perf_counter() - begin
+        print(
+            f"a step, its previews, a checkpoint of {size:.2f} GiB and a resume: {seconds:.1f} s\n"
+            "features of scenes: root mean square, of the largest channel, distillation loss"
+        )
+        for tap in FEATURE_TAPS:
+            squares = before[tap].square().mean((0, 1))
+            loss = distillation_loss(after[tap], before[tap])
+            chosen = "  (feature_tap of this run)" if tap == config.model.feature_tap else ""
+            scale = f"{squares.mean().sqrt():10.3g}{squares.max().sqrt():10.3g}{loss:12.3g}"
+            print(f"  {tap:22}{scale}{chosen}", flush=True)
+
+
+@torch.no_grad()
+def features_at_taps(model: VQRAEModel, *, bf16: bool) -> dict[str, Tensor]:
+    """The features (B, N, D) of eight scenes at each tap, fp32 on the CPU."""
+    scenes = open_images("scenes", image_size=model.config.image_size, split="validation")
+    images = torch.stack([scenes[i]["image"] for i in range(8)]).to(model.device) / 255
+    found = {}
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        for tap in FEATURE_TAPS:
+            features = encoder_features(model.encoder, model.normalize(images), tap)
+            found[tap] = features.float().cpu()
+    return found
+
+
+def initial_model(config: TokenizerTrainConfig) -> VQRAEModel:
+    """The tokenizer as it enters stage 1; its encoder is the pretrained one where that is here."""
+    attention = attention_implementation(config.attention, half=config.bf16)
+    return build_tokenizer(config.model, attention)
 
 
 def without_download(model: ModelConfig) -> ModelConfig:

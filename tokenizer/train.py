@@ -50,7 +50,7 @@ from vqrae.tokenizer.codebook import (
 from vqrae.tokenizer.config import StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.data import StageImages, resize
 from vqrae.tokenizer.discriminator import frozen
-from vqrae.tokenizer.dry_run import dry_run
+from vqrae.tokenizer.dry_run import dry_run, rehearse_checkpoints
 from vqrae.tokenizer.encoders import encoder_features, final_norm
 from vqrae.tokenizer.engine import (
     allow_tf32,
@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     check_quantizer(config)
     if config.dry_run:
         print_reports(dry_run(config, train_stage))
+        rehearse_checkpoints(config, train_stage)
         return
     attention = attention_implementation(config.attention, half=config.bf16)
     output = Path(config.output_dir)

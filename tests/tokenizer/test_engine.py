@@ -178,6 +178,9 @@ def test_a_dry_run_reports_and_keeps_nothing(
         "seconds per step",
         "700 steps of 4 = 2,800 images",
         "zero=2",
+        "a checkpoint of",
+        "  last_hidden_state  ",
+        "(feature_tap of this run)",
     ):
         assert line in printed
     assert list(tmp_path.iterdir()) == []
