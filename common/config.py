@@ -199,7 +199,7 @@ class _Converter:
         return value if kind is Any else self.refuse(value, where, "a mapping")
 
     def scalar(self, value: Any, kind: type, where: str) -> Any:
-        accepted = (int, float) if kind is float else kind
+        accepted: Any = (int, float) if kind is float else kind
         is_bool_for_number = isinstance(value, bool) and kind in (int, float)
         if not isinstance(value, accepted) or is_bool_for_number:
             got = f"{value!r} ({type(value).__name__})"

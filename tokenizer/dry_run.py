@@ -7,7 +7,7 @@ process. A last step is then logged, previewed, saved and restored.
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,11 @@ from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.losses import distillation_loss
 from vqrae.tokenizer.modeling import VQRAEModel
 
+# `train_stage` of `vqrae.tokenizer.train`.
+TrainStage = Callable[..., Generator[int, None, None]]
 
-def dry_run(
-    config: TokenizerTrainConfig, train_stage: Callable[..., Iterator[int]]
-) -> list[Report]:
+
+def dry_run(config: TokenizerTrainConfig, train_stage: TrainStage) -> list[Report]:
     """Rehearse the configured stages one after the other.
 
     Args:
@@ -51,9 +52,7 @@ def dry_run(
     return [_rehearse_stage(config, number, train_stage) for number in numbers]
 
 
-def _rehearse_stage(
-    config: TokenizerTrainConfig, number: int, train_stage: Callable[..., Iterator[int]]
-) -> Report:
+def _rehearse_stage(config: TokenizerTrainConfig, number: int, train_stage: TrainStage) -> Report:
     stage = config.stage_config(number)
     short = rehearsal(config, number)
     report = Report(
@@ -103,9 +102,7 @@ def rehearsal(config: TokenizerTrainConfig, number: int) -> TokenizerTrainConfig
     )
 
 
-def rehearse_checkpoints(
-    config: TokenizerTrainConfig, train_stage: Callable[..., Iterator[int]]
-) -> None:
+def rehearse_checkpoints(config: TokenizerTrainConfig, train_stage: TrainStage) -> None:
     """Rehearse what follows the steps of each configured stage: log, previews, checkpoint, resume.
 
     Half-precision kernels that refuse a preview would otherwise show up hours into the run.
@@ -120,7 +117,7 @@ def rehearse_checkpoints(
 def _rehearse_checkpoint(
     config: TokenizerTrainConfig,
     number: int,
-    train_stage: Callable[..., Iterator[int]],
+    train_stage: TrainStage,
     folder: Path,
 ) -> None:
     run = open_run(folder, config, seed=config.seed)

@@ -12,7 +12,7 @@ resumed run equals an uninterrupted one.
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def initial_model(config: TokenizerTrainConfig, number: int, attention: str) -> 
 
 def train_stage(
     config: TokenizerTrainConfig, number: int, model: VQRAEModel, run: Run
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Train a tokenizer through stage 1 or 2, from the newest checkpoint on, into `run`.
 
     Args:
