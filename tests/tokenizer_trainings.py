@@ -1,4 +1,4 @@
-"""Trainings of a tiny tokenizer for tests. As a script: one with a non-finite gradient."""
+"""Trainings of a tiny tokenizer for tests. As a script: `BAD_STEP ARGUMENTS…`, -1 for none."""
 
 import json
 import os
@@ -64,7 +64,6 @@ ANY_PROCESSES = [
     "stage2.bypass_steps=0",
 ]
 SHORT = ["stage=1", "stage1.max_steps=3", "stage1.revival_interval=0"]
-BAD_STEP = 2
 Weights = dict[str, Tensor]
 
 
@@ -74,12 +73,13 @@ def train(output: Path, *more: str) -> Weights:
     return weights(output / "model")
 
 
-def launch(output: Path, *more: str, processes: int = 2) -> Weights:
-    """Train in processes of their own, with one bad step; the weights of the result.
+def launch(output: Path, *more: str, processes: int = 2, bad_step: int = -1) -> Weights:
+    """Train with everything in processes of their own; the weights of the result.
 
     Also for one process: what other tests have set in this one would change its rounding.
     """
-    run_script(__file__, *EVERYTHING, f"output_dir={output}", *more, processes=processes)
+    arguments = [str(bad_step), *EVERYTHING, f"output_dir={output}", *more]
+    run_script(__file__, *arguments, processes=processes)
     return weights(output / "model")
 
 
@@ -139,5 +139,5 @@ def bad_images(steps: Collection[int]) -> AbstractContextManager:
 
 
 if __name__ == "__main__":
-    with bad_images({BAD_STEP}):
-        tokenizer_train.main(sys.argv[1:])
+    with bad_images({int(sys.argv[1])}):
+        tokenizer_train.main(sys.argv[2:])
