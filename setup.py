@@ -78,6 +78,7 @@ setup(
         "flash": ["flash-attn"],
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "mypy>=1.15",
             "types-PyYAML",

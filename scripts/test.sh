@@ -12,4 +12,4 @@ mkdir -p build/types/vqrae
 packages=(common data tokenizer understanding generation eval planning quickstart scripts)
 for package in "${packages[@]}"; do ln -sfn "$PWD/$package" "build/types/vqrae/$package"; done
 MYPYPATH=build/types:. "$PYTHON" -m mypy "${packages[@]/#/--package=vqrae.}" --package=benchmarks
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -q --durations=5 "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --durations=5 "$@"
