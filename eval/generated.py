@@ -98,10 +98,11 @@ def claim_folder(folder: str | Path, settings: dict[str, Any], key: str) -> None
     if is_main_process():
         lock.parent.mkdir(parents=True, exist_ok=True)
         hold(lock, str(folder))
-    is_filled = any(path not in (stored, lock) for path in stored.parent.iterdir())
-    if stored.exists() and is_filled:
-        remedy = f"set {key}= to a new folder, or delete this one"
-        refuse_other_settings(folder, read_json(stored), settings, remedy)
+    if stored.exists():  # the folder too, which the main process may be about to make
+        others = [path for path in stored.parent.iterdir() if path not in (stored, lock)]
+        if others:
+            remedy = f"set {key}= to a new folder, or delete this one"
+            refuse_other_settings(folder, read_json(stored), settings, remedy)
     if is_main_process():
         write_json(stored, settings)
 

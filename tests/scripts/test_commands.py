@@ -179,7 +179,7 @@ def test_mistakes_get_one_line(
     ("words", "message"),
     [
         (["check-data", "scenes", "--limit", "0"], "limit: got 0"),
-        (["check-data", "hf:"], "hf:: got no name"),
+        (["check-data", "hf:"], "hf:: expected hf:NAME"),
         (["check-data", "scenes", "max_length=3"], "give --config"),
         (["plan", "siglip2_256", "--gpu-memory", ".nan"], "gpu_memory: got nan"),
         (["plan", "siglip2_256", "stage1.end_lr=[1"], "is not valid YAML"),
