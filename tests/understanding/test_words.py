@@ -117,7 +117,7 @@ def test_words_that_stay_unknown_are_named_with_their_share(qwen_like, vicuna_li
     texts = ["which hue ?", "teal red teal"]
     line = describe_unknown(text_tokenizer, texts)
     assert line.startswith(
-        "3 of 6 tokens (50.0%) are words that the text tokenizer reads as <|unk|>, 2 different: 'teal' (2)"
+        "3 of 6 tokens (50.0%) are words that the text tokenizer reads as <|unk|>, 2 different ones: 'teal' (2)"
     )
     assert describe_unknown(text_tokenizer, ["red"]) is None
     assert describe_unknown(qwen_like, texts) is None
