@@ -33,7 +33,7 @@ from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.train import train_stage
 from vqrae.understanding import build
 from vqrae.understanding import dry_run as understanding
-from vqrae.understanding.train import STAGES, TrainConfig, run_stage
+from vqrae.understanding.train import TrainConfig, run_stage
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, communication and fragmentation
@@ -62,12 +62,10 @@ def plan(name: str, overrides: Sequence[str] = ()) -> list[tuple[Report, float]]
         training = replace(config.training, dry_run=STEPS)
         return [_run(partial(generation.dry_run, training, train))]
     if isinstance(config, TrainConfig):
-        names: tuple[Any, ...] = STAGES if config.stage == "both" else (config.stage,)
-        parts = [replace(config, dry_run=STEPS, stage=stage) for stage in names]
+        parts = [replace(config, dry_run=STEPS, stage=stage) for stage in config.stages]
         return [_run(partial(understanding.dry_run, part, run_stage)) for part in parts]
-    numbers: tuple[Any, ...] = (1, 2) if config.stage == "both" else (config.stage,)
     # Without engines, whose part is arithmetic.
-    stages = [replace(config, dry_run=STEPS, zero=0, stage=number) for number in numbers]
+    stages = [replace(config, dry_run=STEPS, zero=0, stage=number) for number in config.stages]
     plans = [_run(partial(tokenizer.dry_run, stage, train_stage)) for stage in stages]
     for report, _ in plans:
         report.zero = config.zero

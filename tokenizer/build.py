@@ -56,7 +56,7 @@ def check_quantizer(config: TokenizerTrainConfig) -> None:
     quantizer = quantizer_class(config.model.quantizer)
     has_codebook = issubclass(quantizer, CodebookQuantizer)
     wrong = []
-    for number in (1, 2) if config.stage == "both" else (config.stage,):
+    for number in config.stages:
         stage = config.stage_config(number)
         if not has_codebook and stage.revival_interval:
             wrong.append(f"stage{number}.revival_interval=0")

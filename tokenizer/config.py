@@ -225,6 +225,11 @@ class TokenizerTrainConfig:
                 f"ema_decay: got {self.ema_decay}, expected 0 for none or a number below 1"
             )
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Numbers of the stages to run, in order."""
+        return (1, 2) if self.stage == "both" else (self.stage,)
+
     def stage_config(self, number: int) -> StageConfig:
         """The settings of stage 1 or 2, with what the run overrides in both."""
         stage = self.stage1 if number == 1 else self.stage2

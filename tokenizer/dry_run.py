@@ -48,8 +48,7 @@ def dry_run(config: TokenizerTrainConfig, train_stage: TrainStage) -> list[Repor
     Args:
         train_stage: trains a stage and yields the number of steps done, first 0.
     """
-    numbers = [1, 2] if config.stage == "both" else [config.stage]
-    return [_rehearse_stage(config, number, train_stage) for number in numbers]
+    return [_rehearse_stage(config, number, train_stage) for number in config.stages]
 
 
 def _rehearse_stage(config: TokenizerTrainConfig, number: int, train_stage: TrainStage) -> Report:
@@ -107,7 +106,7 @@ def rehearse_checkpoints(config: TokenizerTrainConfig, train_stage: TrainStage) 
 
     Half-precision kernels that refuse a preview would otherwise show up hours into the run.
     """
-    for number in [1, 2] if config.stage == "both" else [config.stage]:
+    for number in config.stages:
         short = rehearsal(dataclasses.replace(config, dry_run=1), number)
         often = dataclasses.replace(short, log_steps=1, save_steps=1, sample_steps=1)
         with scratch_folder(Path(config.output_dir)) as folder:

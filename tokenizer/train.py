@@ -89,17 +89,16 @@ def main(argv: list[str] | None = None) -> None:
         return
     attention = attention_implementation(config.attention, half=config.bf16)
     output = Path(config.output_dir)
-    stages = [1, 2] if config.stage == "both" else [config.stage]
     # The settings of a stage may change until it begins.
     not_begun = {f"stage{number}" for number in (1, 2) if not (output / f"stage{number}").is_dir()}
     run_of_both = open_run(output, config, seed=config.seed, ignore=not_begun)
     require_same_length(config, output)
-    for number in stages:  # refused now rather than after stage 1
+    for number in config.stages:  # refused now rather than after stage 1
         stage = config.stage_config(number)
         fit_batch(stage.global_batch_size, stage.micro_batch_size, world_size())
-    if not all((output / f"stage{number}" / "model").is_dir() for number in stages):
+    if not all((output / f"stage{number}" / "model").is_dir() for number in config.stages):
         run_of_both.begin()
-    for number in stages:
+    for number in config.stages:
         folder = output / f"stage{number}"
         if (folder / "model").is_dir():
             print(f"stage {number} is finished: {folder / 'model'}")
@@ -111,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         for _ in train_stage(config, number, model, run):
             pass
     if is_main_process():
-        for folder in (output / f"stage{stages[-1]}").glob("model*"):  # and its moving average
+        last = output / f"stage{config.stages[-1]}"
+        for folder in last.glob("model*"):  # and its moving average
             with atomic_path(output / folder.name) as temporary:
                 shutil.copytree(folder, temporary)
         print(f"tokenizer {weights_fingerprint(output / 'model')[:16]} in {output / 'model'}")

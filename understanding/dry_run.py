@@ -33,8 +33,7 @@ def dry_run(
     Args:
         train_stage: trains one stage of a configuration.
     """
-    stages = ("pretrain", "sft") if config.stage == "both" else (config.stage,)
-    return [_rehearse_stage(config, stage, train_stage) for stage in stages]
+    return [_rehearse_stage(config, stage, train_stage) for stage in config.stages]
 
 
 def _rehearse_stage(config: "TrainConfig", stage: str, train_stage: Callable) -> Report:

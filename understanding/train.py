@@ -131,6 +131,11 @@ class TrainConfig:
         check_range(self, "max_length", low=1)
         check_range(self, "dry_run", low=0)
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages to run, in order."""
+        return STAGES if self.stage == "both" else (self.stage,)
+
 
 def run_stage(config: TrainConfig, stage: Stage) -> None:
     """Train one stage to its end, or return at once when that was done before."""
@@ -338,14 +343,13 @@ def main(argv: list[str] | None = None) -> None:
     if config.dry_run:
         print_reports(dry_run(config, run_stage))
         return
-    stages: tuple[Stage, ...] = STAGES if config.stage == "both" else (config.stage,)
     output = Path(config.output_dir)
     # All launches are checked before the first stage trains for days.
-    for stage in stages:
+    for stage in config.stages:
         optimization: OptimizationConfig = getattr(config, stage)
         if runs.trained_steps(output / MODEL_FOLDERS[stage]) < optimization.max_steps:
             check_launch(optimization, output / stage)
-    for stage in stages:
+    for stage in config.stages:
         run_stage(config, stage)
         gc.collect()  # a model of billions of weights waits in cycles
 
