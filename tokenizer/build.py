@@ -35,8 +35,14 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
         quantizer_options=config.quantizer_options,
         codebook_size=config.codebook_size,
         codebook_dim=config.codebook_dim,
+        num_codebooks=config.num_codebooks,
+        projection=config.projection,
+        projection_heads=config.projection_heads,
+        decoder=config.decoder,
         output_patch_size=config.output_patch_size,
         output_basis=config.output_basis,
+        text_config=config.text_config,
+        contrastive=config.contrastive,
         image_mean=config.image_mean,
         image_std=config.image_std,
         attn_implementation=attention,
@@ -65,8 +71,9 @@ def check_quantizer(config: TokenizerTrainConfig) -> None:
         if not quantizer.has_entropy and stage.entropy_weight:
             wrong.append(f"stage{number}.entropy_weight=0")
         in_pixels = stage.bypass_steps and stage.codebook_metric == "pixels"
-        # The metric is made for the nearest row of a table.
-        if issubclass(quantizer, CodebookQuantizer) and not quantizer.is_nearest and in_pixels:
+        # The metric is a linear map on both sides of a table of which the nearest row is chosen.
+        is_nearest = not issubclass(quantizer, CodebookQuantizer) or quantizer.is_nearest
+        if in_pixels and not (is_nearest and config.model.projection == "linear"):
             wrong.append(f"stage{number}.codebook_metric=features")
     if not has_codebook and config.model.codebook_init != "random":
         wrong.append("model.codebook_init=random")

@@ -44,9 +44,10 @@ def standardize_features(model: VQRAEModel, images: Tensor, batch_size: int = 64
     features = torch.cat(batches).flatten(0, 1)
     model.feature_mean.copy_(features.mean(0))
     model.feature_std.copy_(features.std(0).clamp(min=1e-6))
-    # An isometry into the code space keeps the distances between features.
-    nn.init.orthogonal_(model.in_proj.weight)
-    model.in_proj.bias.zero_()
+    if isinstance(model.in_proj, nn.Linear):
+        # An isometry into the code space keeps the distances between features.
+        nn.init.orthogonal_(model.in_proj.weight)
+        model.in_proj.bias.zero_()
 
 
 @torch.no_grad()
@@ -80,6 +81,9 @@ def measure_in_pixels(
     Args:
         images: (M, 3, H, W) in [0, 1].
     """
+    in_proj, out_proj = model.in_proj, model.out_proj
+    assert isinstance(in_proj, nn.Linear), "checked before training (check_quantizer)"
+    assert isinstance(out_proj, nn.Linear), "as in_proj"
     device, width = images.device, model.config.codebook_dim
     generator = torch.Generator(device).manual_seed(0)
     # Encoder and decoder follow the caller's autocast; the metric and both projections are fp32.
@@ -89,7 +93,7 @@ def measure_in_pixels(
     for batch in images.split(batch_size):
         projected_BNE = model.project(model.encode_features(batch)).detach().requires_grad_()
         with full_precision:
-            hidden = model.out_proj(projected_BNE)
+            hidden = out_proj(projected_BNE)
         decoded = model.decode_pixels(hidden)
         for _ in range(num_probes):
             probe = torch.randn(decoded.shape, generator=generator, device=device)
@@ -106,9 +110,9 @@ def measure_in_pixels(
         values = values * (scatter_EE.trace() / (metric_EE @ scatter_EE).trace())  # keep variance
         root = (axes * values.sqrt()) @ axes.T
         inverse = (axes * values.rsqrt()) @ axes.T
-        model.in_proj.weight.copy_(root @ model.in_proj.weight)
-        model.in_proj.bias.copy_(root @ model.in_proj.bias)
-        model.out_proj.weight.copy_(model.out_proj.weight @ inverse)
+        in_proj.weight.copy_(root @ in_proj.weight)
+        in_proj.bias.copy_(root @ in_proj.bias)
+        out_proj.weight.copy_(out_proj.weight @ inverse)
 
 
 # ---------------------------------------------------------------------------------------------- use

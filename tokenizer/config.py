@@ -25,15 +25,30 @@ class ModelConfig:
     quantizer: str = "simvq"
     quantizer_options: dict[str, Any] = field(default_factory=dict)
     codebook_size: int = 16384
+    """K, of each codebook."""
     codebook_dim: int = 1536
+    """E, of the whole quantized vector."""
+    num_codebooks: int = 1
+    """n, the codes of a token."""
+    projection: Literal["linear", "attention"] = "linear"
+    """How features get into the code space and back."""
+    projection_heads: int = 16
+    """Of `attention`."""
+    decoder: Literal["vit", "conv"] = "vit"
+    """The encoder's blocks, or, for `vitamin`, they and its convolutions in mirrored order."""
     codebook_init: Literal["random", "features"] = "random"
     """`random` is the quantizer's published start; `features`: k-means of projected features."""
     output_patch_size: int | None = None
     """Pixels of a side of a decoded patch; None: the encoder's. 16 makes InternViT's 448 px 512."""
     output_basis: str = "pixels"
+    text_config: dict[str, Any] | None = None
+    """Fields of `CLIPTextConfig`: the text tower of a contrastive loss; None: none."""
+    contrastive: Literal["softmax", "sigmoid"] = "softmax"
+    """That loss: CLIP's, or SigLIP's."""
 
     def __post_init__(self) -> None:
-        check_range(self, "codebook_size", "codebook_dim", "output_patch_size", low=1)
+        check_range(self, "codebook_size", "codebook_dim", "num_codebooks", low=1)
+        check_range(self, "output_patch_size", "projection_heads", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

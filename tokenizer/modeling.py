@@ -6,17 +6,15 @@
     images = model.decode(codes)
     output = model(images)                     # reconstruction and losses, for training
 
-Shapes: B batch, H W pixels, N = G * G visual tokens, D feature width, E codebook width, K codes,
-q output patch size.
+Shapes: B batch, H W pixels, N = G * G visual tokens, D feature width, E codebook width, K codes of
+each of n codebooks. Codes are (B, N) of one codebook, (B, N, n) of several.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor
 from transformers import initialization as init
@@ -27,6 +25,7 @@ from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.encoders import encoder_features
 from vqrae.tokenizer.quantizers.base import Quantizer
 from vqrae.tokenizer.quantizers.registry import build_quantizer
+from vqrae.tokenizer.vit_decoder import DCTBasis, ViTDecoder
 
 
 @dataclass
@@ -34,14 +33,16 @@ class VQRAEOutput:
     """Attributes:
     reconstruction: (B, 3, H', W'), clamped to [0, 1] in evaluation alone: losses need the excess.
     features: (B, N, D) continuous encoder output.
-    codes: (B, N) int64.
+    codes: (B, N) or (B, N, n), int64.
     losses: unweighted losses of the quantizer by name.
+    quantized_features: (B, N, D), what the decoder reads.
     """
 
     reconstruction: Tensor
     features: Tensor
     codes: Tensor
     losses: dict[str, Tensor]
+    quantized_features: Tensor
 
 
 class VQRAEModel(PreTrainedModel):
@@ -67,13 +68,16 @@ class VQRAEModel(PreTrainedModel):
             config.build_encoder_config(), attn_implementation=config._attn_implementation
         )
         width = config.feature_dim
-        self.in_proj = FullPrecisionLinear(width, config.codebook_dim)
+        self.in_proj = build_projection(config, width, config.codebook_dim)
         self.quantizer: Quantizer = build_quantizer(
-            config.quantizer, config.codebook_size, config.codebook_dim, **config.quantizer_options
+            config.quantizer,
+            config.codebook_size,
+            config.codebook_dim,
+            config.num_codebooks,
+            **config.quantizer_options,
         )
-        self.out_proj = FullPrecisionLinear(config.codebook_dim, width)
-        patch_size = config.output_patch_size or config.patch_size
-        self.decoder = ViTDecoder(self.encoder, config.grid_size, patch_size, config.output_basis)
+        self.out_proj = build_projection(config, config.codebook_dim, width)
+        self.decoder = build_decoder(config, self.encoder)
         # fp32 by name: while a half-precision model is built, the default is another.
         image_mean = torch.tensor(config.image_mean, dtype=torch.float32).view(3, 1, 1)
         image_std = torch.tensor(config.image_std, dtype=torch.float32).view(3, 1, 1)
@@ -99,28 +103,31 @@ class VQRAEModel(PreTrainedModel):
         return encoder_features(self.encoder, pixel_values, self.config.feature_tap)
 
     def encode(self, images: Tensor, *, check: bool = True) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> codes (B, N), int64; see `encode_features`."""
+        """Images (B, 3, H, W) in [0, 1] -> codes, int64; see `encode_features`."""
         projected_BNE = self.project(self.encode_features(images, check=check))
         with torch.autocast(images.device.type, enabled=False):
             return self.quantizer(projected_BNE).codes
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, N) -> images (B, 3, H', W') in [0, 1], equal to `forward`'s reconstruction.
+        """Codes -> images (B, 3, H', W') in [0, 1], equal to `forward`'s reconstruction.
 
         Raises:
-            ValueError: for codes of another grid or outside the codebook.
+            ValueError: for codes of another grid, of another number of codebooks, or outside them.
         """
-        expected = self.config.grid_size**2
-        if codes.shape[1] != expected:
-            raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, {expected})")
+        expected = self.config.code_shape
+        if codes.shape[1:] != expected:
+            sizes = ", ".join(map(str, expected))
+            raise ValueError(f"got codes of shape {tuple(codes.shape)}, expected (B, {sizes})")
         if codes.min() < 0 or codes.max() >= self.config.codebook_size:
             raise ValueError(
                 f"got codes from {codes.min()} to {codes.max()}, "
                 f"expected 0 to {self.config.codebook_size - 1}"
             )
-        with torch.autocast(codes.device.type, enabled=False):
-            hidden_BND = self.out_proj(self.quantizer.lookup(codes))
-        return self.decode_pixels(hidden_BND).clamp(0, 1)
+        return self.decode_pixels(self._lookup(codes)).clamp(0, 1)
+
+    def quantized_features(self, images: Tensor, *, check: bool = True) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> what the decoder reads (B, N, D), fp32."""
+        return self._lookup(self.encode(images, check=check))
 
     def forward(self, images: Tensor, *, bypass: bool = False) -> VQRAEOutput:
         """Reconstruct images (B, 3, H, W) in [0, 1].
@@ -139,7 +146,7 @@ class VQRAEModel(PreTrainedModel):
         reconstruction = self.decode_pixels(hidden_BND)
         if not self.training:
             reconstruction = reconstruction.clamp(0, 1)
-        return VQRAEOutput(reconstruction, features_BND, output.codes, output.losses)
+        return VQRAEOutput(reconstruction, features_BND, output.codes, output.losses, hidden_BND)
 
     # ---- their parts
 
@@ -153,11 +160,12 @@ class VQRAEModel(PreTrainedModel):
         Raises:
             ValueError: for a model whose projection was cast to half precision.
         """
-        if self.in_proj.weight.dtype != torch.float32:
+        dtype = next(self.in_proj.parameters()).dtype
+        if dtype != torch.float32:
             raise ValueError(
-                f"got a projection in {self.in_proj.weight.dtype}, expected torch.float32: codes "
-                "need it. Load the folder with from_pretrained(dtype=torch.bfloat16), which leaves "
-                "it in fp32, instead of casting the whole model"
+                f"got a projection in {dtype}, expected torch.float32: codes need it. "
+                "Load the folder with from_pretrained(dtype=torch.bfloat16), which leaves it in "
+                "fp32, instead of casting the whole model"
             )
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
@@ -169,13 +177,17 @@ class VQRAEModel(PreTrainedModel):
 
     def decode_pixels(self, hidden: Tensor) -> Tensor:
         """Decoder input (B, N, D) -> images (B, 3, H', W'), not clamped."""
-        pixel_values = self.decoder(hidden.to(self.decoder.head.weight.dtype)).float()
+        pixel_values = self.decoder(hidden.to(next(self.decoder.parameters()).dtype)).float()
         return pixel_values * self.image_std + self.image_mean
 
     @torch.no_grad()
     def code_vectors(self) -> Tensor:
-        """The vectors of all codes (K, E), in the order of the codes."""
-        return self.quantizer.lookup(torch.arange(self.config.codebook_size, device=self.device))
+        """The vectors of all codes in their order: (K, E), or (n, K, …) of several codebooks."""
+        return self.quantizer.code_vectors()
+
+    def _lookup(self, codes: Tensor) -> Tensor:
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.out_proj(self.quantizer.lookup(codes))
 
     # ---- its folder
 
@@ -230,67 +242,15 @@ class VQRAEModel(PreTrainedModel):
             init.ones_(self.feature_std)
 
 
-class ViTDecoder(nn.Module):
-    """A ViT with patch size 1 over the token grid, without convolutions.
-
-    Args:
-        encoder: whose blocks the decoder mirrors: depth, width, heads, activation.
-        grid_size: G.
-        output_patch_size: q; the image has G * q pixels a side.
-        output_basis: the head's outputs are `pixels`, or coefficients of cosines (`dct`).
-    """
-
-    def __init__(
-        self, encoder: PreTrainedModel, grid_size: int, output_patch_size: int, output_basis: str
-    ) -> None:
-        super().__init__()
-        self.grid_size, self.output_patch_size = grid_size, output_patch_size
-        width = encoder.config.hidden_size
-        self.positions = nn.Parameter(torch.zeros(grid_size**2, width))
-        self.blocks = type(encoder.encoder)(encoder.config)
-        self.norm = nn.LayerNorm(width, eps=encoder.config.layer_norm_eps)
-        self.head = nn.Linear(width, 3 * output_patch_size**2)
-        self.basis = DCTBasis(output_patch_size) if output_basis == "dct" else nn.Identity()
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, N, D) -> normalised pixels (B, 3, G*q, G*q)."""
-        hidden = self.blocks(features + self.positions).last_hidden_state
-        q = self.output_patch_size
-        patches = rearrange(self.head(self.norm(hidden)), "b n (c p q) -> b n c p q", c=3, p=q, q=q)
-        with torch.autocast(features.device.type, enabled=False):
-            patches = self.basis(patches.float())
-        return rearrange(patches, "b (h w) c p q -> b c (h p) (w q)", h=self.grid_size)
+def build_projection(config: VQRAEConfig, in_dim: int, out_dim: int) -> nn.Module:
+    """The way from features into the code space or back: (B, N, in_dim) -> (B, N, out_dim)."""
+    return FullPrecisionLinear(in_dim, out_dim)
 
 
-class DCTBasis(nn.Module):
-    """Patches as sums of cosines: coefficients (..., 3, q, q) -> pixels of the same shape.
-
-    With this fixed, invertible map the head is still linear, but Adam steps along frequencies
-    instead of pixels, scaled like the spectra of natural images: fine ones are not learned last.
-    """
-
-    basis: Tensor
-    scale: Tensor
-
-    def __init__(self, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        for name in ("basis", "scale"):
-            empty = torch.empty(patch_size, patch_size, dtype=torch.float32)
-            self.register_buffer(name, empty, persistent=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The orthonormal DCT-II and an amplitude that falls with frequency."""
-        q = self.patch_size
-        frequency = torch.arange(q)[:, None]
-        cosines = torch.cos(math.pi * (torch.arange(q) + 0.5) * frequency / q) * math.sqrt(2 / q)
-        cosines[0] /= math.sqrt(2)
-        init.copy_(self.basis, cosines)
-        init.copy_(self.scale, q / 2 / (1 + (frequency + frequency.T) * 8 / q))
-
-    def forward(self, coefficients: Tensor) -> Tensor:
-        return self.basis.T @ (coefficients * self.scale) @ self.basis
+def build_decoder(config: VQRAEConfig, encoder: PreTrainedModel) -> nn.Module:
+    """The way from hidden features (B, N, D) to normalised pixels (B, 3, H', W')."""
+    patch_size = config.output_patch_size or config.patch_size
+    return ViTDecoder(encoder, config.grid_size, patch_size, config.output_basis)
 
 
 def check_images(images: Tensor, size: int, *, values: bool) -> None:

@@ -12,8 +12,9 @@ from transformers import AutoImageProcessor, AutoModel
 
 from vqrae.common.images import image_to_tensor, resize_and_crop, tensor_to_image
 from vqrae.tokenizer.codebook import initialize_codebook, measure_in_pixels
-from vqrae.tokenizer.modeling import DCTBasis, VQRAEModel
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.quantizers.registry import QUANTIZERS
+from vqrae.tokenizer.vit_decoder import DCTBasis
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     **{name: {"quantizer": name} for name in QUANTIZERS},

@@ -1,6 +1,7 @@
 """The contract of a quantizer, and what all quantizers with a table of code vectors share.
 
-Shapes: B batch, N visual tokens, E codebook width, K codebook size, M features of a sample.
+Shapes: B batch, N visual tokens, E codebook width, K codebook size, n codebooks, M features of a
+sample. Codes are (B, N) of one codebook, (B, N, n) of several.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ from vqrae.tokenizer.quantizers.search import Precision, nearest_codes
 class QuantizerOutput:
     """Attributes:
     quantized: (B, N, E) chosen code vectors; in training with a gradient for the features.
-    codes: (B, N) int64.
+    codes: (B, N) or (B, N, n), int64.
     losses: unweighted scalars; `codebook_loss` and `commitment_loss` where the quantizer has them.
     """
 
@@ -35,6 +36,9 @@ class Quantizer(nn.Module, ABC):
 
     codebook_size: int
     codebook_dim: int
+    num_codebooks: int = 1
+    has_several_codebooks: ClassVar[bool] = False
+    """Whether its class takes a number of codebooks, as its third argument."""
     has_entropy: ClassVar[bool] = False
     """Whether there is an `entropy_loss`."""
     compute_entropy: bool = False
@@ -50,7 +54,11 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def lookup(self, codes: Tensor) -> Tensor:
-        """Code vectors (B, N, E) of codes (B, N)."""
+        """Code vectors (B, N, E) of codes (B, N) or (B, N, n)."""
+
+    @abstractmethod
+    def code_vectors(self) -> Tensor:
+        """The vectors of all codes (K, E), or (n, K, …) of several codebooks."""
 
     def to_code_space(self, features: Tensor) -> Tensor:
         """Features (..., E) as they are compared with code vectors (..., E)."""
@@ -94,6 +102,9 @@ class CodebookQuantizer(Quantizer):
     def table(self) -> Tensor:
         """The code vectors (K, E)."""
         return self.codebook
+
+    def code_vectors(self) -> Tensor:
+        return self.table()
 
     def choose(self, features: Tensor, table: Tensor) -> Tensor:
         """Codes (B, N) of features (B, N, E) in code space."""

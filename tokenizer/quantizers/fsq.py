@@ -68,3 +68,6 @@ class FSQ(Quantizer):
     def lookup(self, codes: Tensor) -> Tensor:
         half = self.levels // 2
         return (codes[..., None] // self.bases % self.levels - half) / half
+
+    def code_vectors(self) -> Tensor:
+        return self.lookup(torch.arange(self.codebook_size, device=self.levels.device))

@@ -32,13 +32,25 @@ def quantizer_class(name: str) -> type[Quantizer]:
     return QUANTIZERS[name]
 
 
-def build_quantizer(name: str, codebook_size: int, codebook_dim: int, **options: Any) -> Quantizer:
+def build_quantizer(
+    name: str, codebook_size: int, codebook_dim: int, num_codebooks: int = 1, **options: Any
+) -> Quantizer:
     """The quantizer of that name; `options` are the keyword-only arguments of its class.
 
     Raises:
-        ValueError: for an unknown name or option, listing the known ones, and for a missing option.
+        ValueError: for an unknown name or option, listing the known ones, for a missing option, and
+            for several codebooks of a quantizer that has one.
     """
     quantizer = quantizer_class(name)
+    sizes = [codebook_size, codebook_dim]
+    if quantizer.has_several_codebooks:
+        sizes.append(num_codebooks)
+    elif num_codebooks != 1:
+        several = [key for key, each in QUANTIZERS.items() if each.has_several_codebooks]
+        raise ValueError(
+            f"num_codebooks: got {num_codebooks} for quantizer {name}, which has one: set 1, or a "
+            f"quantizer of {several}"
+        )
     parameters = inspect.signature(quantizer).parameters.values()
     known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     for key in options:
@@ -49,4 +61,4 @@ def build_quantizer(name: str, codebook_size: int, codebook_dim: int, **options:
     for key, default in known.items():
         if default is inspect.Parameter.empty and key not in options:
             raise ValueError(f"quantizer_options.{key} is required by {name}")
-    return quantizer(codebook_size, codebook_dim, **options)
+    return quantizer(*sizes, **options)
