@@ -305,7 +305,8 @@ class Watch(TrainerCallback):
         if self.steps > 1:  # else the states came after the activations
             optimizers = _alive((torch.optim.Optimizer,))
             for optimizer in (each for each in optimizers if id(each) not in self.others):
-                held += [t for group in optimizer.param_groups for t in group["params"]]
+                for group in optimizer.param_groups:
+                    held += group["params"]
                 for state in optimizer.state.values():
                     held += [value for value in state.values() if isinstance(value, Tensor)]
         gradients = _bytes(

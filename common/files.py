@@ -214,29 +214,19 @@ def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         yield number, decode_text(line, f"{path}, line {number}")
 
 
-def parse_json(data: bytes | str, where: str | Path, *, allow_half_pairs: bool = False) -> Any:
+def parse_json(data: bytes | str, where: str | Path) -> Any:
     """The value of a JSON text.
 
-    Args:
-        allow_half_pairs: accept half surrogate pairs, which cannot be encoded again.
-
     Raises:
-        ValueError: when it is not JSON, is nested too deeply or holds half of a surrogate pair.
+        ValueError: when it is not JSON, or is nested too deeply.
     """
     text = decode_text(data, where) if isinstance(data, bytes) else data
     try:
-        value = json.loads(text)
-        if not allow_half_pairs and ("\\ud" in text or "\\uD" in text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except ValueError as error:
         raise ValueError(f"{where}: not valid JSON: {error}") from error
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: holds half of a surrogate pair, not text") from error
     except RecursionError:
         raise ValueError(f"{where}: JSON that is nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"{where}: cannot be used: {error}") from error
-    return value
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -278,7 +268,7 @@ def read_json(path: str | Path) -> Any:
     Raises:
         ValueError: when the file does not hold JSON, naming the file.
     """
-    return parse_json(Path(path).read_bytes(), path, allow_half_pairs=True)
+    return parse_json(Path(path).read_bytes(), path)
 
 
 # ---- identity

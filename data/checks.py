@@ -8,9 +8,9 @@ judge.
 import hashlib
 import io
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,6 @@ from vqrae.common.images import open_image
 from vqrae.data.code_shards import open_shard, read_manifest
 from vqrae.data.conversations import (
     IMAGE_TAG,
-    ConversationTable,
     check_record,
     has_blank_answer,
     image_paths,
@@ -29,22 +28,69 @@ from vqrae.data.conversations import (
     stored_records,
 )
 from vqrae.data.image_files import CaptionedImages, parse_pair, scan_jsonl
-from vqrae.data.report import DataReport, Examine, Finding, Inspection, Issue
+from vqrae.data.report import UNCAPTIONED, DataReport, Examine, Finding, Inspection, Issue
 from vqrae.data.samples import Encoded, EncodedImages, missing_files
-from vqrae.data.sources import (
-    fingerprint,
-    holds_conversations,
-    open_images,
-    source_kind,
-)
+from vqrae.data.sources import fingerprint, open_images, source_kind
 from vqrae.data.stream import Draw
 from vqrae.data.tars import TarDataset, parse_tars
 
-# ---- samples as inspections
+EXTREME_ASPECT = 3.0  # a square crop loses two thirds of such an image
+
+# ---- one sample
+
+
+class Inspector(Dataset):
+    """Inspections of encoded images, as a data set, so that loader workers share the decoding."""
+
+    def __init__(self, images: "EncodedImages | ImageFiles") -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Inspection:
+        try:
+            name, data, caption = self.images.encoded(Draw(index, 0))
+        except ValueError as error:
+            return Inspection(f"sample {index}", [Issue("broken images", True, str(error))])
+        issues = []
+        words = None if caption is None else len(caption.split())
+        if words == 0:
+            issues.append(Issue("empty captions", True))
+        digest = hashlib.blake2b(data, digest_size=8).digest()
+        try:
+            open_image(io.BytesIO(data), name=name)
+        except ValueError as error:
+            issues.append(Issue("broken images", True, str(error)))
+            return Inspection(name, issues, digest, words=words)
+        if words is None:
+            issues.append(Issue(UNCAPTIONED, False))
+        with Image.open(io.BytesIO(data)) as stored:
+            short, long = sorted(stored.size)
+            if stored.mode != "RGB":
+                issues.append(Issue(f"stored as {stored.mode}, read as RGB", False))
+            if long / short > EXTREME_ASPECT:
+                what = f"more than {EXTREME_ASPECT:g} times as long as wide"
+                shape = f"{name} ({stored.width} x {stored.height})"
+                issues.append(Issue(what, False, shape))
+        return Inspection(name, issues, digest, short, words)
+
+
+class ImageFiles:
+    """Files of a list, as they are stored."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def encoded(self, draw: Draw) -> Encoded:
+        return Encoded(str(self.paths[draw]), read_bytes(self.paths[draw]))
 
 
 def find_issues(record: dict[str, Any], examine: Examine | None = None) -> list[Issue]:
-    """Findings about a conversation in canonical form."""
+    """Issues of a conversation in canonical form."""
     issues = []
     if has_blank_answer(record):
         what = "conversations with a blank answer, which teaches to say nothing"
@@ -57,79 +103,22 @@ def find_issues(record: dict[str, Any], examine: Examine | None = None) -> list[
     return issues
 
 
-class RawSource(Protocol):
-    """Samples as they are stored; every `EncodedImages` is one."""
-
-    def __len__(self) -> int: ...
-    def encoded(self, draw: Draw) -> Encoded: ...
+# ---- sources as data sets of inspections; problems of lists and tars go into the report
 
 
-class Inspector(Dataset):
-    """Inspections of a raw source, as a data set, so that loader workers share the decoding."""
-
-    def __init__(self, raw_source: RawSource) -> None:
-        self.raw_source = raw_source
-
-    def __len__(self) -> int:
-        return len(self.raw_source)
-
-    def __getitem__(self, index: int) -> Inspection:
-        try:
-            name, data, caption = self.raw_source.encoded(Draw(index, 0))
-        except ValueError as error:
-            return Inspection(f"sample {index}", error=str(error))
-        words = None if caption is None else len(caption.split())
-        digest = hashlib.blake2b(data, digest_size=8).digest()
-        try:
-            open_image(io.BytesIO(data), name=name)
-        except ValueError as error:
-            return Inspection(name, error=str(error), digest=digest, words=words)
-        with Image.open(io.BytesIO(data)) as stored:
-            return Inspection(name, "", stored.mode, *stored.size, digest, words)
-
-
-class ImageFiles:
-    """Files as a raw source."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def encoded(self, draw: Draw) -> Encoded:
-        return Encoded(str(self.paths[draw]), read_bytes(self.paths[draw]))
-
-
-class ConversationRows(Dataset):
-    """Inspections of a table of conversations."""
-
-    def __init__(self, source: str, examine: Examine | None) -> None:
-        self.table, self.examine = ConversationTable(source), examine
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> Inspection:
-        try:
-            record = self.table.read(Draw(index, 0))
-        except ValueError as error:
-            return Inspection(str(error), issues=[Issue("unusable rows", unusable=True)])
-        issues, image = find_issues(record, self.examine), record.get("image")
-        image = image[0] if isinstance(image, list) else image
-        if image is None:
-            return Inspection(f"row {index}", issues=issues)
-        width, height = image.size
-        return Inspection(f"row {index}", "", image.mode, width, height, issues=issues)
-
-
-def _existing(paths: Iterable[Path], report: DataReport) -> set[Path]:
-    """Those of `paths` that exist; the others go into the report."""
-    missing = missing_files(paths)
-    for path in missing:
-        report.problem("missing images", str(path))
-        report.unfit.append(str(path))
-    return set(paths) - set(missing)
+def _inspect(report: DataReport, image_folder: str | Path | None, examine: Examine | None) -> Any:
+    kind = source_kind(report.source)
+    if kind == "scenes":
+        return []  # rendered: nothing to read
+    if kind == "json":
+        return _inspect_records(report, image_folder, examine)
+    if kind == "jsonl":
+        return _inspect_lines(report)
+    if kind == "tar":
+        return _inspect_tars(report)
+    images = open_images(report.source, image_size=8, split="all")
+    assert isinstance(images, EncodedImages)
+    return Inspector(images)
 
 
 def _inspect_records(
@@ -137,11 +126,12 @@ def _inspect_records(
 ) -> Any:
     records, problems = scan_conversations(report.source)
     for problem in problems:
-        report.problem("unusable records", problem)
+        report.count(Issue("unusable records", True, problem))
     folder = Path(image_folder or Path(report.source).parent)
     files: set[Path] = set()
     for record in records:
-        report.add_issues(find_issues(record, examine), f"record {record['id']}")
+        for issue in find_issues(record, examine):
+            report.count(issue, f"record {record['id']}")
         files.update(folder / image for image in image_paths(record))
     return Inspector(ImageFiles(sorted(_existing(files, report))))
 
@@ -149,7 +139,7 @@ def _inspect_records(
 def _inspect_lines(report: DataReport) -> Any:
     pairs, problems = scan_jsonl(report.source)
     for problem in problems:
-        report.problem("unusable lines", problem)
+        report.count(Issue("unusable lines", True, problem))
     images = [Path(report.source).parent / image for image, _ in pairs]
     existing = _existing(images, report)
     dataset = CaptionedImages(report.source, image_size=8, split="all", strict=False)
@@ -163,29 +153,20 @@ def _inspect_tars(report: DataReport) -> Any:
         try:
             tar = TarDataset(path, image_size=8, split="all")
         except ValueError as error:
-            report.problem("damaged tars", str(error))
+            report.count(Issue("damaged tars", True, str(error)))
             continue
         tar.reads_captions, tar.caption_keys = True, caption_keys
         tars.append(Inspector(tar))
     return ConcatDataset(tars) if tars else []
 
 
-def _inspect(report: DataReport, image_folder: str | Path | None, examine: Examine | None) -> Any:
-    """A source as a data set of inspections; problems of its lists and tars go into the report."""
-    kind = source_kind(report.source)
-    if kind == "scenes":
-        return []  # rendered: nothing to read
-    if kind == "json":
-        return _inspect_records(report, image_folder, examine)
-    if kind == "jsonl":
-        return _inspect_lines(report)
-    if kind == "tar":
-        return _inspect_tars(report)
-    if holds_conversations(report.source):
-        return ConversationRows(report.source, examine)
-    images = open_images(report.source, image_size=8, split="all")
-    assert isinstance(images, EncodedImages)
-    return Inspector(images)
+def _existing(paths: Iterable[Path], report: DataReport) -> set[Path]:
+    """Those of `paths` that exist; the others go into the report."""
+    missing = missing_files(paths)
+    for path in missing:
+        report.count(Issue("missing images", True, str(path)))
+        report.unfit.append(str(path))
+    return set(paths) - set(missing)
 
 
 # ---- checking
@@ -218,17 +199,18 @@ def check_source(
     dataset = _inspect(report, image_folder, examine)
     report.samples = len(dataset)
     chosen = _spread(len(dataset), limit or len(dataset))
-    first: dict[bytes, int] = {}
+    names: dict[bytes, str] = {}
     for batch in DataLoader(Subset(dataset, chosen), 32, num_workers=workers, collate_fn=list):
         for sample in batch:
-            index = chosen[report.read]
             report.add(sample)
-            original = first.setdefault(sample.digest, index) if sample.digest else index
-            if original != index:
-                report.note("duplicates", f"{sample.name} = {dataset[original].name}")
+            if sample.digest in names:
+                same = f"{sample.name} = {names[sample.digest]}"
+                report.count(Issue("duplicates", False, same))
+            elif sample.digest:
+                names[sample.digest] = sample.name
         progress(report.read, len(chosen))
-    if report.captions and report.uncaptioned.count:
-        report.notes["images without a readable caption, left out of pairs"] = report.uncaptioned
+    if not report.captions:
+        report.notes.pop(UNCAPTIONED, None)  # nothing has a caption here
     return report
 
 
@@ -248,7 +230,7 @@ def _check_codes(
                 codes = f"code {len(counts) - 1} of {manifest.codebook_size}"
                 raise ValueError(f"{folder}, shard {number} holds {codes}")
         except (ValueError, FileNotFoundError) as error:
-            report.problem("shards that cannot be used", str(error))
+            report.count(Issue("shards that cannot be used", True, str(error)))
             continue
         used += counts
         for row in range(len(shard.codes)):
@@ -256,7 +238,8 @@ def _check_codes(
             report.captions += len(texts)
             report.caption_words += sum(len(text.split()) for text in texts)
             if not all(map(str.strip, texts)):
-                report.note("empty captions", f"image {number * manifest.shard_size + row}")
+                image = f"image {number * manifest.shard_size + row}"
+                report.count(Issue("empty captions", False, image))
         report.read += len(shard.codes)
         progress(done, len(shards))
     if report.read and not used.all():
@@ -272,10 +255,7 @@ def _spread(size: int, count: int) -> list[int]:
 
 
 def require_target(source: str, out: str | Path, image_folder: str | Path | None = None) -> None:
-    """Refuse what `write_clean` cannot write.
-
-    Raises ValueError when the source is not a list, or paths in `out` would lead elsewhere.
-    """
+    """Refuse, with ValueError, what `write_clean` cannot write."""
     path, out = Path(source), Path(out)
     suffixes = {"jsonl": [".jsonl"], "json": [".json", ".jsonl"]}.get(source_kind(source), [])
     if out.suffix not in suffixes:

@@ -2,32 +2,25 @@
 
 `image` is one path or a list of them. Everything that can be wrong with a record of a file is found
 when the file is opened: haotian-liu/LLaVA checks nothing (`llava/train/train.py`) and trains on it,
-and a missing image stops its run after hours. Tables with the images inside (parquet) are too large
-for that; there a bad row is skipped when it is read, and `vqrae check-data` finds it.
+and a missing image stops its run after hours.
 """
 
 import codecs
-import io
-import re
+import json
 import sys
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vqrae.common.files import parse_json, printable, raw_lines, read_json, with_retries
+from vqrae.common.files import parse_json, printable, raw_lines, read_json
 from vqrae.common.images import open_image
-from vqrae.data.huggingface import named_column, open_table, stored_bytes, without_decoding
 from vqrae.data.image_files import file_fingerprint
 from vqrae.data.samples import TolerantDataset, leave_out, missing_files, summary
 from vqrae.data.stream import Draw
 
 IMAGE_TAG = "<image>"
-_HALF_PAIR = re.compile("[\\ud800-\\udfff]")
-# On a line of its own: conversations about HTML hold the tag, too.
-_VIDEO = re.compile(r"^\s*<video>\s*$", re.MULTILINE)
 
 
 # ---- records
@@ -41,7 +34,8 @@ def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
 
     Raises ValueError, saying what is wrong with the turns.
     """
-    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
+    is_text = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+    if not is_text or not all(isinstance(turn.get("value"), str) for turn in turns):
         raise ValueError('conversations must be a list of {"from": …, "value": text}')
     speakers = [str(turn.get("from")) for turn in turns]
     if others := set(speakers) - {"human", "gpt"}:
@@ -52,8 +46,6 @@ def normalize_turns(turns: Any, *, num_images: int) -> list[dict[str, str]]:
     turns = turns[: len(turns) // 2 * 2]
     if not turns:
         raise ValueError("no question with an answer")
-    if not num_images and any(_VIDEO.search(turn["value"]) for turn in turns):
-        raise ValueError("is about a video, which this model cannot see")
     tags = [turn["value"].count(IMAGE_TAG) for turn in turns]
     _check_tags(tags, num_images)
     normalized = []
@@ -71,10 +63,6 @@ def _check_tags(tags: list[int], num_images: int) -> None:
     if any(tags[1::2]):
         turn = tags.index(max(tags[1::2])) + 1
         raise ValueError(f"{IMAGE_TAG} is in an answer (turn {turn}), expected it in a question")
-
-
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("value"), str)
 
 
 def image_paths(record: dict[str, Any]) -> list[str]:
@@ -101,8 +89,8 @@ def check_record(stored: Any, index: int) -> dict[str, Any]:
         raise ValueError(f"has a {media[0]}, which this model cannot perceive")
     name, paths = str(record.get("id", index)), image_paths(record)
     turns = normalize_turns(record["conversations"], num_images=len(paths))
-    if any(map(_HALF_PAIR.search, [name, *paths, *_texts(turns)])):
-        raise ValueError("holds half of a surrogate pair, which is not text")
+    # Halves of surrogate pairs are JSON but not text: this raises UnicodeEncodeError.
+    json.dumps([name, paths, turns], ensure_ascii=False).encode()
     return {"id": name, **({"image": record["image"]} if paths else {}), "conversations": turns}
 
 
@@ -115,10 +103,6 @@ def modality_length(turns: list[dict[str, str]]) -> int:
     """Words of all turns, negative when they show no image, see `GroupedSampler`."""
     words = max(1, sum(len(turn["value"].split()) for turn in turns))
     return words if any(IMAGE_TAG in turn["value"] for turn in turns) else -words
-
-
-def _texts(turns: list[dict[str, str]]) -> list[str]:
-    return [turn["value"].replace(IMAGE_TAG, "") for turn in turns]
 
 
 # ---- files
@@ -185,10 +169,9 @@ def read_conversations(
     leave_out(path, problems, len(records) + len(problems))
     records = _with_images(path, records, Path(image_folder or path.parent), skip_missing)
     if blank := sum(map(has_blank_answer, records)):
-        told = (
-            f"{blank} of {len(records)} records have a blank answer, which teaches to say nothing"
-        )
-        print(f"{path}: {told}", file=sys.stderr, flush=True)
+        share = f"{blank} of {len(records)} records"
+        told = f"{path}: {share} have a blank answer, which teaches to say nothing"
+        print(printable(told), file=sys.stderr, flush=True)
     return records
 
 
@@ -243,7 +226,8 @@ class Conversations(TolerantDataset):
 
     def texts(self, index: int) -> list[str]:
         """Questions and answers of a record."""
-        return _texts(self.records[index]["conversations"])
+        turns = self.records[index]["conversations"]
+        return [turn["value"].replace(IMAGE_TAG, "") for turn in turns]
 
     def read(self, draw: Draw) -> dict[str, Any]:
         record = dict(self.records[draw])
@@ -257,69 +241,3 @@ class Conversations(TolerantDataset):
         return np.array([modality_length(record["conversations"]) for record in self.records])
 
     fingerprint = staticmethod(file_fingerprint)
-
-
-# ---- tables
-
-
-class ConversationTable(TolerantDataset):
-    """Rows of a Hugging Face data set with LLaVA's columns -> the samples of `Conversations`.
-
-    `conversations` holds LLaVA's turns as a list or as JSON text; `image` (or `images`, or the
-    column that `,image=COLUMN` names) one image, a list of images, or nothing.
-    """
-
-    def __init__(self, source: str, *, size: int | None = None) -> None:
-        super().__init__(source)
-        table = open_table(source)
-        named = named_column(source, table.features, "image")
-        usual = (name for name in ("image", "images") if name in table.features)
-        self.image_column = named or next(usual, None)
-        if self.image_column:
-            table = without_decoding(table, self.image_column)
-        self.table, self.size = table, min(size or len(table), len(table))
-        self.turns = table.select_columns(["conversations"])
-
-    def __len__(self) -> int:
-        return self.size
-
-    def texts(self, index: int) -> list[str]:
-        """Questions and answers of a row; nothing when `read` will refuse it."""
-        try:
-            return _texts(_parse_turns(self.turns[index]["conversations"]))
-        except (ValueError, TypeError, KeyError):
-            return []
-
-    def read(self, draw: Draw) -> dict[str, Any]:
-        name = f"{self.source}, row {draw:d}"
-        row = with_retries(lambda: self.table[int(draw)], name)
-        stored = (row[self.image_column] if self.image_column else None) or []
-        stored = stored if isinstance(stored, list) else [stored]
-        try:
-            turns = _parse_turns(row["conversations"])
-            images = [_open(value, name) for value in stored]
-            turns = normalize_turns(turns, num_images=len(images))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        record: dict[str, Any] = {"id": str(row.get("id") or int(draw))}
-        if images:
-            record["image"] = images[0] if len(images) == 1 else images
-        return {**record, "conversations": turns}
-
-    def modality_lengths(self) -> np.ndarray:
-        """`modality_length` of every row, int64 (rows,); 1 for one that `read` will refuse."""
-        lengths = []
-        for value in self.table["conversations"][: self.size]:
-            try:
-                lengths.append(modality_length(_parse_turns(value)))
-            except (ValueError, TypeError, KeyError, AttributeError):
-                lengths.append(1)
-        return np.array(lengths)
-
-
-def _parse_turns(value: Any) -> Any:
-    return parse_json(value, "conversations") if isinstance(value, str) else value
-
-
-def _open(value: Any, name: str) -> Image.Image:
-    return open_image(io.BytesIO(stored_bytes(value, name)), name=name)

@@ -1,6 +1,8 @@
 """Hugging Face data sets: a hub id, FILE.parquet, a folder (parquet, images or `save_to_disk`).
- `hf:NAME,config=…,split=…,image=…,caption=…`; only the name is needed where one column holds images
-and one captions.
+
+    hf:NAME,config=…,split=…,image=…,caption=…
+
+Only the name is needed where one column holds images and one captions.
 """
 
 from pathlib import Path
@@ -15,16 +17,8 @@ from vqrae.data.stream import Draw
 
 PREFIX = "hf:"
 OPTIONS = ("config", "split", "image", "caption")
-CAPTION_COLUMNS = [
-    "caption",
-    "captions",
-    "text",
-    "txt",
-    "prompt",
-    "sentence",
-    "sentences",
-    "description",
-]
+CAPTION_COLUMNS = ["caption", "captions", "text", "txt", "prompt"]
+CAPTION_COLUMNS += ["sentence", "sentences", "description"]
 
 
 def parse_name(source: str) -> tuple[str, dict[str, str]]:
@@ -81,17 +75,6 @@ def open_table(source: str) -> Any:
     return loaded[split]
 
 
-def named_column(source: str, features: Any, key: str) -> str | None:
-    """The column that the option `key` of a source names, None when it names none.
-
-    Raises ValueError when the table lacks it.
-    """
-    column = parse_name(source)[1].get(key)
-    if column is not None and column not in features:
-        raise ValueError(f"{source}: no column {column!r}. {did_you_mean(column, list(features))}")
-    return column
-
-
 def _holds_images(feature: Any) -> bool:
     import datasets
 
@@ -106,28 +89,27 @@ def find_columns(source: str, features: Any) -> tuple[str, str | None]:
 
     Raises ValueError when a named column is absent, or the image column is not clear.
     """
-    image = named_column(source, features, "image")
-    caption = named_column(source, features, "caption")
+    options = parse_name(source)[1]
+    image, caption = options.get("image"), options.get("caption")
+    for column in (image, caption):
+        if column is not None and column not in features:
+            hint = did_you_mean(column, list(features))
+            raise ValueError(f"{source}: no column {column!r}. {hint}")
     images = [image] if image else [name for name in features if _holds_images(features[name])]
     if len(images) != 1:
-        found = (
-            f"columns {', '.join(images)} hold images"
-            if images
-            else f"no column of {', '.join(features)} holds images"
-        )
+        found = f"no column of {', '.join(features)} holds images"
+        if images:
+            found = f"columns {', '.join(images)} hold images"
         raise ValueError(f"{source}: {found}; name the one to use with ,image=COLUMN")
     return images[0], caption or next((name for name in CAPTION_COLUMNS if name in features), None)
 
 
 def without_decoding(table: Any, column: str) -> Any:
-    """The table with the images of `column` (one or a list in each row) as they are stored."""
+    """The table with the images of `column` as they are stored."""
     import datasets
 
-    feature, encoded = table.features[column], datasets.Image(decode=False)
-    if isinstance(feature, datasets.Image):
-        return table.cast_column(column, encoded)
-    if isinstance(getattr(feature, "feature", None), datasets.Image):
-        return table.cast_column(column, datasets.List(encoded))
+    if isinstance(table.features[column], datasets.Image):
+        return table.cast_column(column, datasets.Image(decode=False))
     return table
 
 

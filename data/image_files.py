@@ -117,6 +117,8 @@ def parse_pair(line: bytes, where: str) -> tuple[str, str]:
     image, caption = fields.get("image"), fields.get("caption")
     if not isinstance(image, str) or not isinstance(caption, str):
         raise ValueError(f"{where}: image and caption must both be text")
+    # JSON may hold halves of surrogate pairs, which are not text: this raises UnicodeEncodeError.
+    (image + caption).encode()
     return image, caption.strip()
 
 

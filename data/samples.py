@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqrae.common.files import printable
-from vqrae.common.images import open_image, resize_and_crop, stored_size
+from vqrae.common.images import image_to_uint8, open_image, resize_and_crop, stored_size
 from vqrae.data.stream import Draw
 
 FileSplit = Literal["train", "validation", "all"]
@@ -296,4 +295,4 @@ def fit_image(
         left, top = (int(rng.integers(extent - edge + 1)) for extent in image.size)
         box = (left, top, left + edge, top + edge)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+    return image_to_uint8(image)

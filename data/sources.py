@@ -27,12 +27,11 @@ from vqrae.data.code_shards import CodeDataset, is_code_set, read_manifest
 from vqrae.data.conversations import (
     IMAGE_TAG,
     Conversations,
-    ConversationTable,
     has_record_lines,
     scan_conversations,
 )
 from vqrae.data.emoji import EmojiDataset
-from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, open_table, parse_name
+from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, parse_name
 from vqrae.data.image_files import CaptionedImages, ImageFolder
 from vqrae.data.remote import is_remote
 from vqrae.data.samples import FileSplit, TolerantDataset
@@ -171,7 +170,11 @@ def _open(
             split, size, item=item, image_size=image_size, sprites=sprites, seed=seed
         )
     if item == "conversation":
-        return _open_records(source, size=size, split=split, **options)
+        if kind != "json":
+            raise ValueError(f"{source} holds no conversations: give scenes or a .json file")
+        if split == "validation":
+            raise ValueError(f"{source} is trained on whole, without validation: give another file")
+        return Conversations(source, size=size, **options)
     if kind == "codes" and tokenizer_fingerprint:
         return CodeDataset(source, tokenizer_fingerprint=tokenizer_fingerprint)
     if kind in ("json", "codes"):
@@ -186,19 +189,6 @@ def _open(
     return READERS[kind](source, image_size=image_size, captions=item != "image", **options)
 
 
-def _open_records(
-    source: str, *, size: int | None, split: FileSplit, **options: Any
-) -> Conversations | ConversationTable:
-    if not holds_conversations(source):
-        forms = "scenes, a .json file or hf:NAME"
-        raise ValueError(f"{source} holds no conversations: give {forms}")
-    if split == "validation":
-        raise ValueError(f"{source} is trained on whole, without validation: give another file")
-    if source_kind(source) == "hf":
-        return ConversationTable(source, size=size)
-    return Conversations(source, size=size, **options)
-
-
 # ---- questions about sources
 
 
@@ -211,10 +201,8 @@ def is_encoded(samples: Samples) -> bool:
 
 def holds_conversations(source: str) -> bool:
     """Whether a source, or part of a mixture, consists of conversations in LLaVA's format."""
-    kind = source_kind(source)
-    if kind == "mixture":
-        return any(holds_conversations(name) for name, _ in parse_mixture(source))
-    return kind == "json" or (kind == "hf" and "conversations" in open_table(source).features)
+    parts = [name for name, _ in parse_mixture(source)] or [source]
+    return any(source_kind(part) == "json" for part in parts)
 
 
 def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
@@ -237,15 +225,12 @@ def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
 
 
 def texts_in(source: str) -> list[str]:
-    """What is written in the conversations of a source, also where images are missing.
-
-    None for a mixture, or for other kinds of data.
-    """
-    if source_kind(source) == "json":
-        records, _ = scan_conversations(source)
-        turns = [turn for record in records for turn in record["conversations"]]
-        return [turn["value"].replace(IMAGE_TAG, "") for turn in turns]
-    return texts_of(ConversationTable(source)) if holds_conversations(source) else []
+    """What is written in a file of conversations, also where images are missing; else nothing."""
+    if source_kind(source) != "json":
+        return []
+    records, _ = scan_conversations(source)
+    turns = chain.from_iterable(record["conversations"] for record in records)
+    return [turn["value"].replace(IMAGE_TAG, "") for turn in turns]
 
 
 def vocabulary(source: str) -> list[str]:

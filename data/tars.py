@@ -320,7 +320,10 @@ class TarDataset(EncodedImages):
                 return decode_text(text, self.source)
             record = parse_json(text, self.source)
             found = (record.get(key) for key in self.caption_keys)
-            return next((value for value in found if isinstance(value, str)), None)
+            caption = next((value for value in found if isinstance(value, str)), None)
+            if caption is not None:
+                caption.encode()  # halves of surrogate pairs are JSON but not text
+            return caption
         except (ValueError, AttributeError):
             return None
 

@@ -95,7 +95,7 @@ class TrainConfig:
     sft: OptimizationConfig
     stage: Literal["pretrain", "sft", "both"] = "both"
     data: str = "scenes"
-    """Conversations of sft: scenes, scenes:emoji, a .json file in LLaVA's format, hf:NAME, or a
+    """Conversations of sft: scenes, scenes:emoji, a .json file in LLaVA's format, or a
     mixture of these."""
     pretrain_data: str | None = None
     """Captions of pretrain: scenes, a .jsonl, a .tar, or conversations; null means `data`."""

@@ -244,7 +244,7 @@ def benchmark_prompts(
     pairs = list(permutations(indices, 2))
     groups = list(product(indices, (2, 3, 4)))
     things = list(product(indices, range(len(COLOR_NAMES))))  # (name, color)
-    triples = [(a, r, b) for a, b in pairs for r in RELATIONS]
+    triples = [(a, r, b) for (a, b), r in product(pairs, RELATIONS)]
     two_things = [(a, b) for a, b in product(things, things) if a[0] != b[0] and a[1] != b[1]]
 
     def half_held_out(items: list, is_held_out: Callable[..., bool]) -> list:

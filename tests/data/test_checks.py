@@ -54,7 +54,6 @@ def test_a_folder_with_everything_wrong(folder: Path, workers: int) -> None:
     assert (report.samples, report.read, report.num_problems) == (9, 9, 2)
     broken = report.problems["broken images"].examples
     assert [Path(line.split(":")[0]).name for line in broken] == ["cut.png", "text.jpg"]
-    assert report.modes == {"RGB": 6, "CMYK": 1}
     assert report.shorter_edges["64-127"] == 7
     assert report.notes["stored as CMYK, read as RGB"].examples == [str(folder / "print.jpg")]
     assert report.notes["duplicates"].examples == [f"{folder / 'copy.png'} = {folder / '0.png'}"]
