@@ -10,6 +10,7 @@ FOLDERS = (
     "tokenizer",
     "understanding",
     "generation",
+    "mllm",
     "eval",
     "planning",
     "quickstart",

@@ -1,31 +1,21 @@
 """Tiny random parts: a language model with the word tokenizer, text tokenizers, short trainings."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
+from llama_tokenizer import TEXTS, train_llama_tokenizer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.understanding import train
 from vqrae.understanding.build import build_llava
 
-TEXTS = [
-    "a photo of a red circle left of two blue stars",
-    "what color is the star ?",
-    "USER: ASSISTANT: user assistant",
-]
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-)
 SMALL = ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")
 STEPS = {
     "global_batch_size": 4,
@@ -109,34 +99,6 @@ def vicuna_like() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
-
-
-def train_llama_tokenizer(folder: Path, *, legacy: bool) -> PreTrainedTokenizerBase:
-    """A folder as lmsys publishes it: tokenizer.model, read by transformers' own Llama class."""
-    texts = [*TEXTS, "red circle", "and the circle ? two blue stars", VICUNA_SYSTEM]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts * 20),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=330,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    described = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": legacy,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": None,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(name="train_llama_tokenizer")

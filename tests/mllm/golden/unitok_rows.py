@@ -2,8 +2,9 @@
 
     python tests/mllm/golden/unitok_rows.py UNITOK
 
-UNITOK is a checkout of FoundationVision/UniTok. Its collator and its expansion of images are cut out
-of `eval/liquid` and run as they are, on the tests' Llama tokenizer. `*` marks a token that is trained.
+UNITOK is a checkout of FoundationVision/UniTok. Its collator and its expansion of images are cut
+out of `eval/liquid` and run as they are, on the tests' Llama tokenizer. `*` marks a token that is
+trained.
 """
 
 import ast
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "understanding"))
-from conftest import train_llama_tokenizer
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from llama_tokenizer import train_llama_tokenizer
 
 IMAGE_TOKEN_INDEX, IGNORE_INDEX = -200, -100
 CODES = torch.arange(2 * 4).view(2, 4)  # two codebooks, four places

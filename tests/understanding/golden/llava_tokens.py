@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import train_llama_tokenizer
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from llama_tokenizer import train_llama_tokenizer
 
 IMAGE_TOKEN_INDEX, IGNORE_INDEX = -200, -100
 TURNS = {
