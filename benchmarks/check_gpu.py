@@ -41,7 +41,8 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation.config import GeneratorConfig
 from vqrae.generation.data import GenerationCollator
-from vqrae.generation.modeling import VisualHead, VisualVocabulary, build_generator
+from vqrae.generation.heads import SingleCodeHead
+from vqrae.generation.modeling import VisualVocabulary, build_generator
 from vqrae.generation.sampling import sample_codes
 from vqrae.generation.train import fit_prompts, visual_loss
 from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
@@ -166,17 +167,16 @@ def generator(device: torch.device, exact: bool) -> Step:
     offset = config.model.offset
     vocabulary = VisualVocabulary(offset=offset, codebook_size=16_384, num_codes=count)
     encode_prompt = fit_prompts(config.model, build_word_tokenizer(["a"]), vocabulary)
-    bf16 = config.optimization.bf16
     torch.manual_seed(0)
+    bf16 = config.optimization.bf16
     with torch.device("cpu" if exact else device):
         attention = attention_implementation(config.model.attention, half=bf16)
         model = build_generator(vocabulary, llm_config=config.model.llm_config, attention=attention)
     model.to(device).train()
-    model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
+    model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)
     caption = "a " * encode_prompt.max_caption_tokens
     codes = torch.randint(16_384, (config.optimization.micro_batch_size, count))
-    samples = [{"codes": row, "caption": caption} for row in codes]
-    batch = GenerationCollator(encode_prompt)(samples)
+    batch = GenerationCollator(encode_prompt)([{"codes": c, "caption": caption} for c in codes])
     batch = {name: value.to(device) for name, value in batch.items()}
 
     def step() -> Numbers:

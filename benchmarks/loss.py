@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from benchmarks.harness import Row, memory_row, time_row
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.trainer import IGNORE_INDEX
-from vqrae.generation.modeling import VisualHead, VisualVocabulary, build_generator
+from vqrae.generation.heads import SingleCodeHead
+from vqrae.generation.modeling import VisualVocabulary, build_generator
 from vqrae.generation.train import visual_loss
 
 VOCABULARY = VisualVocabulary(offset=151_936, codebook_size=16_384, num_codes=1024)
@@ -36,7 +37,7 @@ def losses(
     config = {**shape, "num_hidden_layers": layers}
     attention = attention_implementation()
     model = build_generator(vocabulary, llm_config=config, attention=attention)
-    full_head, visual_head = model.lm_head, VisualHead(model.lm_head, vocabulary.code_rows)
+    full_head, visual_head = model.lm_head, SingleCodeHead(model.lm_head, vocabulary.code_rows)
     ids = torch.randint(vocabulary.offset, (1, length))
     codes = torch.randint(vocabulary.codebook_size, (1, vocabulary.num_codes))
     ids[:, -vocabulary.num_codes :] = vocabulary.to_ids(codes)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
@@ -36,21 +35,30 @@ class VisualVocabulary:
     """First visual id; at least the number of text ids (151,936 for Qwen3-0.6B)."""
     codebook_size: int
     num_codes: int
-    """Codes of one image, N."""
+    """Positions of one image, N."""
+    num_codebooks: int = 1
+    """Codes of one position, n. Several have no ids: an embedding of their own reads them."""
 
     def __post_init__(self) -> None:
-        if min(self.offset, self.codebook_size, self.num_codes) < 1:
+        if min(dataclasses.astuple(self)) < 1:
             raise ValueError(f"got {self}, expected positive numbers")
 
     @property
     def begin_of_image(self) -> int:
         """Id of BOI, the token after which the first code is predicted."""
-        return self.offset + self.codebook_size
+        return self.offset + (self.codebook_size if self.num_codebooks == 1 else 0)
 
     @property
     def num_rows(self) -> int:
         """Rows of the embedding: text, codes and BOI, rounded up."""
         return -(-(self.begin_of_image + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+    def values(self) -> dict[str, int]:
+        """For `config.json`, where one code a position goes without saying."""
+        values = dataclasses.asdict(self)
+        if self.num_codebooks == 1:
+            del values["num_codebooks"]
+        return values
 
     @property
     def code_rows(self) -> slice:
@@ -183,26 +191,10 @@ def build_generator(
                 f"{vocabulary.offset}: set offset to {model.config.vocab_size}"
             )
         model.resize_token_embeddings(vocabulary.num_rows, mean_resizing=False)
-    model.config.visual_vocabulary = dataclasses.asdict(vocabulary)
+    model.config.visual_vocabulary = vocabulary.values()
     # An image ends by its length; the language model's own end token must not stop `generate`.
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     return model
-
-
-class VisualHead(nn.Linear):
-    """An `lm_head` that computes the logits of some rows only; weight, key and tying stay.
-
-    A module, because ZeRO-3 gathers a weight around the forward pass of the module that owns it.
-    """
-
-    def __init__(self, head: nn.Linear, rows: slice) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = head.in_features, head.out_features
-        self.weight, self.rows = head.weight, rows
-        self.register_parameter("bias", None)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight[self.rows])
 
 
 @torch.no_grad()

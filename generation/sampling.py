@@ -1,25 +1,26 @@
 """Sampling codes with guidance, on static buffers of keys and values.
 
 Equal prompts are computed once, guidance runs in the same forward pass, and only codes become
-logits. Every image has its own seed: its N uniform numbers come first, and each code is read off
+logits. Every image has its own seed: its N n uniform numbers come first, and each code is read off
 the inverse of its cumulative distribution. So an image does not depend on its batch (up to
 rounding).
 
-Shapes: B images, R rows (the images, then as many without caption), S slots of the buffers, D
-width, K codes of the codebook, N codes of an image.
+Shapes: B images, R rows (the images, then as many without caption), D width, N positions of an
+image, n codes of a position, K codes of a codebook.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import PretrainedConfig, Qwen3ForCausalLM
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from vqrae.generation.modeling import VisualVocabulary, pad_left
+from vqrae.generation.decoding import CachedRows
+from vqrae.generation.modeling import VisualVocabulary
+from vqrae.generation.multi_code import generator_parts
 
 GREEDY_BELOW = 1e-6  # of the temperature: logits divided by less overflow
 LARGEST = 1e6  # of temperature and guidance scale: logits stay finite
@@ -65,7 +66,7 @@ class SamplingConfig:
             )
 
 
-def read_sampling(config: PretrainedConfig) -> SamplingConfig:
+def read_sampling(config: PreTrainedConfig) -> SamplingConfig:
     """How those who trained a generator recommend to sample from it."""
     values = dict(getattr(config, "sampling", {}))
     values.pop("window", None)  # an option that older generators recorded
@@ -74,7 +75,7 @@ def read_sampling(config: PretrainedConfig) -> SamplingConfig:
 
 @torch.inference_mode()
 def sample_codes(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     unconditional: Sequence[int],
     vocabulary: VisualVocabulary,
@@ -84,19 +85,68 @@ def sample_codes(
     compile: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Codes (B, N) in [0, K), on the CPU: one image per prompt.
+    """Codes (B, N), or (B, N, n), in [0, K), on the CPU: one image per prompt.
 
     Args:
+        model: a generator, see `generator_parts`.
         prompts: ids of each prompt, ending in BOI; lengths may differ.
         unconditional: ids of the prompt without caption, for guidance.
         seeds: one per image.
         compile: compile the forward pass; for CUDA, where it is recorded as a graph.
-        progress: called after every step with (codes done, N).
+        progress: called after every step with (positions done, N).
 
     Raises:
         ValueError: when prompts and seeds differ in number, a prompt does not end in BOI, or
             guidance is asked of a model that was trained without it.
     """
+    scales = guidance_scales(config, vocabulary.num_codes)
+    guided = any(scale != 1 for scale in scales)
+    check_request(model, prompts, unconditional, vocabulary, seeds, guided=guided)
+    # BOI is fed in the loop, as the vector before the first position.
+    sequences = [tuple(prompt[:-1]) for prompt in prompts]
+    if guided:
+        sequences += [tuple(unconditional[:-1])] * len(prompts)
+    decoder, embedding, head = generator_parts(model, vocabulary)
+    num_slots = max(map(len, sequences)) + vocabulary.num_codes
+    if compile:
+        num_slots = -(-num_slots // 64) * 64  # prompts of similar length share compiled code
+    rows = CachedRows(decoder, len(sequences), num_slots, compile=compile)
+    rows.prefill(sequences)
+    codes_cache = embedding.start(len(prompts), vocabulary.num_codes)
+    depth_steps = head.start(len(sequences), compile=compile)
+    uniforms = image_uniforms(seeds, vocabulary.num_codes * vocabulary.num_codebooks)
+    uniforms_BNn = uniforms.view(len(seeds), vocabulary.num_codes, -1).to(model.device)
+    begin = torch.tensor([vocabulary.begin_of_image], device=model.device)
+    inputs_BD = decoder.get_input_embeddings()(begin).expand(len(prompts), -1)
+    codes: list[Tensor] = []
+    for place, scale in enumerate(scales):
+        hidden_RD = rows.feed(inputs_BD.repeat(2, 1) if guided else inputs_BD)
+
+        def draw(book: int, logits_RK: Tensor, scale: float = scale, place: int = place) -> Tensor:
+            conditional_BK, *other = logits_RK.split(len(prompts))
+            logits_BK = conditional_BK
+            if scale != 1:
+                logits_BK = other[0] + scale * (conditional_BK - other[0])
+            return draw_codes(logits_BK, uniforms_BNn[:, place, book], config)
+
+        codes.append(head.sample(hidden_RD, draw, depth_steps))
+        if len(codes) < vocabulary.num_codes:
+            inputs_BD = embedding(codes[-1][:, None], codes_cache)[:, 0]
+        if progress is not None:
+            progress(len(codes), vocabulary.num_codes)
+    return torch.stack(codes, dim=1).cpu()
+
+
+def check_request(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    unconditional: Sequence[int],
+    vocabulary: VisualVocabulary,
+    seeds: Sequence[int],
+    *,
+    guided: bool,
+) -> None:
+    """Refuse what `sample_codes` cannot do."""
     if not seeds or len(prompts) != len(seeds):
         raise ValueError(
             f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many, at least one"
@@ -107,33 +157,11 @@ def sample_codes(
                 f"got a prompt that does not end in BOI ({vocabulary.begin_of_image}): "
                 "make it with PromptEncoder"
             )
-    scales = guidance_scales(config, vocabulary.num_codes)
-    guided = any(scale != 1 for scale in scales)
     if guided and getattr(model.config, "caption_dropout", None) == 0:
         raise ValueError(
             "got guidance, but this generator was trained with caption_dropout 0 and knows no "
             "unconditional prompt: set guidance_scale=1, or train with caption_dropout=0.1"
         )
-    # BOI is fed in the loop, as the token before the first code.
-    sequences = [tuple(prompt[:-1]) for prompt in prompts]
-    if guided:
-        sequences += [tuple(unconditional[:-1])] * len(prompts)
-    rows = CachedRows(model, sequences, vocabulary.num_codes, compile=compile)
-    head_KD = model.lm_head.weight[vocabulary.code_rows]
-    uniforms_BN = image_uniforms(seeds, vocabulary.num_codes).to(model.device)
-    ids_B = torch.full((len(prompts),), vocabulary.begin_of_image, device=model.device)
-    codes = []
-    for place, scale in enumerate(scales):
-        hidden_RD = rows.feed(ids_B.repeat(2) if guided else ids_B)
-        conditional_BK, *other = F.linear(hidden_RD, head_KD).float().split(len(prompts))
-        logits_BK = conditional_BK
-        if scale != 1:
-            logits_BK = other[0] + scale * (conditional_BK - other[0])
-        codes.append(draw_codes(logits_BK, uniforms_BN[:, place], config))
-        ids_B = vocabulary.to_ids(codes[-1])
-        if progress is not None:
-            progress(len(codes), vocabulary.num_codes)
-    return torch.stack(codes, dim=1).cpu()
 
 
 # ---- logits -> codes
@@ -199,110 +227,3 @@ def image_uniforms(seeds: Sequence[int], num_codes: int) -> Tensor:
         rows.append(torch.rand(num_codes, generator=torch.Generator().manual_seed(seed)))
     # float64 of float32 numbers never rounds to 1.
     return torch.stack(rows).double()
-
-
-# ---- the forward pass
-
-
-class CachedRows:
-    """Sequences that grow together: every row has the same slots, short prompts are padded in
-    front.
-
-    Args:
-        prompts: ids of each row, of any lengths; equal ones are computed once.
-        num_codes: slots after the prompt.
-        compile: compile the forward pass, on CUDA into a graph without launch overhead. Shapes are
-            then the same in every step: attention runs over the whole buffer, where it otherwise
-            sees only what is filled.
-
-    Raises:
-        ValueError: when the model's attention takes no mask of ours.
-    """
-
-    def __init__(
-        self,
-        model: Qwen3ForCausalLM,
-        prompts: Sequence[tuple[int, ...]],
-        num_codes: int,
-        *,
-        compile: bool = False,
-    ) -> None:
-        attention = model.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(
-                f"attention is {attention!r}, expected sdpa or eager: reload the model"
-            )
-        self.compile, self.run = compile, model.model
-        self.filled = max(len(prompt) for prompt in prompts)
-        num_slots = self.filled + num_codes
-        if compile:
-            self.run = torch.compile(model.model, mode="reduce-overhead")
-            num_slots = -(-num_slots // 64) * 64  # prompts of similar length share compiled code
-        self.slots_S = torch.arange(num_slots, device=model.device)
-        self.cache = StaticCache(model, len(prompts), num_slots)
-
-        # Prefill: every different prompt once, in the first rows of the buffer, then copied to all.
-        different, length = list(dict.fromkeys(prompts)), self.filled
-        chosen = [different.index(prompt) for prompt in prompts]
-        chosen_R = torch.tensor(chosen, device=model.device)
-        padding = torch.tensor([length - len(p) for p in different], device=model.device)[:, None]
-        # Added to attention scores. The lowest number instead of -inf: rows of padding see nothing,
-        # and would become NaN.
-        blocked = torch.finfo(model.dtype).min
-        mask = torch.full((len(different), num_slots), blocked, dtype=model.dtype).to(model.device)
-        slots = self.slots_S[:length]
-        mask[:, :length].masked_fill_(slots >= padding, 0)
-        if length > 0:
-            causal = mask[:, None, None, :length].masked_fill(slots > slots[:, None], blocked)
-            ids = torch.tensor(pad_left(different, 0), device=model.device)
-            self._forward(model.model, ids, (slots - padding).clamp(min=0), causal, slots)
-        for layer in self.cache.layers:
-            layer[:, :, :, :length] = layer[:, chosen_R, :, :length]
-        self.padding_R1, self.mask_RS = padding[chosen_R], mask[chosen_R]
-
-    def feed(self, ids: Tensor) -> Tensor:
-        """Hidden states (R, D) of the next ids (R,), which all later ones see."""
-        slot = self.slots_S[self.filled : self.filled + 1]
-        self.mask_RS[:, self.filled] = 0
-        self.filled += 1
-        mask = self.mask_RS if self.compile else self.mask_RS[:, : self.filled]
-        positions = slot - self.padding_R1
-        return self._forward(self.run, ids[:, None], positions, mask[:, None, None], slot)[:, 0]
-
-    def _forward(
-        self, run: Any, ids: Tensor, positions: Tensor, mask: Tensor, slots: Tensor
-    ) -> Tensor:
-        self.cache.write_to(slots, rows=len(ids), length=mask.shape[-1])
-        output = run(
-            input_ids=ids,
-            attention_mask={"full_attention": mask},  # transformers would build it again
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return output.last_hidden_state
-
-
-class StaticCache:
-    """Keys and values of every layer, written in place; `update` is all that `Qwen3Model` calls."""
-
-    def __init__(self, model: Qwen3ForCausalLM, num_rows: int, num_slots: int) -> None:
-        config = model.config
-        shape = (2, num_rows, config.num_key_value_heads, num_slots, config.head_dim)
-        self.layers = []
-        for _ in range(config.num_hidden_layers):
-            # Zeros: a masked slot has weight 0 in the sum over values, which NaN would survive.
-            layer = torch.zeros(shape, dtype=model.dtype, device=model.device)
-            torch._dynamo.mark_static_address(layer, guard=False)  # for CUDA graphs without copies
-            self.layers.append(layer)
-
-    def write_to(self, slots: Tensor, *, rows: int, length: int) -> None:
-        """Where the next pass writes, and how many rows and slots it reads."""
-        self.slots = slots
-        self.rows, self.length = rows, length
-
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        both = self.layers[layer][:, : self.rows]
-        both[0].index_copy_(2, self.slots, keys)
-        both[1].index_copy_(2, self.slots, values)
-        return both[0, :, :, : self.length], both[1, :, :, : self.length]

@@ -50,9 +50,9 @@ from vqrae.generation.data import (
     load_encoder,
 )
 from vqrae.generation.dry_run import dry_run
+from vqrae.generation.heads import SingleCodeHead
 from vqrae.generation.modeling import (
     PromptEncoder,
-    VisualHead,
     VisualVocabulary,
     build_generator,
     start_from_codebook,
@@ -130,7 +130,7 @@ def train(config: TrainingConfig) -> Path:
     model.config.vqrae_tokenizer = portable_path(config.tokenizer, output / "model")
     model.config.vqrae_tokenizer_fingerprint = fingerprint
     if not config.full_vocabulary_loss:
-        model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
+        model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)
 
     # ---- loss
     encode = None
@@ -169,7 +169,7 @@ def visual_loss(
 
     Args:
         full_vocabulary: softmax over all rows of the head. Else over the codes alone, and
-            `model.lm_head` is a `VisualHead`.
+            `model.lm_head` is a `SingleCodeHead`.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     # The sequence ends in the N codes: the N positions before its last one predict them, and no

@@ -105,7 +105,7 @@ def test_prompts_are_computed_once_and_guidance_in_the_same_pass(
 ) -> None:
     seen: list[tuple[int, int]] = []
     model.model.register_forward_pre_hook(
-        lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
+        lambda _, __, given: seen.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     codes = sample(SAMPLED, [0, 2, 4])
     assert seen == [(3, 5)] + 16 * [(6, 1)]  # two captions and none, without BOI

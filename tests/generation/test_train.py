@@ -19,7 +19,8 @@ from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import extract_codes, train
 from vqrae.generation.data import GenerationCollator, TrainingStream
 from vqrae.generation.generator import Generator, find_tokenizer
-from vqrae.generation.modeling import PromptEncoder, VisualHead, VisualVocabulary
+from vqrae.generation.heads import SingleCodeHead
+from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.generation.train import visual_loss
 
@@ -72,7 +73,7 @@ def test_visual_loss_is_that_of_transformers_over_its_rows(
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     if not full_vocabulary:
-        model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
+        model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)
     loss = visual_loss(model, batches[0], vocabulary, full_vocabulary=full_vocabulary)
     loss.backward()
     torch.testing.assert_close(loss, expected)
@@ -181,7 +182,7 @@ def test_two_processes_under_zero3_compute_the_visual_loss(
     assert result.returncode == 0, result.stderr[-3000:]
     generator = Generator.from_pretrained(tmp_path)
     model, vocabulary = generator.model, generator.encode_prompt.vocabulary
-    model.lm_head = VisualHead(model.lm_head, vocabulary.code_rows)
+    model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)
     stream = TrainingStream(CodeDataset(codes_path), 16, caption_dropout=0.1)
     collate = GenerationCollator(generator.encode_prompt)
     for step, logged in enumerate(read_metrics(tmp_path)):

@@ -1,0 +1,134 @@
+"""Embeddings: the codes of an image position -> the input vector of a language model.
+
+    embedding(codes)             all positions at once
+    embedding(codes, cache)      the next positions, after those that `cache` has seen
+
+`TokenEmbedding` reads rows of the model's own table (one code), `TableEmbedding` adds those of n
+tables (LlamaGen), `TokenizerEmbedding` starts from the tokenizer's frozen codebooks (UniTok).
+
+Shapes: B images, N positions, n codebooks, K codes of each, E width of the quantized vector, F of
+the tokenizer's features, D of the language model.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vqrae.generation.decoding import KeyValues
+
+Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""New keys and values (B, heads, 1, width) -> those of all positions so far."""
+
+
+class CodeEmbedding(Protocol):
+    """What every embedding of codes offers."""
+
+    def __call__(self, codes: Tensor, cache: Cache | None = None) -> Tensor:
+        """Codes (B, N), or (B, N, n), -> vectors (B, N, D), each of a position and earlier ones."""
+
+    def start(self, num_rows: int, num_codes: int) -> Cache | None:
+        """An empty cache for that many images of N positions; None where vectors need none."""
+
+
+class TokenEmbedding:
+    """Codes (B, N) as ids of a language model: code c has row `offset + c` of its table."""
+
+    def __init__(self, table: nn.Module, offset: int) -> None:
+        self.table, self.offset = table, offset
+
+    def __call__(self, codes: Tensor, cache: Cache | None = None) -> Tensor:
+        return self.table(codes + self.offset)
+
+    def start(self, num_rows: int, num_codes: int) -> None:
+        return None
+
+
+class TableEmbedding(nn.Module):
+    """The sum of n learned tables (LlamaGen, arXiv 2406.06525, as UniTok trains it)."""
+
+    def __init__(self, num_codebooks: int, codebook_size: int, width: int) -> None:
+        super().__init__()
+        self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
+        self.tables = nn.Embedding(num_codebooks * codebook_size, width)
+
+    def forward(self, codes: Tensor, cache: Cache | None = None) -> Tensor:
+        first_rows = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
+        codes_BNn = codes.view(*codes.shape[:2], self.num_codebooks)
+        return self.tables(codes_BNn + first_rows).sum(-2)
+
+    def start(self, num_rows: int, num_codes: int) -> None:
+        return None
+
+
+class TokenizerEmbedding(nn.Module):
+    """Frozen codebooks -> trained causal copy of the tokenizer's output projection -> MLP (UniTok).
+
+    The causal projection looks at earlier positions. Sampling must therefore keep its keys and
+    values; UniTok's own does not, and samples from other inputs than it was trained on.
+
+    Args:
+        code_vectors: the tokenizer's, (n, K, E / n) to be joined, or (n, K, E) to be added.
+        projection: a module (B, N, E) -> (B, N, F): linear, or a causal `AttentionProjection`.
+        feature_dim: F.
+        width: D.
+    """
+
+    code_vectors: Tensor
+
+    def __init__(
+        self, code_vectors: Tensor, projection: nn.Module, feature_dim: int, width: int
+    ) -> None:
+        super().__init__()
+        # A buffer, which no optimizer and no ZeRO partition touches.
+        self.register_buffer("code_vectors", code_vectors)
+        self.projection = projection
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(feature_dim, eps=1e-6),
+            nn.Linear(feature_dim, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+        )
+
+    def forward(self, codes: Tensor, cache: Cache | None = None) -> Tensor:
+        options = {} if cache is None else {"cache": cache}
+        return self.mlp(self.projection(self.quantized(codes), **options))
+
+    def quantized(self, codes: Tensor) -> Tensor:
+        """The tokenizer's vectors (B, N, E) of codes (B, N) or (B, N, n)."""
+        num_codebooks = len(self.code_vectors)
+        books = torch.arange(num_codebooks, device=codes.device)
+        chosen_BNnE = self.code_vectors[books, codes.view(*codes.shape[:2], num_codebooks)]
+        if chosen_BNnE.shape[-1] == self.projection_dim:
+            return chosen_BNnE.sum(-2)
+        return chosen_BNnE.flatten(-2)
+
+    @property
+    def projection_dim(self) -> int:
+        """E, by the projection."""
+        is_linear = isinstance(self.projection, nn.Linear)
+        return self.projection.in_features if is_linear else self.projection.in_dim
+
+    def start(self, num_rows: int, num_codes: int) -> Cache | None:
+        if isinstance(self.projection, nn.Linear):
+            return None  # it sees one position
+        heads = self.projection.num_heads
+        width = max(self.projection.in_dim, self.projection.out_dim)
+        shape = (num_rows, heads, num_codes, width // heads)
+        return GrowingCache(KeyValues(1, shape, like=self.projection.linear.weight))
+
+
+class GrowingCache:
+    """Keys and values of one layer, a position a call."""
+
+    def __init__(self, store: KeyValues) -> None:
+        self.store, self.filled = store, 0
+        self.num_rows, self.num_slots = store.layers[0].shape[1], store.layers[0].shape[3]
+        self.slots_N = torch.arange(self.num_slots, device=store.layers[0].device)
+
+    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        slots = self.slots_N[self.filled : self.filled + keys.shape[2]]
+        self.filled += keys.shape[2]
+        self.store.write_to(slots, rows=self.num_rows, length=self.filled)
+        return self.store.update(keys, values, 0)

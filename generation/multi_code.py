@@ -1,0 +1,178 @@
+"""A language model that reads and predicts several codes a position (UniTok, arXiv 2502.20321).
+
+It holds any causal language model of transformers, an embedding of codes and a prediction head, and
+is saved as one folder. Images of one code a position need none of this: see `modeling`.
+
+Shapes: B images, T ids of a prompt, N positions, n codebooks, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+
+from vqrae.generation.embedding import (
+    CodeEmbedding,
+    TableEmbedding,
+    TokenEmbedding,
+    TokenizerEmbedding,
+)
+from vqrae.generation.heads import DepthHead, SingleCodeHead, VisualHead
+from vqrae.generation.modeling import VisualVocabulary
+
+
+class MultiCodeConfig(PreTrainedConfig):
+    """Stored as `config.json`.
+
+    Args:
+        llm_config: of the language model, a mapping with its `model_type`.
+        num_codebooks, codebook_size: n and K of the tokenizer.
+        projection: of the tokenizer's codebooks into the language model: `kind` (`linear` or
+            `attention`), `in_dim`, `out_dim`, `num_heads` and the width of a code vector
+            `code_dim`. None: the sum of n learned tables.
+        head: arguments of `DepthHead`.
+    """
+
+    model_type = "vqrae_multi_code"
+
+    def __init__(
+        self,
+        llm_config: dict[str, Any] | None = None,
+        num_codebooks: int = 8,
+        codebook_size: int = 4096,
+        projection: dict[str, Any] | None = None,
+        head: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # transformers also builds the configuration without any argument.
+        self.llm_config = dict(llm_config or {"model_type": "qwen3"})
+        self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
+        self.projection = projection
+        self.head = dict(head or {})
+        super().__init__(**kwargs)
+
+    def build_llm_config(self) -> PreTrainedConfig:
+        """The language model's own configuration object."""
+        values = dict(self.llm_config)
+        return CONFIG_MAPPING[values.pop("model_type")](**values)
+
+    @property
+    def hidden_size(self) -> int:
+        """D; DeepSpeed sizes its buffers by it."""
+        return self.build_llm_config().hidden_size
+
+
+@dataclass
+class MultiCodeOutput(ModelOutput):
+    """Attributes:
+    loss: scalar.
+    """
+
+    loss: Tensor | None = None
+
+
+class MultiCodeModel(PreTrainedModel):
+    """A language model with an embedding of codes and a depth head."""
+
+    config: MultiCodeConfig
+    config_class = MultiCodeConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MultiCodeConfig, llm: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        llm_config = config.build_llm_config()
+        llm_config._attn_implementation = config._attn_implementation
+        self.llm: PreTrainedModel = llm or AutoModelForCausalLM.from_config(
+            llm_config, attn_implementation=config._attn_implementation
+        )
+        self.embedding = build_embedding(config, llm_config.hidden_size)
+        self.head = DepthHead(llm_config, config.num_codebooks, config.codebook_size, **config.head)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, codes: Tensor
+    ) -> MultiCodeOutput:
+        """The loss of images after their prompts.
+
+        Args:
+            input_ids: (B, T) prompts that end in BOI, padded in front.
+            attention_mask, position_ids: (B, T + N).
+            codes: (B, N, n).
+        """
+        text_BTD = self.get_input_embeddings()(input_ids)
+        # The last position predicts nothing.
+        image_BND = self.embedding(codes[:, :-1]).to(text_BTD.dtype)
+        hidden = self.llm.base_model(
+            inputs_embeds=torch.cat([text_BTD, image_BND], dim=1),
+            attention_mask=attention_mask[:, :-1],
+            position_ids=position_ids[:, :-1],
+            use_cache=False,
+        ).last_hidden_state[:, -codes.shape[1] :]
+        return MultiCodeOutput(loss=self.head.loss(hidden.flatten(0, 1), codes.flatten(0, 1)))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Embedding and head as the language model, whose own rules its parts follow."""
+        std = getattr(self.llm.config, "initializer_range", 0.02)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+def build_embedding(config: MultiCodeConfig, width: int) -> nn.Module:
+    """The embedding of codes that a configuration describes, with random weights."""
+    if config.projection is None:
+        return TableEmbedding(config.num_codebooks, config.codebook_size, width)
+    sizes = dict(config.projection)
+    code_dim, kind = sizes.pop("code_dim"), sizes.pop("kind")
+    table = torch.zeros(config.num_codebooks, config.codebook_size, code_dim)
+    if kind == "linear":
+        projection: nn.Module = nn.Linear(sizes["in_dim"], sizes["out_dim"])
+    else:
+        from vqrae.tokenizer.projections import AttentionProjection
+
+        projection = AttentionProjection(**sizes, causal=True)
+    return TokenizerEmbedding(table, projection, sizes["out_dim"], width)
+
+
+class Parts(NamedTuple):
+    """How codes enter and leave a generator."""
+
+    decoder: PreTrainedModel
+    """Vectors -> final-normed states."""
+    embedding: CodeEmbedding
+    head: VisualHead
+
+
+def generator_parts(model: PreTrainedModel, vocabulary: VisualVocabulary) -> Parts:
+    """The parts of a `MultiCodeModel`, or of a `Qwen3ForCausalLM` with one code a position."""
+    if isinstance(model, MultiCodeModel):
+        return Parts(model.llm.base_model, model.embedding, model.head)
+    embedding = TokenEmbedding(model.get_input_embeddings(), vocabulary.offset)
+    return Parts(model.model, embedding, SingleCodeHead(model.lm_head, vocabulary.code_rows))
+
+
+AutoConfig.register(MultiCodeConfig.model_type, MultiCodeConfig)
+AutoModel.register(MultiCodeConfig, MultiCodeModel)
