@@ -1,5 +1,6 @@
 """Small models for all tests: real classes with small configurations, on one thread."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,12 @@ from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the libraries out of garbage collections, which every training asks for: each 3 s."""
+    gc.freeze()
+
 
 SMALL_ENCODERS = {
     "siglip": {

@@ -1,22 +1,25 @@
-"""Trainings of a tiny tokenizer for tests. As a script: `BAD_STEP ARGUMENTS…`, -1 for none."""
+"""Trainings of a tiny tokenizer for tests, in this process or in others."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import processes
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqrae.common.config import load_config, shipped_config
+from vqrae.common.distributed import is_main_process, sum_over_processes, world_size
+from vqrae.common.files import write_json
 from vqrae.tokenizer import train as tokenizer_train
+from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.data import StageImages
+from vqrae.tokenizer.discriminator import PatchDiscriminator
+from vqrae.tokenizer.engine import build_accelerators, build_optimizer, prepare
 from vqrae.tokenizer.modeling import VQRAEModel
 
 ENCODER = (
@@ -73,26 +76,23 @@ def train(output: Path, *more: str) -> Weights:
     return weights(output / "model")
 
 
-def launch(output: Path, *more: str, processes: int = 2, bad_step: int = -1) -> Weights:
-    """Train with everything in processes of their own; the weights of the result.
-
-    Also for one process: what other tests have set in this one would change its rounding.
-    """
+def launch(output: Path, *more: str, count: int = 2, bad_step: int = -1) -> Weights:
+    """Train with everything in processes of their own; the weights of the result."""
     arguments = [str(bad_step), *EVERYTHING, f"output_dir={output}", *more]
-    run_script(__file__, *arguments, processes=processes)
+    processes.launch(__name__, arguments, processes=count, function="train_badly")
     return weights(output / "model")
 
 
-def run_script(script: str, *arguments: str, processes: int) -> None:
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, script, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+def train_badly(arguments: list[str]) -> None:
+    """With NaN images in the step of the first argument; -1 for none."""
+    step, *words = arguments
+    with bad_images({int(step)}), quick_statistics():
+        tokenizer_train.main(words)
+
+
+def quick_statistics() -> AbstractContextManager:
+    """A block in which trainings start from the statistics of 32 images."""
+    return mock.patch.object(tokenizer_train, "sample_size", return_value=32)
 
 
 def weights(folder: Path) -> Weights:
@@ -138,6 +138,40 @@ def bad_images(steps: Collection[int]) -> AbstractContextManager:
     return mock.patch.object(StageImages, "micro_batches", spoil)
 
 
-if __name__ == "__main__":
-    with bad_images({int(sys.argv[1])}):
-        tokenizer_train.main(sys.argv[2:])
+# ---- gradients under ZeRO
+
+
+def compare_gradients(arguments: list[str]) -> None:
+    """Write how far gradients that ZeRO sums over processes under bf16 are from their fp32 mean."""
+    from deepspeed.utils import safe_get_full_grad
+
+    stage = read("tiny", "stage2.max_grad_norm=0").stage2
+    engine, d_engine = build_accelerators(stage, zero=2, accumulation=1, bf16=True)
+    torch.manual_seed(0)
+    model = build_tokenizer(read(*TINY).model, "eager")
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(engine.process_index))
+    distances: dict[str, float] = {}
+
+    def compare(name: str, module: nn.Module, accelerator: Any, loss: Any) -> None:
+        loss(module).backward()
+        parameters = dict(module.named_parameters())
+        trained = {key: p.grad.clone() for key, p in parameters.items() if p.grad is not None}
+        module.zero_grad()
+        optimizer = build_optimizer({name: (module, 1e-3)}, stage)
+        wrapped, optimizer = prepare(accelerator, name, module, optimizer)
+        accelerator.deepspeed_engine_wrapped.engine.backward(loss(wrapped))
+        for key, gradient in trained.items():
+            expected = sum_over_processes(gradient) / world_size()
+            error = (safe_get_full_grad(parameters[key]) - expected).norm()
+            distances[f"{name}.{key}"] = float(error / expected.norm().clamp(min=1e-12))
+
+    def tokenizer_loss(module: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(images)
+        return (output.reconstruction - images).square().mean() + sum(output.losses.values())
+
+    compare("tokenizer", model.train(), engine, tokenizer_loss)
+    discriminator = PatchDiscriminator((8, 16))
+    compare("discriminator", discriminator, d_engine, lambda module: module(images).square().mean())
+    if is_main_process():
+        write_json(arguments[0], distances)

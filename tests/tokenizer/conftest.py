@@ -1,13 +1,10 @@
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
-from tokenizer_trainings import train
+from tokenizer_trainings import quick_statistics, train
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from vqrae.tokenizer import train as tokenizer_train
 
 
 class LargestResult(TorchDispatchMode):
@@ -32,9 +29,8 @@ def largest_result() -> LargestResult:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_statistics() -> Iterator[None]:
-    """Trainings start from the statistics of 32 images."""
-    with mock.patch.object(tokenizer_train, "sample_size", return_value=32):
+def _quick_statistics() -> Iterator[None]:
+    with quick_statistics():
         yield
 
 

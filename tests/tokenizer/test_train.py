@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tokenizer_trainings as trainings
 import torch
@@ -15,6 +16,7 @@ from tokenizer_trainings import SHORT, bad_images, launch, metrics, train, weigh
 from torch import Tensor
 
 from vqrae.common.config import ConfigError
+from vqrae.common.files import read_json
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.data import StageImages
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -292,7 +294,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("one")
-    launch(output, *trainings.ANY_PROCESSES, processes=1, bad_step=2)
+    launch(output, *trainings.ANY_PROCESSES, count=1, bad_step=2)
     return output
 
 
@@ -309,18 +311,15 @@ def test_two_processes_train_like_one(zero: int, one_process: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_resume_on_other_processes_and_micro_batches_between_awkward_intervals(
-    tmp_path: Path,
-) -> None:
-    """Codes move after step 2, a checkpoint follows step 3; two processes continue and log at 7."""
-    awkward = ["stage1.max_steps=7", "stage1.revival_interval=2", "stage1.revival_until=0.3"]
-    arguments = [*trainings.ANY_PROCESSES, "stage=1", *awkward, "save_steps=3", "log_steps=7"]
-    arguments += ["keep_checkpoints=9"]
+def test_a_resume_on_other_processes_and_micro_batches(tmp_path: Path) -> None:
+    """Codes move after step 2, a checkpoint follows step 3; two processes continue and log at 5."""
+    awkward = ["stage1.max_steps=5", "stage1.revival_interval=2", "stage1.revival_until=0.5"]
+    arguments = [*trainings.ANY_PROCESSES, "stage=1", *awkward, "save_steps=3", "log_steps=5"]
     one, two = tmp_path / "one", tmp_path / "two"
-    expected = launch(one, *arguments, "micro_batch_size=8", processes=1)
+    expected = launch(one, *arguments, "micro_batch_size=8", count=1)
     shutil.copytree(one, two)
     assert (two / "stage1" / "step-3").is_dir()
-    for left in ("model", "model_ema", "stage1/model", "stage1/model_ema", "stage1/step-6"):
+    for left in ("model", "model_ema", "stage1/model", "stage1/model_ema"):
         shutil.rmtree(two / left)
     found = launch(two, *arguments, "micro_batch_size=2")
     (row,), (same_row,) = metrics(one, 1), metrics(two, 1)
@@ -335,10 +334,9 @@ def test_zero_keeps_the_code_space_that_follows_the_bypass(tmp_path: Path) -> No
     still = ["max_steps=1", "decoder_lr=1e-12", "end_lr=1e-12", "encoder_lr=1e-12"]
     stages = [f"stage1.{rate}" for rate in still] + [f"stage2.{rate}" for rate in still]
     arguments = [*trainings.ANY_PROCESSES, *stages, "stage2.max_steps=2", "stage2.bypass_steps=1"]
-    launch(tmp_path, *arguments, "stage2.codebook_metric=pixels", "zero=1", processes=1)
-    before, after = (
-        VQRAEModel.from_pretrained(tmp_path / folder) for folder in ("stage1/model", "model")
-    )
+    launch(tmp_path, *arguments, "stage2.codebook_metric=pixels", "zero=1", count=1)
+    folders = (tmp_path / "stage1" / "model", tmp_path / "model")
+    before, after = map(VQRAEModel.from_pretrained, folders)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         reconstructions = [model(images, bypass=True).reconstruction for model in (before, after)]
@@ -349,9 +347,9 @@ def test_zero_keeps_the_code_space_that_follows_the_bypass(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_zero_sums_in_fp32_what_is_computed_in_fp32(tmp_path: Path) -> None:
-    script = str(Path(__file__).with_name("reduce_in_zero.py"))
-    trainings.run_script(script, str(tmp_path / "distances.json"), processes=2)
-    distances = json.loads((tmp_path / "distances.json").read_text())
+    file, compare = tmp_path / "distances.json", "compare_gradients"
+    processes.launch(trainings.__name__, [str(file)], processes=2, function=compare)
+    distances = read_json(file)
     full = ("tokenizer.in_proj", "tokenizer.quantizer.projection", "tokenizer.out_proj")
     full = (*full, "discriminator.")
     assert sum(name.startswith(full) for name in distances) == 16
