@@ -94,9 +94,3 @@ def gather(items: list[Any]) -> list[Any]:
     dist.all_gather_object(parts, items)
     rounds = itertools.zip_longest(*parts, fillvalue=_NOTHING)
     return [item for item in itertools.chain.from_iterable(rounds) if item is not _NOTHING]
-
-
-def share(total: int) -> range:
-    """This process's indices of 0 … total - 1: consecutive."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return range(rank * total // size, (rank + 1) * total // size)

@@ -1,16 +1,16 @@
 """DPG-Bench (ELLA, Hu et al., arXiv 2403.05135): dense prompts, judged by questions.
 
-    python -m vqrae.eval.dpg_bench.evaluate model=runs/generation out=dpg
+    python -m vqrae.eval.dpg_bench.evaluate model=runs/generation output=dpg
     python -m vqrae.eval.dpg_bench.evaluate images=GRIDS images_per_prompt=4 \\
-        questions=dpg_bench.csv judge=mplug out=dpg
+        questions=dpg_bench.csv judge=mplug output=dpg
 
 Without a table, prompts and questions are made from the embedded scenes, and the scene detector
 answers.
 
-    OUT/images/ITEM.png      one image, or a 2 x 2 grid, row by row
-    OUT/singles/ITEM/0.png   the images in the grids that were generated here
-    OUT/answers/ITEM.json    what the judge said, kept: an interrupted run asks only the rest
-    OUT/scores.json          scores, counts, failures, manifest
+    OUTPUT/images/ITEM.png      one image, or a 2 x 2 grid, row by row
+    OUTPUT/singles/ITEM/0.png   the images in the grids that were generated here
+    OUTPUT/answers/ITEM.json    what the judge said, kept: an interrupted run asks only the rest
+    OUTPUT/scores.json          scores, counts, failures, manifest
 """
 
 import itertools
@@ -27,7 +27,7 @@ from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, sha256, write_json
 from vqrae.common.images import IMAGE_SUFFIXES, open_image, save_image, tile
 from vqrae.common.run import hold, quiet_libraries, run_manifest
-from vqrae.eval.dpg_bench.judges import Judge, JudgeName, build_judge, probe
+from vqrae.eval.dpg_bench.judges import Judge, JudgeName, build_judge
 from vqrae.eval.dpg_bench.questions import Item, read_questions, write_questions
 from vqrae.eval.dpg_bench.scenes import scene_items, true_images
 from vqrae.eval.dpg_bench.scores import Answers, official_scores, summarize
@@ -47,7 +47,7 @@ NUM_SCENES = 50
 class DPGConfig(ImagesConfig):
     """Score images of dense prompts by questions; `images` holds ITEM.png, one or a 2 x 2 grid."""
 
-    out: str
+    output: str
     """Folder of everything that is written."""
     questions: str = "scenes"
     """DPG-Bench's table (dpg_bench.csv), or scenes: prompts and questions about embedded scenes."""
@@ -95,15 +95,15 @@ class DPGConfig(ImagesConfig):
 
 
 def generate_grids(config: DPGConfig, items: Sequence[Item], device: str) -> None:
-    """Generate the images that `out` lacks, and arrange them in grids."""
-    out = Path(config.out)
+    """Generate the images that `output` lacks, and arrange them in grids."""
+    output = Path(config.output)
     prompts = {"prompts": [item.prompt for item in items]}
     settings = {**config.generation_settings(), "images_per_prompt": config.images_per_file}
-    claim_folder(out / "singles", {**settings, **prompts}, "out")
+    claim_folder(output / "singles", {**settings, **prompts}, "output")
     requests: list[ImageRequest] = []
     for number, item in enumerate(items):
         for i in range(config.images_per_file):
-            path = out / "singles" / item.id / f"{i}.png"
+            path = output / "singles" / item.id / f"{i}.png"
             requests.append(ImageRequest(item.prompt, image_seed(number, i), path))
     generate_missing(
         config.load_generator(device),
@@ -118,7 +118,7 @@ def generate_grids(config: DPGConfig, items: Sequence[Item], device: str) -> Non
             images = [open_image(file) for file in files]
             # Two or three leave cells of the grid over: the first image fills them.
             grid = images[0] if len(images) == 1 else tile(images + images[:1] * (4 - len(images)))
-            save_image(grid, out / "images" / f"{files[0].parent.name}.png")
+            save_image(grid, output / "images" / f"{files[0].parent.name}.png")
     gather([])  # the others wait for the grids
 
 
@@ -174,7 +174,7 @@ def judge_item(
     """
     if image is None:
         return None, "no image"
-    kept, identity = Path(config.out) / "answers" / f"{item.id}.json", sha256(image)
+    kept, identity = Path(config.output) / "answers" / f"{item.id}.json", sha256(image)
     if kept.is_file() and (stored := read_json(kept))["image"] == identity:
         return stored["answers"], ""
     try:
@@ -207,7 +207,7 @@ def judge_folder(
         "resolution": config.resolution,
     }
     images = find_images(folder)
-    claim_folder(Path(config.out) / "answers", settings, "out")
+    claim_folder(Path(config.output) / "answers", settings, "output")
     mine, progress = stride(items), progress_of_main("answers")
     outcomes: list[tuple[Answers | None, str]] = []
     for done, item in enumerate(mine, start=1):
@@ -234,7 +234,7 @@ def scene_ceiling(judge: Judge, items: Sequence[Item], sprites: str) -> float:
 def main(argv: list[str] | None = None) -> None:
     config = parse(DPGConfig, argv)
     quiet_libraries()
-    out, on_scenes = Path(config.out), config.questions == "scenes"
+    output, on_scenes = Path(config.output), config.questions == "scenes"
     problems: list[str] = []
     if on_scenes:
         items = scene_items(config.sprites, config.num_prompts or NUM_SCENES)
@@ -242,8 +242,8 @@ def main(argv: list[str] | None = None) -> None:
         items, problems = read_questions(config.questions)
         items = items[: config.num_prompts]
     if is_main_process():
-        out.mkdir(parents=True, exist_ok=True)
-        hold(out / ".lock", str(out))
+        output.mkdir(parents=True, exist_ok=True)
+        hold(output / ".lock", str(output))
     with processes(config.device) as device:
         judge = build_judge(
             config.judge,
@@ -252,28 +252,26 @@ def main(argv: list[str] | None = None) -> None:
             sprites=config.sprites,
             device=device,
         )
-        self_test = probe(judge) if is_main_process() else {}
-        folder = Path(config.images or out / "images")
+        folder = Path(config.images or output / "images")
         if config.images is None:
             generate_grids(config, items, device)
         answers, failed = judge_folder(items, folder, judge, config)
     if not is_main_process():
         return
     if on_scenes:
-        write_questions(out / "questions.csv", items)
+        write_questions(output / "questions.csv", items)
     if not answers:
         first = next(iter(failed.items()))
         raise SystemExit(f"none of {len(items)} prompts could be judged; the first: {first}")
     images: dict[str, Any] = {"folder": str(folder)}
     if config.images is None:
-        images = read_json(out / "singles" / "settings.json")
+        images = read_json(output / "singles" / "settings.json")
         del images["prompts"]
     values: dict[str, Any] = {
         "benchmark": f"DPG{'-official' if config.official_compat else ''}({judge.name})",
         **(official_scores if config.official_compat else summarize)(items, answers),
         "num_failed": len(failed),
         "failed": failed,
-        "self_test": self_test,
         "table_problems": problems,
         "manifest": {
             **run_manifest(),
@@ -286,9 +284,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     if on_scenes:
         values["ceiling"] = {"truth": scene_ceiling(judge, items, config.sprites)}
-    write_json(out / "scores.json", values)
+    write_json(output / "scores.json", values)
     print(text_table(values))
-    print(f"{values['num_scored']} prompts of {folder}  ->  {out / 'scores.json'}")
+    print(f"{values['num_scored']} prompts of {folder}  ->  {output / 'scores.json'}")
 
 
 def text_table(values: dict[str, Any]) -> str:
@@ -307,8 +305,6 @@ def text_table(values: dict[str, Any]) -> str:
         lines.append(f"{len(problems)} problems with the table, such as {problems[0]}")
     if values["unclear_answers"]:
         lines.append(f"{values['unclear_answers']} answers are neither yes nor no and count as no")
-    if not values["self_test"]["passed"]:
-        lines.append(f"WARNING: the judge takes red for blue: {values['self_test']['answers']}")
     return "\n".join(lines)
 
 

@@ -16,9 +16,9 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from vqrae.common.checkpoints import model_fingerprint
 from vqrae.understanding.chat import Chat
@@ -156,14 +156,3 @@ def build_judge(
         return EndpointJudge(url, model)
     needed = "judge_url= and judge_model=" if name == "endpoint" else "judge_model="
     raise ValueError(f"judge={name} needs {needed}")
-
-
-def probe(judge: Judge) -> dict[str, Any]:
-    """Answers about a plain red disc: a judge that takes red for blue should not be trusted."""
-    image = Image.new("RGB", (224, 224), (150, 150, 150))
-    ImageDraw.Draw(image).ellipse((56, 56, 168, 168), fill=(230, 25, 25))
-    expected = {"is there a red circle ?": "yes", "is there a blue circle ?": "no"}
-    answers = judge.answer([(image, question) for question in expected])
-    found = dict(zip(expected, answers, strict=True))
-    right = [answer.casefold().startswith(expected[asked]) for asked, answer in found.items()]
-    return {"answers": found, "passed": all(right)}

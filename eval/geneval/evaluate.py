@@ -36,7 +36,6 @@ from vqrae.eval.geneval.folders import (
     write_prompts,
 )
 from vqrae.eval.geneval.judges import Judges, coco_judges, require_known_classes, scene_judges
-from vqrae.eval.geneval.leakage import leakage_report, training_captions
 from vqrae.eval.geneval.prompts import OFFICIAL_SEED, metadata_lines, official_prompts, suite_name
 from vqrae.eval.geneval.rules import Record, summarize
 from vqrae.eval.geneval.scenes import ceilings, scene_scores
@@ -66,14 +65,8 @@ class GenEvalConfig(ImagesConfig):
     """The detector's weights: mmdetection's .pth, or a folder or hub id of transformers."""
     clip: str = CLIP
     """CLIP for colours: folder or hub id."""
-    known_image: str | None = None
-    """A photograph with a person, for the detector's self-test; matplotlib's sample by default."""
     prompts_only: bool = False
-    """Write evaluation_metadata.jsonl, with captions= also leakage.json, and stop."""
-    captions: str | None = None
-    """Training captions to look for the prompts in: any data source, or FILE.txt."""
-    num_captions: int | None = None
-    """Look at the first captions only; at all by default, of scenes at 100,000."""
+    """Write evaluation_metadata.jsonl and stop."""
 
     def __post_init__(self) -> None:
         load_sprites(self.sprites)
@@ -99,18 +92,12 @@ def suite_title(config: GenEvalConfig, records: list[Record]) -> str:
     return suite_name(records)
 
 
-def build_judges(config: GenEvalConfig, device: str) -> Judges:
+def suite_judges(config: GenEvalConfig, device: str) -> Judges:
     """Detector and colour classifier of the suite; exits with code 2 when weights are missing."""
     if config.suite == "scenes":
         return scene_judges(config.sprites)
     try:
-        return coco_judges(
-            config.detector,
-            weights=config.weights,
-            clip=config.clip,
-            known_image=config.known_image,
-            device=device,
-        )
+        return coco_judges(config.detector, config.weights, config.clip, device)
     except NotMeasured as error:
         print(f"detector={config.detector}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -144,21 +131,10 @@ def score(config: GenEvalConfig, judges: Judges, folder: Path) -> dict[str, Any]
         "num_broken": len(broken),
         "broken": broken,
         "incomplete": uneven_prompts(folder, rows),
-        "mistaken_colors": judges.mistaken_colors,
     }
-    if (
-        config.suite == "scenes"
-    ):  # the quickstart's report copies the file: only what there is to tell
+    if config.suite == "scenes":  # the quickstart's report copies the file: only what there is
         problems = {key: value for key, value in problems.items() if value}
     return {"benchmark": judges.benchmark, **scores, **problems, "manifest": manifest}
-
-
-def leakage(config: GenEvalConfig, records: list[Record]) -> dict[str, Any]:
-    """How many of the prompts are among the training captions."""
-    assert config.captions is not None
-    captions = training_captions(config.captions, config.num_captions)
-    report = leakage_report([record["prompt"] for record in records], captions)
-    return {"captions": config.captions, **report}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -167,10 +143,12 @@ def main(argv: list[str] | None = None) -> None:
     output, records = Path(config.output), suite_records(config)
     if config.prompts_only:
         if is_main_process():
-            write_prompts_only(config, records)
+            file = output.with_name("evaluation_metadata.jsonl")
+            write_text(file, metadata_lines(records))
+            print(f"{len(records)} prompts, suite {suite_name(records)}  ->  {file}")
         return
     with processes(config.device) as device:
-        judges = build_judges(config, device)
+        judges = suite_judges(config, device)
         if is_main_process():
             output.parent.mkdir(parents=True, exist_ok=True)
             hold(output.with_name(".lock"), str(output.parent))
@@ -209,22 +187,9 @@ def main(argv: list[str] | None = None) -> None:
             images = values["manifest"]["images"]
             values |= {key: images[key] for key in ("generator", "dtype", "sampling")}
             values |= {"ceiling": ceiling, "detector": judges.detector.name}
-        if config.captions is not None:
-            values["leakage"] = leakage(config, read_prompts(folder))
         write_json(output, values)
         print(text_table(values))
         print(f"{values['num_images']} images in {folder}  ->  {output}")
-
-
-def write_prompts_only(config: GenEvalConfig, records: list[Record]) -> None:
-    """Write GenEval's file of prompts, and the leakage report where there are captions."""
-    file = Path(config.output).with_name("evaluation_metadata.jsonl")
-    write_text(file, metadata_lines(records))
-    print(f"{len(records)} prompts, suite {suite_name(records)}  ->  {file}")
-    if config.captions is not None:
-        found = leakage(config, records)
-        write_json(file.with_name("leakage.json"), found)
-        print(leakage_line(found))
 
 
 def text_table(values: dict[str, Any]) -> str:
@@ -243,22 +208,9 @@ def text_table(values: dict[str, Any]) -> str:
     if broken := values.get("broken"):
         reason = next(iter(broken.values()))
         lines.append(f"BROKEN: {len(broken)} images are not in the score; {reason}")
-    if mistaken := values.get("mistaken_colors"):
-        lines.append(f"WARNING: the colour classifier fails on plain balls: {mistaken}")
     if incomplete := values.get("incomplete"):
         lines.append(f"INCOMPLETE: {len(incomplete)} prompts lack images, such as {incomplete[0]}")
-    if "leakage" in values:
-        lines.append(leakage_line(values["leakage"]))
     return "\n".join(lines)
-
-
-def leakage_line(found: dict[str, Any]) -> str:
-    """A leakage report in one line."""
-    return (
-        f"leakage: {found['normalized']} of {found['num_prompts']} prompts are among "
-        f"{found['num_captions']} captions ({found['exact']} of them exactly), "
-        f"{found['contained']} are part of longer ones"
-    )
 
 
 if __name__ == "__main__":

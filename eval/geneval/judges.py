@@ -1,22 +1,19 @@
 """A detector with its colour classifier, and the tests that both must pass before they score."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from vqrae.common.images import open_image
-from vqrae.data.scenes.scene import COLORS as COLOR_VALUES
 from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.geneval.clip_colors import ClipColorClassifier
 from vqrae.eval.geneval.mask2former import HUGGING_FACE, Mask2FormerDetector
 from vqrae.eval.geneval.prompts import OBJECT_NAMES
-from vqrae.eval.geneval.rules import ColorClassifier, Detection, Detector, Record, evaluate_image
+from vqrae.eval.geneval.rules import ColorClassifier, Detector, Record, evaluate_image
 from vqrae.eval.geneval.scene_detector import SceneColorClassifier, SceneDetector
 
-CLEAR_COLORS = ("red", "yellow", "green", "blue", "black", "white")  # unmistakable on a ball
 PERSON: Record = {
     "tag": "single_object",
     "include": [{"class": "person", "count": 1}],
@@ -32,7 +29,6 @@ class Judges:
         benchmark: what their scores are called: `GenEval` for the official detector alone.
         classes: what the detector knows.
         identity: which weights they have.
-        mistaken_colors: plain colours that the classifier mistakes, with its answers.
     """
 
     benchmark: str
@@ -40,7 +36,6 @@ class Judges:
     classifier: ColorClassifier
     classes: frozenset[str]
     identity: dict[str, str]
-    mistaken_colors: dict[str, str] = field(default_factory=dict)
 
 
 def scene_judges(sprites: str) -> Judges:
@@ -52,21 +47,13 @@ def scene_judges(sprites: str) -> Judges:
     )
 
 
-def coco_judges(
-    name: str,
-    *,
-    weights: str | None = None,
-    clip: str,
-    known_image: str | None = None,
-    device: str = "cpu",
-) -> Judges:
+def coco_judges(name: str, weights: str | None, clip: str, device: str) -> Judges:
     """A Mask2Former on COCO with CLIP for colours, loaded and tested.
 
     Args:
         name: `mmdet`, GenEval's own checkpoint; `transformers`, one of Hugging Face.
         weights: of the detector, see `Mask2FormerDetector`.
         clip: CLIP folder or hub id.
-        known_image: a photograph with a person in it; matplotlib's sample when not given.
 
     Raises:
         NotMeasured: when weights are missing, with where to get them.
@@ -78,10 +65,11 @@ def coco_judges(
         detector = Mask2FormerDetector.from_transformers(weights or HUGGING_FACE, device)
         benchmark = "GenEval-HF"
     classifier = ClipColorClassifier.from_pretrained(clip, device)
-    require_sight(detector, classifier, open_image(known_image or sample_photograph()), PERSON)
+    # A portrait of Grace Hopper, which is always installed.
+    photograph = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    require_sight(detector, classifier, open_image(photograph), PERSON)
     identity = {"detector": detector.identity, "colors": classifier.identity}
-    classes, mistaken = frozenset(OBJECT_NAMES), mistaken_colors(classifier)
-    return Judges(benchmark, detector, classifier, classes, identity, mistaken)
+    return Judges(benchmark, detector, classifier, frozenset(OBJECT_NAMES), identity)
 
 
 def require_sight(
@@ -101,29 +89,6 @@ def require_sight(
             f"{row['reason']}. It found {row['details']}. Its scores would be meaningless: check "
             "its weights, configuration and compiled kernels"
         )
-
-
-def sample_photograph() -> Path:
-    """A photograph of a person that is always installed: matplotlib's portrait of Grace Hopper."""
-    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give known_image=, a photograph with a person")
-    return path
-
-
-def mistaken_colors(classifier: ColorClassifier) -> dict[str, str]:
-    """What a classifier calls plain balls whose colour it gets wrong."""
-    mistaken = {}
-    for color in CLEAR_COLORS:
-        image, mask = Image.new("RGB", (224, 224), (120, 130, 140)), Image.new("1", (224, 224))
-        fill = tuple(round(255 * value) for value in COLOR_VALUES[color])
-        ImageDraw.Draw(image).ellipse((32, 32, 192, 192), fill=fill)
-        ImageDraw.Draw(mask).ellipse((32, 32, 192, 192), fill=1)
-        ball = Detection("sports ball", 1.0, (32, 32, 193, 193), np.asarray(mask))
-        [answer] = classifier.classify(image, [ball], ball.name)
-        if answer != color:
-            mistaken[color] = answer
-    return mistaken
 
 
 def require_known_classes(judges: Judges, records: list[Record]) -> None:

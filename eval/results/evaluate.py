@@ -118,8 +118,6 @@ def _geneval(stored: dict[str, Any]) -> Score:
         reservations.append(
             f"{images} images of {prompts} prompts, GenEval has {GENEVAL_IMAGES} of each"
         )
-    if leaked := stored.get("leakage", {}).get("normalized"):
-        reservations.append(f"{leaked} prompts are among the training captions")
     return Score("generation", stored["benchmark"], stored, reservations, manifest)
 
 

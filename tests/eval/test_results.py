@@ -88,7 +88,6 @@ def test_cells_of_each_kind(tmp_path: Path) -> None:
         (geneval("GenEval-HF"), "detector d instead"),
         (geneval(suite="md5:12345678"), "not the official 553"),
         (geneval(incomplete=["00003 has 1 of 4 images"]), "1 prompts lack images"),
-        (geneval(leakage={"normalized": 7}), "7 prompts are among the training captions"),
         (dpg("vqa:blip"), "instead of mPLUG"),
         (dpg(questions="scenes"), "embedded scenes"),
         (dpg(formulas="corrected"), "corrected formulas"),
