@@ -7,8 +7,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 FEATURE_TAPS = ("hidden_states[-1]", "last_hidden_state")
 OUTPUT_BASES = ("pixels", "dct")
 FEATURE_NORMS = ("none", "layernorm", "standardize")
-PROJECTIONS = ("linear",)
-DECODERS = ("vit",)
+PROJECTIONS = ("linear", "attention")
+DECODERS = ("vit", "conv")
 CONTRASTIVE_LOSSES = ("softmax", "sigmoid")
 
 
@@ -17,7 +17,7 @@ class VQRAEConfig(PreTrainedConfig):
 
     Args:
         encoder_config: the Hugging Face configuration of the encoder as a mapping, with its
-            `model_type` (`siglip_vision_model` or `internvl_vision`).
+            `model_type` (`siglip_vision_model`, `internvl_vision` or `vitamin`).
         feature_tap: what "the features" are, for quantizer, teacher and LLM alike.
             `hidden_states[-1]` is what LLaVA's select layer -1 reads; for SigLIP it is before
             `post_layernorm`, `last_hidden_state` after it.
@@ -31,7 +31,7 @@ class VQRAEConfig(PreTrainedConfig):
         num_codebooks: n, the codes of a token (VQRAE: 1, UniTok: 8).
         projection: how features get into the code space and back.
         projection_heads: attention heads of that projection.
-        decoder: `vit` mirrors the blocks of a ViT.
+        decoder: `vit` mirrors the blocks of a ViT, `conv` blocks and convolutions of `vitamin`.
         output_patch_size: pixels of a decoded patch; None keeps the resolution.
         output_basis: the outputs of decoder `vit` are `pixels`, or coefficients of cosines (`dct`),
             which learn fine detail much sooner.
@@ -134,7 +134,48 @@ class VQRAEConfig(PreTrainedConfig):
         return self.build_encoder_config().hidden_size
 
 
-def _require(name: str, value: str, known: tuple[str, ...]) -> None:
+class ViTaminConfig(PreTrainedConfig):
+    """Convolutions at three resolutions, then a ViT; the defaults are ViTamin-L at 256 px.
+
+    Args:
+        hidden_size: D.
+        stem_widths: channels of the two convolutional stages.
+        stem_depths: inverted bottlenecks of each.
+        patch_size: 16, or 8: the first convolution then keeps the resolution (for small images).
+        hidden_act: timm's name of the activation in the ViT's MLPs; the convolutions have `gelu`.
+        drop_path: chance to skip a layer of the last block; it grows linearly from 0 at the first.
+    """
+
+    model_type = "vitamin"
+
+    def __init__(
+        self,
+        hidden_size: int = 1024,
+        num_hidden_layers: int = 31,
+        num_attention_heads: int = 16,
+        stem_widths: tuple[int, int] = (160, 320),
+        stem_depths: tuple[int, int] = (2, 4),
+        image_size: int = 256,
+        patch_size: int = 16,
+        hidden_act: str = "gelu_tanh",
+        drop_path: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        _require("patch_size", patch_size, (8, 16))
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.stem_widths = tuple(stem_widths)
+        self.stem_depths = tuple(stem_depths)
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.hidden_act = hidden_act
+        self.drop_path = drop_path
+        self.layer_norm_eps = 1e-6  # timm's
+        super().__init__(**kwargs)
+
+
+def _require(name: str, value: str | int, known: tuple[str | int, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: got {value!r}, expected one of {known}")
 
@@ -145,3 +186,4 @@ def _side(value: int | list[int] | tuple[int, ...]) -> int:
 
 
 AutoConfig.register("vqrae", VQRAEConfig)
+AutoConfig.register("vitamin", ViTaminConfig)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from vqrae.common.checkpoints import load_model, local_model, require_finite, resolve_model
+from vqrae.tokenizer.vitamin import ViTaminModel
 
 # `model_type` of a checkpoint -> its vision class; whole image-text models give their vision part.
 VISION_MODELS: dict[str, type[PreTrainedModel]] = {
@@ -26,6 +27,7 @@ VISION_MODELS: dict[str, type[PreTrainedModel]] = {
     "siglip": SiglipVisionModel,  # google/siglip2-*-patch16-256 too; only NaFlex ones are "siglip2"
     "internvl_vision": InternVLVisionModel,
     "internvl": InternVLVisionModel,  # OpenGVLab/InternVL3-*-hf
+    "vitamin": ViTaminModel,
 }
 # `model_type` of OpenGVLab/InternViT-300M-448px-V2_5 and the like, whatever their size
 OPENGVLAB_FORMAT = "intern_vit_6b"
@@ -67,7 +69,7 @@ def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap
     hidden = encoder.encoder(encoder.embeddings(pixel_values)).last_hidden_state
     if feature_tap == "last_hidden_state":
         hidden = final_norm(encoder)(hidden)
-    return hidden if isinstance(encoder, SiglipVisionModel) else hidden[:, 1:]
+    return hidden[:, 1:] if isinstance(encoder, InternVLVisionModel) else hidden
 
 
 def final_norm(encoder: PreTrainedModel) -> nn.Module:

@@ -16,13 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, SiglipImageProcessor
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedModel,
+    SiglipImageProcessor,
+)
 from transformers import initialization as init
 
 from vqrae.common.checkpoints import load_model
 from vqrae.common.distributed import FullPrecisionLinear
-from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.configuration import ViTaminConfig, VQRAEConfig
+from vqrae.tokenizer.conv_decoder import ConvDecoder
 from vqrae.tokenizer.encoders import encoder_features
+from vqrae.tokenizer.projections import AttentionProjection
 from vqrae.tokenizer.quantizers.base import Quantizer
 from vqrae.tokenizer.quantizers.registry import build_quantizer
 from vqrae.tokenizer.vit_decoder import DCTBasis, ViTDecoder
@@ -60,6 +69,7 @@ class VQRAEModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = (
         r"^(in_proj|quantizer|out_proj)\.",
         r"^feature_(mean|std)$",
+        r"^logit_(scale|bias)$",
     )
 
     def __init__(self, config: VQRAEConfig) -> None:
@@ -78,6 +88,8 @@ class VQRAEModel(PreTrainedModel):
         )
         self.out_proj = build_projection(config, config.codebook_dim, width)
         self.decoder = build_decoder(config, self.encoder)
+        if config.text_config is not None:
+            self._add_text_side(CLIPTextConfig(**config.text_config))
         # fp32 by name: while a half-precision model is built, the default is another.
         image_mean = torch.tensor(config.image_mean, dtype=torch.float32).view(3, 1, 1)
         image_std = torch.tensor(config.image_std, dtype=torch.float32).view(3, 1, 1)
@@ -189,6 +201,36 @@ class VQRAEModel(PreTrainedModel):
         with torch.autocast(codes.device.type, enabled=False):
             return self.out_proj(self.quantizer.lookup(codes))
 
+    # ---- images and texts in one space, given a `text_config`; P is its `projection_dim`
+
+    def _add_text_side(self, config: CLIPTextConfig) -> None:
+        self.text_model = CLIPTextModel._from_config(
+            config, attn_implementation=self.config._attn_implementation
+        )
+        width, common = self.config.feature_dim, config.projection_dim
+        self.text_projection = nn.Linear(config.hidden_size, common, bias=False)
+        self.fc_norm = nn.LayerNorm(width, eps=1e-6)
+        self.image_projection = nn.Linear(width, common)
+        # The starts of CLIP and of SigLIP.
+        is_sigmoid = self.config.contrastive == "sigmoid"
+        self.logit_scale = nn.Parameter(torch.tensor(10 if is_sigmoid else 1 / 0.07).log())
+        if is_sigmoid:
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+
+    def image_embeddings(self, features: Tensor) -> Tensor:
+        """Features or `quantized_features` (B, N, D) -> their embeddings (B, P), of length 1."""
+        mean_BD = features.mean(1).to(self.fc_norm.weight.dtype)
+        return F.normalize(self.image_projection(self.fc_norm(mean_BD)), dim=-1)
+
+    def text_embeddings(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, T), each row with an end token -> embeddings (B, P), of length 1.
+
+        Args:
+            attention_mask: (B, T); not needed for padding at the end, which no token sees.
+        """
+        output = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        return F.normalize(self.text_projection(output.pooler_output), dim=-1)
+
     # ---- its folder
 
     @classmethod
@@ -227,6 +269,9 @@ class VQRAEModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.xavier_normal_(module.weight, gain=0.5)  # UniTok's code
+            init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -244,12 +289,23 @@ class VQRAEModel(PreTrainedModel):
 
 def build_projection(config: VQRAEConfig, in_dim: int, out_dim: int) -> nn.Module:
     """The way from features into the code space or back: (B, N, in_dim) -> (B, N, out_dim)."""
+    if config.projection == "attention":
+        return AttentionProjection(in_dim, out_dim, config.projection_heads)
     return FullPrecisionLinear(in_dim, out_dim)
 
 
 def build_decoder(config: VQRAEConfig, encoder: PreTrainedModel) -> nn.Module:
     """The way from hidden features (B, N, D) to normalised pixels (B, 3, H', W')."""
     patch_size = config.output_patch_size or config.patch_size
+    if config.decoder == "conv":
+        in_pixels = config.output_basis == "pixels" and config.output_patch_size is None
+        if not (isinstance(encoder.config, ViTaminConfig) and in_pixels):
+            raise ValueError(
+                "decoder=conv mirrors encoder_config.model_type=vitamin, with output_basis=pixels "
+                f"and output_patch_size=null: got {encoder.config.model_type}, "
+                f"{config.output_basis} and {config.output_patch_size}"
+            )
+        return ConvDecoder(encoder.config)
     return ViTDecoder(encoder, config.grid_size, patch_size, config.output_basis)
 
 
