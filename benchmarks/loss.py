@@ -47,7 +47,8 @@ def losses(
 
     def ours() -> Tensor:
         model.lm_head = visual_head
-        return visual_loss(model, {**inputs, "labels": labels}, vocabulary)
+        prompt = {**inputs, "input_ids": ids[:, : -vocabulary.num_codes], "codes": codes}
+        return visual_loss(model, prompt, vocabulary)
 
     def reference() -> Tensor:
         model.lm_head = full_head

@@ -45,6 +45,24 @@ class ExtractionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DepthConfig:
+    """The head that predicts several codes a position, one after the other."""
+
+    num_layers: int = 3
+    """Of the language model's own kind and width."""
+    positions: bool = True
+    """RoPE positions 0 … n - 1 (UniTok's MLLM); off in its class-conditional generator."""
+    z_loss: float = 5e-5
+    """Weight of the mean squared largest logit."""
+    zero_start: bool = False
+    """The classifier starts at zero (LlamaGen), all codes equally likely."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_layers", low=1)
+        check_range(self, "z_loss", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneratorModelConfig:
     """The language model, its vocabulary, its prompts."""
 
@@ -55,7 +73,7 @@ class GeneratorModelConfig:
     tokenizer of the most frequent words of the data."""
     llm_config: dict[str, Any] | None = None
     """`Qwen3Config` fields of a new model; together with `llm`, of that model, for dry runs on a
-    machine without it."""
+    machine without it. With several codes a position also of another `model_type`."""
     prompt_template: str = "{caption}"
     max_caption_tokens: int = 448
     max_length: int = 1536
@@ -63,7 +81,14 @@ class GeneratorModelConfig:
     caption_dropout: float = 0.1
     """Share of samples whose caption is emptied, so that guidance works."""
     embedding_init: Literal["random", "codebook"] = "random"
-    """Where the rows of the codes start: like any new row, or from the code vectors."""
+    """Where the rows of the codes start, one code a position: like any new row, or from the code
+    vectors."""
+    code_embedding: Literal["tokenizer", "tables"] = "tokenizer"
+    """How several codes a position are read: from the tokenizer's frozen codebooks through a
+    causal copy of its output projection and an MLP (UniTok), or as the sum of learned tables
+    (LlamaGen)."""
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    """The head for several codes a position."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How to sample from the trained model unless asked otherwise; written to its `config.json`."""
     attention: str = "auto"

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.stream import draw_at
-from vqrae.generation.modeling import PromptEncoder, VisualVocabulary, pad_left
+from vqrae.generation.modeling import PromptEncoder, pad_left
 from vqrae.tokenizer.modeling import VQRAEModel
 
 _DROPOUT_STREAM = 1  # a separate random stream: dropping a caption never changes the order
@@ -37,37 +37,36 @@ class TrainingStream(Dataset):
         return self.length
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """{"codes": int64 (N,)} or {"image": uint8 (3, H, W)}, and "caption": str"""
+        """{"codes": int64 (N,), or (N, n)} or {"image": uint8 (3, H, W)}, and "caption": str"""
         sample = self.samples[draw_at(self.samples, position, self.seed)]
         rng = np.random.default_rng([self.seed, position, _DROPOUT_STREAM])
         return {**sample, "caption": ""} if rng.random() < self.caption_dropout else sample
 
 
 class GenerationCollator:
-    """Samples -> a left-padded causal-LM batch that ends in the codes, which alone carry loss.
+    """Samples -> prompts, padded in front, and the codes that follow them, which alone carry loss.
 
     Returns:
-        input_ids, attention_mask, position_ids, labels: int64 (B, T + N) each; labels are
-        IGNORE_INDEX elsewhere. With images among the samples also `images`, uint8 (M, 3, H, W), and
-        `image_rows`, int64 (M,), the rows whose codes `fill_codes` has yet to fill in.
+        input_ids: int64 (B, T), the prompts. attention_mask, position_ids: int64 (B, T + N), of
+        prompt and image. codes: int64 (B, N), or (B, N, n). With images among the samples also
+        `images`, uint8 (M, 3, H, W), and `image_rows`, int64 (M,), the rows whose codes
+        `fill_codes` has yet to fill in.
     """
 
     def __init__(self, encode_prompt: PromptEncoder) -> None:
-        self.encode_prompt, self.vocabulary = encode_prompt, encode_prompt.vocabulary
+        self.encode_prompt = encode_prompt
+        self.to_come = torch.zeros(encode_prompt.vocabulary.code_shape, dtype=torch.int64)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [self.encode_prompt(sample["caption"]) for sample in samples]
-        prompt_ids = torch.tensor(pad_left(prompts, 0))
         prompt_mask = torch.tensor(pad_left([[1] * len(prompt) for prompt in prompts], 0))
-        to_come = torch.zeros(self.vocabulary.num_codes, dtype=torch.int64)
-        codes = torch.stack([sample.get("codes", to_come) for sample in samples])
-        code_ids = self.vocabulary.to_ids(codes)
-        attention_mask = torch.cat([prompt_mask, torch.ones_like(code_ids)], dim=1)
+        codes = torch.stack([sample.get("codes", self.to_come) for sample in samples])
+        attention_mask = F.pad(prompt_mask, (0, codes.shape[1]), value=1)
         batch = {
-            "input_ids": torch.cat([prompt_ids, code_ids], dim=1),
+            "input_ids": torch.tensor(pad_left(prompts, 0)),
             "attention_mask": attention_mask,
             "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
-            "labels": torch.cat([torch.full_like(prompt_ids, IGNORE_INDEX), code_ids], dim=1),
+            "codes": codes,
         }
         images = [row for row, sample in enumerate(samples) if "codes" not in sample]
         if images:
@@ -76,21 +75,17 @@ class GenerationCollator:
         return batch
 
 
-def fill_codes(
-    batch: dict[str, Tensor], encode: Callable[[Tensor], Tensor], vocabulary: VisualVocabulary
-) -> dict[str, Tensor]:
+def fill_codes(batch: dict[str, Tensor], encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """A batch of `GenerationCollator` in which images, if any, have become codes.
 
     Args:
-        encode: images uint8 (M, 3, H, W) -> codes int64 (M, N).
+        encode: images uint8 (M, 3, H, W) -> codes int64 (M, N), or (M, N, n).
     """
     if "images" not in batch:
         return batch
     batch = dict(batch)
-    rows, ids = batch.pop("image_rows"), vocabulary.to_ids(encode(batch.pop("images")))
-    for name in ("input_ids", "labels"):
-        batch[name] = batch[name].clone()
-        batch[name][rows, -vocabulary.num_codes :] = ids
+    rows, codes = batch.pop("image_rows"), encode(batch.pop("images"))
+    batch["codes"] = batch["codes"].index_copy(0, rows, codes)
     return batch
 
 
@@ -103,7 +98,7 @@ def load_encoder(folder: Path) -> VQRAEModel:
 
 @torch.no_grad()
 def encode_images(model: VQRAEModel, images: Tensor) -> Tensor:
-    """Images uint8 (B, 3, H, W) -> codes int64 (B, N), on the model's device."""
+    """Images uint8 (B, 3, H, W) -> codes int64, on the model's device."""
     images = images.to(model.device, non_blocking=True)
     # fp32 even inside autocast: under bf16 near neighbours in the codebook change places, and codes
     # made ahead would not be those made while training (docs/generation.md).

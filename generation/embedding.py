@@ -16,7 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vqrae.common.distributed import FullPrecisionLinear, gathered
 from vqrae.generation.decoding import KeyValues
+from vqrae.tokenizer.projections import AttentionProjection
 
 Cache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """New keys and values (B, heads, 1, width) -> those of all positions so far."""
@@ -70,7 +72,7 @@ class TokenizerEmbedding(nn.Module):
 
     Args:
         code_vectors: the tokenizer's, (n, K, E / n) to be joined, or (n, K, E) to be added.
-        projection: a module (B, N, E) -> (B, N, F): linear, or a causal `AttentionProjection`.
+        projection: (B, N, E) -> (B, N, F), causal if it attends.
         feature_dim: F.
         width: D.
     """
@@ -78,12 +80,19 @@ class TokenizerEmbedding(nn.Module):
     code_vectors: Tensor
 
     def __init__(
-        self, code_vectors: Tensor, projection: nn.Module, feature_dim: int, width: int
+        self,
+        code_vectors: Tensor,
+        projection: FullPrecisionLinear | AttentionProjection,
+        feature_dim: int,
+        width: int,
     ) -> None:
         super().__init__()
         # A buffer, which no optimizer and no ZeRO partition touches.
         self.register_buffer("code_vectors", code_vectors)
         self.projection = projection
+        attends = isinstance(projection, AttentionProjection)
+        in_dim = projection.in_dim if attends else projection.in_features
+        self.adds = code_vectors.shape[-1] == in_dim
         self.mlp = nn.Sequential(
             nn.LayerNorm(feature_dim, eps=1e-6),
             nn.Linear(feature_dim, width),
@@ -95,28 +104,30 @@ class TokenizerEmbedding(nn.Module):
         options = {} if cache is None else {"cache": cache}
         return self.mlp(self.projection(self.quantized(codes), **options))
 
+    @torch.no_grad()
+    def start_from(self, code_vectors: Tensor, projection: nn.Module) -> None:
+        """Take codebooks (n, K, …), or (K, E), and output projection of a tokenizer."""
+        self.code_vectors.copy_(code_vectors.view_as(self.code_vectors))
+        weights = dict(projection.named_parameters())
+        for name, weight in self.projection.named_parameters():
+            with gathered(weight):
+                weight.copy_(weights[name])
+
     def quantized(self, codes: Tensor) -> Tensor:
         """The tokenizer's vectors (B, N, E) of codes (B, N) or (B, N, n)."""
         num_codebooks = len(self.code_vectors)
         books = torch.arange(num_codebooks, device=codes.device)
         chosen_BNnE = self.code_vectors[books, codes.view(*codes.shape[:2], num_codebooks)]
-        if chosen_BNnE.shape[-1] == self.projection_dim:
-            return chosen_BNnE.sum(-2)
-        return chosen_BNnE.flatten(-2)
-
-    @property
-    def projection_dim(self) -> int:
-        """E, by the projection."""
-        is_linear = isinstance(self.projection, nn.Linear)
-        return self.projection.in_features if is_linear else self.projection.in_dim
+        return chosen_BNnE.sum(-2) if self.adds else chosen_BNnE.flatten(-2)
 
     def start(self, num_rows: int, num_codes: int) -> Cache | None:
-        if isinstance(self.projection, nn.Linear):
+        projection = self.projection
+        if not isinstance(projection, AttentionProjection):
             return None  # it sees one position
-        heads = self.projection.num_heads
-        width = max(self.projection.in_dim, self.projection.out_dim)
-        shape = (num_rows, heads, num_codes, width // heads)
-        return GrowingCache(KeyValues(1, shape, like=self.projection.linear.weight))
+        heads = projection.num_heads
+        width = max(projection.in_dim, projection.out_dim) // heads
+        shape = (num_rows, heads, num_codes, width)
+        return GrowingCache(KeyValues(1, shape, like=projection.q_bias))
 
 
 class GrowingCache:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vqrae.common.checkpoints import load_model, local_model, require_kind, resolve_model
 from vqrae.common.distributed import choose_device
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
 from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
+from vqrae.generation.multi_code import GENERATORS
 from vqrae.generation.sampling import SamplingConfig, read_sampling, sample_codes
 from vqrae.tokenizer.modeling import VQRAEModel
 
@@ -30,7 +31,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
+        model: PreTrainedModel,
         text_tokenizer: PreTrainedTokenizerBase,
         tokenizer: VQRAEModel,
         *,
@@ -71,9 +72,7 @@ class Generator:
         """
         folder, device = resolve_model(name), choose_device(device)
         # Everything that can be refused is, before the weights are read.
-        values = require_kind(
-            folder, (Qwen3Config.model_type,), "a generator (a 'qwen3' with visual_vocabulary)"
-        )
+        values = require_kind(folder, GENERATORS, "a generator (a 'qwen3' with visual_vocabulary)")
         if "visual_vocabulary" not in values:
             raise ValueError(
                 f"{folder} is not a generator: its config.json has no visual_vocabulary"
@@ -88,7 +87,8 @@ class Generator:
             ) from error
         artefact = f"generator {folder} (trained with {recorded}, asked to decode with {visual})"
         require_same_tokenizer(weights_fingerprint(visual), fingerprint, artefact)
-        model = load_model(Qwen3ForCausalLM, folder, dtype=dtype, attn_implementation="sdpa")
+        kind = GENERATORS[values["model_type"]]
+        model = load_model(kind, folder, dtype=dtype, attn_implementation="sdpa")
         return cls(
             model.to(device),
             AutoTokenizer.from_pretrained(folder),

@@ -76,10 +76,8 @@ class DepthHead(nn.Module):
         positions: RoPE positions 0 … n - 1; off, as LlamaGen's form has it, order is known by the
             code embeddings and the causal mask alone.
         z_loss: weight of the mean squared largest logit, which keeps logits from drifting.
+        zero_start: the classifier starts at zero; whoever holds the head sees to it.
     """
-
-    offsets: Tensor
-    blocked: Tensor
 
     def __init__(
         self,
@@ -90,10 +88,11 @@ class DepthHead(nn.Module):
         num_layers: int = 3,
         positions: bool = True,
         z_loss: float = 5e-5,
+        zero_start: bool = False,
     ) -> None:
         super().__init__()
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
-        self.positions, self.z_loss = positions, z_loss
+        self.positions, self.z_loss, self.zero_start = positions, z_loss, zero_start
         # Eight positions gain nothing from flash attention, which takes no mask of ours.
         attention = "eager" if config._attn_implementation == "eager" else "sdpa"
         self.decoder = AutoModel.from_config(

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from vqrae.common.checkpoints import load_model, resolve_model
 from vqrae.common.distributed import gathered
@@ -52,6 +58,11 @@ class VisualVocabulary:
     def num_rows(self) -> int:
         """Rows of the embedding: text, codes and BOI, rounded up."""
         return -(-(self.begin_of_image + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the codes of an image: (N,), or (N, n)."""
+        return (self.num_codes, self.num_codebooks)[: 1 + (self.num_codebooks > 1)]
 
     def values(self) -> dict[str, int]:
         """For `config.json`, where one code a position goes without saying."""
@@ -159,11 +170,31 @@ def build_generator(
     llm_config: dict[str, Any] | None = None,
     attention: str = "sdpa",
 ) -> Qwen3ForCausalLM:
-    """A Qwen3 with rows for text, codes and BOI; new rows start as in transformers.
+    """A Qwen3 with rows for text, codes and BOI; see `build_llm`."""
+    model = build_llm(
+        Qwen3ForCausalLM, vocabulary, llm=llm, llm_config=llm_config, attention=attention
+    )
+    model.config.visual_vocabulary = vocabulary.values()
+    # An image ends by its length; the language model's own end token must not stop `generate`.
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    return model
+
+
+def build_llm(
+    kind: Any,
+    vocabulary: VisualVocabulary,
+    *,
+    llm: str | None = None,
+    llm_config: dict[str, Any] | None = None,
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """A language model with all rows of a vocabulary; new rows start as in transformers.
 
     Args:
-        llm: folder or hub id of a pretrained Qwen3 to extend.
-        llm_config: `Qwen3Config` fields of a new model with random weights, in place of `llm`.
+        kind: a model class of transformers, or `AutoModelForCausalLM`.
+        llm: folder or hub id of a pretrained model to extend.
+        llm_config: configuration fields of a new model with random weights, in place of `llm`; a
+            Qwen3 unless they hold another `model_type`.
 
     Raises:
         ValueError: for both or none of them, or a vocabulary that reaches into the visual ids.
@@ -180,20 +211,16 @@ def build_generator(
                 f"got llm_config.vocab_size {values['vocab_size']}, expected none: "
                 f"it is {vocabulary.num_rows}"
             )
-        model = Qwen3ForCausalLM._from_config(Qwen3Config(**values), attn_implementation=attention)
-    else:
-        model = load_model(
-            Qwen3ForCausalLM, resolve_model(llm), attn_implementation=attention, dtype="float32"
+        config = CONFIG_MAPPING[values.pop("model_type", Qwen3Config.model_type)](**values)
+        build = getattr(kind, "_from_config", None) or kind.from_config
+        return build(config, attn_implementation=attention)
+    model = load_model(kind, resolve_model(llm), attn_implementation=attention, dtype="float32")
+    if model.config.vocab_size > vocabulary.offset:
+        raise ValueError(
+            f"{llm} has {model.config.vocab_size} rows, but visual ids start at "
+            f"{vocabulary.offset}: set offset to {model.config.vocab_size}"
         )
-        if model.config.vocab_size > vocabulary.offset:
-            raise ValueError(
-                f"{llm} has {model.config.vocab_size} rows, but visual ids start at "
-                f"{vocabulary.offset}: set offset to {model.config.vocab_size}"
-            )
-        model.resize_token_embeddings(vocabulary.num_rows, mean_resizing=False)
-    model.config.visual_vocabulary = vocabulary.values()
-    # An image ends by its length; the language model's own end token must not stop `generate`.
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    model.resize_token_embeddings(vocabulary.num_rows, mean_resizing=False)
     return model
 
 

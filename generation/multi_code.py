@@ -18,10 +18,13 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 
+from vqrae.common.distributed import FullPrecisionLinear
 from vqrae.generation.embedding import (
     CodeEmbedding,
     TableEmbedding,
@@ -29,7 +32,9 @@ from vqrae.generation.embedding import (
     TokenizerEmbedding,
 )
 from vqrae.generation.heads import DepthHead, SingleCodeHead, VisualHead
-from vqrae.generation.modeling import VisualVocabulary
+from vqrae.generation.modeling import VisualVocabulary, build_llm
+from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.projections import AttentionProjection
 
 
 class MultiCodeConfig(PreTrainedConfig):
@@ -139,9 +144,11 @@ class MultiCodeModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, DepthHead) and module.zero_start:
+            init.zeros_(module.classifier.weight)
 
 
-def build_embedding(config: MultiCodeConfig, width: int) -> nn.Module:
+def build_embedding(config: MultiCodeConfig, width: int) -> TableEmbedding | TokenizerEmbedding:
     """The embedding of codes that a configuration describes, with random weights."""
     if config.projection is None:
         return TableEmbedding(config.num_codebooks, config.codebook_size, width)
@@ -149,12 +156,53 @@ def build_embedding(config: MultiCodeConfig, width: int) -> nn.Module:
     code_dim, kind = sizes.pop("code_dim"), sizes.pop("kind")
     table = torch.zeros(config.num_codebooks, config.codebook_size, code_dim)
     if kind == "linear":
-        projection: nn.Module = nn.Linear(sizes["in_dim"], sizes["out_dim"])
-    else:
-        from vqrae.tokenizer.projections import AttentionProjection
+        linear = FullPrecisionLinear(sizes["in_dim"], sizes["out_dim"])
+        return TokenizerEmbedding(table, linear, sizes["out_dim"], width)
+    causal = AttentionProjection(**sizes, causal=True)
+    return TokenizerEmbedding(table, causal, sizes["out_dim"], width)
 
-        projection = AttentionProjection(**sizes, causal=True)
-    return TokenizerEmbedding(table, projection, sizes["out_dim"], width)
+
+def build_multi_code(
+    vocabulary: VisualVocabulary,
+    tokenizer: VQRAEModel,
+    *,
+    embedding: str,
+    head: dict[str, Any],
+    **llm: Any,
+) -> MultiCodeModel:
+    """A model for the codes of a tokenizer.
+
+    Args:
+        embedding: `tokenizer`, which starts from its codebooks and output projection, or `tables`.
+        head: arguments of `DepthHead`.
+        llm: see `build_llm`.
+    """
+    model = build_llm(AutoModelForCausalLM, vocabulary, **llm)
+    visual, projection = tokenizer.config, None
+    if embedding == "tokenizer":
+        projection = {
+            "kind": visual.projection,
+            "code_dim": tokenizer.code_vectors().shape[-1],
+            "in_dim": visual.codebook_dim,
+            "out_dim": visual.feature_dim,
+            "num_heads": visual.projection_heads,
+        }
+    config = MultiCodeConfig(
+        llm_config=model.config.to_dict(),
+        num_codebooks=visual.num_codebooks,
+        codebook_size=visual.codebook_size,
+        projection=projection,
+        head=head,
+    )
+    config.visual_vocabulary = vocabulary.values()
+    built = MultiCodeModel._from_config(
+        config, llm=model, attn_implementation=model.config._attn_implementation
+    )
+    if isinstance(built.embedding, TokenizerEmbedding):
+        built.embedding.start_from(tokenizer.code_vectors(), tokenizer.out_proj)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.get_output_embeddings().requires_grad_(False)  # the head of text has no part here
+    return built
 
 
 class Parts(NamedTuple):
@@ -173,6 +221,9 @@ def generator_parts(model: PreTrainedModel, vocabulary: VisualVocabulary) -> Par
     embedding = TokenEmbedding(model.get_input_embeddings(), vocabulary.offset)
     return Parts(model.model, embedding, SingleCodeHead(model.lm_head, vocabulary.code_rows))
 
+
+GENERATORS = {Qwen3Config.model_type: Qwen3ForCausalLM, MultiCodeConfig.model_type: MultiCodeModel}
+"""Kinds of generators by the `model_type` of their folder."""
 
 AutoConfig.register(MultiCodeConfig.model_type, MultiCodeConfig)
 AutoModel.register(MultiCodeConfig, MultiCodeModel)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vqrae.common import run as runs
 from vqrae.common.checkpoints import local_model, resolve_model
@@ -57,7 +57,9 @@ from vqrae.generation.modeling import (
     build_generator,
     start_from_codebook,
 )
+from vqrae.generation.multi_code import build_multi_code
 from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,6 +106,7 @@ def train(config: TrainingConfig) -> Path:
         offset=config.model.offset,
         codebook_size=visual.codebook_size,
         num_codes=visual.grid_size**2,
+        num_codebooks=visual.num_codebooks,
     )
     encode_prompt = fit_prompts(config.model, text_tokenizer, vocabulary)
 
@@ -114,14 +117,7 @@ def train(config: TrainingConfig) -> Path:
     arguments.train_sampling_strategy = "sequential"
     run.begin({"tokenizer": fingerprint, "data": data_fingerprint(config.data)})
     torch.manual_seed(config.seed)
-    model = build_generator(
-        vocabulary,
-        llm=config.model.llm,
-        llm_config=config.model.llm_config if config.model.llm is None else None,
-        attention=attention_implementation(config.model.attention, half=optimization.bf16),
-    )
-    if config.model.embedding_init == "codebook":
-        start_from_codebook(model, vocabulary, tokenizer.code_vectors())
+    model, model_loss = build_model(config, vocabulary, tokenizer)
     # What sampling needs to know.
     model.config.prompt_template = config.model.prompt_template
     model.config.max_caption_tokens = encode_prompt.max_caption_tokens
@@ -129,8 +125,6 @@ def train(config: TrainingConfig) -> Path:
     model.config.sampling = dataclasses.asdict(config.model.sampling)
     model.config.vqrae_tokenizer = portable_path(config.tokenizer, output / "model")
     model.config.vqrae_tokenizer_fingerprint = fingerprint
-    if not config.full_vocabulary_loss:
-        model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)
 
     # ---- loss
     encode = None
@@ -139,9 +133,7 @@ def train(config: TrainingConfig) -> Path:
     del tokenizer  # training on shards keeps nothing of it
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        if encode is not None:
-            batch = fill_codes(batch, encode, vocabulary)
-        return visual_loss(model, batch, vocabulary, full_vocabulary=config.full_vocabulary_loss)
+        return model_loss(model, batch if encode is None else fill_codes(batch, encode))
 
     # ---- train, save
     trainer = GeneratorTrainer(
@@ -158,6 +150,50 @@ def train(config: TrainingConfig) -> Path:
     return output / "model"
 
 
+Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""(model, batch of `GenerationCollator` without images) -> scalar."""
+
+
+def build_model(
+    config: TrainingConfig, vocabulary: VisualVocabulary, tokenizer: VQRAEModel
+) -> tuple[PreTrainedModel, Loss]:
+    """The generator and its loss: for one code a position a plain Qwen3.
+
+    Raises:
+        ValueError: for a loss over the whole vocabulary where codes have no ids.
+    """
+    options: dict[str, Any] = {
+        "llm": config.model.llm,
+        "llm_config": config.model.llm_config if config.model.llm is None else None,
+        "attention": attention_implementation(
+            config.model.attention, half=config.optimization.bf16
+        ),
+    }
+    full_vocabulary = config.full_vocabulary_loss
+    if vocabulary.num_codebooks > 1:
+        if full_vocabulary:
+            raise ValueError(
+                f"got full_vocabulary_loss with {vocabulary.num_codebooks} codes a position, which "
+                "have no ids: set full_vocabulary_loss=false"
+            )
+        head = dataclasses.asdict(config.model.depth)
+        options |= {"embedding": config.model.code_embedding, "head": head}
+        return build_multi_code(vocabulary, tokenizer, **options), multi_code_loss
+    model = build_generator(vocabulary, **options)
+    if config.model.embedding_init == "codebook":
+        start_from_codebook(model, vocabulary, tokenizer.code_vectors())
+    if not full_vocabulary:
+        model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)
+    return model, functools.partial(
+        visual_loss, vocabulary=vocabulary, full_vocabulary=full_vocabulary
+    )
+
+
+def multi_code_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of a `MultiCodeModel`."""
+    return model(**batch).loss
+
+
 def visual_loss(
     model: nn.Module,
     batch: dict[str, Tensor],
@@ -165,28 +201,28 @@ def visual_loss(
     *,
     full_vocabulary: bool = False,
 ) -> Tensor:
-    """Mean cross entropy of the codes of a batch of `GenerationCollator`.
+    """Mean cross entropy of the codes of a batch, one a position.
 
     Args:
         full_vocabulary: softmax over all rows of the head. Else over the codes alone, and
             `model.lm_head` is a `SingleCodeHead`.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = dict(batch)
+    codes = inputs.pop("codes")
+    ids = vocabulary.to_ids(codes)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
     # The sequence ends in the N codes: the N positions before its last one predict them, and no
     # other logits are computed.
     keep = vocabulary.num_codes + 1
     logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits[:, :-1]
-    ids = batch["labels"][:, -vocabulary.num_codes :]
-    targets = ids if full_vocabulary else vocabulary.to_codes(ids)
+    targets = ids if full_vocabulary else codes
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 class GeneratorTrainer(WholeTrainer):
     """A `Trainer` that minimises `loss(model, batch)`."""
 
-    def __init__(
-        self, *, loss: Callable[[nn.Module, dict[str, Tensor]], Tensor], **options: Any
-    ) -> None:
+    def __init__(self, *, loss: Loss, **options: Any) -> None:
         super().__init__(**options)
         self.loss = loss
         # Every sample has N codes: the mean over micro-batches is the mean over tokens.

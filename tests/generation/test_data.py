@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from vqrae.common.files import weights_fingerprint
-from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.sources import fingerprint, is_encoded, open_pairs, open_pairs_or_codes
 from vqrae.data.word_tokenizer import build_word_tokenizer
@@ -42,16 +41,12 @@ def collate(vocabulary: VisualVocabulary) -> GenerationCollator:
     return GenerationCollator(PromptEncoder(words, vocabulary))
 
 
-def test_labels_are_the_codes_only(
+def test_prompts_end_where_the_codes_begin(
     collate: GenerationCollator, vocabulary: VisualVocabulary
 ) -> None:
     batch = collate(SAMPLES)
-    labels = batch["labels"]
-    assert (labels[:, :-16] == IGNORE_INDEX).all()
-    codes = torch.stack([sample["codes"] for sample in SAMPLES])
-    assert torch.equal(labels[:, -16:], codes + 100)
-    assert torch.equal(batch["input_ids"][:, -16:], labels[:, -16:])
-    assert (batch["input_ids"][:, -17] == vocabulary.begin_of_image).all()
+    assert torch.equal(batch["codes"], torch.stack([sample["codes"] for sample in SAMPLES]))
+    assert (batch["input_ids"][:, -1] == vocabulary.begin_of_image).all()
     assert batch["attention_mask"].sum(1).tolist() == [3 + 1 + 16, 1 + 16, 6 + 1 + 16]
     assert batch["position_ids"][:, -1].tolist() == [19, 16, 22]
 
@@ -73,7 +68,7 @@ def test_images_become_codes_in_their_rows(
     expected = collate([codes[i] for i in range(5)])
     mixed = collate([(live if i in (1, 4) else codes)[i] for i in range(5)])
     assert mixed["image_rows"].tolist() == [1, 4]
-    filled = fill_codes(mixed, lambda images: encode_images(encoder, images), vocabulary)
+    filled = fill_codes(mixed, lambda images: encode_images(encoder, images))
     assert filled.keys() == expected.keys()
     assert all(torch.equal(filled[name], expected[name]) for name in expected)
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from vqrae.common.files import read_json
 from vqrae.common.run import read_metrics
+from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.code_shards import CodeDataset
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import extract_codes, train
@@ -62,12 +63,16 @@ def test_visual_loss_is_that_of_transformers_over_its_rows(
     vocabulary: VisualVocabulary,
     batches: list[dict[str, torch.Tensor]],
 ) -> None:
-    logits = model(**batches[0]).logits
+    inputs = {**batches[0]}
+    codes = vocabulary.to_ids(inputs.pop("codes"))
+    labels = torch.cat([torch.full_like(inputs["input_ids"], IGNORE_INDEX), codes], dim=1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], codes], dim=1)
+    logits = model(**inputs).logits
     if not full_vocabulary:
         visible = logits[..., vocabulary.code_rows]
         logits = torch.full_like(logits, -torch.inf)
         logits[..., vocabulary.code_rows] = visible
-    options = {"labels": batches[0]["labels"], "vocab_size": model.config.vocab_size}
+    options = {"labels": labels, "vocab_size": model.config.vocab_size}
     expected = model.loss_function(logits=logits, **options)
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
