@@ -16,6 +16,7 @@ from vqrae.common.config import ConfigError
 from vqrae.common.errors import exit_code, require_package
 from vqrae.common.files import printable
 from vqrae.data.samples import TooManyBrokenSamples
+from vqrae.quickstart import train_llm
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,11 +169,8 @@ def test_every_entry_point_reports_alike() -> None:
     assert others.keys() == {"scripts/cli.py", "scripts/missing.py"}
 
 
-@pytest.mark.slow
-def test_a_mistake_in_a_training_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vqrae.quickstart.train_llm", "tiny_llm", "no_such_key=1"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 2
-    [line] = result.stderr.splitlines()
-    assert line.startswith("vqrae.quickstart.train_llm: ")
+def test_a_mistake_in_a_training_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(lambda: train_llm.main(["tiny_llm", "no_such_key=1"]), "vqrae") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("vqrae: ")
     assert "no_such_key: unknown key" in line

@@ -4,8 +4,6 @@ import http.server
 import json
 import re
 import runpy
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from processes import launch
 
 from vqrae.common.files import read_json
 from vqrae.common.images import image_to_tensor, tile
@@ -409,10 +408,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
             image.save(tmp_path / "p" / f"scene{i}.png")
     arguments = [f"images={tmp_path / 'p'}", "num_prompts=7", "images_per_prompt=1"]
     evaluate.main([*arguments, f"output={tmp_path / 'one'}"])
-    script = [sys.executable, str(Path(__file__).with_name("two_processes.py"))]
-    command = [*script, evaluate.__name__, "", *arguments, f"output={tmp_path / 'two'}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(evaluate.__name__, [*arguments, f"output={tmp_path / 'two'}"], processes=2)
     one, two = (read_json(tmp_path / name / "scores.json") for name in ("one", "two"))
     for values in (one, two):
         del values["manifest"]

@@ -1,14 +1,12 @@
 """Evaluations on two processes: the work is shared, and the numbers are those of one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from processes import launch
 
 from vqrae.common.files import read_json, weights_fingerprint
 from vqrae.common.images import save_image, tensor_to_image
@@ -81,24 +79,19 @@ def test_two_processes_give_the_numbers_of_one(
         (scene_questions, {"CHUNK": 5}, [f"model={llava}", "num_images=3", "max_new_tokens=2"]),
         (geneval, {}, [f"model={generator}", *images]),
     ]
-    pairs: list[str] = []
+    printed = ""
     for module, settings, arguments in commands:
         for name, value in settings.items():
             monkeypatch.setattr(module, name, value)
         file = f"{module.__name__}.json"
         module.main([*arguments, f"output={tmp_path / 'one' / file}"])
-        numbers = ",".join(f"{key}={value}" for key, value in settings.items())
-        two = f"output={tmp_path / 'two' / file}"
-        pairs += [module.__name__, numbers, *arguments, two, "--"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, str(Path(__file__).with_name("two_processes.py")), *pairs]
-    result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+        given = [*arguments, f"output={tmp_path / 'two' / file}"]
+        printed += launch(module.__name__, given, processes=2, settings=settings)
     for module, *_ in commands:
         file = f"{module.__name__}.json"
         one, both = (read_json(tmp_path / place / file) for place in ("one", "two"))
         assert both == comparable(one) | {k: v for k, v in both.items() if k == "manifest"}, file
-        said = result.stdout.count(f"->  {tmp_path / 'two' / file}")
+        said = printed.count(f"->  {tmp_path / 'two' / file}")
         assert said == 1  # and written, by one of them
     first, second = (sorted((tmp_path / f / "images").rglob("*.png")) for f in ("one", "two"))
     assert len(first) == len(second) == 12

@@ -3,12 +3,11 @@
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
@@ -176,15 +175,7 @@ def test_two_processes_under_zero3_compute_the_visual_loss(
     options = ["max_steps=2", "learning_rate=0.0", "zero=3"]
     given = [*train_arguments, *(f"optimization.{option}" for option in options)]
     given += ["model.llm_config.initializer_range=0.5", f"output_dir={tmp_path}"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launch, "-m", "vqrae.generation.train", *given],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(train.__name__, given, processes=2)
     generator = Generator.from_pretrained(tmp_path)
     model, vocabulary = generator.model, generator.encode_prompt.vocabulary
     model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)

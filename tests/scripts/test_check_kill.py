@@ -14,13 +14,12 @@ from vqrae.scripts.check_kill import Events, judge, result_of, table
 
 @pytest.mark.slow
 def test_a_killed_training_is_repaired_by_the_same_command(tmp_path: Path) -> None:
-    options = ["jobs=llm", "kills=2", f"output={tmp_path}"]
+    options = ["jobs=llm", "kills=1", f"output={tmp_path}"]
     command = [sys.executable, "-m", "vqrae.scripts.check_kill", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     outcome = read_json(tmp_path / "report.json")["jobs"]["llm"]
-    assert outcome["kills"] == 2
-    assert outcome["equal"] == 2
+    assert outcome["kills"] == outcome["equal"] == 1
     assert "| llm |" in done.stdout
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from llama_tokenizer import TEXTS, train_llama_tokenizer
+from llava_trainings import STEPS
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -17,13 +18,6 @@ from vqrae.understanding import train
 from vqrae.understanding.build import build_llava
 
 SMALL = ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")
-STEPS = {
-    "global_batch_size": 4,
-    "micro_batch_size": 2,
-    "logging_steps": 1,
-    "lr_scheduler_type": "constant_with_warmup",
-    "optimizer": "adamw",
-}
 
 
 @pytest.fixture(scope="session")
