@@ -93,6 +93,30 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows (B, …) of every process one after the other (R, …), with their gradients.
+
+    The gradient of a process's rows is the sum of what all processes send back.
+    """
+    return _GatherRows.apply(rows) if world_size() > 1 else rows
+
+
+class _GatherRows(torch.autograd.Function):
+    """`torch.distributed.nn` has this too, deprecated, and its successor has no stable name."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(world_size())]
+        torch.distributed.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(world_size())[torch.distributed.get_rank()]
+
+
 def end_process_group() -> None:
     """Leave the process group together: one that ends earlier would abort the others' threads."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

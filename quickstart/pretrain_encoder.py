@@ -41,6 +41,7 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import vocabulary_texts
 from vqrae.data.scenes.sprites import load_sprites
 from vqrae.data.word_tokenizer import END, build_word_tokenizer
+from vqrae.tokenizer.contrastive import sigmoid_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ class GroundedSiglip(SiglipModel):
             features_RD = F.normalize(features_RD.float(), dim=-1)
             phrases_PD = F.normalize(phrases_PD.float(), dim=-1)
             logits_RP = features_RD @ phrases_PD.T * self.logit_scale.exp() + self.logit_bias
-            losses_RP = -F.logsigmoid(torch.where(truth, logits_RP, -logits_RP))
+            losses_RP = sigmoid_losses(logits_RP, truth)
             output.loss = output.loss + self.grounding_weight * losses_RP.sum(-1).mean()
         return output
 

@@ -1,6 +1,7 @@
 """Trainings of a tiny tokenizer for tests, in this process or in others."""
 
 import json
+import zlib
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -67,7 +68,24 @@ ANY_PROCESSES = [
     "stage2.bypass_steps=0",
 ]
 SHORT = ["stage=1", "stage1.max_steps=3", "stage1.revival_interval=0"]
+# A small one of the architecture that UniTok's discriminator looks through.
+DINOV2 = {"hidden_size": 128, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
 Weights = dict[str, Tensor]
+
+
+def filled(module: nn.Module) -> Any:
+    """A module whose weights its names decide: gains of about 1, other values of about 0.1."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            is_gain = ("norm" in name and name.endswith("weight")) or "lambda" in name
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator) + is_gain)
+    return module.eval()
+
+
+def pictures(count: int, size: int) -> Tensor:
+    """Random images (count, 3, size, size) in [0, 1], the same everywhere."""
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def train(output: Path, *more: str) -> Weights:

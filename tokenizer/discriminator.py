@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
-from transformers import AutoModel, PreTrainedModel, ViTConfig
+from transformers import AutoModel, Dinov2Config, PreTrainedConfig, PreTrainedModel, ViTConfig
 
 from vqrae.common.config import did_you_mean
 from vqrae.tokenizer.perceptual import Normalize
 
-DISCRIMINATORS = ("maskbit", "dino")
+DISCRIMINATORS = ("maskbit", "dino", "dinov2")
 
 
 def build_discriminator(
@@ -33,8 +33,8 @@ def build_discriminator(
 
     Args:
         channels: of `maskbit`.
-        backbone: of `dino`, a folder or hub id.
-        random_backbone: a random ViT-S/16 in its place, whose logits mean nothing.
+        backbone: of `dino` and `dinov2`, a folder or hub id.
+        random_backbone: a random ViT-S in its place, whose logits mean nothing.
 
     Raises:
         ValueError: for an unknown name, listing the known ones.
@@ -44,6 +44,9 @@ def build_discriminator(
         return PatchDiscriminator(channels)
     if name == "dino":
         return DinoDiscriminator(random_vit() if random_backbone else pretrained_vit(backbone))
+    if name == "dinov2":
+        vit = random_vit(Dinov2Config(image_size=518)) if random_backbone else None
+        return DinoV2Discriminator(vit or pretrained_vit(backbone))
     raise ValueError(f"unknown discriminator {name!r}. {did_you_mean(name, DISCRIMINATORS)}")
 
 
@@ -60,9 +63,9 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     """32 groups, as published; fewer in small networks, so that a group has four channels."""
-    return nn.GroupNorm(min(32, channels // 4), channels)
+    return nn.GroupNorm(min(32, channels // 4), channels, eps)
 
 
 # ------------------------------------------------------------------------------------------ maskbit
@@ -91,6 +94,9 @@ class PatchDiscriminator(nn.Module):
             TiTok's; MaskBit has a fourth stage of 1024.
         map_size: largest S; larger maps are max-pooled.
     """
+
+    multiple = 1
+    """What the sides of its images are a multiple of after a random crop."""
 
     def __init__(
         self, channels: tuple[int, ...] = (128, 128, 256, 512), map_size: int = 16
@@ -126,16 +132,22 @@ class Residual(nn.Sequential):
         return (super().forward(hidden) + hidden) / 2**0.5
 
 
-def dino_head(width: int) -> nn.Sequential:
-    """Features (B, D, N) -> logits (B, 1, N)."""
+def dino_head(width: int, *, spectral: bool = True, eps: float = 1e-5) -> nn.Sequential:
+    """Features (B, D, N) -> logits (B, 1, N).
+
+    Args:
+        spectral: whether convolutions have spectral norm.
+        eps: of the group norm.
+    """
 
     def convolution(channels: int, kernel: int) -> nn.Module:
         padding = kernel // 2
         layer = nn.Conv1d(width, channels, kernel, padding=padding, padding_mode="circular")
-        return spectral_norm(layer)
+        return spectral_norm(layer) if spectral else layer
 
     def block(kernel: int) -> list[nn.Module]:
-        return [convolution(width, kernel), group_norm(width), nn.LeakyReLU(0.2, inplace=True)]
+        norm = group_norm(width, eps)
+        return [convolution(width, kernel), norm, nn.LeakyReLU(0.2, inplace=True)]
 
     return nn.Sequential(*block(1), Residual(*block(9)), convolution(1, 1))
 
@@ -151,6 +163,8 @@ class DinoDiscriminator(nn.Module):
             own size.
     """
 
+    multiple = 1
+
     def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
         self.backbone = backbone.eval().requires_grad_(False)
@@ -164,11 +178,15 @@ class DinoDiscriminator(nn.Module):
         self.backbone.eval()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
+    def resize(self, images: Tensor) -> Tensor:
+        """Images of the size that the backbone sees."""
         size = self.backbone.config.image_size
+        return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+    def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):
-            resized = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-            output = self.backbone(self.normalize(resized), output_hidden_states=True)
+            resized = self.normalize(self.resize(images.float()))
+            output = self.backbone(resized, output_hidden_states=True)
             logits = []
             for depth, head in zip(self.depths, self.heads, strict=True):
                 state_BND = output.hidden_states[depth]
@@ -178,10 +196,36 @@ class DinoDiscriminator(nn.Module):
             return torch.cat(logits, dim=1)
 
 
-def random_vit() -> PreTrainedModel:
-    """A random ViT-S/16, the architecture of `facebook/dino-vits16`."""
-    config = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
-    return AutoModel.from_config(config, add_pooling_layer=False)
+class DinoV2Discriminator(DinoDiscriminator):
+    """UniTok's: heads without spectral norm on DINOv2 features of five depths: logits (B, 5, N).
+
+    Args:
+        backbone: a DINOv2, frozen here; it sees images of any size, cut to whole patches.
+    """
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        super().__init__(backbone)
+        self.multiple = backbone.config.patch_size
+        self.depths = [1, *self.depths]
+        width = backbone.config.hidden_size
+        heads = [dino_head(width, spectral=False, eps=1e-6) for _ in self.depths]
+        self.heads = nn.ModuleList(heads)
+        for module in self.heads.modules():
+            if isinstance(module, nn.Conv1d) and module.bias is not None:
+                nn.init.xavier_normal_(module.weight, gain=0.5)
+                nn.init.zeros_(module.bias)
+
+    def resize(self, images: Tensor) -> Tensor:
+        sides = [side // self.multiple * self.multiple for side in images.shape[-2:]]
+        return F.interpolate(images, sides, mode="area")
+
+
+def random_vit(config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """A random ViT-S: by default ViT-S/16, the architecture of `facebook/dino-vits16`."""
+    config = config or ViTConfig(intermediate_size=1536)
+    config.update({"hidden_size": 384, "num_attention_heads": 6})
+    options = {"add_pooling_layer": False} if isinstance(config, ViTConfig) else {}
+    return AutoModel.from_config(config, **options)
 
 
 def pretrained_vit(source: str) -> PreTrainedModel:
@@ -196,9 +240,10 @@ def pretrained_vit(source: str) -> PreTrainedModel:
     except OSError as error:
         raise FileNotFoundError(
             f"the discriminator's backbone {source} cannot be loaded ({error}): download "
-            "config.json and model.safetensors of https://huggingface.co/facebook/dino-vits16 into "
-            "a folder and set discriminator_backbone to it. A dry run or a test, where the loss "
-            "may mean nothing, can set random_perceptual_weights=true instead."
+            "config.json and model.safetensors of https://huggingface.co/facebook/dino-vits16 (of "
+            "dinov2-small for dinov2) into a folder and set discriminator_backbone to it. A dry "
+            "run or a test, where the loss may mean nothing, can set "
+            "random_perceptual_weights=true instead."
         ) from error
     # Nobody reads the pooler.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))

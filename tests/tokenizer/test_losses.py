@@ -187,8 +187,8 @@ def test_a_backbone_is_never_partly_random(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="set discriminator_backbone to it") as error:
         build_discriminator("dino", channels=())
     assert "random_perceptual_weights=true" in str(error.value)
-    with pytest.raises(ValueError, match="Did you mean 'dino'"):
-        build_discriminator("dinov2", channels=())
+    with pytest.raises(ValueError, match="Did you mean 'dino"):
+        build_discriminator("dinov3", channels=())
 
 
 # ---- the teacher
