@@ -53,6 +53,7 @@ _TIED = {"tie_word_embeddings": True}
 _SMOLLM2 = _llm("llama", 576, 1536, 30, (9, 3), 49152, **_TIED)
 # The shapes of models, for machines that do not hold them.
 KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-2-7b-hf": _llm("llama", 4096, 11008, 32, (32, 32), 32000),
     "lmsys/vicuna-7b-v1.5": _llm("llama", 4096, 11008, 32, (32, 32), 32000),
     "lmsys/vicuna-13b-v1.5": _llm("llama", 5120, 13824, 40, (40, 40), 32000),
     "Qwen/Qwen2.5-7B-Instruct": _llm("qwen2", 3584, 18944, 28, (28, 4), 152064),

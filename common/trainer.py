@@ -162,7 +162,8 @@ class InstrumentCallback(TrainerCallback):
             )
         seconds = max(time.time() - self._clock, 1e-9) / max(step - self._first_step, 1)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        names = ("loss", "grad_norm", "learning_rate")
+        parts = sorted(name for name in logs if name.endswith("_loss"))
+        names = ("loss", *parts, "grad_norm", "learning_rate")
         values = {name: float(logs[name]) for name in names if name in logs}
         self.run.log(step, {**values, "samples_per_second": batch / seconds})
         if is_main_process():

@@ -1,14 +1,96 @@
 """The unified model from a tokenizer and a language model, and its processor."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
+import torch
 from tokenizers import AddedToken
-from transformers import LlavaProcessor, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
+from vqrae.common.checkpoints import load_model, resolve_model
+from vqrae.common.distributed import gathered
+from vqrae.data.word_tokenizer import grow_word_tokenizer, is_word_tokenizer
+from vqrae.generation.embedding import TokenizerEmbedding
+from vqrae.mllm.config import MLLMConfig
+from vqrae.mllm.modeling import UnifiedConfig, UnifiedModel
+from vqrae.mllm.sequences import PROMPT, UNCONDITIONAL, ImagePrompt, ImageVocabulary
 from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding import build as understanding
-from vqrae.understanding.build import AspectRatio
+from vqrae.understanding.build import AspectRatio, add_word_rows, end_token
+
+NEW_WORDS = 8192  # a small vocabulary grows by at most the most frequent ones
+
+
+def build_model(
+    config: MLLMConfig, tokenizer: VQRAEModel, texts: Sequence[str], *, attention: str
+) -> tuple[UnifiedModel, LlavaProcessor]:
+    """A pretrained language model, a depth head with random weights, and the tokenizer's codebooks.
+
+    Args:
+        texts: of the data; a word tokenizer gets ids for their words.
+        attention: the implementation.
+    """
+    optimization, name = config.optimization, resolve_model(config.llm)
+    # Without DeepSpeed's master weights the optimizer works on the weights themselves.
+    half = optimization.bf16 and optimization.zero
+    dtype = torch.bfloat16 if half else torch.float32
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    llm = load_model(AutoModelForCausalLM, name, **options)
+    llm.config._name_or_path = ""  # else a path of this machine gets into the model's config.json
+    text_tokenizer = AutoTokenizer.from_pretrained(name)
+    first = len(text_tokenizer)
+    if is_word_tokenizer(text_tokenizer):
+        grow_word_tokenizer(text_tokenizer, [PROMPT, UNCONDITIONAL, *texts], limit=NEW_WORDS)
+    add_image_tokens(text_tokenizer, config.image_tokens)
+    if len(text_tokenizer) > first:
+        add_word_rows(llm, first, len(text_tokenizer))
+    processor = build_processor(
+        tokenizer.config,
+        text_tokenizer,
+        config.image_tokens,
+        chat_template=config.chat_template,
+        aspect_ratio=config.aspect_ratio,
+    )
+    llm.config.eos_token_id = text_tokenizer.convert_tokens_to_ids(
+        end_token(text_tokenizer, config.chat_template)
+    )
+    llm.config.pad_token_id = text_tokenizer.pad_token_id
+    begin, end = text_tokenizer.convert_tokens_to_ids(list(config.image_tokens))
+    vocabulary = ImageVocabulary(
+        offset=begin,
+        codebook_size=tokenizer.config.codebook_size,
+        num_codes=tokenizer.config.grid_size**2,
+        num_codebooks=tokenizer.config.num_codebooks,
+    )
+    values = UnifiedConfig(
+        image_token_id=processor.image_token_id,
+        end_of_image=end,
+        visual_vocabulary=asdict(vocabulary),
+        max_caption_tokens=config.max_caption_tokens,
+        num_codebooks=vocabulary.num_codebooks,
+        codebook_size=vocabulary.codebook_size,
+        projection=projection_of(tokenizer),
+        head=dict(config.head),
+        llm_config=values_of(llm.config),
+    )
+    model = UnifiedModel._from_config(values, llm=llm, **options)
+    start_from_tokenizer(model.embedding, tokenizer)
+    return model, processor
+
+
+def image_prompt(config: UnifiedConfig, text_tokenizer: PreTrainedTokenizerBase) -> ImagePrompt:
+    """How a model is asked for an image."""
+    vocabulary = ImageVocabulary(**config.visual_vocabulary)
+    return ImagePrompt(text_tokenizer, vocabulary, max_tokens=config.max_caption_tokens)
 
 
 def build_processor(
@@ -25,10 +107,42 @@ def build_processor(
         image_tokens: BOI and EOI, added where the text tokenizer does not know them.
         aspect_ratio: `pad` adds UniTok's border, in CLIP's mean colour (122, 116, 104).
     """
-    missing = [token for token in image_tokens if token not in text_tokenizer.get_vocab()]
-    added = [AddedToken(token, special=True, normalized=False) for token in missing]
-    text_tokenizer.add_tokens(added, special_tokens=True)
+    add_image_tokens(text_tokenizer, image_tokens)
     processor = understanding.build_processor(config, text_tokenizer, chat_template, aspect_ratio)
     processor.image_processor.do_normalize = False
     processor.image_processor.image_mean = list(OPENAI_CLIP_MEAN)
     return processor
+
+
+def add_image_tokens(text_tokenizer: PreTrainedTokenizerBase, image_tokens: Sequence[str]) -> None:
+    """Give BOI and EOI ids, where they have none."""
+    missing = [token for token in image_tokens if token not in text_tokenizer.get_vocab()]
+    added = [AddedToken(token, special=True, normalized=False) for token in missing]
+    text_tokenizer.add_tokens(added, special_tokens=True)
+
+
+def values_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of a language model's configuration that describe its shape."""
+    left_out = ("architectures", "dtype", "transformers_version")
+    values = config.to_diff_dict()
+    return {key: value for key, value in values.items() if key not in left_out}
+
+
+def projection_of(tokenizer: VQRAEModel) -> dict[str, Any]:
+    """The `projection` of a `MultiCodeConfig` that mirrors the tokenizer's output projection."""
+    config = tokenizer.config
+    values = {"kind": config.projection, "in_dim": config.codebook_dim}
+    values |= {"out_dim": config.feature_dim, "code_dim": tokenizer.code_vectors().shape[-1]}
+    if config.projection == "attention":
+        values["num_heads"] = config.projection_heads
+    return values
+
+
+@torch.no_grad()
+def start_from_tokenizer(embedding: TokenizerEmbedding, tokenizer: VQRAEModel) -> None:
+    """Give an embedding the tokenizer's codebooks and, to start from, its output projection."""
+    embedding.code_vectors.copy_(tokenizer.code_vectors().view_as(embedding.code_vectors))
+    values = tokenizer.out_proj.state_dict()
+    for name, parameter in embedding.projection.named_parameters():
+        with gathered(parameter):
+            parameter.copy_(values[name])

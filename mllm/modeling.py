@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 from transformers.modeling_outputs import ModelOutput
 
-from vqrae.generation.modeling import VisualVocabulary
 from vqrae.generation.multi_code import MultiCodeConfig, MultiCodeModel
 from vqrae.mllm.sequences import as_bytes
 
@@ -27,25 +26,25 @@ class UnifiedConfig(MultiCodeConfig):
     """Stored as `config.json`.
 
     Args:
-        num_codes: N.
         image_token_id: the id that marks a place of an image.
-        image_tokens: BOI and EOI.
-        max_caption_tokens: see `SequenceEncoder`.
-        options: of `MultiCodeConfig`, whose `projection` is that of the tokenizer.
+        end_of_image: the id of EOI; that of BOI is the `offset` of visual_vocabulary.
+        visual_vocabulary: values of an `ImageVocabulary`.
+        max_caption_tokens: ids of a caption with BOS and prompt.
+        options: of `MultiCodeConfig`.
     """
 
     model_type = "vqrae_mllm"
 
     def __init__(
         self,
-        num_codes: int = 256,
         image_token_id: int = 0,
-        image_tokens: tuple[str, str] = ("<0x00>", "<0x01>"),
+        end_of_image: int = 4,
+        visual_vocabulary: dict[str, int] | None = None,
         max_caption_tokens: int = 1750,
         **options: Any,
     ) -> None:
-        self.num_codes, self.image_token_id = num_codes, image_token_id
-        self.image_tokens = tuple(image_tokens)
+        self.image_token_id, self.end_of_image = image_token_id, end_of_image
+        self.visual_vocabulary = dict(visual_vocabulary or {})
         self.max_caption_tokens = max_caption_tokens
         super().__init__(**options)
 
@@ -53,14 +52,6 @@ class UnifiedConfig(MultiCodeConfig):
     def max_position_embeddings(self) -> int | None:
         """Places that the language model was made for."""
         return getattr(self.build_llm_config(), "max_position_embeddings", None)
-
-
-class ImageVocabulary(VisualVocabulary):
-    """Codes without ids: only BOI has one, `offset`."""
-
-    @property
-    def begin_of_image(self) -> int:
-        return self.offset
 
 
 @dataclass
@@ -145,17 +136,14 @@ class UnifiedModel(MultiCodeModel):
             pixel_values: (P, 3, H, W), the images in [0, 1].
             options: of transformers' `generate`.
         """
-        vectors = self.get_input_embeddings()(input_ids.clamp(max=0))
-        places = torch.nonzero(input_ids.flatten() == self.config.image_token_id)
         if pixel_values is None:
             vectors = self.get_input_embeddings()(input_ids)
         else:
             assert self.encode_images is not None, "the model has no tokenizer"
             codes = self.encode_images(as_bytes(pixel_values))
+            places = torch.nonzero(input_ids.flatten() == self.config.image_token_id)
             vectors = self.embed(input_ids, codes, places.view(len(codes), -1))
-        answers = self.llm.generate(
-            inputs_embeds=vectors, attention_mask=attention_mask, **options
-        )
+        answers = self.llm.generate(inputs_embeds=vectors, attention_mask=attention_mask, **options)
         return torch.cat([input_ids, answers], dim=1)
 
 

@@ -17,15 +17,63 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.samples import BrokenSamples
-from vqrae.understanding.conversation import encode_conversation, num_image_tokens, pad
+from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
+from vqrae.understanding.conversation import encode_conversation, pad
 
+TASKS = ("generation", "captioning", "instructions")
 PROMPT = " Generate an image based on this description."
 UNCONDITIONAL = "<unconditional>"  # in place of caption and prompt; ordinary text
 Row = dict[str, Any]
+
+
+class ImageVocabulary(VisualVocabulary):
+    """Codes without ids: only BOI has one, `offset`."""
+
+    @property
+    def begin_of_image(self) -> int:
+        return self.offset
+
+
+class ImagePrompt(PromptEncoder):
+    """Caption -> ids that ask for its image, up to BOI; the empty caption asks for any image.
+
+    Caption and prompt are one text for the tokenizer.
+
+    Args:
+        max_tokens: ids of a caption with BOS and prompt; a longer caption loses its end.
+    """
+
+    def __init__(
+        self,
+        text_tokenizer: PreTrainedTokenizerBase,
+        vocabulary: ImageVocabulary,
+        *,
+        max_tokens: int = 1750,
+    ) -> None:
+        self.text_tokenizer, self.vocabulary = text_tokenizer, vocabulary
+        bos = text_tokenizer.bos_token_id
+        self.bos = [] if bos is None else [bos]
+        length = len(self.ids(f"a{PROMPT}")) - len(self.ids("a"))
+        self.max_caption_tokens = max_tokens - len(self.bos) - length
+        if self.max_caption_tokens < 1:
+            raise ValueError(
+                f"max_caption_tokens: got {max_tokens}, expected more than the "
+                f"{len(self.bos) + length} ids of BOS and {PROMPT!r}"
+            )
+
+    def __call__(self, caption: str) -> list[int]:
+        ids = self.ids(f"{caption}{PROMPT}" if caption else UNCONDITIONAL)
+        length = len(self.ids(caption))
+        ids = ids[: min(length, self.max_caption_tokens)] + ids[length:]
+        return [*self.bos, *ids, self.vocabulary.begin_of_image]
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text; special tokens that it happens to spell are plain text."""
+        return self._ids(text, split_special_tokens=True)
 
 
 class SequenceEncoder:
@@ -33,37 +81,31 @@ class SequenceEncoder:
 
     Args:
         processor: of images in [0, 1] and text, see `vqrae.mllm.build.build_processor`.
-        image_tokens: the tokens before and after an image, BOI and EOI.
-        max_caption_tokens: ids of a caption with BOS and prompt; a longer caption loses its end.
+        prompt: ends in BOI.
+        end_of_image: the id of EOI.
         max_length: ids of a dialogue, image tokens included; its end is cut.
-
-    Raises:
-        ValueError: when the text tokenizer has no id for one of `image_tokens`.
     """
 
     def __init__(
         self,
         processor: LlavaProcessor,
-        image_tokens: Sequence[str],
+        prompt: ImagePrompt,
+        end_of_image: int,
         *,
-        max_caption_tokens: int = 1750,
         max_length: int = 2048,
     ) -> None:
         self.processor, self.text_tokenizer = processor, processor.tokenizer
-        vocabulary = self.text_tokenizer.get_vocab()
-        if missing := [token for token in image_tokens if token not in vocabulary]:
-            raise ValueError(
-                f"image_tokens: got {', '.join(missing)}, expected tokens of the text tokenizer"
-            )
-        self.boi, self.eoi = (vocabulary[token] for token in image_tokens)
-        bos = self.text_tokenizer.bos_token_id
-        self.bos = [] if bos is None else [bos]
-        self.image = [processor.image_token_id] * num_image_tokens(processor)
-        self.max_caption_tokens, self.max_length = max_caption_tokens, max_length
+        self.prompt, self.max_length = prompt, max_length
+        self.boi, self.eoi = prompt.vocabulary.begin_of_image, end_of_image
+        self.image = [processor.image_token_id] * prompt.vocabulary.num_codes
 
     def __call__(self, sample: dict[str, Any]) -> Row:
-        """The row of a sample, which has a `task`: input_ids and labels (T,), whether it
-        `generates`, and its `images`: codes (N,) or (N, n), or pixels uint8 (3, H, W).
+        """The row of a sample: input_ids and labels (T,), whether it `generates`, and its `images`:
+        codes (N,) or (N, n), or pixels uint8 (3, H, W).
+
+        Args:
+            sample: its `task`; codes or image, with the caption to generate it from, or the caption
+                to `answer` with; or a record in LLaVA's form.
 
         Raises:
             ValueError: for a dialogue that cannot be trained on, see `encode_conversation`.
@@ -75,9 +117,9 @@ class SequenceEncoder:
             before, after = self.prompt(sample["caption"]), [self.eoi, eos]
             trained = [self.boi, *([IGNORE_INDEX] * len(self.image)), *after]
         else:
-            caption = self.ids(sample["caption"])[: self.max_caption_tokens - len(self.bos)]
+            caption = self.prompt.ids(sample["answer"])[: self.prompt.max_caption_tokens]
             trained = [*caption, eos]
-            before, after = [*self.bos, self.boi], [self.eoi, *trained]
+            before, after = [*self.prompt.bos, self.boi], [self.eoi, *trained]
         ids = [*before, *self.image, *after]
         labels = [IGNORE_INDEX] * (len(ids) - len(trained)) + trained
         return {
@@ -92,20 +134,6 @@ class SequenceEncoder:
         row: Row = encode_conversation(record, self.processor, max_length=self.max_length)
         pixels = row.pop("pixel_values", torch.empty(0))
         return {**row, "images": list(as_bytes(pixels)), "generates": False}
-
-    def prompt(self, caption: str) -> list[int]:
-        """Ids that ask for an image, up to BOI; the empty caption asks for any image."""
-        ids = self.ids(f"{caption}{PROMPT}" if caption else UNCONDITIONAL)
-        excess = len(self.bos) + len(ids) - self.max_caption_tokens
-        if excess > 0:
-            length = len(self.ids(caption))
-            ids = ids[: max(0, length - excess)] + ids[length:]
-        return [*self.bos, *ids, self.boi]
-
-    def ids(self, text: str) -> list[int]:
-        """Ids of a text; special tokens that it happens to spell are plain text."""
-        options = {"add_special_tokens": False, "split_special_tokens": True}
-        return self.text_tokenizer(text, **options).input_ids
 
 
 class UnifiedCollator:

@@ -27,6 +27,9 @@ from vqrae.common.files import markdown_table
 from vqrae.generation import dry_run as generation
 from vqrae.generation.config import GeneratorConfig
 from vqrae.generation.train import train
+from vqrae.mllm import dry_run as mllm
+from vqrae.mllm.config import MLLMConfig
+from vqrae.mllm.train import train as train_mllm
 from vqrae.planning.fake_gpu import fake_gpu
 from vqrae.tokenizer import dry_run as tokenizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
@@ -43,6 +46,7 @@ READERS: dict[str, type] = {
     "tokenizer": TokenizerTrainConfig,
     "understanding": TrainConfig,
     "generation": GeneratorConfig,
+    "mllm": MLLMConfig,
 }
 
 
@@ -61,6 +65,8 @@ def plan(name: str, overrides: Sequence[str] = ()) -> list[tuple[Report, float]]
     if isinstance(config, GeneratorConfig):
         training = replace(config.training, dry_run=STEPS)
         return [_run(partial(generation.dry_run, training, train))]
+    if isinstance(config, MLLMConfig):
+        return [_run(partial(mllm.dry_run, replace(config, dry_run=STEPS), train_mllm))]
     if isinstance(config, TrainConfig):
         parts = [replace(config, dry_run=STEPS, stage=stage) for stage in config.stages]
         return [_run(partial(understanding.dry_run, part, run_stage)) for part in parts]

@@ -7,6 +7,7 @@ import pytest
 from vqrae.common.config import ConfigError, load_config
 from vqrae.eval.ablations.suites import SUITES, Suite
 from vqrae.generation.config import GeneratorConfig
+from vqrae.mllm.config import MLLMConfig
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.quickstart.train_llm import TinyLLMConfig
 from vqrae.tokenizer.config import TokenizerTrainConfig
@@ -17,6 +18,7 @@ READERS: dict[str, list[type]] = {
     "tokenizer": [TokenizerTrainConfig],
     "understanding": [TrainConfig],
     "generation": [GeneratorConfig],
+    "mllm": [MLLMConfig],
     "ablations": [Suite],
     "quickstart": [EncoderPretrainingConfig, TinyLLMConfig],
 }
@@ -66,6 +68,7 @@ def test_every_shipped_config_is_read(path: Path) -> None:
         ("generation", "extraction.batch_size=0"),
         ("generation", "extraction.size=0"),
         ("generation", "training.model.max_length=0"),
+        ("mllm", "generation.weight=-1"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(package: str, override: str) -> None:
@@ -79,6 +82,7 @@ def test_every_package_ships_its_tiny_config() -> None:
         "tokenizer",
         "understanding",
         "generation",
+        "mllm",
     }
 
 

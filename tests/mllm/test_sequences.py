@@ -12,7 +12,13 @@ from PIL import Image
 
 from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.mllm.build import build_processor
-from vqrae.mllm.sequences import SequenceEncoder, UnifiedCollator, fill_codes
+from vqrae.mllm.sequences import (
+    ImagePrompt,
+    ImageVocabulary,
+    SequenceEncoder,
+    UnifiedCollator,
+    fill_codes,
+)
 from vqrae.tokenizer.configuration import VQRAEConfig
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "unitok_rows.json").read_text())
@@ -21,12 +27,15 @@ BYTES = ("<0x00>", "<0x01>")  # of Llama's tokenizer: ids 3 and 4
 CODES = torch.arange(8).view(4, 2)
 
 
-def make_encoder(folder: Path, *, legacy: bool = False, **options: int) -> SequenceEncoder:
+def make_encoder(folder: Path, *, legacy: bool = False, max_tokens: int = 1750) -> SequenceEncoder:
     text_tokenizer = train_llama_tokenizer(folder, legacy=legacy)
     config = VQRAEConfig(encoder_config=ENCODER)
     given: dict[str, Any] = {"chat_template": "vicuna_v1", "aspect_ratio": "pad"}
     processor = build_processor(config, text_tokenizer, BYTES, **given)
-    return SequenceEncoder(processor, BYTES, **options)
+    vocabulary = ImageVocabulary(offset=3, codebook_size=8, num_codes=4, num_codebooks=2)
+    return SequenceEncoder(
+        processor, ImagePrompt(text_tokenizer, vocabulary, max_tokens=max_tokens), 4
+    )
 
 
 @pytest.fixture
@@ -44,7 +53,8 @@ def dialogue() -> dict[str, Any]:
 
 
 def pair(task: str, caption: str = GOLDEN["caption"], **image: Any) -> dict[str, Any]:
-    return {"task": task, "caption": caption, **(image or {"codes": CODES})}
+    key = "caption" if task == "generation" else "answer"
+    return {"task": task, key: caption, **(image or {"codes": CODES})}
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -69,15 +79,16 @@ def test_rows_are_those_of_unitok(legacy: bool, dialogue: dict[str, Any], tmp_pa
 
 def test_a_long_caption_loses_its_end_and_never_the_prompt(tmp_path: Path) -> None:
     caption = "red circle " * 40 + "star"
-    whole = make_encoder(tmp_path)
-    cut = make_encoder(tmp_path, max_caption_tokens=60)
-    asked, expected = cut.prompt(caption), whole.prompt(caption)
-    kept = len(whole.prompt("red")) - len(whole.ids("red"))  # BOS, prompt and BOI
-    assert len(asked) == 60 + 1
-    assert asked[: 61 - kept] == expected[: 61 - kept]
-    assert asked[-kept + 1 :] == expected[-kept + 1 :]
-    assert len(cut(pair("captioning", caption))["input_ids"]) == 60 + 1 + 4 + 1 + 1
+    whole, cut = make_encoder(tmp_path).prompt, make_encoder(tmp_path, max_tokens=60)
+    asked, expected = cut.prompt(caption), whole(caption)
+    kept = cut.prompt.max_caption_tokens
+    assert (len(asked), len(whole("red")) - len(whole.ids("red"))) == (60 + 1, 60 - kept + 1)
+    assert asked[: kept + 1] == expected[: kept + 1]
+    assert asked[kept + 1 :] == expected[-(60 - kept) :]
+    assert len(cut(pair("captioning", caption))["input_ids"]) == 1 + 1 + 4 + 1 + kept + 1
     assert cut.prompt("</s><image>").count(cut.processor.image_token_id) == 0  # plain text
+    with pytest.raises(ValueError, match="max_caption_tokens: got 9, expected more than"):
+        make_encoder(tmp_path, max_tokens=9)
 
 
 def test_a_batch_knows_the_places_of_images_and_targets(
@@ -117,8 +128,3 @@ def test_a_batch_without_images_gets_a_blank_one(encode: SequenceEncoder, lost: 
     assert bool(batch["num_targets"] > 0) is not lost
     if not lost:
         assert (batch["attention_mask"].flatten()[batch["image_places"]] == 0).all()
-
-
-def test_unknown_image_tokens_are_refused(encode: SequenceEncoder) -> None:
-    with pytest.raises(ValueError, match="image_tokens: got <boi>, expected"):
-        SequenceEncoder(encode.processor, ("<boi>", "<0x01>"))
