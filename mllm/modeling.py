@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
 from vqrae.generation.multi_code import MultiCodeConfig, MultiCodeModel
@@ -72,8 +72,8 @@ class UnifiedModel(MultiCodeModel):
         encode_images: images uint8 (P, 3, H, W) -> codes, of the tokenizer; for `generate`.
     """
 
-    config: UnifiedConfig  # type: ignore[assignment]
-    config_class = UnifiedConfig
+    config: UnifiedConfig
+    config_class: type[PreTrainedConfig] = UnifiedConfig
     accepts_loss_kwargs = True  # `Trainer` counts the targets of a step
     encode_images: Callable[[Tensor], Tensor] | None = None
 

@@ -154,7 +154,7 @@ class UnifiedCollator:
         ids = torch.tensor(encode.image)
         labels = torch.full_like(ids, IGNORE_INDEX)
         self.blank = torch.zeros(code_shape, dtype=torch.int64)
-        self.blank_row = {"input_ids": ids, "labels": labels, "images": [self.blank]}
+        self.blank_row: Row = {"input_ids": ids, "labels": labels, "images": [self.blank]}
         self.blank_row["generates"] = False
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
