@@ -150,14 +150,14 @@ def score_llava(
 ) -> dict[str, Any]:
     """Scores of a LLaVA on one kind of features, which is trained first if it is missing."""
     run = Path(config.output) / f"{kind}-{seed}"
-    quantized = kind == "quantized"
+    features = "quantized" if kind == "quantized" else "continuous"
     training = [
         config.config,
         f"tokenizer={tokenizer}",
         f"llm={config.llm}",
         f"output_dir={run}",
         f"seed={seed}",
-        f"features={'quantized' if quantized else 'continuous'}",
+        f"features={features}",
         f"data={config.data}",
         *config.training,
     ]
@@ -169,8 +169,6 @@ def score_llava(
         f"num_images={config.num_images}",
         f"sprites={config.sprites}",
     ]
-    if quantized:
-        questions.append(f"tokenizer={tokenizer}")
     run_module(scene_questions, questions, config.nproc)
     return {
         key: value for key, value in read_json(file).items() if key not in ("examples", "settings")

@@ -53,8 +53,6 @@ class SceneQuestionsConfig:
     """Questions of one pass."""
     max_new_tokens: int = 8
     """Longest answer; expected ones are one word."""
-    tokenizer: str | None = None
-    """Of a model that was trained on quantized features; others do not need it."""
     device: str = "auto"
     """cpu, cuda, …; auto takes CUDA when there is one."""
 
@@ -215,10 +213,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def score() -> dict[str, Any]:
         chat = Chat.from_pretrained(
-            config.model,
-            device=device,
-            max_new_tokens=config.max_new_tokens,
-            tokenizer=config.tokenizer,
+            config.model, device=device, max_new_tokens=config.max_new_tokens
         )
         return evaluate_questions(
             lambda pairs: chat.answer(pairs, batch_size=config.batch_size),
@@ -230,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     settings = asdict(config) | {"model": model_fingerprint(config.model)}
-    for name in ("output", "tokenizer", "device", "batch_size"):  # decide no score
+    for name in ("output", "device", "batch_size"):  # decide no score
         del settings[name]
     with processes(config.device) as device:
         result = kept(config.output, settings, score)

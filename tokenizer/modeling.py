@@ -116,9 +116,7 @@ class VQRAEModel(PreTrainedModel):
 
     def encode(self, images: Tensor, *, check: bool = True) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> codes, int64; see `encode_features`."""
-        projected_BNE = self.project(self.encode_features(images, check=check))
-        with torch.autocast(images.device.type, enabled=False):
-            return self.quantizer(projected_BNE).codes
+        return self.choose_codes(self.encode_features(images, check=check))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes -> images (B, 3, H', W') in [0, 1], equal to `forward`'s reconstruction.
@@ -166,13 +164,19 @@ class VQRAEModel(PreTrainedModel):
         """Images in [0, 1] -> the encoder's `pixel_values`."""
         return (images - self.image_mean) / self.image_std
 
+    def choose_codes(self, features: Tensor) -> Tensor:
+        """Features (B, N, D) -> codes, int64."""
+        projected_BNE = self.project(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.quantizer(projected_BNE).codes
+
     def project(self, features: Tensor) -> Tensor:
         """Features (B, N, D) -> what the quantizer searches with (B, N, E), in fp32.
 
         Raises:
             ValueError: for a model whose projection was cast to half precision.
         """
-        dtype = next(self.in_proj.parameters()).dtype
+        dtype = next(iter(self.in_proj.state_dict().values())).dtype
         if dtype != torch.float32:
             raise ValueError(
                 f"got a projection in {dtype}, expected torch.float32: codes need it. "

@@ -37,7 +37,7 @@ from vqrae.common.files import json_lines, parse_json, read_json, write_json
 from vqrae.common.images import open_image, to_rgb
 from vqrae.common.run import hold, run_manifest
 from vqrae.data.conversations import image_paths
-from vqrae.understanding.build import is_quantized, read_quantized_features
+from vqrae.understanding.build import require_own_features
 from vqrae.understanding.conversation import IMAGE_TOKEN
 
 ImageInput = str | Path | Image.Image
@@ -67,22 +67,21 @@ class Chat:
         device: str | torch.device | None = None,
         max_new_tokens: int = 128,
         dtype: str | torch.dtype = "auto",
-        tokenizer: str | Path | None = None,
     ) -> "Chat":
         """Load a run directory, model folder or hub id; the device is CUDA when there is one.
 
         Args:
             dtype: `auto` is that of the weights; under flash-attention, which takes no fp32, it is
                 bfloat16 for fp32 weights.
-            tokenizer: of a model that was trained on quantized features; others do not need it.
 
         Raises:
             ValueError: for another kind of model, or one whose weights are missing or not finite;
-                for quantized features without a tokenizer; for flash-attention in fp32.
+                for flash-attention in fp32.
         """
         folder = resolve_model(name)
         expected = "an understanding model such as 'llava'"
         config = require_kind(folder, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, expected)
+        require_own_features(config, folder)
         device = choose_device(device)
         half = dtype not in ("float32", torch.float32)
         attention = attention_implementation(attn_implementation, half=half, device=device)
@@ -93,10 +92,6 @@ class Chat:
         model = load_model(
             AutoModelForImageTextToText, folder, dtype=dtype, attn_implementation=attention
         )
-        if is_quantized(model.config):
-            if tokenizer is None:
-                raise ValueError(f"{folder} was trained on quantized features: give its tokenizer")
-            read_quantized_features(model, tokenizer)
         processor = AutoProcessor.from_pretrained(folder)
         return cls(model.to(device), processor, max_new_tokens=max_new_tokens)
 

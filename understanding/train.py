@@ -58,27 +58,32 @@ from vqrae.data.sources import (
 from vqrae.data.word_tokenizer import describe_unknown, grow_word_tokenizer, is_word_tokenizer
 from vqrae.understanding.build import (
     FINGERPRINT_KEY,
-    PROJECTOR_FILE,
-    QUANTIZED,
+    Color,
     add_word_rows,
     build_llava,
-    extract_projector,
     for_pretraining,
     keep_released_names,
-    load_projector,
-    read_quantized_features,
     require_tokenizer,
 )
 from vqrae.understanding.conversation import ConversationCollator, load_template
 from vqrae.understanding.dry_run import dry_run
 from vqrae.understanding.packing import PackingCollator
+from vqrae.understanding.projector import PROJECTOR_FILE, extract_projector, load_projector
 from vqrae.understanding.trainer import LlavaTrainer, LoraSettings, add_lora, merge_lora
+from vqrae.understanding.vision_tower import Features
 
 Stage = Literal["pretrain", "sft"]
 STAGES: tuple[Stage, ...] = ("pretrain", "sft")
 MODEL_FOLDERS = {"pretrain": "pretrain/model", "sft": "model"}
 # Settings of pretrain's model, which sft continues.
-BUILT_BY_PRETRAIN = {"llm", "chat_template", "aspect_ratio", "projector", "features"}
+BUILT_BY_PRETRAIN = {
+    "llm",
+    "features",
+    "chat_template",
+    "aspect_ratio",
+    "border_color",
+    "projector",
+}
 NEW_WORDS = 8192  # a small vocabulary grows by at most the most frequent ones
 
 
@@ -106,11 +111,16 @@ class TrainConfig:
     skip_missing: int = 0
     """Records of a .json file that may lack their images and are then left out (mix-665K: those of
     OCR-VQA)."""
+    features: Features = "continuous"
+    """What the projector reads: the encoder's features (VQRAE), or the quantized ones that the
+    tokenizer's decoder reads (UniTok)."""
     chat_template: Literal["chatml", "vicuna_v1"] = "chatml"
     """Format of the LLM; stored in the model folder."""
     aspect_ratio: Literal["crop", "pad"] = "crop"
     """Images that are not square: cut out the centre, or add LLaVA-1.5's border in the mean colour.
     Stored in the model folder. Pretrain cuts out the centre, as LLaVA-1.5's does."""
+    border_color: Color | None = None
+    """Another colour of that border, for quantized features (UniTok: [122, 116, 104])."""
     max_length: int = 2048
     """Tokens of a sample, image tokens included."""
     batching: Literal["random", "grouped", "packed"] = "random"
@@ -121,8 +131,6 @@ class TrainConfig:
     lora: LoraSettings | None = None
     """Train adapters in sft instead of the whole language model; {} takes LLaVA's settings."""
     attn_implementation: str = "auto"
-    features: Literal["continuous", "quantized"] = "continuous"
-    """What the projector reads; `quantized` is for comparison only."""
     dry_run: int = 0
     """Take this many steps of the longest dialogues, keep nothing, and report what they took."""
     seed: int = 0
@@ -135,6 +143,12 @@ class TrainConfig:
     def stages(self) -> tuple[Stage, ...]:
         """The stages to run, in order."""
         return STAGES if self.stage == "both" else (self.stage,)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How images and text are read, as arguments of `build_llava` and `load_processor`."""
+        names = ("features", "chat_template", "aspect_ratio", "border_color")
+        return {name: getattr(self, name) for name in names}
 
 
 def run_stage(config: TrainConfig, stage: Stage) -> None:
@@ -172,8 +186,6 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         optimization = dataclasses.replace(optimization, learning_rate=lora.learning_rate)
     else:
         freeze(model, stage)
-    if config.features == QUANTIZED:
-        read_quantized_features(model, config.tokenizer)
 
     # ---- data
     dataset = open_data(config, stage, model.config.vision_config.image_size)
@@ -253,9 +265,8 @@ def load_or_build(
             config.tokenizer,
             config.llm,
             attention,
-            chat_template=config.chat_template,
-            aspect_ratio=config.aspect_ratio,
             dtype=dtype,
+            **config.reading,
         )
         if config.projector:
             load_projector(model.model.multi_modal_projector, config.projector)

@@ -13,7 +13,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from vqrae.common.config import check_range
 from vqrae.common.trainer import WholeTrainer
 from vqrae.data.stream import GroupedSampler, OwnOrderSampler
-from vqrae.understanding.build import PROJECTOR, PROJECTOR_FILE, load_projector, save_projector
+from vqrae.understanding.build import cast_parameters
+from vqrae.understanding.projector import (
+    PROJECTOR,
+    PROJECTOR_FILE,
+    load_projector,
+    save_projector,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -159,5 +165,7 @@ def merge_lora(
     from peft import PeftModel
 
     dtype = model.dtype
-    adapted = PeftModel.from_pretrained(model.to(torch.float32), str(adapter))
-    return adapted.merge_and_unload().to(dtype)
+    cast_parameters(model, torch.float32)
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    cast_parameters(merged, dtype)
+    return merged

@@ -129,9 +129,4 @@ def read_config(name: str, overrides: tuple[str, ...]) -> TrainConfig:
 
 def processor_of(config: TrainConfig) -> LlavaProcessor:
     """What that run would encode text and images with; no weights are loaded."""
-    return load_processor(
-        config.tokenizer,
-        config.llm,
-        chat_template=config.chat_template,
-        aspect_ratio=config.aspect_ratio,
-    )
+    return load_processor(config.tokenizer, config.llm, **config.reading)

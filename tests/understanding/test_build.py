@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -26,23 +27,25 @@ from vqrae.understanding.build import (
     build_llava,
     build_processor,
     check_features,
+    load_processor,
     require_tokenizer,
 )
+from vqrae.understanding.chat import Chat
 from vqrae.understanding.train import TrainConfig, load_or_build
 
 
+@pytest.mark.parametrize("features", ["continuous", "quantized"])
 @pytest.mark.parametrize("encoder", ["siglip", "internvit"])
-def test_projector_reads_encode_features(encoder, make_tokenizer, llm_folder, tmp_path):
-    tokenizer = make_tokenizer(encoder)
+def test_projector_reads_the_features(encoder, features, make_tokenizer, llm_folder, tmp_path):
+    tokenizer = make_tokenizer(encoder, feature_norm="standardize")
     tokenizer.save_pretrained(tmp_path)
     num_tokens, size = tokenizer.config.grid_size**2, tokenizer.config.image_size
-    model, processor = build_llava(tmp_path, llm_folder)
-    assert type(model.model.vision_tower) is type(tokenizer.encoder)
+    model, processor = build_llava(tmp_path, llm_folder, features=features)
+    is_plain = type(model.model.vision_tower) is type(tokenizer.encoder)
+    assert is_plain == (features == "continuous")
     assert model.config.vision_feature_layer == -1
-    assert (
-        model.config.vision_feature_select_strategy
-        == {"siglip": "full", "internvit": "default"}[encoder]
-    )
+    strategy = {"siglip": "full", "internvit": "default"}[encoder] if is_plain else "full"
+    assert model.config.vision_feature_select_strategy == strategy
     image = Image.fromarray(SceneDataset(image_size=size).pixels(0))
     inputs = processor(images=image, text="<image>", return_tensors="pt")
     assert inputs["input_ids"].tolist() == [[processor.image_token_id] * num_tokens]
@@ -52,9 +55,69 @@ def test_projector_reads_encode_features(encoder, make_tokenizer, llm_folder, tm
     )
     with torch.no_grad():
         model(**inputs)
-        features = tokenizer.encode_features(image_to_tensor(image)[None])
+        compute = tokenizer.encode_features if is_plain else tokenizer.quantized_features
+        expected = compute(image_to_tensor(image)[None])
     assert received[0].shape == (1, num_tokens, 32)
-    torch.testing.assert_close(received[0], features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(received[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_codes_of_the_tower_are_those_of_fp32(make_tokenizer, llm_folder, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    model, processor = build_llava(tmp_path / "tokenizer", llm_folder, features="quantized")
+    # Nothing of the tokenizer but what its features need, and not for an optimizer or DeepSpeed.
+    names = {name.removeprefix("model.vision_tower.") for name in model.state_dict()}
+    assert not any(name.startswith("decoder") for name in names)
+    assert {"quantizer.codebook", "out_proj.weight", "in_proj.bias"} <= names
+    parameters = {name for name, _ in model.model.vision_tower.named_parameters()}
+    assert {name.partition(".")[0] for name in parameters} == {"encoder"}
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    half = Chat.from_pretrained(tmp_path / "model", dtype="bfloat16").model
+    tower = half.train().model.vision_tower
+    assert not tower.training
+    exact = VQRAEModel.from_pretrained(
+        tmp_path / "tokenizer", dtype=torch.bfloat16, attn_implementation="eager"
+    ).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        received = tower(tokenizer.normalize(images)).hidden_states[-1]
+        torch.testing.assert_close(received, exact.quantized_features(images).bfloat16())
+    with pytest.raises(ValueError, match=r"expected torch\.float32: codes need it"):
+        half.to(torch.bfloat16).model.vision_tower(images)
+
+
+def test_plain_transformers_names_the_tower_that_it_lacks(
+    tokenizer_folder, llm_folder, tmp_path, monkeypatch
+):
+    for part in build_llava(tokenizer_folder, llm_folder, features="quantized"):
+        part.save_pretrained(tmp_path)
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "vqrae_features")
+    with pytest.raises(ValueError, match="vqrae_features"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)
+
+
+def test_folders_that_do_not_hold_their_quantizer_are_refused(llava, tokenizer_folder, tmp_path):
+    model, _ = llava
+    model.config.vqrae_features = "quantized"  # as earlier versions wrote
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"by an earlier version.*train it again"):
+        Chat.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"by an earlier version.*train it again"):
+        require_tokenizer(model.config, tokenizer_folder, tmp_path)
+
+
+def test_the_border_has_its_colour(tokenizer_folder, llm_folder, tmp_path):
+    options = {"aspect_ratio": "pad", "border_color": (122, 116, 104)}
+    with pytest.raises(ValueError, match="plain LLaVA folder, which pads in the mean"):
+        load_processor(tokenizer_folder, llm_folder, **options)
+    load_processor(tokenizer_folder, llm_folder, features="quantized", **options).save_pretrained(
+        tmp_path
+    )
+    processor = AutoProcessor.from_pretrained(tmp_path).image_processor
+    pixel_values = processor(Image.new("RGB", (64, 32)), return_tensors="pt").pixel_values
+    corner = (pixel_values[0, :, 0, 0] * 0.5 + 0.5) * 255
+    assert corner.round().tolist() == [122, 116, 104]
 
 
 def test_attention_reaches_every_part(tokenizer_folder, llm_folder):

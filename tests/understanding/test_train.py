@@ -12,8 +12,9 @@ from vqrae.common.config import load_config, shipped_config
 from vqrae.common.run import read_metrics
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.understanding import train
-from vqrae.understanding.build import build_llava, load_projector
+from vqrae.understanding.build import build_llava
 from vqrae.understanding.chat import Chat
+from vqrae.understanding.projector import load_projector
 from vqrae.understanding.trainer import LoraSettings, add_lora, merge_lora
 
 
@@ -77,7 +78,7 @@ LORA = (
         ("sft", ()),
         ("sft", ("batching=grouped",)),
         ("sft", ("batching=packed",)),
-        ("sft", LORA),
+        ("sft", (*LORA, "features=quantized")),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(stage, options, chat_file, launch, tmp_path):
