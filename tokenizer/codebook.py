@@ -1,6 +1,7 @@
 """The codebook in training: where it starts, how much of it is used, what becomes of unused codes.
 
-Shapes: B batch, H W pixels, N visual tokens, E codebook width, K codebook size, M sampled images.
+Shapes: B batch, H W pixels, N visual tokens, E codebook width, n codebooks of K codes with vectors
+of width w, M sampled images or features.
 """
 
 import torch
@@ -119,15 +120,17 @@ def measure_in_pixels(
 
 
 class CodeUsage:
-    """Counts of the K codes since the last `clear`."""
+    """Counts (n, K) of the codes of each codebook since the last `clear`."""
 
-    def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+    def __init__(self, config: VQRAEConfig, device: torch.device | str = "cpu") -> None:
+        shape = (config.num_codebooks, config.codebook_size)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._firsts = config.codebook_size * torch.arange(config.num_codebooks, device=device)
 
     def update(self, codes: Tensor) -> None:
-        """Count codes of any shape; no host synchronisation."""
-        flat = codes.flatten()
-        self.counts.index_add_(0, flat, torch.ones_like(flat))
+        """Count codes (...), or (..., n) of several codebooks; no host synchronisation."""
+        flat = (codes.reshape(-1, len(self.counts)) + self._firsts).flatten()
+        self.counts.view(-1).index_add_(0, flat, torch.ones_like(flat))
 
     def gather(self, engine: Accelerator) -> None:
         """Replace the counts on every process by their sum over all processes."""
@@ -137,16 +140,22 @@ class CodeUsage:
         """Start a new window."""
         self.counts.zero_()
 
-    @property
-    def usage(self) -> float:
-        """Share of the codes that occurred."""
-        return (self.counts > 0).float().mean().item()
+    def summary(self) -> dict[str, float]:
+        """Figures for the log.
 
-    @property
-    def perplexity(self) -> float:
-        """exp of the entropy of the codes: as many codes in equal use would have it."""
-        share = self.counts.double() / self.counts.sum().clamp(min=1)
-        return torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
+        Returns:
+            codebook_usage: share of the codes that occurred.
+            codebook_usage_min: that of the codebook with the smallest, of several.
+            codebook_perplexity: exp of the entropy of a codebook's codes, in the mean over
+            codebooks: as many codes in equal use would have it.
+        """
+        usages = (self.counts > 0).float().mean(-1)
+        share = self.counts.double() / self.counts.sum(-1, keepdim=True).clamp(min=1)
+        entropies = -(share * share.clamp(min=1e-12).log()).sum(-1)
+        row = {"codebook_usage": usages.mean().item()}
+        if len(usages) > 1:
+            row["codebook_usage_min"] = usages.min().item()
+        return row | {"codebook_perplexity": entropies.exp().mean().item()}
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"counts": self.counts.clone()}
@@ -159,7 +168,7 @@ class CodeUsage:
 def reinitialize_unused_codes(
     model: VQRAEModel, output: VQRAEOutput, usage: CodeUsage, engine: Accelerator, *, seed: int
 ) -> int:
-    """Move every code that `usage` did not see onto a feature with a large quantization error.
+    """Move every code that `usage` did not see onto what its codebook expressed badly.
 
     Args:
         output: of the newest batch, whose features are candidates.
@@ -171,14 +180,17 @@ def reinitialize_unused_codes(
     quantizer = model.quantizer
     assert isinstance(quantizer, CodebookQuantizer), "checked before training (check_quantizer)"
     usage.gather(engine)
-    unused = (usage.counts == 0).nonzero().flatten()
+    unused = (usage.counts.flatten() == 0).nonzero().flatten()
+    numbers = (usage.counts == 0).sum(-1).tolist()
     usage.clear()
     if len(unused) > 0:
         features = model.project(output.features).flatten(0, 1)
-        quantized = quantizer.lookup(output.codes).flatten(0, 1)
-        errors = (quantizer.to_code_space(features) - quantized).square().sum(-1)
-        generator = torch.Generator(errors.device).manual_seed(seed)
-        chosen = draw_by_error(errors, len(unused), generator)
+        targets_nMw, errors_nM = quantizer.targets(features, output.codes.flatten(0, 1))
+        generator = torch.Generator(features.device).manual_seed(seed)
+        vectors = []
+        for targets_Mw, errors_M, number in zip(targets_nMw, errors_nM, numbers, strict=True):
+            if number > 0:
+                vectors.append(targets_Mw[draw_by_error(errors_M, number, generator)])
         # Each process chose among its own images: all take the main one's choice.
-        quantizer.reinitialize(unused, broadcast(features[chosen]))
+        quantizer.reinitialize(unused, broadcast(torch.cat(vectors)))
     return len(unused)

@@ -261,8 +261,8 @@ def train_stage(
     # --------------------------------------------------------------------------------------- resume
 
     window = LossWindow()
-    usage = CodeUsage(model.config.codebook_size, device)
-    usage_since_revival = CodeUsage(model.config.codebook_size, device)
+    usage = CodeUsage(model.config, device)
+    usage_since_revival = CodeUsage(model.config, device)
     skipped, d_skipped = SkippedSteps().to(device), SkippedSteps().to(device)
     skips = (skipped, d_skipped)
     state = TrainState(
@@ -419,8 +419,7 @@ def train_stage(
                 row = window.means() | {
                     "grad_norm": float(grad_norm),
                     "learning_rate": optimizer.param_groups[-1]["lr"],
-                    "codebook_usage": usage.usage,
-                    "codebook_perplexity": usage.perplexity,
+                    **usage.summary(),
                     "images_per_second": stage.global_batch_size / seconds,
                 }
                 if skipped.total > 0:

@@ -19,6 +19,8 @@ from vqrae.tokenizer.vit_decoder import DCTBasis
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     **{name: {"quantizer": name} for name in QUANTIZERS},
     "fsq": {"quantizer": "fsq", "codebook_dim": 2, "quantizer_options": {"levels": [8, 8]}},
+    "mcq": {"quantizer": "mcq", "num_codebooks": 4, "projection": "attention"},
+    "rvq": {"quantizer": "rvq", "num_codebooks": 2},
     "internvit": {"encoder": "internvit", "feature_norm": "standardize"},
     "layernorm": {"feature_norm": "layernorm", "feature_tap": "last_hidden_state"},
     "dct": {"output_basis": "dct"},  # no weight, and not lost on loading
@@ -55,7 +57,14 @@ def test_decode_of_encode_is_the_reconstruction(
     assert output.reconstruction.shape == (4, 3, size, size)
     assert size == (4 * 16 if name == "upscaled" else model.config.image_size)
     assert 0 <= output.reconstruction.min() <= output.reconstruction.max() <= 1
-    assert model.code_vectors().shape == (64, model.config.codebook_dim)
+    several = model.config.code_shape[1:]
+    assert output.codes.shape == (4, model.config.grid_size**2, *several)
+    width = model.config.codebook_dim // (4 if name == "mcq" else 1)
+    assert model.code_vectors().shape == (*several, 64, width)
+    assert torch.equal(model.quantized_features(images), output.quantized_features)
+    with torch.autocast("cpu", torch.bfloat16):  # which projection and quantizer leave
+        projected = model.project(output.features)
+        assert torch.equal(model.quantizer(projected).codes, output.codes)
     loaded = reload(model, tmp_path)
     assert isinstance(loaded, VQRAEModel)
     assert torch.equal(loaded(images).reconstruction, output.reconstruction)
@@ -198,8 +207,10 @@ def test_wrong_shapes_and_codes_are_named(tokenizer: VQRAEModel) -> None:
         tokenizer.encode(torch.rand(1, 3, size, size + 1))
     with pytest.raises(ValueError, match="expected 0 to 63"):
         tokenizer.decode(torch.full((1, tokenizer.config.grid_size**2), 64))
-    with pytest.raises(ValueError, match="got codes of shape"):
-        tokenizer.decode(torch.zeros(1, 3, dtype=torch.long))
+    tokens = tokenizer.config.grid_size**2
+    for shape in ((1, 3), (1, tokens, 8)):
+        with pytest.raises(ValueError, match=rf"got codes of shape .*expected \(B, {tokens}\)"):
+            tokenizer.decode(torch.zeros(shape, dtype=torch.long))
 
 
 # ---- the start of a training

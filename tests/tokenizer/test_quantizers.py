@@ -21,6 +21,7 @@ WITH_CODEBOOK = [name for name in QUANTIZERS if name != "fsq"]
 TAKEN = torch.tensor(True)
 BOTH = {"codebook_loss", "commitment_loss"}
 LOSSES = {"ema_vq": {"commitment_loss"}, "fsq": set(), "ibq": {*BOTH, "index_loss"}}
+SEVERAL = {"mcq": 4, "rvq": 3}  # codebooks
 
 
 def make(name: str, **options: Any) -> Any:
@@ -28,6 +29,7 @@ def make(name: str, **options: Any) -> Any:
     torch.manual_seed(0)
     if name == "fsq":
         return build_quantizer(name, 32, 2, levels=[4, 8])
+    options.setdefault("num_codebooks", SEVERAL.get(name, 1))
     return build_quantizer(name, 32, 16, **options)
 
 
@@ -44,14 +46,23 @@ def test_contract(name: str) -> None:
     quantizer = make(name).eval()
     features = features_for(quantizer, 2, 9)
     output = quantizer(features)
-    assert (output.codes.shape, output.codes.dtype) == ((2, 9), torch.int64)
+    several = (SEVERAL[name],) if name in SEVERAL else ()
+    assert (output.codes.shape, output.codes.dtype) == ((2, 9, *several), torch.int64)
     assert torch.equal(quantizer.lookup(output.codes), output.quantized)
     assert output.quantized.shape == features.shape
     assert output.losses.keys() == LOSSES.get(name, BOTH)  # each has a weight of that name
     assert all(loss.shape == () for loss in output.losses.values())
-    assert quantizer.lookup(torch.arange(32)).unique(dim=0).shape == (32, quantizer.codebook_dim)
+    vectors = quantizer.code_vectors()
+    assert vectors.shape[:-1] == (*several, 32)
+    assert vectors.unique(dim=-2).shape == vectors.shape
     alone = quantizer(features[1:])
     assert torch.equal(alone.codes, output.codes[1:])  # whatever else is in the batch
+    if isinstance(quantizer, CodebookQuantizer):
+        targets, errors = quantizer.targets(features[0], output.codes[0])
+        left = quantizer.to_code_space(features[0]) - output.quantized[0]
+        last = errors.sum(0) if name == "mcq" else errors[-1]
+        torch.testing.assert_close(last, left.square().sum(-1))
+        assert targets.shape == (quantizer.num_codebooks, 9, vectors.shape[-1])
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -73,7 +84,7 @@ def test_search_precision_changes_no_code(name: str) -> None:
     assert torch.equal(fast(features).codes, exact(features).codes)
 
 
-@pytest.mark.parametrize("name", ["simvq", "vq", "ema_vq"])
+@pytest.mark.parametrize("name", ["simvq", "vq", "ema_vq", "rvq"])
 def test_gradients_go_where_they_belong(name: str) -> None:
     quantizer = make(name).train()
     features = features_for(quantizer, 2, 9).requires_grad_()
@@ -99,11 +110,16 @@ def test_start_from_features_and_unused_codes(name: str) -> None:
     with torch.no_grad():
         quantizer.initialize_from(features)
         if name != "ibq":  # whose choice is not the nearest code
-            assert quantizer(features[None]).codes.unique().numel() == 32
-        unused, targets = torch.tensor([3, 17]), torch.full((2, 16), 9.0) + torch.eye(2, 16)
-        quantizer.reinitialize(unused, targets)
-        expected = quantizer.to_code_space(targets)
-        torch.testing.assert_close(quantizer.lookup(unused), expected, atol=1e-3, rtol=1e-3)
+            for codes in quantizer(features[None]).codes.view(500, -1).T:
+                assert codes.unique().numel() == 32
+        unused = torch.tensor([3, 32 * quantizer.num_codebooks - 1])  # of the first and the last
+        width = quantizer.code_vectors().shape[-1]
+        expected = torch.full((2, width), 9.0) + torch.eye(2, width)
+        quantizer.reinitialize(unused, expected)
+        if name in ("l2_vq", "mcq"):
+            expected = nn.functional.normalize(expected, dim=-1)
+        found = quantizer.code_vectors().flatten(0, -2)[unused]
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="expected at least as many"):
         quantizer.initialize_from(features[:31])
 
@@ -118,6 +134,8 @@ def test_start_from_features_and_unused_codes(name: str) -> None:
         ("fsq", {"levels": [4, 8]}, "make codebook_size=32 and codebook_dim=2"),
         ("fsq", {"levels": [8, 1]}, "expected at least 2"),
         ("vq", {"search": "fp16"}, "search: got 'fp16'"),
+        ("vq", {"num_codebooks": 2}, r"got 2 for quantizer vq.*of \['mcq', 'rvq'\]"),
+        ("mcq", {"num_codebooks": 3}, "codebook_dim: got 4 for num_codebooks=3"),
     ],
 )
 def test_names_and_options_are_checked(name: str, options: dict, message: str) -> None:

@@ -69,6 +69,20 @@ def test_codes_are_the_exact_ones(case: str, precision: search.Precision) -> Non
     assert torch.equal(codes, exact(features, table))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("scores", [50_000, 2**20])
+def test_several_tables_at_once(
+    precision: search.Precision, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "BLOCK_SCORES_OF_TABLES", scores)
+    parts = [near_codes(case) for case in CASES if case != "worst rounding"]  # of another width
+    features = torch.stack([part for part, _ in parts], dim=1)
+    tables = torch.stack([table for _, table in parts])
+    codes = nearest_codes(features.view(4, 50, -1, 24), tables, precision=precision)
+    expected = torch.stack([exact(*part) for part in parts], dim=1)
+    assert torch.equal(codes, expected.view(4, 50, -1))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", list(search.SCORERS))
 def test_no_score_is_further_off_than_its_slack(case: str, name: str) -> None:

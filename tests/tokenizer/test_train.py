@@ -205,6 +205,8 @@ EVERY_QUANTIZER: dict[str, tuple[list[str], set[str]]] = {
         ],
         set(),
     ),
+    "mcq": (["model.num_codebooks=4", "stage2.codebook_metric=features"], {"codebook_loss"}),
+    "rvq": (["model.num_codebooks=2"], {"codebook_loss"}),
 }
 
 
@@ -214,7 +216,9 @@ def test_every_quantizer_trains_through_both_stages(name: str, tmp_path: Path) -
     steps = ["stage1.max_steps=2", "stage2.max_steps=2", "stage2.adversarial_weight=0"]
     train(tmp_path, f"model.quantizer={name}", *steps, *options)
     expected = losses | {"reconstruction_loss"} | ({"commitment_loss"} if name != "fsq" else set())
-    assert {key for key in metrics(tmp_path, 1)[-1] if key.endswith("_loss")} == expected
+    row = metrics(tmp_path, 1)[-1]
+    assert {key for key in row if key.endswith("_loss")} == expected
+    assert ("codebook_usage_min" in row) == (name in ("mcq", "rvq"))
     first, second = (VQRAEModel.from_pretrained(tmp_path / f"stage{n}" / "model") for n in (1, 2))
     moved = not torch.equal(first.code_vectors(), second.code_vectors())
     assert moved == (name != "fsq")

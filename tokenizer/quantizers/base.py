@@ -100,27 +100,44 @@ class CodebookQuantizer(Quantizer):
         self.search = search
 
     def table(self) -> Tensor:
-        """The code vectors (K, E)."""
+        """The code vectors (K, E), or (n, K, w) of several codebooks."""
         return self.codebook
 
     def code_vectors(self) -> Tensor:
         return self.table()
 
     def choose(self, features: Tensor, table: Tensor) -> Tensor:
-        """Codes (B, N) of features (B, N, E) in code space."""
+        """Codes of features (B, N, E) in code space."""
         # Training skips exact tie-breaking, which makes the host wait for the device.
         return nearest_codes(features, table, precision=self.search, exact=not self.training)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        return nn.functional.embedding(codes, self.table())
+        return self.rows(codes, self.table())
+
+    def rows(self, codes: Tensor, table: Tensor) -> Tensor:
+        """What codes stand for in a table: (B, N, E)."""
+        return nn.functional.embedding(codes, table)
+
+    def targets(self, features: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """What each codebook was to express of features (M, E) with these codes.
+
+        Returns:
+            Vectors of the code space (n, M, w), and their squared errors (n, M).
+        """
+        vectors = self.to_code_space(features)[None]
+        return vectors, (vectors - self.lookup(codes)).square().sum(-1)
 
     @torch.no_grad()
     def initialize_from(self, features: Tensor) -> None:
-        """Start the table from the k-means centres of features (M, E), M >= K."""
+        """Start each table from the k-means centres of features (M, E), M >= K."""
         features = self.to_code_space(features)
         self.codebook.copy_(kmeans(features, self.codebook_size, precision=self.search))
 
     @torch.no_grad()
-    def reinitialize(self, codes: Tensor, features: Tensor) -> None:
-        """Move the code vectors of `codes` (R,) onto features (R, E)."""
-        self.codebook[codes] = self.to_code_space(features)
+    def reinitialize(self, codes: Tensor, vectors: Tensor) -> None:
+        """Move the code vectors of `codes` (R,) onto vectors (R, w) of the code space.
+
+        Args:
+            codes: counted through all codebooks: code k of codebook i is i K + k.
+        """
+        self.codebook.view(-1, self.codebook.shape[-1])[codes] = vectors

@@ -83,6 +83,6 @@ class EMAVQ(CodebookQuantizer):
         self.cluster_size.fill_(1)
 
     @torch.no_grad()
-    def reinitialize(self, codes: Tensor, features: Tensor) -> None:
-        super().reinitialize(codes, features)
+    def reinitialize(self, codes: Tensor, vectors: Tensor) -> None:
+        super().reinitialize(codes, vectors)
         self.cluster_size[codes] = 1

@@ -44,8 +44,7 @@ class IBQ(VQ):
 
     def choose(self, features: Tensor, table: Tensor) -> Tensor:
         """Codes (B, N) of the largest product z.e, IBQ's logit."""
-        offsets = torch.zeros(len(table), dtype=torch.float64, device=table.device)
-        return best_codes(features, table, offsets, precision=self.search, exact=not self.training)
+        return best_codes(features, table, precision=self.search, exact=not self.training)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         output = super().forward(features)

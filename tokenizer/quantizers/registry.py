@@ -8,6 +8,8 @@ from vqrae.tokenizer.quantizers.base import Quantizer
 from vqrae.tokenizer.quantizers.ema_vq import EMAVQ
 from vqrae.tokenizer.quantizers.fsq import FSQ
 from vqrae.tokenizer.quantizers.ibq import IBQ
+from vqrae.tokenizer.quantizers.mcq import MCQ
+from vqrae.tokenizer.quantizers.rvq import RVQ
 from vqrae.tokenizer.quantizers.simvq import SimVQ
 from vqrae.tokenizer.quantizers.vq import L2VQ, VQ
 
@@ -18,6 +20,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "l2_vq": L2VQ,
     "ibq": IBQ,
     "fsq": FSQ,
+    "mcq": MCQ,
+    "rvq": RVQ,
 }
 
 

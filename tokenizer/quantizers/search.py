@@ -5,7 +5,8 @@ nearly always one or a few. Only these candidates are compared in float64. So th
 neither on the precision of the product nor on how it is cut into blocks, and bf16 costs no
 accuracy. Features with too many candidates are searched again in the next precision.
 
-Shapes: R features of a block, E width, K codes, P pairs of a feature and a candidate.
+Shapes: R features of a block, E width, K codes, n tables, P pairs of a feature and a candidate.
+Several tables of K codes are searched at once: each product and reduction then has n parts.
 """
 
 import functools
@@ -23,6 +24,8 @@ Precision = Literal["bf16", "fp32"]
 # 12 MiB in bf16, whose scores exist a second time in fp32, and whose table is a copy. Larger blocks
 # are hardly faster, smaller ones slower.
 BLOCK_SCORES = {"fp32": 3 * 2**22, "bf16": 2**21}
+# Of several tables, whose rows are narrow: all that is done with a block happens in the cache.
+BLOCK_SCORES_OF_TABLES = 2**20
 # 256 MiB: the host waits for a GPU in every block, where candidates are listed. Not measured.
 GPU_BLOCK_SCORES = 2**26
 # Features with more candidates than this are searched again in the next precision.
@@ -34,20 +37,20 @@ WIDE_NUMBERS = 2**19
 BF16, FP32 = 2.0**-8, 2.0**-24
 FP64 = 2.0**-53
 
-# Features (R, E) -> scores (R, K) and their slack (R,): no score is further than that from its true
-# value, up to a shift that all codes of a feature share.
+# Features (..., R, E) -> scores (..., R, K) and their slack (..., R): no score is further than that
+# from its true value, up to a shift that all codes of a feature share. Of n tables, ... is n.
 Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def nearest_codes(
     features: Tensor, table: Tensor, *, precision: Precision = "fp32", exact: bool = True
 ) -> Tensor:
-    """Codes (...) of the rows of a table (K, E) nearest to features (..., E) by Euclidean distance.
+    """Codes of the rows of a table, or of n, nearest to features by Euclidean distance.
 
     argmin |z - e|^2 = argmax (z.e - |e|^2 / 2); see `best_codes`.
     """
     halves = [part.double().square().sum(-1) / 2 for part in _split_wide(table)]
-    return best_codes(features, table, torch.cat(halves), precision=precision, exact=exact)
+    return best_codes(features, table, torch.cat(halves, dim=-1), precision=precision, exact=exact)
 
 
 @contextmanager
@@ -70,7 +73,7 @@ def exact_products() -> Iterator[None]:
 def best_codes(
     features: Tensor,
     table: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None = None,
     *,
     precision: Precision = "fp32",
     exact: bool = True,
@@ -81,26 +84,36 @@ def best_codes(
     finite gets code 0. Memory beyond the codes does not grow with the number of features.
 
     Args:
-        table: code vectors e (K, E).
-        offsets: (K,) float64.
+        table: code vectors e (K, E). Of (n, K, E), features (..., n, E) have codes (..., n).
+        offsets: (K,) or (n, K), float64; None: all are 0.
         precision: of the product that finds the candidates. The result is the same; bf16 is faster
             where the hardware multiplies it faster, and needs a bf16 copy of the table.
         exact: False skips exact tie-breaking of the fp32 search, so that the host never waits for
             the device: near ties may go either way. bf16 is always exact.
     """
     exact = exact or precision == "bf16"
-    block_scores = GPU_BLOCK_SCORES if features.is_cuda and exact else BLOCK_SCORES[precision]
-    blocks = features.flatten(0, -2).split(max(1, block_scores // len(table)))
-    # Built when first needed: few searches get as far as float64.
-    scorer = functools.cache(lambda name: SCORERS[name](table, offsets))
+    several = table.ndim == 3
+    block_scores = BLOCK_SCORES_OF_TABLES if several else BLOCK_SCORES[precision]
+    if features.is_cuda and (exact or several):
+        block_scores = GPU_BLOCK_SCORES
+    rows = features.movedim(-2, 0).flatten(1, -2) if several else features.flatten(0, -2)
+    blocks = rows.split(max(1, block_scores // table[..., 0].numel()), dim=-2)
     codes = []
     with torch.autocast(features.device.type, enabled=False):
-        for block in blocks:
-            if exact:
-                codes.append(_search(block, table, offsets, scorer, precision))
-            else:
-                codes.append((block @ table.T).sub_(offsets.float()).argmax(-1))
-    return torch.cat(codes).view(features.shape[:-1])
+        if exact:
+            if offsets is None:
+                offsets = table.new_zeros(table.shape[:-1], dtype=torch.float64)
+            # Built when first needed: few searches get as far as float64.
+            scorer = functools.cache(lambda name: SCORERS[name](table, offsets))
+            codes = [_search(block, table, offsets, scorer, precision) for block in blocks]
+        else:
+            for block in blocks:
+                scores = block @ table.mT
+                if offsets is not None:
+                    scores.sub_(offsets.float().unsqueeze(-2))
+                codes.append(scores.max(-1).indices)
+    found = torch.cat(codes, dim=-1)
+    return (found.T if several else found).reshape(features.shape[:-1])
 
 
 def _search(
@@ -110,9 +123,11 @@ def _search(
     scorer: Callable[[str], Scorer],
     precision: str,
 ) -> Tensor:
-    """Codes (R,) of a block of features (R, E)."""
-    row, code = _candidates(*scorer(precision)(features))
-    counts = torch.bincount(row, minlength=len(features))
+    """Codes (..., R) of a block of features (..., R, E)."""
+    scores, slack = scorer(precision)(features)
+    row, code = _candidates(scores.flatten(0, -2), slack.flatten())
+    length, size = scores.shape[-2:]
+    counts = torch.bincount(row, minlength=slack.numel())
     following = {"bf16": "fp32", "fp32": "fp64"}.get(precision)
     if following is None:
         # More than MAX_CANDIDATES equals in float64 are copies of one vector, and the lowest wins.
@@ -120,16 +135,22 @@ def _search(
         kept = torch.arange(len(row), device=row.device) - first[row] < MAX_CANDIDATES
     else:
         kept = counts[row] <= MAX_CANDIDATES
-    codes = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    codes = torch.zeros_like(counts)
     alone = kept & (counts[row] == 1)
     codes[row[alone]] = code[alone]
     several = kept & (counts[row] > 1)
     if several.any():
-        rows, best = _compare(features, table, offsets, row[several], code[several])
-        codes[rows] = best
+        # All features and all tables as one, in which code k of table i is i K + k.
+        flat = (features.flatten(0, -2), table.flatten(0, -2), offsets.flatten())
+        row, code = row[several], code[several]
+        rows, best = _compare(*flat, row, code + row // length * size)
+        codes[rows] = best % size
+    codes = codes.view_as(slack)
     crowded = (counts > MAX_CANDIDATES).nonzero().flatten()
     if following is not None and len(crowded) > 0:
-        codes[crowded] = _search(features[crowded], table, offsets, scorer, following)
+        places = (crowded % length).unique()  # in all tables: the result is the same
+        again = features[..., places, :]
+        codes[..., places] = _search(again, table, offsets, scorer, following)
     return codes
 
 
@@ -160,8 +181,9 @@ def _compare(
     score = torch.cat(parts)
     rows, index = row.unique_consecutive(return_inverse=True)
     best = score.new_full(rows.shape, -torch.inf).scatter_reduce_(0, index, score, "amax")
-    length = features[rows].norm(dim=-1).double() * table[code].norm(dim=-1).max()
-    largest = length + offsets[code].abs().max()
+    product = features[rows].norm(dim=-1).double()[index] * table[code].norm(dim=-1)
+    largest = torch.zeros_like(best)
+    largest.scatter_reduce_(0, index, product + offsets[code].abs(), "amax")
     equal = score >= (best - 2 * _roundings(table) * FP64 * largest)[index]
     lowest = code.new_full(rows.shape, len(table))
     return rows, lowest.scatter_reduce_(0, index[equal], code[equal], "amin")
@@ -169,11 +191,16 @@ def _compare(
 
 def _roundings(table: Tensor) -> int:
     """Roundings in a sum of E products in any order, and a few for what surrounds it."""
-    return table.shape[1] + 16
+    return table.shape[-1] + 16
 
 
 def _split_wide(table: Tensor) -> tuple[Tensor, ...]:
-    return table.split(max(1, WIDE_NUMBERS // table.shape[1]))
+    return table.split(max(1, WIDE_NUMBERS // table[..., 0, :].numel()), dim=-2)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Of each table: (..., K) -> (..., 1)."""
+    return values.amax(-1, keepdim=True)
 
 
 def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
@@ -181,20 +208,21 @@ def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
 
     With z' = z - m and e' = e - m: z.e - offset = z'.e' - (offset - m.e) + (what all codes share).
     """
-    center = table.mean(0)
+    center = table.mean(-2, keepdim=True)
     low = torch.empty_like(table, dtype=torch.bfloat16)
     norms, losses = [], []
     shifts = []
     for part, target in zip(_split_wide(table), _split_wide(low), strict=True):
         centred = part - center
         target.copy_(centred)
-        norms.append(centred.norm(dim=-1).max())
-        losses.append((centred - target.float()).norm(dim=-1).max())
-        shifts.append(part.double() @ center.double())
-    norm, loss = torch.stack(norms).max(), torch.stack(losses).max()
-    shifted = offsets - torch.cat(shifts)
-    shifted -= shifted.mean()
-    offset, largest_offset = shifted.float(), shifted.abs().max().float()
+        norms.append(_largest(centred.norm(dim=-1)))
+        losses.append(_largest((centred - target.float()).norm(dim=-1)))
+        shifts.append((part.double() @ center.double().mT).squeeze(-1))
+    norm, loss = torch.stack(norms).amax(0), torch.stack(losses).amax(0)
+    shifted = offsets - torch.cat(shifts, dim=-1)
+    shifted -= shifted.mean(-1, keepdim=True)
+    offset, largest_offset = shifted.float().unsqueeze(-2), _largest(shifted.abs()).float()
+    multiply: Any = torch.mm if table.ndim == 2 else torch.bmm
 
     def scores(features: Tensor) -> tuple[Tensor, Tensor]:
         centred = features - center
@@ -205,9 +233,9 @@ def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
         of_sums = _roundings(table) * FP32 * (length * (norm + loss) + largest_offset)
         slack = of_inputs + of_sums
         if features.is_cuda:  # there a bf16 result could also mean bf16 partial sums
-            product = torch.mm(rounded, low.T, out_dtype=torch.float32)
+            product = multiply(rounded, low.mT, out_dtype=torch.float32)
         else:
-            rough = rounded @ low.T
+            rough = rounded @ low.mT
             slack = slack + BF16 * torch.maximum(rough.amax(-1), -rough.amin(-1))
             product = rough.float()
         return product.sub_(offset), 1.01 * slack  # the norms are rounded, too
@@ -216,24 +244,24 @@ def _bf16_scorer(table: Tensor, offsets: Tensor) -> Scorer:
 
 
 def _fp32_scorer(table: Tensor, offsets: Tensor) -> Scorer:
-    norm, offset = table.norm(dim=-1).max(), offsets.float()
-    of_offsets = 16 * FP32 * offset.abs().max()
+    norm, offset = _largest(table.norm(dim=-1)), offsets.float()
+    of_offsets = 16 * FP32 * _largest(offset.abs())
 
     def scores(features: Tensor) -> tuple[Tensor, Tensor]:
         slack = _roundings(table) * FP32 * features.norm(dim=-1) * norm + of_offsets
-        return (features @ table.T).sub_(offset), 1.01 * slack
+        return (features @ table.mT).sub_(offset.unsqueeze(-2)), 1.01 * slack
 
     return scores
 
 
 def _fp64_scorer(table: Tensor, offsets: Tensor) -> Scorer:
-    norm, largest_offset = table.norm(dim=-1).max().double(), offsets.abs().max()
+    norm, largest_offset = _largest(table.norm(dim=-1)).double(), _largest(offsets.abs())
 
     def scores(features: Tensor) -> tuple[Tensor, Tensor]:
         wide = features.double()
-        product = torch.cat([wide @ part.double().T for part in _split_wide(table)], dim=-1)
+        product = torch.cat([wide @ part.double().mT for part in _split_wide(table)], dim=-1)
         slack = _roundings(table) * FP64 * (wide.norm(dim=-1) * norm + largest_offset)
-        return product.sub_(offsets), 1.01 * slack
+        return product.sub_(offsets.unsqueeze(-2)), 1.01 * slack
 
     return scores
 

@@ -75,7 +75,7 @@ class SimVQ(CodebookQuantizer):
         self.projection.bias.zero_()
 
     @torch.no_grad()
-    def reinitialize(self, codes: Tensor, features: Tensor) -> None:
-        """Solve W c + b = z, so that the projected vectors, not c, are the features."""
-        shifted = (features - self.projection.bias).T
+    def reinitialize(self, codes: Tensor, vectors: Tensor) -> None:
+        """Solve W c + b = z, so that the projected vectors, not c, are those given."""
+        shifted = (vectors - self.projection.bias).T
         self.codebook[codes] = torch.linalg.lstsq(self.projection.weight, shifted).solution.T
