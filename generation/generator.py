@@ -2,10 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vqrae.common.checkpoints import load_model, local_model, require_kind, resolve_model
 from vqrae.common.distributed import choose_device
@@ -29,6 +35,9 @@ class Generator:
             graph.
     """
 
+    kinds: ClassVar[dict[str, Any]] = GENERATORS
+    """The classes of models by the `model_type` of their folders."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -40,11 +49,18 @@ class Generator:
         self.model, self.tokenizer = model.eval(), tokenizer.eval()
         self.compile = compile
         self.sampling = read_sampling(model.config)
-        self.encode_prompt = PromptEncoder(
+        self.encode_prompt = self.prompt_encoder(model.config, text_tokenizer)
+
+    @staticmethod
+    def prompt_encoder(
+        config: PreTrainedConfig, text_tokenizer: PreTrainedTokenizerBase
+    ) -> PromptEncoder:
+        """How a model of that configuration is asked for an image."""
+        return PromptEncoder(
             text_tokenizer,
-            VisualVocabulary(**model.config.visual_vocabulary),
-            template=model.config.prompt_template,
-            max_caption_tokens=model.config.max_caption_tokens,
+            VisualVocabulary(**config.visual_vocabulary),
+            template=config.prompt_template,
+            max_caption_tokens=config.max_caption_tokens,
         )
 
     @classmethod
@@ -72,22 +88,13 @@ class Generator:
         """
         folder, device = resolve_model(name), choose_device(device)
         # Everything that can be refused is, before the weights are read.
-        values = require_kind(folder, GENERATORS, "a generator (a 'qwen3' with visual_vocabulary)")
+        values = require_kind(folder, cls.kinds, "a generator (a 'qwen3' with visual_vocabulary)")
         if "visual_vocabulary" not in values:
             raise ValueError(
                 f"{folder} is not a generator: its config.json has no visual_vocabulary"
             )
-        recorded, fingerprint = values["vqrae_tokenizer"], values["vqrae_tokenizer_fingerprint"]
-        try:
-            visual = local_model(tokenizer) if tokenizer else find_tokenizer(recorded, folder)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"generator {folder} needs the visual tokenizer {tokenizer or recorded} (weights "
-                f"{fingerprint[:16]}), which cannot be found: name its folder with tokenizer=..."
-            ) from error
-        artefact = f"generator {folder} (trained with {recorded}, asked to decode with {visual})"
-        require_same_tokenizer(weights_fingerprint(visual), fingerprint, artefact)
-        kind = GENERATORS[values["model_type"]]
+        visual = own_tokenizer(folder, values, tokenizer)
+        kind = cls.kinds[values["model_type"]]
         model = load_model(kind, folder, dtype=dtype, attn_implementation="sdpa")
         return cls(
             model.to(device),
@@ -144,6 +151,30 @@ class Generator:
             )
             images[batch] = self.tokenizer.decode(codes.to(self.tokenizer.device))
         return images
+
+
+def own_tokenizer(folder: str, values: dict[str, Any], given: str | Path | None) -> Path:
+    """The folder of the tokenizer that a model was trained with.
+
+    Args:
+        values: of the model's `config.json`.
+        given: where it is, if not where `values` record it.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is another one.
+    """
+    recorded, fingerprint = values["vqrae_tokenizer"], values["vqrae_tokenizer_fingerprint"]
+    try:
+        found = local_model(given) if given else find_tokenizer(recorded, folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"generator {folder} needs the visual tokenizer {given or recorded} (weights "
+            f"{fingerprint[:16]}), which cannot be found: name its folder with tokenizer=..."
+        ) from error
+    artefact = f"generator {folder} (trained with {recorded}, asked to decode with {found})"
+    require_same_tokenizer(weights_fingerprint(found), fingerprint, artefact)
+    return found
 
 
 def find_tokenizer(recorded: str, folder: str) -> Path:

@@ -142,7 +142,7 @@ class DepthHead(nn.Module):
             if self.embedding is not None and place < self.num_codebooks - 1:
                 rows_BD = self.embedding(codes[-1] + place * self.codebook_size)
                 inputs_RD = rows_BD.to(hidden.dtype).repeat(len(hidden) // len(rows_BD), 1)
-        return torch.stack(codes, dim=1)
+        return torch.stack(codes, dim=1) if self.num_codebooks > 1 else codes[0]
 
     def start(self, num_rows: int, *, compile: bool = False) -> CachedRows:
         return CachedRows(

@@ -162,6 +162,18 @@ def build_embedding(config: MultiCodeConfig, width: int) -> TableEmbedding | Tok
     return TokenizerEmbedding(table, causal, sizes["out_dim"], width)
 
 
+def projection_of(tokenizer: VQRAEModel) -> dict[str, Any]:
+    """The `projection` of a `MultiCodeConfig` that starts from this tokenizer."""
+    config = tokenizer.config
+    return {
+        "kind": config.projection,
+        "code_dim": tokenizer.code_vectors().shape[-1],
+        "in_dim": config.codebook_dim,
+        "out_dim": config.feature_dim,
+        "num_heads": config.projection_heads,
+    }
+
+
 def build_multi_code(
     vocabulary: VisualVocabulary,
     tokenizer: VQRAEModel,
@@ -178,20 +190,12 @@ def build_multi_code(
         llm: see `build_llm`.
     """
     model = build_llm(AutoModelForCausalLM, vocabulary, **llm)
-    visual, projection = tokenizer.config, None
-    if embedding == "tokenizer":
-        projection = {
-            "kind": visual.projection,
-            "code_dim": tokenizer.code_vectors().shape[-1],
-            "in_dim": visual.codebook_dim,
-            "out_dim": visual.feature_dim,
-            "num_heads": visual.projection_heads,
-        }
+    visual = tokenizer.config
     config = MultiCodeConfig(
         llm_config=model.config.to_dict(),
         num_codebooks=visual.num_codebooks,
         codebook_size=visual.codebook_size,
-        projection=projection,
+        projection=projection_of(tokenizer) if embedding == "tokenizer" else None,
         head=head,
     )
     config.visual_vocabulary = vocabulary.values()

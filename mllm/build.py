@@ -16,9 +16,8 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from vqrae.common.checkpoints import load_model, resolve_model
-from vqrae.common.distributed import gathered
 from vqrae.data.word_tokenizer import grow_word_tokenizer, is_word_tokenizer
-from vqrae.generation.embedding import TokenizerEmbedding
+from vqrae.generation.multi_code import projection_of
 from vqrae.mllm.config import MLLMConfig
 from vqrae.mllm.modeling import UnifiedConfig, UnifiedModel
 from vqrae.mllm.sequences import PROMPT, UNCONDITIONAL, ImagePrompt, ImageVocabulary
@@ -79,11 +78,11 @@ def build_model(
         num_codebooks=vocabulary.num_codebooks,
         codebook_size=vocabulary.codebook_size,
         projection=projection_of(tokenizer),
-        head=dict(config.head),
+        head=asdict(config.depth),
         llm_config=values_of(llm.config),
     )
     model = UnifiedModel._from_config(values, llm=llm, **options)
-    start_from_tokenizer(model.embedding, tokenizer)
+    model.embedding.start_from(tokenizer.code_vectors(), tokenizer.out_proj)
     return model, processor
 
 
@@ -126,23 +125,3 @@ def values_of(config: PreTrainedConfig) -> dict[str, Any]:
     left_out = ("architectures", "dtype", "transformers_version")
     values = config.to_diff_dict()
     return {key: value for key, value in values.items() if key not in left_out}
-
-
-def projection_of(tokenizer: VQRAEModel) -> dict[str, Any]:
-    """The `projection` of a `MultiCodeConfig` that mirrors the tokenizer's output projection."""
-    config = tokenizer.config
-    values = {"kind": config.projection, "in_dim": config.codebook_dim}
-    values |= {"out_dim": config.feature_dim, "code_dim": tokenizer.code_vectors().shape[-1]}
-    if config.projection == "attention":
-        values["num_heads"] = config.projection_heads
-    return values
-
-
-@torch.no_grad()
-def start_from_tokenizer(embedding: TokenizerEmbedding, tokenizer: VQRAEModel) -> None:
-    """Give an embedding the tokenizer's codebooks and, to start from, its output projection."""
-    embedding.code_vectors.copy_(tokenizer.code_vectors().view_as(embedding.code_vectors))
-    values = tokenizer.out_proj.state_dict()
-    for name, parameter in embedding.projection.named_parameters():
-        with gathered(parameter):
-            parameter.copy_(values[name])

@@ -1,10 +1,11 @@
 """Configuration of the unified model: one YAML file."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from vqrae.common.config import check_range
 from vqrae.common.trainer import OptimizationConfig
+from vqrae.generation.config import DepthConfig
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.mllm.sequences import TASKS
 
@@ -53,8 +54,8 @@ class MLLMConfig:
     """Ids of a dialogue, image tokens included."""
     caption_dropout: float = 0.1
     """Share of images that are generated from `<unconditional>`, so that guidance works."""
-    head: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `DepthHead` other than UniTok's: num_layers 3, positions true, z_loss 5e-5."""
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    """The head that predicts the codes of a place."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How to generate images unless asked otherwise; written to the model's `config.json`."""
     attn_implementation: str = "auto"
