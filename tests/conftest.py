@@ -15,6 +15,8 @@ import transformers.modeling_flash_attention_utils as flash_utils
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vqrae.common.config import load_config, shipped_config
+from vqrae.common.files import weights_fingerprint
 from vqrae.tokenizer.codebook import initialize_codebook, standardize_features
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -74,6 +76,63 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     standardize_features(model, images)
     initialize_codebook(model, images)
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 with the word tokenizer."""
+    from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
+
+    folder = tmp_path_factory.mktemp("llm")
+    small = ["hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8"]
+    overrides = [f"model.{value}" for value in small]
+    path = shipped_config("vqrae.quickstart", "tiny_llm")
+    torch.manual_seed(0)
+    for part in build_tiny_llm(load_config(TinyLLMConfig, path, overrides)):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llava(
+    tokenizer_folder: Path, llm_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A random model that looks at its image: large weights, and no end, so that it talks on."""
+    from vqrae.understanding.build import build_llava
+
+    torch.manual_seed(0)
+    model, processor = build_llava(tokenizer_folder, llm_folder)
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            parameter.mul_(4)
+    model.generation_config.eos_token_id = None
+    folder = tmp_path_factory.mktemp("llava") / "model"
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generator(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random generator of the tokenizer's codes that knows the words of scenes."""
+    from vqrae.data.scenes.language import vocabulary_texts
+    from vqrae.data.scenes.sprites import load_sprites
+    from vqrae.data.word_tokenizer import build_word_tokenizer
+    from vqrae.generation.modeling import VisualVocabulary, build_generator
+
+    folder = tmp_path_factory.mktemp("generator")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    vocabulary = VisualVocabulary(offset=128, codebook_size=64, num_codes=64)
+    model = build_generator(vocabulary, llm_config={**sizes, **heads})
+    recorded = {"prompt_template": "{caption}", "max_caption_tokens": 32, "caption_dropout": 0.1}
+    recorded |= {"sampling": {"guidance_scale": 2.0}, "vqrae_tokenizer": str(tokenizer_folder)}
+    recorded["vqrae_tokenizer_fingerprint"] = weights_fingerprint(tokenizer_folder)
+    model.config.update(recorded)
+    model.save_pretrained(folder)
+    build_word_tokenizer(vocabulary_texts(load_sprites("shapes").names)).save_pretrained(folder)
     return folder
 
 

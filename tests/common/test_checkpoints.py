@@ -36,15 +36,9 @@ def test_the_kind_is_read_before_the_weights(tmp_path: Path) -> None:
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     """A small language model, to be damaged."""
-    sizes = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
-    config = Qwen3Config(
-        vocab_size=8, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, **sizes
-    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    config = Qwen3Config(vocab_size=8, tie_word_embeddings=True, **sizes, **heads)
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -56,18 +50,15 @@ def _change(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 
 def test_weights_that_are_missing_of_other_shapes_or_not_finite_are_refused(broken: Path) -> None:
-    assert (
-        load_model(Qwen3ForCausalLM, broken, dtype=torch.float32).dtype == torch.float32
-    )  # the tied head is not missed
+    # The tied head is not missed.
+    assert load_model(Qwen3ForCausalLM, broken, dtype=torch.float32).dtype == torch.float32
     name = "model.norm.weight"
     for value in (torch.nan, torch.inf):
         _change(broken, lambda weights, value=value: weights[name][:1].fill_(value))
         with pytest.raises(ValueError, match=rf"model: {name} holds values that are not finite"):
             load_model(Qwen3ForCausalLM, broken)
     _change(broken, lambda weights: weights.update({name: torch.zeros(3)}))
-    with pytest.raises(
-        ValueError, match=f"has weights of other shapes than a Qwen3ForCausalLM, 1 of them: {name}"
-    ):
+    with pytest.raises(ValueError, match=f"has weights of other shapes .*, 1 of them: {name}"):
         load_model(Qwen3ForCausalLM, broken)
     _change(broken, lambda weights: weights.pop(name))
     with pytest.raises(ValueError, match=f"lacks weights of a Qwen3ForCausalLM, 1 of them: {name}"):
@@ -82,20 +73,13 @@ def test_fingerprint_is_of_the_weights(tokenizer_folder: Path, tmp_path: Path) -
     assert len(weights_fingerprint(tokenizer_folder)) == 64
     with pytest.raises(FileNotFoundError, match="not a checkpoint folder"):
         weights_fingerprint(tmp_path)
-    with pytest.raises(
-        ValueError, match="codes was made with tokenizer bbb, but the tokenizer in use is aaa"
-    ):
+    with pytest.raises(ValueError, match=r"codes was made with tokenizer bbb, .* in use is aaa"):
         require_same_tokenizer("aaa", "bbb", "codes")
 
 
 def test_models_are_found_where_people_point(tmp_path: Path) -> None:
-    for folder in (
-        "run/model",
-        "run/step-9/model",
-        "half/step-9/model",
-        "half/step-10/model",
-        "plain",
-    ):
+    runs = ("run/model", "run/step-9/model", "half/step-9/model", "half/step-10/model")
+    for folder in (*runs, "plain"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text("{}")
     assert resolve_model(tmp_path / "plain") == str(tmp_path / "plain")

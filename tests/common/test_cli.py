@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from vqrae.common.cli import field_docstrings, parse, progress_line, usage
+from vqrae.common.cli import parse, usage
 from vqrae.common.config import ConfigError, shipped_config
 from vqrae.generation.config import GeneratorConfig
 from vqrae.understanding.train import TrainConfig
@@ -58,18 +58,16 @@ def test_keys_and_flags_are_the_same(arguments: list[str]) -> None:
 
 def test_values_have_the_type_of_their_field() -> None:
     text = "what: 12? # yes, 'no"
-    assert (
-        parse(Command, ["--model", text]).model == parse(Command, [f"model={text}"]).model == text
-    )
+    for arguments in (["--model", text], [f"model={text}"]):
+        assert parse(Command, arguments).model == text
     assert parse(Command, ["model=12", "title=null"]) == Command(model="12", title=None)
     flags = ["model=x", "--no-color", "--dry-run", "false", "--title", ""]
     assert parse(Command, flags) == Command(model="x", no_color=True, dry_run=False, title="")
 
 
 def test_bare_arguments() -> None:
-    assert parse(Command, ["x", "a", "count=2", "b"], positional=["model", "names"]) == Command(
-        model="x", count=2, names=("a", "b")
-    )
+    given = parse(Command, ["x", "a", "count=2", "b"], positional=["model", "names"])
+    assert given == Command(model="x", count=2, names=("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -112,40 +110,18 @@ def test_a_run_is_named_by_its_configuration(
     for name in ("tiny", str(own)):
         config = parse(TrainConfig, [name, "sft.max_steps=7"], package="vqrae.understanding")
         assert config.sft.max_steps == 7
-    shards = parse(
-        GeneratorConfig, ["tiny", "size=3"], package="vqrae.generation", section="extraction"
-    )
-    assert shards.size == 3
+    package = {"package": "vqrae.generation", "section": "extraction"}
+    assert parse(GeneratorConfig, ["tiny", "size=3"], **package).size == 3
+    message = r"expected CONFIG .* where CONFIG is .*tiny.* or a FILE\.yaml; see --help"
     for arguments in ([], ["seed=1"], ["--seed", "1"]):
-        with pytest.raises(
-            ConfigError,
-            match=r"expected CONFIG .* where CONFIG is .*tiny.* or a FILE\.yaml; see --help",
-        ):
+        with pytest.raises(ConfigError, match=message):
             parse(TrainConfig, arguments, package="vqrae.understanding")
     with pytest.raises(SystemExit) as stop:
         parse(TrainConfig, ["tiny", "--help"], package="vqrae.understanding")
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert (
-        "CONFIG: qwen2_5_7b, smollm2, tiny, vicuna_13b, vicuna_7b, or a FILE.yaml" in text
-    )  # tiny_llm is another's
+    # tiny_llm is another's.
+    assert "CONFIG: qwen2_5_7b, smollm2, tiny, vicuna_13b, vicuna_7b, or a FILE.yaml" in text
     assert "pretrain.learning_rate" in text
     assert "Keys as those of pretrain. (section; required)" in text
     assert "lora.rank" in text
-
-
-def test_field_docstrings() -> None:
-    assert field_docstrings(Command) == {
-        "model": "What it is\n    done with.",
-        "count": "How often.",
-        "inner": "Nested.",
-    }
-
-
-def test_progress_prints_every_tenth_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    show = progress_line("work")
-    for done in range(1, 101):
-        show(done, 100)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 11
-    assert lines[-1] == "work 100/100  0s left"

@@ -36,16 +36,8 @@ class Outer:
 
 def test_numbers_and_words_are_what_they_look_like() -> None:
     values = parse_yaml("{a: 1e-4, b: 1.5, c: 3, d: on, e: true, f: null, g: 2.e3, h: 1e4x}")
-    assert values == {
-        "a": 1e-4,
-        "b": 1.5,
-        "c": 3,
-        "d": "on",
-        "e": True,
-        "f": None,
-        "g": 2000.0,
-        "h": "1e4x",
-    }
+    expected = {"a": 1e-4, "b": 1.5, "c": 3, "d": "on", "e": True, "f": None}
+    assert values == {**expected, "g": 2000.0, "h": "1e4x"}
 
 
 def test_values_are_converted_to_the_declared_type() -> None:
@@ -58,10 +50,9 @@ def test_values_are_converted_to_the_declared_type() -> None:
 
 
 def test_all_problems_are_reported_at_once() -> None:
+    inner = {"rat": 1, "steps": "x"}
     with pytest.raises(ConfigError) as caught:
-        build_config(
-            Outer, {"inner": {"rat": 1, "steps": "x"}, "mode": "c", "naem": "y", "betas": 3}
-        )
+        build_config(Outer, {"inner": inner, "mode": "c", "naem": "y", "betas": 3})
     message = str(caught.value)
     for part in (
         "inner.rat: unknown key. Did you mean 'rate'?",
@@ -151,12 +142,6 @@ def test_files_that_cannot_be_read_are_named(content: bytes, message: str, tmp_p
     with pytest.raises(ConfigError, match=message) as raised:
         load_config(Outer, path, ["name=x"])
     assert str(path) in str(raised.value)
-
-
-def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text("inner: {rate: 1}\n", encoding="utf-8-sig")
-    assert load_config(Outer, path).inner.rate == 1
 
 
 def test_shipped_names_are_suggested() -> None:

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from vqrae.common.config import ConfigError
 from vqrae.common.errors import exit_code, require_package
-from vqrae.common.files import printable
 from vqrae.data.samples import TooManyBrokenSamples
 from vqrae.quickstart import train_llm
 
@@ -28,20 +27,11 @@ def fails_with(error: BaseException) -> Callable[[], None]:
     return run
 
 
-def test_names_from_outside_cannot_steer_a_terminal() -> None:
-    assert printable("a\x1b[2Jb\x9b\u202e\udcff.png") == r"a\x1b[2Jb\x9b\u202e\udcff.png"
-    assert printable("grün 图 🇩🇪 \u200d\n") == "grün 图 🇩🇪 \u200d\n"
-
-
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
         (ValueError("temperature: got -1"), 2, "temperature: got -1 (VQRAE_DEBUG=1 shows where)"),
-        (
-            ConfigError("a.yaml cannot be used:\n  x: y\n  z: \x1b"),
-            2,
-            "a.yaml cannot be used:\n  x: y\n  z: \\x1b",
-        ),
+        (ConfigError("a.yaml:\n  x: y\n  z: \x1b"), 2, "a.yaml:\n  x: y\n  z: \\x1b"),
         (TooManyBrokenSamples("tars: 5 of 6 are broken"), 2, "tars: 5 of 6 are broken"),
         (FloatingPointError("the loss is nan"), 1, "the loss is nan (VQRAE_DEBUG=1 shows where)"),
         (
@@ -63,16 +53,6 @@ def test_what_is_told(
 ) -> None:
     assert exit_code(fails_with(error), "vqrae") == code
     assert capsys.readouterr().err.startswith(f"vqrae: {message}")
-
-
-def test_paths_are_absolute(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert exit_code(lambda: print(Path("a\x1b.txt").read_text()), "vqrae") == 2
-    assert capsys.readouterr().err == f"vqrae: {tmp_path}/a\\x1b.txt: No such file or directory\n"
-    exit_code(fails_with(FileNotFoundError("runs/x does not exist")), "vqrae")
-    assert f"runs/x does not exist (relative paths start at {tmp_path})" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -99,20 +79,14 @@ def test_processes_of_one_launch_are_told_apart(
 
 
 def test_a_missing_package_is_named_with_its_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        exit_code(
-            fails_with(ModuleNotFoundError("No module named 'peft'", name="peft.utils")), "vqrae"
-        )
-        == 2
-    )
+    error = ModuleNotFoundError("No module named 'peft'", name="peft.utils")
+    assert exit_code(fails_with(error), "vqrae") == 2
     command = re.escape(f"{sys.executable} -m pip install 'peft>=")
     assert re.fullmatch(
         rf"vqrae: the package peft is not installed: {command}[\d.]+'\n", capsys.readouterr().err
     )
-    with pytest.raises(
-        ValueError,
-        match=r"lora needs the package no_such, which is not installed: .*pip install 'no_such'",
-    ):
+    message = r"lora needs the package no_such, which is not installed: .*pip install 'no_such'"
+    with pytest.raises(ValueError, match=message):
         require_package("no_such", "lora")
     require_package("yaml", "this")
 
@@ -127,10 +101,8 @@ class Broken(Dataset):
 
 def test_what_a_loader_raises_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(lambda: print(list(DataLoader(Broken(), num_workers=1))), "vqrae") == 2
-    assert (
-        capsys.readouterr().err.splitlines()[-1]
-        == "vqrae: a.png is broken (VQRAE_DEBUG=1 shows where)"
-    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "vqrae: a.png is broken (VQRAE_DEBUG=1 shows where)"
 
 
 def test_terminate_ends_what_was_begun(tmp_path: Path) -> None:
@@ -154,19 +126,13 @@ def test_every_entry_point_reports_alike() -> None:
     guard = 'if __name__ == "__main__":\n'
     packages = [path.parent for path in ROOT.glob("*/py.typed")]
     modules = [path for package in packages for path in package.rglob("*.py")]
-    entries = {
-        path: text.partition(guard)[2].strip()
-        for path in modules
-        if guard in (text := path.read_text())
-    }
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in modules}
+    entries = {path: text.partition(guard)[2].strip() for path, text in texts.items()}
+    entries = {path: call for path, call in entries.items() if call}
     assert len(entries) > 15
-    others = {
-        str(path.relative_to(ROOT)): call
-        for path, call in entries.items()
-        if call != "run_main(main)"
-    }
+    others = {path for path, call in entries.items() if call != "run_main(main)"}
     # The second runs before anything is installed.
-    assert others.keys() == {"scripts/cli.py", "scripts/missing.py"}
+    assert others == {"scripts/cli.py", "scripts/missing.py"}
 
 
 def test_a_mistake_in_a_training_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,13 +43,11 @@ def test_readers_of_json_lines_take_separators_and_byte_order_marks(tmp_path: Pa
             lambda: [caption for _, caption in scan_jsonl(path)[0]],
         ),
     ):
-        path.write_bytes(
-            f"\ufeff{json.dumps(record, ensure_ascii=False)}\n\n{json.dumps(record)}\n".encode()
-        )
+        plain = json.dumps(record, ensure_ascii=False)
+        path.write_bytes(f"\ufeff{plain}\n\n{json.dumps(record)}\n".encode())
         assert read() == [SEPARATORS, SEPARATORS]
-    (tmp_path / "metrics.jsonl").write_text(
-        json.dumps({"step": 1, "note": SEPARATORS}, ensure_ascii=False) + "\n"
-    )
+    row = json.dumps({"step": 1, "note": SEPARATORS}, ensure_ascii=False)
+    (tmp_path / "metrics.jsonl").write_text(f"{row}\n")
     assert read_metrics(tmp_path) == [{"step": 1, "note": SEPARATORS}]
 
 

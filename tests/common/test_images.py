@@ -13,11 +13,6 @@ import torch
 from PIL import Image, ImageOps
 
 from vqrae.common.images import (
-    IMAGE_SUFFIXES,
-    LABEL,
-    OTHER_IMAGES,
-    image_grid,
-    image_to_tensor,
     open_image,
     tensor_to_uint8,
 )
@@ -152,14 +147,6 @@ def test_the_transparent_colour_of_a_png_becomes_white_at_any_depth(
     assert opened(data)[0].tolist() == [[255, 255, 255], list(kept)]
 
 
-def test_avif_and_jpeg_2000_are_images(tmp_path: Path) -> None:
-    for suffix in (".avif", ".jp2"):
-        assert suffix in IMAGE_SUFFIXES | OTHER_IMAGES
-        if suffix in IMAGE_SUFFIXES:
-            NOISE.save(tmp_path / f"x{suffix}")
-            assert open_image(tmp_path / f"x{suffix}").size == NOISE.size
-
-
 def test_draft_decoding_keeps_the_edges_that_are_needed() -> None:
     data = encode(Image.new("RGB", (1000, 600), (10, 200, 30)), "JPEG")
     assert [opened(data, draft=edge).shape[:2] for edge in (0, 64, 300, 301)] == [
@@ -180,11 +167,6 @@ def test_programs_and_bombs_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="exceeds limit"):
         opened(b"\x89PNG\r\n\x1a\n" + chunk + encode(NOISE, "PNG")[33:])
-
-
-def test_a_long_label_is_shortened() -> None:
-    image = image_to_tensor(Image.new("RGB", (8, 8)))
-    assert image_grid([[image]], labels=["long " * 200_000]).width <= 8 * LABEL + 24
 
 
 def test_rounding_not_truncation() -> None:
@@ -212,11 +194,3 @@ def test_images_of_any_mode(tmp_path: Path) -> None:
     for name, message in (("broken.png", "not a readable image"), ("absent.png", "no such file")):
         with pytest.raises(ValueError, match=message):
             open_image(tmp_path / name)
-
-
-def test_grid_is_as_large_as_its_parts() -> None:
-    image = image_to_tensor(Image.new("RGB", (8, 8), "red"))
-    grid = image_grid([[image, image], [image]], scale=2, gap=4)
-    assert grid.size == (2 * 20 + 4, 2 * 20 + 4)
-    assert grid.getpixel((5, 5)) == (255, 0, 0)
-    assert grid.getpixel((30, 30)) == (255, 255, 255)

@@ -11,16 +11,9 @@ from vqrae.common.trainer import OptimizationConfig, build_optimizers
 
 def tiny_llm(*, tied: bool) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 8,
-    }
-    return Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=24, num_key_value_heads=1, tie_word_embeddings=tied, **sizes)
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=24, tie_word_embeddings=tied, **sizes, **heads))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -46,25 +39,20 @@ def test_updates_of_matrices_are_orthogonal_and_sized_like_those_of_adamw() -> N
     Muon([{"params": [layer.weight]}], lr=0.01).step()
     update = before - layer.weight.detach()
     singular = torch.linalg.svdvals(update)
-    assert (
-        singular.max() / singular.min() < 3
-    )  # five Newton-Schulz steps leave them between 0.7 and 1.2 of their mean
-    assert (
-        0.1 < update.square().mean().sqrt() / 0.01 < 0.4
-    )  # AdamW's updates have a root mean square of 0.2 to 0.4 rates
+    # Five Newton-Schulz steps leave them between 0.7 and 1.2 of their mean.
+    assert singular.max() / singular.min() < 3
+    # AdamW's updates have a root mean square of 0.2 to 0.4 rates.
+    assert 0.1 < update.square().mean().sqrt() / 0.01 < 0.4
 
 
 def test_a_step_that_is_told_to_skip_changes_nothing() -> None:
     layer = nn.Linear(8, 8)
-    optimizer = Muon(
-        [{"params": [layer.weight]}, {"params": [layer.bias], "use_fallback": True}], lr=0.01
-    )
+    fallback = {"params": [layer.bias], "use_fallback": True}
+    optimizer = Muon([{"params": [layer.weight]}, fallback], lr=0.01)
     layer(torch.randn(4, 8)).sum().backward()
     optimizer.step()
-    weights, state = (
-        copy.deepcopy(layer.state_dict()),
-        copy.deepcopy(optimizer.state_dict()["state"]),
-    )
+    weights = copy.deepcopy(layer.state_dict())
+    state = copy.deepcopy(optimizer.state_dict()["state"])
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
     torch.testing.assert_close(layer.state_dict(), weights, rtol=0, atol=0)
@@ -80,14 +68,8 @@ def test_a_step_that_is_told_to_skip_changes_nothing() -> None:
 def test_zero_takes_adamw(
     name: str, zero: int, expected: type | None, capsys: pytest.CaptureFixture
 ) -> None:
-    config = OptimizationConfig(
-        max_steps=1,
-        global_batch_size=1,
-        micro_batch_size=1,
-        learning_rate=1e-3,
-        optimizer=name,
-        zero=zero,
-    )
+    sizes = {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
+    config = OptimizationConfig(**sizes, learning_rate=1e-3, optimizer=name, zero=zero)
     optimizer, scheduler = build_optimizers(config, tiny_llm(tied=True))
     assert scheduler is None
     assert optimizer is None if expected is None else isinstance(optimizer, expected)

@@ -13,12 +13,9 @@ from vqrae.common import run as runs
 from vqrae.common.files import read_json
 from vqrae.common.run import (
     changed_settings,
-    format_duration,
     hold,
     kept,
-    mark_trained,
     read_metrics,
-    trained_steps,
 )
 
 
@@ -126,12 +123,6 @@ def test_a_value_is_kept_for_its_settings(tmp_path: Path) -> None:
     assert read_json(file) == values[0]
 
 
-def test_a_model_says_how_long_it_was_trained(tmp_path: Path) -> None:
-    assert trained_steps(tmp_path) == 0
-    mark_trained(tmp_path, 7)
-    assert trained_steps(tmp_path) == 7
-
-
 def test_metrics_survive_a_crash_and_a_rewind(tmp_path: Path) -> None:
     run = runs.open(tmp_path)
     run.begin()
@@ -145,7 +136,3 @@ def test_metrics_survive_a_crash_and_a_rewind(tmp_path: Path) -> None:
     assert {"command", "git_commit", "packages", "seed"} <= set(
         read_json(tmp_path / "manifest.json")
     )
-
-
-def test_durations_read_well() -> None:
-    assert [format_duration(s) for s in (5, 75, 3720)] == ["5s", "1m15s", "1h02m"]

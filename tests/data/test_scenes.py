@@ -1,7 +1,6 @@
 """Scenes: reproducible, with held-out combinations, true captions and balanced questions."""
 
 import itertools
-import time
 from collections import Counter
 
 import numpy as np
@@ -15,7 +14,6 @@ from vqrae.data.scenes.language import (
     benchmark_prompts,
     relation,
     vocabulary_texts,
-    wording,
 )
 from vqrae.data.scenes.scene import (
     COLOR_NAMES,
@@ -75,18 +73,6 @@ def test_phrases_and_descriptions_name_every_object_and_its_place() -> None:
             descriptions.append(f"{phrases[1]} {COLUMNS[column]} {ROWS[row]}")
         text = dataset.description(index).removeprefix("a photo of ")
         assert sorted(text.replace(" and a", ", a").split(", ")) == sorted(descriptions)
-
-
-def test_a_generator_reads_short_captions_as_often_as_descriptions() -> None:
-    dataset = SceneDataset("train")
-    described: Counter[tuple[bool, bool]] = Counter()
-    for index in range(400):
-        scene = dataset.scene(index)
-        text = wording(scene, dataset.sprites.names, np.random.default_rng(index), 64)
-        is_description = " at the " in text or "between top and bottom" in text
-        described[len(scene.objects) <= 2, is_description] += 1
-    assert not described[False, True], "of more than two objects it would be too long"
-    assert 0.4 < described[True, True] / (described[True, True] + described[True, False]) < 0.6
 
 
 def test_objects_keep_their_distance() -> None:
@@ -154,11 +140,3 @@ def test_benchmark_has_six_families_with_held_out_combinations() -> None:
     a, b = position["include"]
     where = f"a photo of a {b['class']} {b['position'][0]} a {a['class']}"
     assert position["prompt"].startswith(where)
-
-
-def test_rendering_is_fast() -> None:
-    dataset = SceneDataset("train")
-    [dataset[i] for i in range(50)]
-    begun = time.process_time()
-    [dataset[i] for i in range(50, 350)]
-    assert 300 / (time.process_time() - begun) > 500  # 1,000 images/s and more on an idle core

@@ -22,7 +22,6 @@ from vqrae.data.image_files import list_images
 from vqrae.data.samples import (
     TooManyBrokenSamples,
     fit_image,
-    missing_files,
     name_hash,
     split_indices,
 )
@@ -148,13 +147,6 @@ def test_too_many_broken_samples_stop_the_stream(
         list(loader)
 
 
-def test_all_images_broken(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.png").write_bytes(b"")
-    with pytest.raises(TooManyBrokenSamples, match="none of its 2"):
-        open_images(str(tmp_path), **ALL)[0]
-
-
 # ---- folders
 
 
@@ -203,12 +195,6 @@ def test_a_folder_with_pipes_dead_links_odd_names_and_a_locked_folder(
     ):
         assert message in told
     assert fingerprint(str(tmp_path)).startswith(f"{tmp_path}: 8 images")
-
-
-def test_missing_files(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("")
-    paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c" / "d"]
-    assert missing_files(paths) == paths[1:]
 
 
 # ---- crops, filters, drafts

@@ -121,22 +121,6 @@ def test_names_with_dots_are_samples_and_fields_of_a_sample_are_not(
     assert len({*tar_index(path)[1:, 5].tolist()}) == 6, "each has a hash of its own"
 
 
-def test_captions_are_read_only_where_they_are_wanted(
-    write_tars: Write, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    [path] = write_tars(tmp_path, 1, 4)
-    reads: list[int] = []
-    pread = os.pread
-    monkeypatch.setattr(tars.os, "pread", lambda *a: reads.append(a[1]) or pread(*a))
-    for open_source, count in ((open_images, 1), (open_pairs, 2)):
-        dataset = open_source(str(path), **ALL)
-        reads.clear()
-        assert shown([dataset[1]]) == [1]
-        assert len(reads) == count
-    assert dataset.places.dtype == np.int32
-    assert dataset.places.nbytes == 4 * 20
-
-
 def test_the_index_is_kept_and_made_again_when_the_tar_changes(
     write_tars: Write, tmp_path: Path
 ) -> None:

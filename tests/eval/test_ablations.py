@@ -13,7 +13,7 @@ from vqrae.common.files import write_json
 from vqrae.eval.ablations import evaluate as ablations
 from vqrae.eval.ablations.evaluate import AblationConfig, plan_trials, sweep
 from vqrae.eval.ablations.suites import SUITES, Claim, Recipe, Suite, TableRow, load_suite
-from vqrae.eval.ablations.tables import ablation_table, cell, judge, verdict
+from vqrae.eval.ablations.tables import judge, verdict
 from vqrae.quickstart import locality
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.tokenizer.build import build_tokenizer
@@ -187,46 +187,3 @@ def test_a_claim_is_judged_against_the_spread_of_all_rows() -> None:
     assert judge(claim, results, "plain") == "confirmed (20.10 : 19.10)"
     assert judge(claim, [*results, result("c", 10.0, 18.0)], "plain").startswith("not separable")
     assert judge(claim, results, "tiny") == ""
-
-
-@pytest.mark.parametrize(
-    ("values", "metric", "text"),
-    [
-        ((20.0, 20.5), "psnr", "20.25 ± 0.25"),
-        ((20.0,), "psnr", "20.00"),
-        ((20.0, None), "psnr", "20.00 (1 diverged)"),
-        ((None,), "psnr", "diverged"),
-        ((), "psnr", ""),
-        ((20.0,), "ssim", "not measured"),
-    ],
-)
-def test_cells(values: tuple[float | None, ...], metric: str, text: str) -> None:
-    assert cell(result("a", *values), metric) == text
-
-
-def test_the_page_of_two_recipes() -> None:
-    recipes = (Recipe(name="plain", note="the paper's"), Recipe(name="tiny", note="ours"))
-    verdicts = {"plain": "confirmed", "tiny": ""}
-    values = {
-        "rows": [result("a", 20.0, 20.0), result("a", recipe="tiny")],
-        "claims": [{"text": "a is better", "metric": "psnr", "verdicts": verdicts}],
-        "frechet": "rfid",
-        "notes": ["a note"],
-        "original_features": {},
-    }
-    assert ablation_table(values, suite(recipes=recipes)).splitlines() == [
-        "# t",
-        "",
-        "| recipe | dim | PSNR, dB |",
-        "|---|---:|---:|",
-        "| plain | a | 20.00 ± 0.00 |",
-        "| tiny | a |  |",
-        "",
-        "- a note",
-        "- `plain`: the paper's",
-        "- `tiny`: ours",
-        "",
-        "| what the paper finds | compared by | in `plain` | in `tiny` |",
-        "|---|---:|---:|---:|",
-        "| a is better | PSNR, dB | confirmed |  |",
-    ]

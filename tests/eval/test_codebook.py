@@ -57,16 +57,6 @@ def test_summary() -> None:
     assert values["duplicates"] == 0
 
 
-def test_patches_are_cut_where_the_code_stands_and_from_different_images() -> None:
-    statistics = CodebookStatistics(torch.tensor([[0.0], [1.0]]), patch_size=2)
-    images = torch.arange(16).view(1, 1, 4, 4).expand(12, 3, 4, 4) / 255
-    codes = torch.tensor([[0, 1, 1, 0]]).expand(12, -1)
-    statistics.update(images, codes[..., None].float(), codes)
-    assert len(statistics.patches[0]) == len(statistics.patches[1]) == codebook.EXAMPLES
-    assert statistics.patches[0][0][..., 0].tolist() == [[0, 1], [4, 5]]
-    assert statistics.patches[1][7][..., 0].tolist() == [[2, 3], [6, 7]]
-
-
 def test_statistics_of_a_tokenizer(tokenizer_folder: Path) -> None:
     model = VQRAEModel.from_pretrained(tokenizer_folder).eval()
     scenes = SceneDataset("validation", 6)

@@ -46,16 +46,6 @@ def test_probes_tell_clusters_apart_and_know_nothing_of_noise() -> None:
         knn_accuracy(clusters(10, seed=0), clusters(5, seed=1))
 
 
-def test_linear_probe_does_not_mind_scales_and_offsets() -> None:
-    scale, offset = torch.logspace(-3, 3, 8), 100 * torch.arange(8)
-    known, asked = clusters(120, seed=0, noise=0.5), clusters(60, seed=1, noise=0.5)
-    moved = [
-        LabelledFeatures(samples.features.double() * scale + offset, samples.labels)
-        for samples in (known, asked)
-    ]
-    assert linear_accuracy(*moved) == linear_accuracy(known, asked)
-
-
 def test_the_ridge_is_chosen_on_samples_that_were_not_fitted() -> None:
     """More features than samples: a tiny ridge fits everything; held-out samples show its fault."""
     generator = torch.Generator().manual_seed(0)
@@ -91,15 +81,6 @@ def test_places_are_fields_of_a_board() -> None:
         for item in known.scenes.scene(i).objects:  # type: ignore[attr-defined]
             x, y = (int(5 * c / 64) for c in item.center)
             assert labels[int(item.center[1] // 8), int(item.center[0] // 8)] == 5 * y + x
-
-
-def test_lone_objects_are_found() -> None:
-    scenes = SceneDataset("train")
-    lone = LabelledScenes(scenes, 5, None, name_of)
-    assert len(lone) == 5
-    for index, place in enumerate(lone.indices):
-        [item] = scenes.scene(place).objects
-        assert lone[index]["label"] == item.name
 
 
 @pytest.fixture

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from vqrae.common.images import image_to_tensor
 from vqrae.data.scenes.language import FAMILIES, benchmark_prompts
-from vqrae.data.scenes.scene import COLORS, SceneSampler
+from vqrae.data.scenes.scene import COLORS
 from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.generated import claim_folder, generate_missing
 from vqrae.eval.geneval import evaluate
@@ -25,7 +24,6 @@ from vqrae.eval.geneval.scenes import (
     holds_held_out,
     reconstruct,
     satisfying_images,
-    satisfying_scene,
     scene_scores,
     score_images,
 )
@@ -88,18 +86,6 @@ def test_true_scenes_satisfy_their_prompts_and_no_others(sprites: str) -> None:
     scores = scored(sprites, pairs, records)
     assert {family: scores[family] for family in FAMILIES} == dict.fromkeys(FAMILIES, 0)
     assert scores["num_images"] == 4 * (1 + 2 + 2 + 1 + 1 + 3)
-
-
-def test_satisfying_scenes_hold_what_is_asked_and_vary_in_the_rest() -> None:
-    for record in benchmark_prompts(NAMES, 4):
-        asked = []
-        for clause in record["include"]:
-            asked += [clause["class"]] * clause["count"]
-        generators = [np.random.default_rng(seed) for seed in range(6)]
-        scenes = [satisfying_scene(record, SceneSampler(SHAPES), rng) for rng in generators]
-        for scene in scenes:
-            assert sorted(NAMES[item.name] for item in scene.objects) == sorted(asked)
-        assert len({scene.background for scene in scenes}) > 3
 
 
 def test_held_out_prompts_count_apart() -> None:

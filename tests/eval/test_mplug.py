@@ -1,4 +1,4 @@
-"""DPG-Bench's official judge on modelscope's real model code: numbers of modelscope's own preprocessor, model and decoding."""
+"""DPG-Bench's official judge: numbers of modelscope's own preprocessor, model and decoding."""
 
 import json
 import runpy

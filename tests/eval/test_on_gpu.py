@@ -1,4 +1,4 @@
-"""Evaluations of a tokenizer on a GPU, of which tests/fake_gpu.py says what it is: no two devices meet."""
+"""Evaluations of a tokenizer on the GPU of tests/fake_gpu.py: no two devices meet."""
 
 from pathlib import Path
 from typing import Any

@@ -5,39 +5,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from processes import launch
 
-from vqrae.common.files import read_json, weights_fingerprint
+from vqrae.common.files import read_json
 from vqrae.common.images import save_image, tensor_to_image
 from vqrae.data.scenes.dataset import SceneDataset
-from vqrae.data.scenes.language import vocabulary_texts
-from vqrae.data.scenes.sprites import load_sprites
-from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.eval.features import evaluate as features
 from vqrae.eval.geneval import evaluate as geneval
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.sharding import run_module
-from vqrae.generation.modeling import VisualVocabulary, build_generator
 from vqrae.quickstart import locality, scene_questions
-
-
-@pytest.fixture(scope="module")
-def generator(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("generator")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    vocabulary = VisualVocabulary(offset=128, codebook_size=64, num_codes=64)
-    model = build_generator(vocabulary, llm_config={**sizes, **heads})
-    model.config.prompt_template = "{caption}"
-    model.config.max_caption_tokens = 32
-    model.config.caption_dropout = 0.1
-    model.config.vqrae_tokenizer = str(tokenizer_folder)
-    model.config.vqrae_tokenizer_fingerprint = weights_fingerprint(tokenizer_folder)
-    model.save_pretrained(folder)
-    build_word_tokenizer(vocabulary_texts(load_sprites("shapes").names)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -52,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def comparable(value: Any) -> Any:
-    """Scores without what differs between launches; sums of floats depend on their order a little."""
+    """Scores without what differs between launches; sums of floats depend on their order."""
     if isinstance(value, dict):
         return {key: comparable(item) for key, item in value.items() if key != "manifest"}
     return pytest.approx(value, rel=1e-6) if isinstance(value, float) else value

@@ -11,7 +11,6 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from vqrae.common.images import save_image, tensor_to_image
 from vqrae.data.samples import TooManyBrokenSamples
 from vqrae.data.scenes.dataset import SceneDataset
-from vqrae.data.sources import open_images
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.reconstruction import networks
 from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
@@ -73,13 +72,6 @@ def test_batches_do_not_matter(tokenizer_folder: Path) -> None:
     assert copies.shape == images.shape == (7, 3, 64, 64)
     with pytest.raises(ValueError, match="num_images=11"):
         evaluate_reconstruction(model, scenes, num_images=11)
-
-
-def test_any_source_of_images_is_evaluated(tokenizer_folder: Path) -> None:
-    model = VQRAEModel.from_pretrained(tokenizer_folder)
-    emoji = open_images("emoji", image_size=64, split="validation")
-    values, *_ = evaluate_reconstruction(model, emoji, num_images=5)
-    assert values["num_images"] == 5
 
 
 # ---- the command

@@ -16,19 +16,10 @@ from vqrae.eval.results.evaluate import fill_tables, paper_tables, read_score
 def geneval(benchmark: str = "GenEval", suite: str = "official", **more: Any) -> dict[str, Any]:
     tags = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     rows = [{"tag": tag, "metadata": tag, "correct": i == 0} for tag in tags for i in range(4)]
-    manifest = {
-        "detector": "d",
-        "suite": suite,
-        "images": {"sampling": {"guidance_scale": 4.5}},
-        "packages": {"torch": "2"},
-    }
-    return {
-        "benchmark": benchmark,
-        **summarize(rows),
-        "incomplete": [],
-        "manifest": manifest,
-        **more,
-    }
+    manifest = {"detector": "d", "suite": suite, "packages": {"torch": "2"}}
+    manifest["images"] = {"sampling": {"guidance_scale": 4.5}}
+    scores = {"benchmark": benchmark, **summarize(rows), "incomplete": []}
+    return {**scores, "manifest": manifest, **more}
 
 
 def dpg(
@@ -41,13 +32,15 @@ def dpg(
 
 
 RECONSTRUCTED = {
-    "psnr": 22.5, "ssim": 0.7, "rfid": 1.0, "not_measured": {}, "num_images": 50_000, "data": "val: 50000 images",
-    "imagenet_validation": True, "image_size": 256, "protocol": {"name": "titok"}, "tokenizer": "f" * 64,
+    "psnr": 22.5, "ssim": 0.7, "rfid": 1.0, "not_measured": {}, "num_images": 50_000,
+    "data": "val: 50000 images",
+    "imagenet_validation": True, "image_size": 256, "protocol": {"name": "titok"},
+    "tokenizer": "f" * 64,
 }  # fmt: skip
 
 
 def test_the_papers_numbers() -> None:
-    """Rows of ours in the paper; a GenEval overall is the mean of its six tasks where all are printed."""
+    """Our rows in the paper; a GenEval overall is the mean of its six tasks."""
     tables = paper_tables()
     for table in tables.values():
         assert all(len(row) == len(table.columns) + 1 for row in table.rows)
@@ -134,12 +127,8 @@ def test_unknown_scores_are_refused(tmp_path: Path) -> None:
 def test_command(tmp_path: Path) -> None:
     write_json(tmp_path / "g.json", geneval("GenEval-HF"))
     write_json(tmp_path / "r.json", RECONSTRUCTED)
-    results.main(
-        [
-            f"scores=[{tmp_path / 'g.json'},{tmp_path / 'r.json'}]",
-            f"output={tmp_path / 'results.md'}",
-        ]
-    )
+    scores = f"scores=[{tmp_path / 'g.json'},{tmp_path / 'r.json'}]"
+    results.main([scores, f"output={tmp_path / 'results.md'}"])
     text = (tmp_path / "results.md").read_text()
     assert "| VQRAE | 0.6B | 0.96 | 0.82 | 0.64 | 0.80 | 0.73 | 0.58 | 0.76 | 89.78 |" in text
     assert "| **ours: GenEval-HF** [2] ≠ | — | 0.25 |" in text

@@ -117,14 +117,6 @@ def test_every_name_on_every_background(sprites: str, color: str) -> None:
         assert 24 <= y0 < y1 <= 46
 
 
-def test_images_of_other_sizes() -> None:
-    scenes = SceneDataset("validation", image_size=256)
-    found, names = seen("shapes", Image.fromarray(scenes.pixels(3))), scenes.sprites.names
-    expected = sorted((names[o.name], COLOR_NAMES[o.color]) for o in scenes.scene(3).objects)
-    assert [row[:2] for row in found] == expected
-    assert max(max(row[2].box) for row in found) > 64  # in pixels of the image
-
-
 def paint(mask: np.ndarray) -> Image.Image:
     """A blue thing of this coverage (64, 64) on grey."""
     return to_image(255 * (0.56 + mask[..., None] * (np.array(COLORS["blue"]) - 0.56)))
@@ -148,17 +140,6 @@ def test_what_is_not_a_sprite_has_no_name(shape: str) -> None:
         (pen.ellipse if "ellipse" in shape else pen.rectangle)(box, fill=255)
     small = canvas.resize((64, 64), Image.Resampling.BOX)
     assert seen("shapes", paint(np.asarray(small, dtype=np.float32) / 255)) == []
-
-
-def test_blobs_and_noise_are_rarely_taken_for_shapes() -> None:
-    rng, named = np.random.default_rng(0), 0
-    for _ in range(20):
-        field = ndimage.gaussian_filter(rng.normal(size=(64, 64)), 3)
-        blobs = (field > np.quantile(field, 0.9)).astype(float)
-        named += len(seen("shapes", paint(ndimage.gaussian_filter(blobs, 0.6))))
-    assert named <= 4  # of some 100 blobs
-    for pixels in (np.zeros((64, 64, 3)), rng.random((64, 64, 3)) * 255):
-        assert seen("shapes", to_image(pixels)) == []
 
 
 def test_touching_things_of_two_colours_are_two_and_a_thing_of_two_colours_none() -> None:

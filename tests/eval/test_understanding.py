@@ -143,14 +143,6 @@ def test_a_benchmark_without_a_score_has_failed(results: Any) -> None:
         understanding.find_score("pope", "pope", results)
 
 
-def test_both_textvqa_columns_are_named() -> None:
-    found = {name: {"score": 50.0} for name in ("textvqa", "textvqa_ocr", "mme")}
-    text = understanding.benchmark_table(found, {}, None)
-    assert "| TextVQA (no OCR tokens) | TextVQA (OCR tokens) | MME-Perception |" in text
-    assert "| ours | 50.0 | 50.0 | 50.0 |" in text
-    assert "does not say whether" in text
-
-
 def test_unknown_benchmarks_are_refused() -> None:
     config = understanding.UnderstandingConfig(model="m", output="o")
     assert config.names() == list(BENCHMARKS)

@@ -1,4 +1,4 @@
-"""Batches and their order: code shards, images that are encoded while training, mixtures of both."""
+"""Batches and their order: code shards, images encoded while training, mixtures of both."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Visual ids are where the config says, prompts keep their template, the published model has its size."""
+"""Visual ids, prompts and their template, the published model and its size."""
 
 import dataclasses
 from pathlib import Path
@@ -106,7 +106,7 @@ def test_pretrained_llm_is_extended(model: Qwen3ForCausalLM, tmp_path: Path) -> 
 def test_projected_codes_look_like_text_rows_and_keep_their_distances(
     codebook_dim: int, width: int
 ) -> None:
-    """Where the codebook is wider than the model, as in the published one, and the other way round."""
+    """A codebook wider than the model, as the published one, and a narrower one."""
     torch.manual_seed(0)
     # Features of an encoder: few directions carry most.
     vectors = 3 + torch.randn(1024, codebook_dim) * torch.logspace(0, -2, codebook_dim)

@@ -1,4 +1,4 @@
-"""Training: loss on codes only, exact resume, shards = images, a plain folder, one of several processes."""
+"""Training: loss on codes only, exact resume, shards = images, a plain folder, processes."""
 
 import math
 import os
@@ -170,7 +170,7 @@ def test_flash_attention_trains_and_extracts_but_not_in_fp32(
 def test_two_processes_under_zero3_compute_the_visual_loss(
     train_arguments: list[str], codes_path: Path, tmp_path: Path
 ) -> None:
-    """ZeRO-3 draws other weights: at rate 0 the saved model must repeat the logged loss and gradient."""
+    """ZeRO-3 draws other weights: at rate 0 the saved model repeats logged loss and gradient."""
     pytest.importorskip("deepspeed")
     options = ["max_steps=2", "learning_rate=0.0", "zero=3"]
     given = [*train_arguments, *(f"optimization.{option}" for option in options)]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vqrae.common.config import ConfigError, load_config, shipped_config
+from vqrae.common.config import load_config, shipped_config
 from vqrae.common.dry_run import GIB, KNOWN_MODELS, Report, known_config
-from vqrae.planning.plan import plan, read_plan_config, render
+from vqrae.planning.plan import plan, render
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.quickstart.train_llm import TinyLLMConfig
 from vqrae.scripts.cli import main
@@ -80,10 +80,3 @@ def test_what_fits_keeps_the_global_batch() -> None:
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_name_may_say_its_package() -> None:
-    config = read_plan_config("tokenizer/tiny", ["stage=1"])
-    assert config.stage == 1
-    with pytest.raises(ConfigError, match="one of"):
-        read_plan_config("tiny")

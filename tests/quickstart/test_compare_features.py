@@ -5,15 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import weights_fingerprint
 from vqrae.quickstart import compare_features as feature_quality
-from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer import train as tokenizer_training
 
 ENCODER = (
-    "{model_type: siglip_vision_model, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2,"
-    " image_size: 64, patch_size: 16, vision_use_head: false}"
+    "{model_type: siglip_vision_model, hidden_size: 32, intermediate_size: 64, image_size: 64,"
+    " num_hidden_layers: 1, num_attention_heads: 2, patch_size: 16, vision_use_head: false}"
 )
 STEPS = ["stage1.max_steps=1", "stage2.max_steps=2", "stage2.bypass_steps=1"]
 BATCH = [
@@ -24,49 +22,22 @@ BATCH = [
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llm")
-    small = [
-        f"model.{key}"
-        for key in ("hidden_size=32", "num_hidden_layers=1", "intermediate_size=64", "head_dim=8")
-    ]
-    for part in build_tiny_llm(
-        load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"), small)
-    ):
-        part.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tokenizer_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both stages of a tokenizer, one or two steps each."""
     run = tmp_path_factory.mktemp("tokenizer")
-    model = [
-        "model.encoder=",
-        f"model.encoder_config={ENCODER}",
-        "model.codebook_size=32",
-        "model.codebook_dim=32",
-    ]
-    tokenizer_training.main(
-        ["tiny", f"output_dir={run}", *model, *STEPS, *BATCH, "sample_steps=100"]
-    )
+    model = ["model.encoder=", f"model.encoder_config={ENCODER}"]
+    model += ["model.codebook_size=32", "model.codebook_dim=32", "sample_steps=100"]
+    tokenizer_training.main(["tiny", f"output_dir={run}", *model, *STEPS, *BATCH])
     return run
 
 
 def test_all_four_kinds_in_one_command(
-    tokenizer_run: Path, llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokenizer_run: Path, llm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = [
-        f"{s}.{k}"
-        for s in ("pretrain", "sft")
-        for k in ("max_steps=1", "global_batch_size=2", "micro_batch_size=2")
-    ]
-    command = [
-        f"tokenizer={tokenizer_run}",
-        f"llm={llm}",
-        f"output={tmp_path}",
-        f"training=[{', '.join(sizes)}]",
-    ]
+    steps = ("max_steps=1", "global_batch_size=2", "micro_batch_size=2")
+    sizes = [f"pretrain.{step}" for step in steps] + [f"sft.{step}" for step in steps]
+    command = [f"tokenizer={tokenizer_run}", f"llm={llm_folder}", f"output={tmp_path}"]
+    command.append(f"training=[{', '.join(sizes)}]")
     feature_quality.main([*command, "num_images=2"])
     scores = json.loads((tmp_path / "scores.json").read_text())["kinds"]
     assert tuple(scores) == feature_quality.KINDS
@@ -97,18 +68,9 @@ def test_a_run_without_both_stages_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_seeds_show_their_range() -> None:
-    def seed(accuracy: float) -> dict:
-        return {
-            "accuracy": accuracy,
-            "held_out": 0.5,
-            "kinds": {"yes_no": 0.5},
-            "num_questions": 9,
-            "num_images": 3,
-            "blind_accuracy": 0.25,
-        }
-
-    text = feature_quality.comparison_table(
-        {"original": {"psnr": 20.0, "seeds": {"0": seed(0.5), "1": seed(0.7)}}}
-    )
+    common = {"held_out": 0.5, "kinds": {"yes_no": 0.5}, "blind_accuracy": 0.25}
+    common |= {"num_questions": 9, "num_images": 3}
+    seeds = {str(i): {**common, "accuracy": score} for i, score in enumerate((0.5, 0.7))}
+    text = feature_quality.comparison_table({"original": {"psnr": 20.0, "seeds": seeds}})
     assert "60.0% (50.0% to 70.0%)" in text
     assert "2 seeds (mean and range)" in text

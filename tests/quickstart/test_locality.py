@@ -16,7 +16,7 @@ from vqrae.quickstart.locality import conditional_entropy, object_knowledge, pla
 
 
 class Codes:
-    """A tokenizer whose codes of an 8 x 8 grid are told: by the colour of each patch, or by the thing it belongs to too."""
+    """A tokenizer of 8 x 8 codes that tell each patch's colour, or its object too."""
 
     config, device = SimpleNamespace(grid_size=8, image_size=64), torch.device("cpu")
 

@@ -46,9 +46,8 @@ def test_bare_scripts_train_as_long_as_the_default(
 def test_minutes_scale_every_training_step_up_to_its_most() -> None:
     default, longer, longest = (quickstart.plan(minutes) for minutes in (12, 18, 90))
     assert default == quickstart.TRAINING_STEPS
-    assert all(
-        longer[name] == round(steps * 1.5) for name, steps in default.items() if name != "llm"
-    )
+    for name in default.keys() - {"llm"}:
+        assert longer[name] == round(default[name] * 1.5)
     assert longest["generation"] == 7.5 * default["generation"]
     assert longest["encoder"] == 3 * default["encoder"]
     assert longest["llm"] == longer["llm"] == default["llm"]
@@ -73,21 +72,13 @@ def test_a_plan_is_kept(
     with pytest.raises(SystemExit):
         quickstart.main(["--output", str(tmp_path)])
     assert ran[:3] == ["encoder", "tokenizer", "eval_reconstruction"]
-    assert sorted(ran[3:]) == [
-        "codes",
-        "eval_generation",
-        "generation",
-        "llm",
-    ]  # the other branch came to its end
+    # The other branch came to its end.
+    assert sorted(ran[3:]) == ["codes", "eval_generation", "generation", "llm"]
     ran.clear()
     broken.clear()
     quickstart.main(["--output", str(tmp_path)])
-    assert ran == [
-        "llm",
-        "understanding",
-        "eval_understanding",
-        "report",
-    ]  # what was done is not done again
+    # What was done is not done again.
+    assert ran == ["llm", "understanding", "eval_understanding", "report"]
     with pytest.raises(ValueError, match="was started with other options"):
         quickstart.main(["--output", str(tmp_path), "--minutes", "90"])
 
@@ -113,20 +104,20 @@ def test_branches_run_side_by_side_with_half_of_the_cores(
 )
 def test_a_killed_quickstart_takes_its_steps_along(tmp_path: Path) -> None:
     command = [*quickstart.die_with_parent(), sys.executable, "-c", "import time; time.sleep(60)"]
-    start = f"import subprocess, time; print(subprocess.Popen({command}).pid, flush=True); time.sleep(60)"
+    start = f"import subprocess, time; print(subprocess.Popen({command}).pid, flush=True)"
+    start += "; time.sleep(60)"
     killed = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
     assert killed.stdout is not None
     step = Path("/proc") / killed.stdout.readline().strip() / "cmdline"
-    while not step.read_bytes().startswith(
-        sys.executable.encode()
-    ):  # nothing yet, or setpriv: not tied
+    # Nothing yet, or setpriv: not tied.
+    while not step.read_bytes().startswith(sys.executable.encode()):
         time.sleep(0.05)
     killed.kill()
     killed.wait()
-    for _ in range(100):
-        if not step.exists() or not step.read_bytes():  # gone, or waiting to be collected
-            break
+    deadline = time.monotonic() + 10
+    while step.exists() and step.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.1)
+    # Gone, or waiting to be collected.
     assert not step.exists() or not step.read_bytes()
 
 
@@ -147,17 +138,19 @@ def test_what_ends_the_quickstart_ends_its_steps(tmp_path: Path) -> None:
     step.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/$3\nexec sleep 60\n")
     step.chmod(0o755)
     program = (
-        "import pathlib, sys\nfrom vqrae.common.errors import exit_code\nfrom vqrae.quickstart import pipeline as q\n"
+        "import pathlib, sys\nfrom vqrae.common.errors import exit_code\n"
+        "from vqrae.quickstart import pipeline as q\n"
         "sys.executable, folder = sys.argv[1:]\n"
-        "branches = [[q.Step(name, 'x', [name], 1), q.Step(name, 'x', ['again'], 1)] for name in 'ab']\n"
-        "sys.exit(exit_code(lambda: q.run_phase(branches, q.Clock(pathlib.Path(folder))), 'quickstart'))"
+        "steps = lambda *names: [q.Step(name, 'x', [name], 1) for name in names]\n"
+        "branches = [steps('a', 'again'), steps('b', 'again')]\n"
+        "run = lambda: q.run_phase(branches, q.Clock(pathlib.Path(folder)))\n"
+        "sys.exit(exit_code(run, 'quickstart'))"
     )
     command = [sys.executable, "-c", program, str(step), str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     begun = [tmp_path / "a", tmp_path / "b"]
-    while process.poll() is None and not all(
-        path.exists() and path.read_text().endswith("\n") for path in begun
-    ):
+    written = lambda path: path.exists() and path.read_text().endswith("\n")  # noqa: E731
+    while process.poll() is None and not all(map(written, begun)):
         time.sleep(0.05)
     process.terminate()
     assert "quickstart: terminated" in process.communicate(timeout=30)[1]

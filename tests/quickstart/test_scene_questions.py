@@ -4,22 +4,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
-from vqrae.common.config import load_config, shipped_config
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import Question
 from vqrae.quickstart import scene_questions
 from vqrae.quickstart.scene_questions import (
     BlindGuesser,
-    accuracies,
     evaluate_questions,
     is_correct,
     validation_questions,
 )
-from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
-from vqrae.understanding.build import build_llava
 
 
 def test_exact_match_aside_from_case_and_space() -> None:
@@ -64,41 +58,10 @@ def test_seeing_beats_guessing() -> None:
     assert calls[-1][0] == calls[-1][1]
 
 
-def test_held_out_scenes_are_the_odd_ones() -> None:
-    asked = validation_questions(SceneDataset("validation", 4), 4)
-    assert {item.index for item in asked if item.held_out} == {1, 3}
-    values = accuracies(asked, [item.question.answer if item.held_out else "?" for item in asked])
-    assert (values["held_out"], values["seen"]) == (1, 0)
-
-
-def test_the_grey_image_has_the_size_of_the_scenes() -> None:
-    sizes = set()
-
-    def answer(pairs: list[tuple[Image.Image, str]]) -> list[str]:
-        sizes.update(image.size for image, _ in pairs)
-        return ["yes"] * len(pairs)
-
-    evaluate_questions(answer, num_images=2, image_size=128)
-    assert sizes == {(128, 128)}
-
-
-def test_command_with_a_random_model(tokenizer_folder: Path, tmp_path: Path) -> None:
-    small = [
-        f"model.{key}"
-        for key in ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")
-    ]
-    torch.manual_seed(0)
-    llm, text_tokenizer = build_tiny_llm(
-        load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"), small)
-    )
-    for part in (llm, text_tokenizer):
-        part.save_pretrained(tmp_path / "llm")
-    for part in build_llava(tokenizer_folder, tmp_path / "llm"):
-        part.save_pretrained(tmp_path / "llava")
+def test_command_with_a_random_model(llava: Path, tmp_path: Path) -> None:
     output = tmp_path / "questions.json"
-    scene_questions.main(
-        [f"model={tmp_path / 'llava'}", "num_images=2", "max_new_tokens=2", f"output={output}"]
-    )
+    few = ["num_images=2", "max_new_tokens=2"]
+    scene_questions.main([f"model={llava}", *few, f"output={output}"])
     values = json.loads(output.read_text())
     assert 0 <= values["accuracy"] <= 1
     assert {"blind_accuracy", "no_image_accuracy", "kinds", "held_out", "seen", "examples"} <= set(

@@ -11,20 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vqrae.common.files import weights_fingerprint
-from vqrae.data.scenes.language import vocabulary_texts
-from vqrae.data.scenes.sprites import load_sprites
-from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.generation.modeling import VisualVocabulary, build_generator
 from vqrae.scripts.cli import main
-from vqrae.understanding.build import build_llava
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -72,7 +63,7 @@ def test_help_answers_at_once() -> None:
 # ---- images
 
 
-def test_reconstruct_takes_every_kind_of_image(
+def test_reconstruct_takes_every_kind_of_image_and_counts_broken_ones(
     images: Path, tokenizer_folder: Path, tmp_path: Path, vqrae: Run
 ) -> None:
     out = tmp_path / "out"
@@ -84,20 +75,14 @@ def test_reconstruct_takes_every_kind_of_image(
     names = {"palette.png", "alpha.png", "grey16.png", "rotated.png", "sub/thin.png"}
     assert written == names | {"same.png.png", "same.jpg.png", "grid.png"}
     assert Image.open(out / "rotated.png").size == (2 * 64 + 12, 64 + 8)
-
-
-def test_broken_images_are_named_skipped_and_counted(
-    images: Path, tokenizer_folder: Path, tmp_path: Path, vqrae: Run
-) -> None:
-    broken = images / "alpha.png"
+    broken, again = images / "alpha.png", tmp_path / "again"
     broken.write_bytes(broken.read_bytes()[:100])
-    out = tmp_path / "out"
-    code, output, errors = vqrae("reconstruct", model=tokenizer_folder, images=images, out=out)
+    code, output, errors = vqrae("reconstruct", model=tokenizer_folder, images=images, out=again)
     assert code == 0
     assert "skipped" in errors
     assert "alpha.png" in errors
     assert "6 images, 1 broken and skipped" in output
-    assert json.loads((out / "metrics.json").read_text())["broken"] == ["alpha.png"]
+    assert json.loads((again / "metrics.json").read_text())["broken"] == ["alpha.png"]
 
 
 def test_encode_then_decode_equals_the_model(
@@ -199,27 +184,6 @@ def test_mistakes_without_a_model_get_one_line(words: list[str], message: str, v
 # ---- generate
 
 
-@pytest.fixture(scope="module")
-def generator(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("generator")
-    vocabulary = VisualVocabulary(offset=128, codebook_size=64, num_codes=64)
-    torch.manual_seed(0)
-    model = build_generator(vocabulary, llm_config={**SIZES, "head_dim": 16})
-    model.config.update(
-        {
-            "prompt_template": "{caption}",
-            "max_caption_tokens": 32,
-            "caption_dropout": 0.1,
-            "sampling": {"guidance_scale": 2.0},
-            "vqrae_tokenizer": str(tokenizer_folder),
-            "vqrae_tokenizer_fingerprint": weights_fingerprint(tokenizer_folder),
-        }
-    )
-    model.save_pretrained(folder)
-    build_word_tokenizer(vocabulary_texts(load_sprites("shapes").names)).save_pretrained(folder)
-    return folder
-
-
 def test_generate_writes_images_that_can_be_made_again(
     generator: Path, tmp_path: Path, vqrae: Run
 ) -> None:
@@ -280,20 +244,6 @@ def test_prompts_as_json_lines_and_what_prompts_lose(
 # ---- chat
 
 
-@pytest.fixture(scope="module")
-def llava(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llava")
-    words = build_word_tokenizer(vocabulary_texts(load_sprites("shapes").names))
-    torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=128, head_dim=16, **SIZES)
-    Qwen3ForCausalLM(config).save_pretrained(folder / "llm")
-    words.save_pretrained(folder / "llm")
-    model, processor = build_llava(tokenizer_folder, folder / "llm")
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    return folder
-
-
 def test_chat_answers_once_and_in_turns(
     llava: Path, images: Path, monkeypatch: pytest.MonkeyPatch, vqrae: Run
 ) -> None:
@@ -346,7 +296,7 @@ def test_check_data_names_broken_samples(images: Path, vqrae: Run) -> None:
 
 
 @pytest.fixture
-def run(tokenizer_folder: Path, llava: Path, tmp_path: Path) -> list[str]:
+def run(tokenizer_folder: Path, llm_folder: Path, tmp_path: Path) -> list[str]:
     """A LLaVA run on a file with a short and a long record, as options."""
     Image.fromarray(np.zeros((64, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     question = {"from": "human", "value": "<image>\nwhat color is the star ?"}
@@ -358,7 +308,7 @@ def run(tokenizer_folder: Path, llava: Path, tmp_path: Path) -> list[str]:
     ]
     file = tmp_path / "chat.json"
     file.write_text(json.dumps(records))
-    words = [f"tokenizer={tokenizer_folder}", f"llm={llava / 'llm'}", f"data={file}"]
+    words = [f"tokenizer={tokenizer_folder}", f"llm={llm_folder}", f"data={file}"]
     return ["--config", "tiny", *words]
 
 

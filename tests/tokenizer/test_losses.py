@@ -266,12 +266,6 @@ def test_a_stage_1_from_scratch_forgets_the_encoder_of_another(tmp_path: Path, r
     assert equal(teacher, encoder)
 
 
-def test_no_teacher_without_a_use_for_it(run: Run) -> None:
-    network = ["perceptual_weight=1.1", "perceptual_network=lpips", "max_steps=0"]
-    teacher, _ = run(1, "random_perceptual_weights=true", *(f"stage1.{pair}" for pair in network))
-    assert teacher == {}
-
-
 @pytest.mark.parametrize("tap", FEATURE_TAPS)
 @pytest.mark.parametrize("encoder", ["siglip", "internvit"])
 def test_teacher_and_student_read_one_tap(

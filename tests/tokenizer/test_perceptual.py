@@ -115,11 +115,6 @@ def test_a_mix_has_one_weight_for_each_network(network: str, mix: str) -> None:
         read("tiny", f"stage1.perceptual_network={network}", f"stage1.perceptual_mix={mix}")
 
 
-def test_an_unknown_network_is_named() -> None:
-    with pytest.raises(ValueError, match="Did you mean 'lpips'"):
-        build_perceptual("lpip", random=True)
-
-
 def test_gradient_reaches_only_the_reconstruction(
     lpips: LPIPS, make_tokenizer: Callable[..., VQRAEModel]
 ) -> None:
@@ -158,16 +153,6 @@ def test_unreachable_weights_are_an_error_that_helps(no_network: Path) -> None:
         assert part in str(error.value)
     for setting in ("perceptual_weights=FOLDER", "random_perceptual_weights=true"):
         assert setting in str(error.value)
-
-
-def test_a_folder_without_the_weights_is_not_left_for_the_cache(
-    vgg_folder: Path, tmp_path: Path, no_network: Path
-) -> None:
-    no_network.mkdir(parents=True)
-    (no_network / "vgg16-397923af.pth").symlink_to(vgg_folder / "vgg16-397923af.pth")
-    build_perceptual("lpips")
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "vgg16-397923af.pth")):
-        build_perceptual("lpips", folder=str(tmp_path))
 
 
 def test_damaged_weights_are_named(vgg_folder: Path, tmp_path: Path) -> None:

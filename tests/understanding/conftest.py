@@ -1,7 +1,6 @@
 """Tiny random parts: a language model with the word tokenizer, text tokenizers, short trainings."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,28 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vqrae.common.config import load_config, shipped_config
-from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.understanding import train
 from vqrae.understanding.build import build_llava
 
-SMALL = ("hidden_size=32", "num_hidden_layers=2", "intermediate_size=64", "head_dim=8")
-
-
-@pytest.fixture(scope="session")
-def llm_folder(tmp_path_factory) -> Path:
-    """Random Qwen3 with the word tokenizer."""
-    folder = tmp_path_factory.mktemp("llm")
-    small = [f"model.{value}" for value in SMALL]
-    torch.manual_seed(0)
-    config = load_config(TinyLLMConfig, shipped_config("vqrae.quickstart", "tiny_llm"), small)
-    for part in build_tiny_llm(config):
-        part.save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture
-def llava(tokenizer_folder, llm_folder):
+def fresh_llava(tokenizer_folder, llm_folder):
     """A fresh model and its processor."""
     torch.manual_seed(0)
     return build_llava(tokenizer_folder, llm_folder)

@@ -97,8 +97,8 @@ def test_plain_transformers_names_the_tower_that_it_lacks(
         AutoModelForImageTextToText.from_pretrained(tmp_path)
 
 
-def test_folders_that_do_not_hold_their_quantizer_are_refused(llava, tokenizer_folder, tmp_path):
-    model, _ = llava
+def test_folders_without_their_quantizer_are_refused(fresh_llava, tokenizer_folder, tmp_path):
+    model, _ = fresh_llava
     model.config.vqrae_features = "quantized"  # as earlier versions wrote
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"by an earlier version.*train it again"):

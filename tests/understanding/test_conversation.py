@@ -46,10 +46,8 @@ def _image(seed=0, size=(64, 64)):
 def _record(*turns, image=True, **extra):
     speakers = ("human", "gpt") * len(turns)
     shown = {"image": _image()} if image else {}
-    turns = [
-        {"from": speaker, "value": value} for speaker, value in zip(speakers, turns, strict=False)
-    ]
-    return {"id": "r1", "conversations": turns, **shown, **extra}
+    said = [{"from": who, "value": value} for who, value in zip(speakers, turns, strict=False)]
+    return {"id": "r1", "conversations": said, **shown, **extra}
 
 
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -59,31 +57,20 @@ TWO_ROUNDS = _record(
 
 
 def _answers(sample, processor):
-    """Text of each trained span."""
-    trained = sample["labels"] != IGNORE_INDEX
-    starts = (
-        torch.nonzero(trained & ~torch.cat([torch.tensor([False]), trained[:-1]]))
-        .flatten()
-        .tolist()
-    )
-    spans = []
-    for start in starts:
-        end = start
-        while end < len(trained) and trained[end]:
-            end += 1
-        spans.append(processor.tokenizer.decode(sample["input_ids"][start:end]).strip())
-    return spans, starts
+    """Text and start of each trained span."""
+    trained = (sample["labels"] != IGNORE_INDEX).int()
+    edges = torch.cat([trained[:1], trained.diff(), -trained[-1:]])
+    starts, ends = ((edges == side).nonzero().flatten().tolist() for side in (1, -1))
+    pieces = [sample["input_ids"][start:end] for start, end in zip(starts, ends, strict=True)]
+    return [processor.tokenizer.decode(piece).strip() for piece in pieces], starts
 
 
 def with_images(record):
     """The messages of a record as a chat at inference has them."""
     messages, images = to_messages(record), iter(images_of(record))
-    for message in messages:
-        parts = [
-            part | ({"image": next(images)} if part["type"] == "image" else {})
-            for part in message["content"]
-        ]
-        message["content"] = parts
+    for part in (part for message in messages for part in message["content"]):
+        if part["type"] == "image":
+            part["image"] = next(images)
     return messages
 
 
@@ -110,10 +97,9 @@ def test_masks_with_byte_level_bpe(qwen_like):
     processor = _processor(qwen_like)
     sample = _check_masks(processor, "<|im_end|>")
     text = processor.tokenizer.decode(sample["input_ids"]).replace("<image>" * 64, "<image>")
-    assert text == (
-        "<|im_start|>user\n<image>\nwhat color is the star ?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
-        "<|im_start|>user\nand the circle ?<|im_end|>\n<|im_start|>assistant\ntwo blue stars<|im_end|>\n"
-    )
+    user, assistant, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
+    first = f"{user}<image>\nwhat color is the star ?{end}{assistant}red{end}"
+    assert text == f"{first}{user}and the circle ?{end}{assistant}two blue stars{end}"
     assert sample["labels"][-1] == IGNORE_INDEX  # the newline behind the end token
 
 
@@ -123,12 +109,9 @@ def test_vicuna_masks_and_a_single_bos(vicuna_like):
     assert int((sample["input_ids"] == processor.tokenizer.bos_token_id).sum()) == 1
     assert sample["input_ids"][0] == processor.tokenizer.bos_token_id
     text = processor.apply_chat_template(to_messages(TWO_ROUNDS), tokenize=False)
-    assert text.startswith(
-        "<s> A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    )
-    assert text.endswith(
-        "USER: <image> \nwhat color is the star ? ASSISTANT: red</s>USER: and the circle ? ASSISTANT: two blue stars</s>"
-    )
+    assert text.startswith("<s> A chat between a curious user and an artificial intelligence")
+    turns = "USER: <image> \nwhat color is the star ? ASSISTANT: red</s>"
+    assert text.endswith(f"{turns}USER: and the circle ? ASSISTANT: two blue stars</s>")
     asked = processor.apply_chat_template(
         to_messages(TWO_ROUNDS)[:1], add_generation_prompt=True, tokenize=False
     )
@@ -140,31 +123,23 @@ def test_tokens_and_labels_of_vicuna_are_llavas(legacy, train_llama_tokenizer):
     """Against LLaVA's own preprocess_plain and preprocess_v1, see golden/llava_tokens.py."""
     text_tokenizer = train_llama_tokenizer(legacy)
     assert "Llama" in type(text_tokenizer).__name__
-    golden = json.loads((Path(__file__).parent / "golden" / "llava_tokens.json").read_text())[
-        f"legacy={legacy}"
-    ]
+    file = Path(__file__).parent / "golden" / "llava_tokens.json"
+    golden = json.loads(file.read_text())[f"legacy={legacy}"]
     processor = _processor(text_tokenizer, "vicuna_v1")
     _check_masks(processor, "</s>")
     for name, template in (("plain", load_template("plain", text_tokenizer)), ("v1", None)):
         record = _record(*golden[name]["turns"])
         sample = encode_conversation(record, processor, chat_template=template)
         tokens = text_tokenizer.convert_ids_to_tokens(sample["input_ids"].tolist())
-        marked = [
-            f"*{t}" if label != IGNORE_INDEX else t
-            for t, label in zip(tokens, sample["labels"].tolist(), strict=True)
-        ]
-        expected = [
-            part for t in golden[name]["tokens"] for part in ([t] * 64 if t == "<image>" else [t])
-        ]
-        assert marked == expected
-        assert (
-            examine_length(record, processor, max_length=len(tokens), chat_template=template)
-            is None
-        )
-        assert (
-            examine_length(record, processor, max_length=len(tokens) - 1, chat_template=template)
-            is not None
-        )
+        labels = sample["labels"].tolist()
+        trained = ["*" * (label != IGNORE_INDEX) for label in labels]
+        expected = []
+        for token in golden[name]["tokens"]:
+            expected += [token] * (64 if token == "<image>" else 1)
+        assert [mark + token for mark, token in zip(trained, tokens, strict=True)] == expected
+        for shorter in (0, 1):
+            options = {"max_length": len(tokens) - shorter, "chat_template": template}
+            assert (examine_length(record, processor, **options) is None) == (shorter == 0)
     # What a server does, which adds no special tokens to a rendered chat.
     text = processor.apply_chat_template(
         to_messages(_record("what ?", "red", image=False))[:1], add_generation_prompt=True
@@ -175,19 +150,16 @@ def test_tokens_and_labels_of_vicuna_are_llavas(legacy, train_llama_tokenizer):
 
 
 def test_qwen_masks_with_the_qwen_class(qwen_like, tmp_path):
-    """A folder as Qwen publishes it, vocab.json and merges.txt, read by transformers' own Qwen2 class."""
+    """A folder as Qwen publishes it, read by transformers' own Qwen2 class."""
     qwen_like.backend_tokenizer.model.save(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    tokens = {
-        str(qwen_like.convert_tokens_to_ids(t)): {"content": t, "special": True}
-        for t in QWEN_SPECIALS
-    }
-    described = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "added_tokens_decoder": tokens,
-        "bos_token": None,
-    }
-    described |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
+    tokens = {}
+    for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+        number = qwen_like.convert_tokens_to_ids(token)
+        tokens[str(number)] = {"content": token, "special": True}
+    described = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": tokens}
+    described |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    described |= {"bos_token": None, "unk_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
     text_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert "Qwen2" in type(text_tokenizer).__name__
@@ -201,23 +173,14 @@ def test_plain_drops_the_question_and_trains_the_caption(qwen_like):
     sample = encode_conversation(record, processor, chat_template=load_template("plain"))
     text = processor.tokenizer.decode(sample["input_ids"]).replace("<image>" * 64, "<image>")
     assert text == "<image>a red circle\n"
-    assert (sample["labels"] != IGNORE_INDEX).tolist() == [False] * 64 + [True] * (
-        len(sample["labels"]) - 64
-    )
+    assert (sample["labels"][:64] == IGNORE_INDEX).all()
+    assert (sample["labels"][64:] != IGNORE_INDEX).all()
 
 
 def test_image_goes_to_the_front_of_its_turn(processor):
     first = encode_conversation(_record("what is this ? <image>", "red"), processor)
     second = encode_conversation(_record("<image>\nwhat is this ?", "red"), processor)
     assert first["input_ids"].tolist() == second["input_ids"].tolist()
-
-
-def test_pixel_values_are_the_processors(processor):
-    sample = encode_conversation(TWO_ROUNDS, processor)
-    expected = processor.image_processor(TWO_ROUNDS["image"], return_tensors="pt")["pixel_values"]
-    assert torch.equal(sample["pixel_values"], expected)
-    exact = torch.from_numpy(np.array(TWO_ROUNDS["image"])).permute(2, 0, 1) / 127.5 - 1
-    torch.testing.assert_close(sample["pixel_values"][0], exact, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +192,7 @@ def test_pixel_values_are_the_processors(processor):
         (_record("what ?", "<image> red"), "'r1'.*<image> .* in an answer"),
         (_record("<image> what ?"), "'r1'.*no question with an answer"),
         (
-            {
-                "id": "r1",
-                "conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}],
-            },
+            {"id": "r1", "conversations": [{"from": "human", "value": text} for text in "ab"]},
             "'r1': human and gpt must take turns",
         ),
     ],
@@ -254,10 +214,8 @@ def test_truncation_cuts_text_but_never_the_image(processor):
 
 def test_several_images_in_their_turns(processor):
     images = [_image(i) for i in range(3)]
-    record = {
-        **_record("<image>\n<image>\nwhat ?", "red", "<image> and this ?", "blue"),
-        "image": images,
-    }
+    turns = ("<image>\n<image>\nwhat ?", "red", "<image> and this ?", "blue")
+    record = {**_record(*turns), "image": images}
     sample = encode_conversation(record, processor)
     expected = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     assert torch.equal(sample["pixel_values"], expected)
@@ -282,34 +240,23 @@ def test_lengths_are_known_without_opening_a_image(processor):
     assert "image beyond" in examine_length(late, processor, max_length=60).what
 
 
-def test_padding_keeps_the_whole_image(qwen_like):
-    encoder = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8}
-    processor = build_processor(VQRAEConfig(encoder_config=encoder), qwen_like, aspect_ratio="pad")
-    wide = Image.new("RGB", (128, 64), "white")
-    pixels = processor(images=wide, text="<image>", return_tensors="pt")["pixel_values"]
-    assert pixels.shape == (1, 3, 64, 64)
-    assert pixels[0, :, 32].min() > 0.99
-    assert pixels[0, :, :12].abs().max() < 0.02  # the mean colour is 0 after normalisation
-    square = _image()
-    expected = _processor(qwen_like)(images=square, text="<image>", return_tensors="pt")[
-        "pixel_values"
-    ]
-    torch.testing.assert_close(
-        processor(images=square, text="<image>", return_tensors="pt")["pixel_values"], expected
-    )
-
-
-def test_pretraining_crops_as_llavas_does(qwen_like):
+def test_padding_keeps_the_whole_image_and_pretraining_crops_it(qwen_like):
     encoder = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8}
     padding = build_processor(VQRAEConfig(encoder_config=encoder), qwen_like, aspect_ratio="pad")
-    wide = _image(size=(60, 130))
-    options = {"images": wide, "text": "<image>", "return_tensors": "pt"}
-    cropped = for_pretraining(padding)(**options)["pixel_values"]
-    torch.testing.assert_close(
-        cropped, _processor(qwen_like)(**options)["pixel_values"], atol=1e-6, rtol=0
-    )
-    assert not torch.allclose(cropped, padding(**options)["pixel_values"], atol=0.1)
-    assert padding.image_processor.do_pad
+
+    def pixels(processor, image):
+        return processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
+
+    white = pixels(padding, Image.new("RGB", (128, 64), "white"))
+    assert white.shape == (1, 3, 64, 64)
+    assert white[0, :, 32].min() > 0.99
+    assert white[0, :, :12].abs().max() < 0.02  # the mean colour is 0 after normalisation
+    square, wide = _image(), _image(size=(60, 130))
+    plain = _processor(qwen_like)
+    torch.testing.assert_close(pixels(padding, square), pixels(plain, square))
+    cropped = pixels(for_pretraining(padding), wide)
+    torch.testing.assert_close(cropped, pixels(plain, wide), atol=1e-6, rtol=0)
+    assert not torch.allclose(cropped, pixels(padding, wide), atol=0.1)
 
 
 def test_unknown_template_is_refused():
@@ -322,9 +269,8 @@ def test_batch_of_images_text_and_captions(processor):
     caption = {"image": SceneDataset()[0]["image"], "caption": "a photo of a star"}
     batch = ConversationCollator(processor)([TWO_ROUNDS, text_only, caption])
     assert batch["pixel_values"].shape == (2, 3, 64, 64)
-    lengths = [
-        len(encode_conversation(record, processor)["labels"]) for record in (TWO_ROUNDS, text_only)
-    ]
+    alone = [encode_conversation(record, processor) for record in (TWO_ROUNDS, text_only)]
+    lengths = [len(sample["labels"]) for sample in alone]
     assert batch["attention_mask"].sum(1)[:2].tolist() == lengths
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE_INDEX).all()
     assert (batch["attention_mask"][1, : lengths[1]] == 1).all()
@@ -335,11 +281,8 @@ def test_text_only_batch_reaches_the_projector_without_changing_anything(
 ):
     model, processor = build_llava(tokenizer_folder, llm_folder)
     collator = ConversationCollator(processor)
-    records = [
-        _record("how many things ?", "two", image=False),
-        _record("color ?", "red", image=False),
-    ]
-    batch = collator(records)
+    asked = (("how many things ?", "two"), ("color ?", "red"))
+    batch = collator([_record(*turns, image=False) for turns in asked])
     assert batch["pixel_values"].shape == (1, 3, 64, 64)
     loss, gradients = _loss_and_gradients(model, batch)
     assert gradients["model.multi_modal_projector.linear_1.weight"].abs().max() == 0
@@ -359,22 +302,14 @@ def test_records_that_cannot_be_trained_on_are_left_out_and_counted(
     collator = collator_class(processor, max_length=100)
     long = {**_record("<image>\n" + "what " * 100, "red"), "id": "long"}
     good = [TWO_ROUNDS, _record("how many things ?", "two", image=False)]
-    batch, expected = (
-        collator([good[0], long, good[1]]),
-        collator_class(processor, max_length=100)(good),
-    )
+    batch = collator([good[0], long, good[1]])
+    expected = collator_class(processor, max_length=100)(good)
     assert batch.keys() == expected.keys()
-    assert all(
-        torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value))
-        for name, value in expected.items()
-    )
-    assert (
-        "skipped a broken sample (1 of the conversations so far): record 'long' has no answer"
-        in capsys.readouterr().err
-    )
-    loss, gradients = _loss_and_gradients(
-        model, {**collator([long]), "num_items_in_batch": torch.tensor(1)}
-    )
+    for name, value in expected.items():
+        assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value)), name
+    assert "of the conversations so far): record 'long' has no answer" in capsys.readouterr().err
+    empty = {**collator([long]), "num_items_in_batch": torch.tensor(1)}
+    loss, gradients = _loss_and_gradients(model, empty)
     assert loss == 0
     assert all(not gradient.any() for gradient in gradients.values())
     assert collator.broken.found == {"long"}
@@ -387,16 +322,13 @@ def test_logits_of_trained_tokens_alone_give_the_whole_loss(
     collator_class, tokenizer_folder, llm_folder
 ):
     model, processor = build_llava(tokenizer_folder, llm_folder)
-    batch = collator_class(processor)(
-        [TWO_ROUNDS, _record("how many things ?", "two", image=False)]
-    )
+    records = [TWO_ROUNDS, _record("how many things ?", "two", image=False)]
+    batch = collator_class(processor)(records)
     loss, gradients = _loss_and_gradients(model, batch)
     output = model(**batch)
     assert output.logits.shape == (len(batch["shift_labels"]), model.config.text_config.vocab_size)
-    whole = {
-        key: value for key, value in batch.items() if key not in ("logits_to_keep", "shift_labels")
-    }
-    expected_loss, expected = _loss_and_gradients(model, whole)
+    del batch["logits_to_keep"], batch["shift_labels"]
+    expected_loss, expected = _loss_and_gradients(model, batch)
     torch.testing.assert_close(loss, expected_loss)
     for name in expected:
         torch.testing.assert_close(gradients[name], expected[name], msg=name)
@@ -406,6 +338,5 @@ def _loss_and_gradients(model: LlavaForConditionalGeneration, batch):
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return loss.detach(), {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
+    trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    return loss.detach(), {name: gradient.clone() for name, gradient in trained}

@@ -25,8 +25,8 @@ def test_llava_is_built_and_keeps_exact_positions(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_loss_is_that_of_plain_attention(packed, flash_attention, llava):
-    model, processor = llava
+def test_the_loss_is_that_of_plain_attention(packed, flash_attention, fresh_llava):
+    model, processor = fresh_llava
     turns = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]
     scenes = [SceneDataset(item="conversation", num_questions=n)[n] for n in (1, 4)]
     records = [{"id": "t", "conversations": turns}, *scenes]

@@ -22,44 +22,32 @@ from vqrae.scripts.cli import main
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.graft import graft
 
-TEXT = {
-    "model_type": "qwen2",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "vocab_size": 64,
-}
-TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+TEXT = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
+TEXT |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.fixture
 def tokenizer(make_tokenizer, tmp_path: Path) -> Path:
     """An InternViT tokenizer; its images are normalised as InternVL's."""
     folder = tmp_path / "tokenizer"
-    make_tokenizer(
-        "internvit", image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)
-    ).save_pretrained(folder)
+    make_tokenizer("internvit", image_mean=MEAN, image_std=STD).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def internvl(tokenizer: Path, tmp_path: Path) -> Path:
-    """A random InternVL in two weight files and bfloat16, with the tower that the tokenizer began with."""
+    """A random bfloat16 InternVL in two weight files, with the tower the tokenizer began with."""
     vision = VQRAEModel.from_pretrained(tokenizer).encoder.config.to_dict()
     torch.manual_seed(1)
-    config = InternVLConfig(
-        vision_config=vision, text_config=TEXT, image_token_id=5, image_seq_length=4
-    )
+    options = {"image_token_id": 5, "image_seq_length": 4}
+    config = InternVLConfig(vision_config=vision, text_config=TEXT, **options)
     folder = tmp_path / "internvl"
-    InternVLForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(
-        folder, max_shard_size="60KB"
-    )
+    model = InternVLForConditionalGeneration(config).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
-    values = {
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-        "size": {"height": 56, "width": 56},
-    }
+    size = {"height": 56, "width": 56}
+    values = {"image_mean": list(MEAN), "image_std": list(STD), "size": size}
     GotOcr2ImageProcessor(**values).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_bytes(b"old weights")
@@ -67,32 +55,24 @@ def internvl(tokenizer: Path, tmp_path: Path) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
 
 
 def test_only_the_tower_changes(internvl: Path, tokenizer: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert (
-        main(["graft", "--model", str(internvl), "--tokenizer", str(tokenizer), "--out", str(out)])
-        == 0
-    )
+    given = ["--model", str(internvl), "--tokenizer", str(tokenizer), "--out", str(out)]
+    assert main(["graft", *given]) == 0
     before, after = weights(internvl), weights(out)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
-        assert torch.equal(after[name], tensor) != (
-            "vision_tower" in name and tensor.unique().numel() > 1
-        ), name
-    for name in (
-        "tokenizer.json",
-        "preprocessor_config.json",
-        "model.safetensors.index.json",
-        "generation_config.json",
-    ):
+        replaced = "vision_tower" in name and tensor.unique().numel() > 1
+        assert torch.equal(after[name], tensor) != replaced, name
+    kept = ("tokenizer.json", "preprocessor_config.json", "generation_config.json")
+    for name in (*kept, "model.safetensors.index.json"):
         assert (out / name).read_bytes() == (internvl / name).read_bytes()
     assert not (out / "pytorch_model.bin").exists()
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (internvl, out))
@@ -109,9 +89,8 @@ def test_the_grafted_tower_gives_the_tokenizers_features(
         graft(internvl, tokenizer, tmp_path / "out"), dtype=torch.float32, output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    donor = (
-        VQRAEModel.from_pretrained(tokenizer).to(torch.bfloat16).float().eval()
-    )  # the precision of the model's weights
+    # In the precision of the model's weights.
+    donor = VQRAEModel.from_pretrained(tokenizer).to(torch.bfloat16).float().eval()
     image = image_to_tensor(Image.fromarray(SceneDataset(image_size=56).pixels(0)))[None]
     seen: list[torch.Tensor] = []
     shuffle = InternVLModel.pixel_shuffle
@@ -135,7 +114,7 @@ def test_the_grafted_tower_gives_the_tokenizers_features(
         ({"layers": 3}, r"num_hidden_layers: .*internvl has 2, .*other has 3"),
         (
             {"encoder": "siglip"},
-            r"other encodes with a 'siglip_vision_model', but the tower of .*internvl is 'internvl_vision'",
+            r"other encodes with a 'siglip_vision_model', but the tower of .* is 'internvl_vision'",
         ),
     ],
 )
@@ -159,11 +138,8 @@ def test_a_damaged_or_foreign_model_is_refused(
         graft(tokenizer, tokenizer, tmp_path / "out")
     with pytest.raises(FileExistsError, match="give another folder"):
         graft(internvl, tokenizer, internvl)
-    file = next(
-        file
-        for file in internvl.glob("*.safetensors")
-        if any("cls_token" in name for name in load_file(file))
-    )
+    files = internvl.glob("*.safetensors")
+    file = next(file for file in files if "cls_token" in "".join(load_file(file)))
     tensors = load_file(file)
     name = next(name for name in tensors if "cls_token" in name)
     save_file(tensors | {name: torch.zeros(1, 1, 16)}, file)

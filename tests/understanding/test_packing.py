@@ -1,4 +1,4 @@
-"""Packed batches: the loss and gradients of every sample are those of the sample alone, whatever lies beside it."""
+"""Packed batches: the loss and gradients of every sample are those of the sample alone."""
 
 import random
 
@@ -47,21 +47,16 @@ def test_every_sample_has_the_loss_that_it_has_alone(
 ):
     torch.manual_seed(0)
     model, processor = build_llava(tokenizer_folder, llm_folder, attention)
-    model.model.language_model.config.use_cache = (
-        True  # a cache would silently let samples see each other
-    )
+    # A cache would silently let samples see each other.
+    model.model.language_model.config.use_cache = True
     alone = {}
     for record in records:
         batch = ConversationCollator(processor)([record])
-        alone[_key(batch["input_ids"][0], batch["labels"][0])] = _loss(
-            model, batch, 0, slice(0, None)
-        )
+        key = _key(batch["input_ids"][0], batch["labels"][0])
+        alone[key] = _loss(model, batch, 0, slice(0, None))
     packed = PackingCollator(processor, one_row=one_row)(records)
-    assert (
-        packed["input_ids"].shape[0] == 1
-        if one_row
-        else packed["input_ids"].shape[0] < len(records)
-    )
+    rows = packed["input_ids"].shape[0]
+    assert rows == 1 if one_row else rows < len(records)
     found = {}
     for row, columns in samples_of(packed):
         key = _key(packed["input_ids"][row, columns], packed["labels"][row, columns])
@@ -72,22 +67,18 @@ def test_every_sample_has_the_loss_that_it_has_alone(
 
 
 def _key(input_ids, labels):
-    """What identifies a sample: its trained tokens and its length, without what a padded batch appends."""
+    """What identifies a sample: its tokens up to the last trained one, without padding."""
     last = int(torch.nonzero(labels != IGNORE_INDEX).max()) + 1
     return tuple(input_ids[:last].tolist())
 
 
 @torch.no_grad()
 def _loss(model, batch, row, columns):
-    inputs = {
-        name: value
-        for name, value in batch.items()
-        if name not in ("labels", "logits_to_keep", "shift_labels")
-    }
-    logits = model(**inputs).logits[row, columns]
-    return F.cross_entropy(
-        logits[:-1], batch["labels"][row, columns][1:], ignore_index=IGNORE_INDEX
-    )
+    inputs = {**batch}
+    for name in ("labels", "logits_to_keep", "shift_labels"):
+        inputs.pop(name, None)
+    logits, labels = model(**inputs).logits[row, columns], batch["labels"][row, columns]
+    return F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE_INDEX)
 
 
 def test_gradients_are_those_of_the_padded_batch(tokenizer_folder, llm_folder, records):
@@ -97,10 +88,8 @@ def test_gradients_are_those_of_the_padded_batch(tokenizer_folder, llm_folder, r
         model.zero_grad()
         loss = model(**collator(records)).loss
         loss.backward()
-        gradients.append(
-            {"loss": loss.detach()}
-            | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        )
+        trained = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        gradients.append({"loss": loss.detach(), **trained})
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, atol=1e-5, rtol=1e-3, msg=name)

@@ -30,13 +30,8 @@ def vision_parameters():
 
 
 def llm_parameters(width, mlp, layers, key_value, words, biases):
-    block = (
-        2 * width * width
-        + width * key_value
-        + 3 * width * mlp
-        + 2 * width
-        + biases * (width + key_value)
-    )
+    block = 2 * width * width + width * key_value + 3 * width * mlp + 2 * width
+    block += biases * (width + key_value)
     return layers * block + 2 * words * width + width
 
 
@@ -55,53 +50,34 @@ def test_parameters_add_up(full_size):
     name, _, model = full_size
     width = LLMS[name][0]
     assert all(p.is_meta for p in model.parameters())
-    sizes = {
-        part: sum(p.numel() for p in getattr(model.model, part).parameters())
-        for part in ("vision_tower", "multi_modal_projector", "language_model")
-    }
-    expected = {
-        "encoder": vision_parameters(),
-        "projector": VISION[0] * width + width + width * width + width,
-        "llm": llm_parameters(*LLMS[name]),
-    }
-    assert sizes["vision_tower"] == expected["encoder"]
-    assert sizes["multi_modal_projector"] == expected["projector"]
-    assert (
-        sizes["language_model"] + model.lm_head.weight.numel() == expected["llm"] == PUBLISHED[name]
-    )
+    projector = VISION[0] * width + width + width * width + width
+    llm = llm_parameters(*LLMS[name])
+
+    def size(module, trained=False):
+        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+    assert size(model.model.vision_tower) == vision_parameters()
+    assert size(model.model.multi_modal_projector) == projector
+    head = model.lm_head.weight.numel()
+    assert size(model.model.language_model) + head == llm == PUBLISHED[name]
     freeze(model, "pretrain")
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected["projector"]
+    assert size(model, trained=True) == projector
     freeze(model, "sft")
-    assert (
-        sum(p.numel() for p in model.parameters() if p.requires_grad)
-        == expected["projector"] + expected["llm"]
-    )
+    assert size(model, trained=True) == projector + llm
 
 
 def test_table_8(full_size):
     _, config, model = full_size
-    given = {
-        stage: (
-            o.learning_rate,
-            o.global_batch_size,
-            o.zero,
-            o.lr_scheduler_type,
-            o.warmup_steps,
-            o.bf16,
-            o.weight_decay,
-        )
-        for stage, o in (("pretrain", config.pretrain), ("sft", config.sft))
-    }
-    assert given == {
-        "pretrain": (1e-3, 256, 2, "cosine", 0.03, True, 0.0),
-        "sft": (2e-5, 128, 3, "cosine", 0.03, True, 0.0),
-    }
+    common = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "bf16": True}
+    common |= {"weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "max_grad_norm": 1.0}
+    for stage, rate, batch, zero in (("pretrain", 1e-3, 256, 2), ("sft", 2e-5, 128, 3)):
+        expected = {**common, "learning_rate": rate, "global_batch_size": batch, "zero": zero}
+        optimization = getattr(config, stage)
+        assert {name: getattr(optimization, name) for name in expected} == expected
     for stage in (config.pretrain, config.sft):
-        assert (stage.adam_beta1, stage.adam_beta2, stage.max_grad_norm) == (0.9, 0.999, 1.0)
         for gpus in (1, 2, 4, 8, 16):  # accumulation keeps the global batch
-            micro_batch_size, steps = fit_batch(
-                stage.global_batch_size, stage.micro_batch_size, gpus
-            )
+            sizes = (stage.global_batch_size, stage.micro_batch_size)
+            micro_batch_size, steps = fit_batch(*sizes, gpus)
             assert steps * gpus * micro_batch_size == stage.global_batch_size
     assert config.max_length == 2048
     assert (model.config.vision_feature_layer, model.config.projector_hidden_act) == (-1, "gelu")

@@ -1,8 +1,8 @@
 """Random tables and answers, and what ELLA's own compute_dpg_bench.py makes of them.
 
 git clone https://github.com/TencentQQGYLab/ELLA
-python tests/eval/golden/dpg_bench.py ELLA > tests/eval/golden/dpg_bench.json    # writes 60 tables
-python tests/eval/golden/dpg_bench.py ELLA 600                                   # counts the tables that differ
+python tests/eval/golden/dpg_bench.py ELLA > dpg_bench.json     # writes 60 tables
+python tests/eval/golden/dpg_bench.py ELLA 600                  # counts the tables that differ
 """
 
 import contextlib
@@ -22,7 +22,8 @@ from vqrae.eval.dpg_bench.questions import Item, Question, write_questions
 from vqrae.eval.dpg_bench.scores import official_scores
 
 CATEGORIES = (
-    "entity - whole", "entity - part", "attribute - color", "attribute - size", "relation - spatial", "global - ",
+    "entity - whole", "entity - part", "attribute - color", "attribute - size",
+    "relation - spatial", "global - ",
     "other - count",
 )  # fmt: skip
 Said = dict[str, list[list[str]]]
@@ -30,7 +31,7 @@ Said = dict[str, list[list[str]]]
 
 
 def tables(count: int, seed: int = 0) -> Iterator[tuple[list[Item], Said]]:
-    """Tables of one to six prompts, their questions in any order, and answers about one to four images of each."""
+    """Tables of one to six prompts, questions in any order, answers of one to four images."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         items, said, images = [], {}, int(rng.integers(1, 5))
@@ -102,7 +103,8 @@ def official(checkout: Path, items: list[Item], said: Said) -> dict[str, Any] | 
                 grid.paste((i, image, 0), (*corner, corner[0] + 2, corner[1] + 2))
             grid.save(folder / "images" / f"{item.id}.png")
         code["parse_args"] = lambda: types.SimpleNamespace(
-            image_root_path=str(folder / "images"), csv=str(folder / "table.csv"), res_path=str(folder / "result.txt"),
+            image_root_path=str(folder / "images"), csv=str(folder / "table.csv"),
+            res_path=str(folder / "result.txt"),
             resolution=2, pic_num=len(said[items[0].id]), vqa_model="mplug",
         )  # fmt: skip
         with (
@@ -136,9 +138,8 @@ def main() -> None:
             (official(checkout, *table), ours(*table)) for table in tables(int(sys.argv[2]), seed=1)
         ]
         dropped = sum(bool(a and a["dropped"]) for a, _ in found)
-        print(
-            f"{sum(a != b for a, b in found)} of {len(found)} tables differ, {dropped} have dropped prompts"
-        )
+        different = sum(a != b for a, b in found)
+        print(f"{different} of {len(found)} tables differ, {dropped} have dropped prompts")
     else:
         lines = ",\n".join(json.dumps(official(checkout, *table)) for table in tables(60))
         print(f"[\n{lines}\n]")

@@ -1,8 +1,9 @@
-"""What public evaluators say about some images: PSNR, SSIM, and the levels that their Inception network is shown.
+"""What public evaluators say about some images: PSNR, SSIM, and levels that Inception is shown.
 
-Makes evaluators.json from checkouts at the commits that eval/reconstruction/protocols.py names, with scikit-image and torch-fidelity:
+Makes evaluators.json from checkouts at the commits that eval/reconstruction/protocols.py names,
+with scikit-image and torch-fidelity:
 
-    python tests/eval/golden/evaluators.py VGT 1d-tokenizer maskbit RAE > tests/eval/golden/evaluators.json
+    python tests/eval/golden/evaluators.py VGT 1d-tokenizer maskbit RAE > evaluators.json
 """
 
 import importlib
@@ -31,7 +32,7 @@ def images_and_copies() -> tuple[Tensor, Tensor]:
 
 
 class Shown:
-    """Stands for an Inception network; remembers the sum of levels of each image of the first batch it is shown."""
+    """An Inception network that remembers the sum of levels of each image of the first batch."""
 
     def __init__(self) -> None:
         self.levels: list[int] = []
@@ -52,7 +53,7 @@ class Shown:
 
 
 def load(folder: str, name: str, **absent: types.ModuleType) -> Any:
-    """A module of a checkout, whose names other checkouts have too. `absent`: what it imports and does not need here."""
+    """A module of a checkout, whose names others have too. `absent`: imports not needed here."""
     for other in [
         key
         for key in sys.modules

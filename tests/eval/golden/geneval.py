@@ -1,8 +1,8 @@
-"""Random detections for GenEval's prompts, and what GenEval's own evaluate_images.py says about them.
+"""Random detections for GenEval's prompts, and what its own evaluate_images.py says of them.
 
 git clone https://github.com/djghosh13/geneval
-python tests/eval/golden/geneval.py geneval > tests/eval/golden/geneval.json    # writes 300 cases
-python tests/eval/golden/geneval.py geneval 12000                               # counts the cases that differ
+python tests/eval/golden/geneval.py geneval > geneval.json      # writes 300 cases
+python tests/eval/golden/geneval.py geneval 12000               # counts the cases that differ
 """
 
 import json
@@ -31,7 +31,7 @@ def color_of(box: Sequence[float]) -> str:
 
 
 def cases(count: int, seed: int = 0) -> Iterator[tuple[dict[str, Any], Boxes]]:
-    """Records with boxes on whole pixels, anywhere, or small and overlapping; scores around the thresholds."""
+    """Records with boxes on whole pixels, anywhere, or small; scores around the thresholds."""
     rng, records = np.random.default_rng(seed), official_prompts()
     for number in range(count):
         record, side = records[rng.integers(len(records))], (512, 512, 12)[number % 3]
@@ -94,7 +94,7 @@ def ours(record: dict[str, Any], boxes: Boxes) -> dict[str, Any]:
 
 
 def official(checkout: Path) -> Callable[[dict[str, Any], Boxes], dict[str, Any]]:
-    """The official `evaluate_image`, its detector and CLIP replaced by given boxes and `color_of`."""
+    """The official `evaluate_image`, with given boxes and `color_of` for detector and CLIP."""
     for name in ("mmdet", "mmdet.apis", "open_clip", "clip_benchmark", "clip_benchmark.metrics"):
         module = sys.modules[name] = types.ModuleType(name)
         vars(module).update(
@@ -133,7 +133,7 @@ def official(checkout: Path) -> Callable[[dict[str, Any], Boxes], dict[str, Any]
 
 
 def outcome(row: dict[str, Any]) -> list[Any]:
-    """What must be equal of a row: verdict, reason, and the objects that counted; two directions come in any order."""
+    """What must be equal of a row: verdict, reason with sorted directions, objects that counted."""
     reason = re.sub(
         r"found (.*) target",
         lambda m: f"found {' and '.join(sorted(m[1].split(' and ')))} target",

@@ -1,6 +1,6 @@
-"""What mmdetection computes for GenEval's detector with random weights: its test pipeline, the network, the fusion head.
+"""What mmdetection computes for GenEval's detector with random weights, from pixels to boxes.
 
-Makes mask2former.json, in an environment with mmdet 2.28.2 and mmcv 1.7.2 (pure Python: MMCV_WITH_OPS=0):
+Makes mask2former.json, with mmdet 2.28.2 and mmcv 1.7.2 (pure Python: MMCV_WITH_OPS=0):
 
     python tests/eval/golden/mask2former.py > tests/eval/golden/mask2former.json
 """
@@ -59,7 +59,7 @@ def sample(classes: Tensor, masks: Tensor) -> dict[str, list[float]]:
 
 
 def logits(number: int) -> tuple[Tensor, Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Random logits of classes and masks; (height, width) of the padded, the resized and the original image."""
+    """Random logits of classes and masks; sizes of the padded, resized and original image."""
     generator = torch.Generator().manual_seed(number)
     classes = 4 * torch.randn(100, 81, generator=generator)
     masks = 3 * torch.randn(100, 16, 20, generator=generator) - 3 * number

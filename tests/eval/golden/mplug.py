@@ -1,6 +1,6 @@
 """A small random mPLUG, and what modelscope's own preprocessor and model say about some images.
 
-Makes mplug.json, in an environment with modelscope 1.40.2, addict, simplejson and the transformers it was written for:
+Makes mplug.json, with modelscope 1.40.2, addict, simplejson and its transformers:
 
     pip install --no-deps --target OLD transformers==4.44.2 tokenizers==0.19.1
     huggingface_hub==0.24.7 PYTHONPATH=OLD python tests/eval/golden/mplug.py >
@@ -25,25 +25,33 @@ from PIL import Image
 
 VOCABULARY = [  # [CLS] and [SEP] are 101 and 102 in modelscope's beam search
     "[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]",
-    *string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase), *string.digits, *"?!.,'-",
+    *string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase),
+    *string.digits, *"?!.,'-",
     "is", "there", "red", "blue", "circle", "the", "in", "image", "yes", "no", "car",
 ]  # fmt: skip
 QUESTIONS = ("Is there a red circle ?", "is the CAR blue?", "a " * 40)
 
 
 def write_checkpoint(folder: Path, code: Any) -> None:
-    """A checkpoint of random weights, each seeded by its name; `code` is modelscope's `modeling_mplug`."""
+    """A checkpoint of random weights, each seeded by its name; `code`: `modeling_mplug`."""
     text = {
-        "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2, "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "max_position_embeddings": 64, "type_vocab_size": 2,
-        "vocab_size": len(VOCABULARY), "pad_token_id": 0, "text_encoder_layers": 1, "text_decode_layers": 2,
+        "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_hidden_layers": 2, "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+        "max_position_embeddings": 64, "type_vocab_size": 2,
+        "vocab_size": len(VOCABULARY), "pad_token_id": 0, "text_encoder_layers": 1,
+        "text_decode_layers": 2,
         "fusion_layers": 1, "stride_layer": 1, "encoder_width": 64, "model_type": "bert",
     }  # fmt: skip
     settings = {
-        "task": "visual-question-answering", "bert_config": "config_bert.json", "image_res": 48, "vision_width": 768,
-        "clip_name": "ViT-B-16", "clip_embed_dim": 16, "clip_image_resolution": 48, "clip_vision_layers": 1,
-        "clip_vision_width": 768, "clip_vision_patch_size": 16, "clip_context_length": 8, "clip_vocab_size": 8,
-        "clip_transformer_width": 64, "clip_transformer_heads": 1, "clip_transformer_layers": 1, "max_length": 6,
+        "task": "visual-question-answering", "bert_config": "config_bert.json", "image_res": 48,
+        "vision_width": 768,
+        "clip_name": "ViT-B-16", "clip_embed_dim": 16, "clip_image_resolution": 48,
+        "clip_vision_layers": 1,
+        "clip_vision_width": 768, "clip_vision_patch_size": 16, "clip_context_length": 8,
+        "clip_vocab_size": 8,
+        "clip_transformer_width": 64, "clip_transformer_heads": 1, "clip_transformer_layers": 1,
+        "max_length": 6,
     }  # fmt: skip
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "config_bert.json").write_text(json.dumps(text))
@@ -81,7 +89,8 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Stands for packages that modelscope's preprocessors import and mPLUG's does not use."""
 
     names = ("datasets", "decord", "modelscope.msdatasets", "modelscope.pipelines", *(
-        f"modelscope.preprocessors.{part}" for part in ("ofa", "nlp", "audio", "asr", "video", "science")
+        f"modelscope.preprocessors.{part}" for part in ("ofa", "nlp", "audio", "asr", "video",
+        "science")
     ))  # fmt: skip
 
     def find_spec(

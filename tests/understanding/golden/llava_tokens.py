@@ -1,9 +1,10 @@
-"""Tokens and labels of LLaVA's own preprocess_plain and preprocess_v1: writes `llava_tokens.json`, which the tests read.
+"""Tokens and labels of LLaVA's own preprocess_plain and preprocess_v1: `llava_tokens.json`.
 
     python tests/understanding/golden/llava_tokens.py LLAVA
 
-LLAVA is a checkout of haotian-liu/LLaVA. Its functions are cut out of their files and run as they are, on the tests' own Llama
-tokenizer. `*` marks a token that is trained, `<image>` stands for one image.
+LLAVA is a checkout of haotian-liu/LLaVA. Its functions are cut out of their files and run as they
+are, on the tests' own Llama tokenizer. `*` marks a token that is trained,
+`<image>` stands for one image.
 """
 
 import ast
@@ -37,8 +38,10 @@ def functions_of(llava: Path) -> dict[str, Any]:
     conversation = sys.modules["llava_conversation"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conversation)
     scope: dict[str, Any] = {
-        "torch": torch, "transformers": transformers, "copy": copy, "conversation_lib": conversation, "Sequence": Sequence,
-        "Dict": dict, "DEFAULT_IMAGE_TOKEN": "<image>", "IGNORE_INDEX": IGNORE_INDEX, "IMAGE_TOKEN_INDEX": IMAGE_TOKEN_INDEX,
+        "torch": torch, "transformers": transformers, "copy": copy,
+        "conversation_lib": conversation, "Sequence": Sequence,
+        "Dict": dict, "DEFAULT_IMAGE_TOKEN": "<image>", "IGNORE_INDEX": IGNORE_INDEX,
+        "IMAGE_TOKEN_INDEX": IMAGE_TOKEN_INDEX,
         "IS_TOKENIZER_GREATER_THAN_0_14": True,
     }  # fmt: skip
     wanted = {"tokenizer_image_token", "preprocess_plain", "preprocess_v1"}

@@ -1,11 +1,11 @@
-"""Which weights of a LLaVA folder vLLM's own loader takes: writes `vllm_keys.json`, which the tests compare with.
+"""Which weights of a LLaVA folder vLLM's own loader takes: writes `vllm_keys.json`.
 
     python tests/understanding/golden/vllm_keys.py VLLM LLAVA
 
-VLLM is vLLM's source (an unpacked wheel), LLAVA a folder of the tests' tiny model. `WeightsMapper`, `AutoWeightsLoader`
-and the tables of names are cut out of vLLM's files and run as they are; only the modules that they fill are replaced, by
-empty ones of the same names. What belongs to the language model goes to its class under the names of released checkpoints,
-and is left out.
+VLLM is vLLM's source (an unpacked wheel), LLAVA a folder of the tests' tiny model. Its loader and
+tables of names are cut out of its files and run as they are; only the modules that they fill are
+replaced, by empty ones of the same names. The language model, whose class takes the names of
+released checkpoints, is left out.
 """
 
 import ast
@@ -40,7 +40,8 @@ def cut(source: str, *names: str) -> Iterator[str]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name in names:
             decorators = "".join(f"@{ast.unparse(each)}\n" for each in node.decorator_list)
-            yield f"from __future__ import annotations\n{decorators}{ast.get_source_segment(source, node)}"
+            text = ast.get_source_segment(source, node)
+            yield f"from __future__ import annotations\n{decorators}{text}"
 
 
 def table(source: str, name: str, scope: dict[str, Any]) -> Any:
@@ -76,8 +77,10 @@ class Parts(nn.Module):
 def loader_of(vllm: Path) -> tuple[dict[str, Any], Any, Any]:
     models = vllm / "vllm" / "model_executor" / "models"
     scope: dict[str, Any] = {
-        "nn": nn, "torch": torch, "itertools": itertools, "re": re, "Iterable": Iterable, "Mapping": Mapping, "Any": Any,
-        "dataclass": dataclass, "field": field, "logger": logging.getLogger("vllm"), "ShardIds": Any,
+        "nn": nn, "torch": torch, "itertools": itertools, "re": re, "Iterable": Iterable,
+        "Mapping": Mapping, "Any": Any,
+        "dataclass": dataclass, "field": field, "logger": logging.getLogger("vllm"),
+        "ShardIds": Any,
         "StageMissingLayer": type("StageMissingLayer", (nn.Module,), {}),
         "PPMissingLayer": type("PPMissingLayer", (nn.Module,), {}),
         "_get_tied_embedding_params": lambda module: {},
@@ -89,7 +92,7 @@ def loader_of(vllm: Path) -> tuple[dict[str, Any], Any, Any]:
         exec(text, scope)
     llava = table((models / "llava.py").read_text(), "LlavaForConditionalGeneration", scope)
     siglip = table((models / "siglip.py").read_text(), "SiglipVisionTransformer", scope)
-    # LLaVA's tower is built with require_post_norm=False and without a pooling head, which the class then drops.
+    # LLaVA's tower is built without post-norm and pooling head, which the class then drops.
     return (
         scope,
         llava,
@@ -147,9 +150,8 @@ def main(vllm: Path, folder: Path) -> None:
         golden.refused = str(error).split(". ")[0]
     text = json.dumps(vars(golden), indent=1) + "\n"
     Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")
-    print(
-        f"vLLM {version}: {len(golden.keys)} weights, {len(golden.loaded)} names filled; without vision_model: {golden.refused}"
-    )
+    print(f"vLLM {version}: {len(golden.keys)} weights, {len(golden.loaded)} names filled")
+    print(f"without vision_model: {golden.refused}")
 
 
 if __name__ == "__main__":
