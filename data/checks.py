@@ -220,19 +220,20 @@ def _check_codes(
     """Compare a code set, or shards of about `limit` images, evenly spread, with its checksums."""
     folder, manifest = Path(report.source), read_manifest(report.source)
     report.samples = manifest.num_images
-    used = np.zeros(manifest.codebook_size, dtype=np.int64)
+    size = manifest.codebook_size
+    used = np.zeros((manifest.num_codebooks, size), dtype=np.int64)
     shards = _spread(manifest.num_shards, -(-(limit or report.samples) // manifest.shard_size))
     for done, number in enumerate(shards, 1):
         try:
             shard = open_shard(folder, number, manifest, verify=True)
-            counts = np.bincount(shard.codes.ravel(), minlength=manifest.codebook_size)
-            if len(counts) > manifest.codebook_size:
-                codes = f"code {len(counts) - 1} of {manifest.codebook_size}"
-                raise ValueError(f"{folder}, shard {number} holds {codes}")
+            largest = shard.codes.max()
+            if largest >= size:
+                raise ValueError(f"{folder}, shard {number} holds code {largest} of {size}")
         except (ValueError, FileNotFoundError) as error:
             report.count(Issue("shards that cannot be used", True, str(error)))
             continue
-        used += counts
+        for counts, codes in zip(used, shard.codes.reshape(-1, len(used)).T, strict=True):
+            counts += np.bincount(codes, minlength=size)
         for row in range(len(shard.codes)):
             texts = shard.captions(row)
             report.captions += len(texts)

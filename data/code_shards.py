@@ -1,13 +1,15 @@
 """Images as codes: a folder of memory-mapped uint16 shards with captions, for the generator.
 
     manifest.json          tokenizer fingerprint, codebook, grid, crop, source, number of images
-    shard-00000.npy        codes of the images 0 … shard_size - 1, uint16 (n, N)
+    shard-00000.npy        codes of the images 0 … shard_size - 1, uint16 (M, N) or (M, N, n)
     shard-00000.jsonl      line i: JSON list of the captions of image i
-    index-00000.npy        int64 (2 + n,): CRC-32 of codes and captions, then the line ends
+    index-00000.npy        int64 (2 + M,): CRC-32 of codes and captions, then the line ends
 
 Each file is renamed from a temporary one, and the index is written last: a shard with an index is
 complete, so a relaunched extraction skips it. Opening a set looks at the sizes of its files only;
 `vqrae check-data` reads all of them. 1024 codes take 2 KiB: 36 million images fit into 74 GB.
+
+Shapes: M images of a shard, N visual tokens of an image, n codebooks if there are several.
 """
 
 import dataclasses
@@ -39,8 +41,11 @@ class CodeManifest:
     tokenizer_fingerprint: str
     """`weights_fingerprint` of the tokenizer that made the codes."""
     codebook_size: int
+    """Of each codebook."""
+    num_codebooks: int = 1
+    """n, the codes of a visual token; sets from before there were several do not say it."""
     grid_size: int
-    """Codes of one side; an image has `grid_size ** 2` codes in raster order."""
+    """Visual tokens of one side; an image has `grid_size ** 2` in raster order."""
     source: str
     """Where the images come from, as in `scenes (train, seed 0)`."""
     num_images: int
@@ -64,16 +69,22 @@ class CodeManifest:
                 f"got codebook_size {self.codebook_size}, expected at most {MAX_CODEBOOK_SIZE}: "
                 "codes are stored as uint16"
             )
-        if self.num_images < 1 or self.shard_size < 1:
+        if min(self.num_images, self.shard_size, self.num_codebooks) < 1:
             raise ValueError(
-                f"got {self.num_images} images in shards of {self.shard_size}, "
-                "expected at least one of each"
+                f"got {self.num_images} images in shards of {self.shard_size} with "
+                f"{self.num_codebooks} codebooks, expected at least one of each"
             )
 
     @property
     def num_codes(self) -> int:
-        """Codes of one image, N."""
+        """Visual tokens of one image, N."""
         return self.grid_size**2
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the codes of one image: (N,), or (N, n) of several codebooks."""
+        several = self.num_codebooks > 1
+        return (self.num_codes, self.num_codebooks) if several else (self.num_codes,)
 
     @property
     def num_shards(self) -> int:
@@ -120,11 +131,11 @@ class Shard(NamedTuple):
     """A memory-mapped shard."""
 
     codes: np.ndarray
-    """uint16 (n, N)"""
+    """uint16 (M, N) or (M, N, n)"""
     text: np.ndarray
     """uint8, all caption lines"""
     line_ends: np.ndarray
-    """int64 (n,), places of the line breaks in `text`"""
+    """int64 (M,), places of the line breaks in `text`"""
 
     def captions(self, row: int) -> list[str]:
         """All captions of an image."""
@@ -149,7 +160,7 @@ def open_shard(folder: Path, shard: int, manifest: CodeManifest, *, verify: bool
             "launch the same extraction again"
         )
     codes_file, captions_file, index_file = files
-    codes = _map(codes_file, np.uint16, (rows, manifest.num_codes))
+    codes = _map(codes_file, np.uint16, (rows, *manifest.code_shape))
     index = _map(index_file, np.int64, (2 + rows,))
     size = captions_file.stat().st_size
     if size != index[-1] + 1:
@@ -214,11 +225,11 @@ class CodeWriter:
         return True
 
     def write(self, shard: int, codes: np.ndarray, captions: Sequence[Sequence[str]]) -> None:
-        """Write one shard: codes (n, N) of any integer type, and the captions of each image.
+        """Write one shard: codes (M, N) or (M, N, n), and the captions of each image.
 
         Raises ValueError when shapes or codes do not fit the manifest.
         """
-        expected = (len(self.manifest.images_of(shard)), self.manifest.num_codes)
+        expected = (len(self.manifest.images_of(shard)), *self.manifest.code_shape)
         if codes.shape != expected or len(captions) != expected[0]:
             raise ValueError(
                 f"shard {shard}: got codes {codes.shape} and {len(captions)} captions, "
@@ -258,7 +269,7 @@ def _open_shard(folder: Path, shard: int, manifest: CodeManifest, written: int) 
 
 
 class CodeDataset(Dataset):
-    """Images of a code set, by index: {"codes": int64 (N,), "caption": str}.
+    """Images of a code set, by index: {"codes": int64 (N,) or (N, n), "caption": str}.
 
     The caption is a pure function of (index, epoch): an image starts at a caption of its own and
     every further epoch takes the next, so all captions are seen equally often.
@@ -317,6 +328,9 @@ class CodeDataset(Dataset):
     def fingerprint(source: str | Path) -> str:
         """Identity of a code set for a run's manifest."""
         manifest = read_manifest(source)
-        text = json.dumps(dataclasses.asdict(manifest), sort_keys=True)
+        values = dataclasses.asdict(manifest)
+        if manifest.num_codebooks == 1:
+            del values["num_codebooks"]  # as of a set that does not say it
+        text = json.dumps(values, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return f"codes of {manifest.source}, manifest sha256 {digest}"

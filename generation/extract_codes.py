@@ -7,6 +7,7 @@ Every process takes every n-th shard. The same command skips finished shards;
 `vqrae check-data CODES` reads all of them again.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,7 @@ def extract(config: ExtractionConfig) -> None:
     manifest = CodeManifest(
         tokenizer_fingerprint=weights_fingerprint(folder),
         codebook_size=model.config.codebook_size,
+        num_codebooks=model.config.num_codebooks,
         grid_size=model.config.grid_size,
         source=f"{config.source} ({config.split}, seed {config.seed})",
         num_images=len(images),
@@ -84,7 +86,7 @@ def extract(config: ExtractionConfig) -> None:
             )
     # Printed by the process that ends last.
     if all(writer.is_complete(shard) for shard in range(manifest.num_shards)):
-        size = f"{manifest.num_images} images x {manifest.num_codes} codes"
+        size = f"{manifest.num_images} images x {math.prod(manifest.code_shape)} codes"
         print(f"finished: {config.output_dir} ({size})", flush=True)
 
 
@@ -142,7 +144,7 @@ def write_shards(
     batches = iter(loader)
     for shard in shards:
         rows = len(manifest.images_of(shard))
-        codes = np.empty((rows, manifest.num_codes), dtype=np.uint16)
+        codes = np.empty((rows, *manifest.code_shape), dtype=np.uint16)
         captions: list[list[str]] = []
         while len(captions) < rows:
             images, texts = next(batches)

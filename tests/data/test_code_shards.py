@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from vqrae.common.files import read_json, write_json
 from vqrae.data.code_shards import CodeDataset, CodeManifest, CodeWriter, open_shard
 from vqrae.data.sources import vocabulary
 from vqrae.data.stream import Draw
@@ -21,24 +22,28 @@ MANIFEST = CodeManifest(
     shard_size=3,
 )
 CODES = np.random.default_rng(0).integers(0, 60_000, (7, 4))
+SEVERAL = replace(MANIFEST, num_codebooks=3)
+CODES_OF_SEVERAL = np.random.default_rng(0).integers(0, 60_000, (7, 4, 3))
 CAPTIONS = [[f"image {i}", f"Bild {i} — ü\nzweite Zeile"] for i in range(7)]
 
 
 def write(folder: Path, shards: range = range(3), manifest: CodeManifest = MANIFEST) -> CodeWriter:
     writer = CodeWriter(folder, manifest)
+    codes = CODES if manifest.num_codebooks == 1 else CODES_OF_SEVERAL
     for shard in shards:
         rows = manifest.images_of(shard)
-        writer.write(shard, CODES[rows], [CAPTIONS[i] for i in rows])
+        writer.write(shard, codes[rows], [CAPTIONS[i] for i in rows])
     return writer
 
 
-def test_round_trip(tmp_path: Path) -> None:
-    write(tmp_path)
+@pytest.mark.parametrize(("manifest", "codes"), [(MANIFEST, CODES), (SEVERAL, CODES_OF_SEVERAL)])
+def test_round_trip(manifest: CodeManifest, codes: np.ndarray, tmp_path: Path) -> None:
+    write(tmp_path, manifest=manifest)
     dataset = CodeDataset(tmp_path, tokenizer_fingerprint="a" * 64)
     assert len(dataset) == 7
     for i in range(7):
         assert dataset[i]["codes"].dtype == torch.int64
-        assert dataset[i]["codes"].tolist() == CODES[i].tolist()
+        assert dataset[i]["codes"].tolist() == codes[i].tolist()
         assert dataset.texts(i) == CAPTIONS[i]
         heard = Counter(dataset[Draw(i, epoch)]["caption"] for epoch in range(6))
         assert heard == dict.fromkeys(CAPTIONS[i], 3)
@@ -53,6 +58,18 @@ def test_round_trip(tmp_path: Path) -> None:
         dataset[7]
     with pytest.raises(FileNotFoundError, match="extract_codes"):
         CodeDataset(tmp_path / "elsewhere")
+
+
+def test_a_set_from_before_several_codebooks_is_the_same(tmp_path: Path) -> None:
+    write(tmp_path)
+    fingerprint = CodeDataset.fingerprint(tmp_path)
+    values = read_json(tmp_path / "manifest.json")
+    assert values.pop("num_codebooks") == 1
+    write_json(tmp_path / "manifest.json", values)
+    assert CodeDataset.fingerprint(tmp_path) == fingerprint
+    assert CodeWriter(tmp_path, MANIFEST).is_complete(2)
+    with pytest.raises(ValueError, match="num_codebooks 1 -> 3"):
+        CodeWriter(tmp_path, SEVERAL)
 
 
 def test_codes_of_scenes_know_the_words_of_scenes(tmp_path: Path) -> None:
@@ -79,6 +96,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     for codes, captions, message in (
         (np.full((3, 4), 60_000), CAPTIONS[:3], "expected 0 … 59999"),
         (CODES[:2], CAPTIONS[:2], r"expected \(3, 4\)"),
+        (CODES_OF_SEVERAL[:3], CAPTIONS[:3], r"expected \(3, 4\)"),
         (CODES[:3], [["a"], [], ["b"]], "image 1 has no caption"),
     ):
         with pytest.raises(ValueError, match=message):
