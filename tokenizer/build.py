@@ -2,7 +2,7 @@
 
 from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
 from vqrae.tokenizer.configuration import VQRAEConfig
-from vqrae.tokenizer.encoders import load_encoder
+from vqrae.tokenizer.encoders import load_encoder, load_text_side
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.quantizers.base import CodebookQuantizer
 from vqrae.tokenizer.quantizers.registry import quantizer_class
@@ -19,14 +19,18 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
     encoder = load_encoder(config.encoder, attention) if config.encoder else None
     encoder_config = config.encoder_config
     if encoder is not None:
-        for key, expected in (config.encoder_config or {}).items():
+        given = dict(config.encoder_config or {})
+        # How it trains, not what it is.
+        drop_path = {"drop_path": given.pop("drop_path")} if "drop_path" in given else {}
+        for key, expected in given.items():
             found = getattr(encoder.config, key)
             if (list(found) if isinstance(found, tuple) else found) != expected:
                 raise ValueError(
                     f"model.encoder_config.{key}: {config.encoder} has {found!r}, "
                     f"expected {expected!r}"
                 )
-        encoder_config = encoder.config.to_diff_dict() | {"model_type": encoder.config.model_type}
+        model_type = {"model_type": encoder.config.model_type}
+        encoder_config = encoder.config.to_diff_dict() | model_type | drop_path
     tokenizer_config = VQRAEConfig(
         encoder_config=encoder_config,
         feature_tap=config.feature_tap,
@@ -50,7 +54,25 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
     model = VQRAEModel(tokenizer_config)
     if encoder is not None:
         model.encoder.load_state_dict(encoder.state_dict())
+    if config.encoder and config.text_config is not None:
+        start_text_side(model, config.encoder)
     return model
+
+
+def start_text_side(model: VQRAEModel, encoder: str) -> None:
+    """Take over the text tower that an encoder was trained with, if its checkpoint has one.
+
+    Raises:
+        ValueError: when `text_config` describes another one.
+    """
+    weights = load_text_side(encoder)
+    own = {key: value.shape for key, value in model.state_dict().items() if key.startswith("text_")}
+    if weights and {key: value.shape for key, value in weights.items()} != own:
+        raise ValueError(
+            f"model.text_config: got {model.config.text_config}, expected the text tower that "
+            f"{encoder} has"
+        )
+    model.load_state_dict(weights, strict=False)
 
 
 def check_quantizer(config: TokenizerTrainConfig) -> None:

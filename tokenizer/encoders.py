@@ -3,7 +3,6 @@
 Shapes: B batch, H W pixels, N visual tokens, D feature width.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,13 @@ from transformers import (
 )
 
 from vqrae.common.checkpoints import load_model, local_model, require_finite, resolve_model
+from vqrae.tokenizer.configuration import ViTaminConfig
+from vqrae.tokenizer.open_clip import (
+    VITAMIN_CLIP,
+    rename,
+    vitamin_clip_weights,
+    vitamin_config,
+)
 from vqrae.tokenizer.vitamin import ViTaminModel
 
 # `model_type` of a checkpoint -> its vision class; whole image-text models give their vision part.
@@ -47,8 +53,10 @@ def load_encoder(source: str, attention: str) -> PreTrainedModel:
     kind = values.get("model_type")
     if kind == OPENGVLAB_FORMAT:
         return _load_opengvlab(source, values, attention)
+    if VITAMIN_CLIP in (values.get("architectures") or ()):
+        return _load_vitamin_clip(source, values["vision_cfg"], attention)
     if kind not in VISION_MODELS:
-        known = ", ".join([*VISION_MODELS, OPENGVLAB_FORMAT])
+        known = ", ".join([*VISION_MODELS, OPENGVLAB_FORMAT, VITAMIN_CLIP])
         raise ValueError(f"{source} is a {kind!r} checkpoint, expected an encoder: one of {known}")
     vision = VISION_MODELS[kind]
     options: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
@@ -61,6 +69,14 @@ def load_encoder(source: str, attention: str) -> PreTrainedModel:
     if kind == "internvl":
         options["key_mapping"] = {r"^(model\.)?vision_tower\.": ""}
     return load_model(vision, source, **options)
+
+
+def load_text_side(source: str) -> dict[str, Tensor]:
+    """Weights of a tokenizer's text side that a checkpoint holds; none in most kinds."""
+    source = resolve_model(source)
+    values, _ = PreTrainedConfig.get_config_dict(source)
+    is_clip = VITAMIN_CLIP in (values.get("architectures") or ())
+    return vitamin_clip_weights(source)[1] if is_clip else {}
 
 
 def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap: str) -> Tensor:
@@ -107,8 +123,7 @@ def convert_opengvlab(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of OpenGVLab's InternViT as those of `InternVLVisionModel`, with q, k, v apart."""
     converted = {}
     for key, tensor in state.items():
-        for pattern, replacement in OPENGVLAB_KEYS:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, OPENGVLAB_KEYS)
         if ".attn.qkv." in key:
             for name, part in zip("qkv", tensor.chunk(3), strict=True):
                 converted[key.replace(".attn.qkv.", f".attention.{name}_proj.")] = part.clone()
@@ -128,5 +143,20 @@ def _load_opengvlab(source: str, values: Mapping[str, Any], attention: str) -> P
     for file in files:
         state |= load_file(file)
     encoder.load_state_dict(convert_opengvlab(state))
+    require_finite(encoder, source)
+    return encoder
+
+
+# ---- ViTamin-CLIP (remote code on the hub) -> ViTaminModel
+
+
+def _load_vitamin_clip(source: str, values: Mapping[str, Any], attention: str) -> PreTrainedModel:
+    config = vitamin_config(values["timm_model_name"], values["image_size"])
+    config.pop("model_type")
+    encoder = ViTaminModel._from_config(ViTaminConfig(**config), attn_implementation=attention)
+    weights, _ = vitamin_clip_weights(source)
+    # CLIP's ViTamin is normalised after its pooling: the last norm is new, as in UniTok.
+    fresh = {key: tensor for key, tensor in encoder.state_dict().items() if "layernorm." in key}
+    encoder.load_state_dict(fresh | weights)
     require_finite(encoder, source)
     return encoder

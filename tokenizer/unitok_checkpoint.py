@@ -1,0 +1,173 @@
+"""UniTok's published checkpoint, `unitok_tokenizer.pth`, as a tokenizer of this package.
+
+    vqrae import-unitok unitok_tokenizer.pth runs/unitok
+
+Its codes are (B, n, N) in UniTok's code, (B, N, n) here.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqrae.common.checkpoints import require_finite
+from vqrae.common.files import atomic_path
+from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.open_clip import (
+    VITAMIN_KEYS,
+    convert_text,
+    load_weights,
+    rename,
+    vitamin_config,
+)
+
+PROJECTION_KEYS = (
+    (r"^norm3\.", "linear_norm."),
+    (r"^proj\.", "linear."),
+    (r"^norm1\.", "attention_norm."),
+    (r"^attn\.proj\.", "attention_out."),
+    (r"^attn\.", ""),
+    (r"^norm2\.", "mlp_norm."),
+    (r"^mlp\.w0\.", "mlp.gate."),
+    (r"^mlp\.w1\.", "mlp.up."),
+    (r"^mlp\.w2\.", "mlp.down."),
+)
+DECODER_KEYS = (
+    (r"^blocks\.", "blocks.layers."),
+    (r"^up_conv4\.conv1\.", "up_conv4."),
+    (r"^up_conv4\.norm1\.", "head_norm."),
+    (r"^up_conv4\.conv2\.", "head."),
+)
+# Prefix in the checkpoint -> ours, and the names after it.
+PARTS = {
+    "encoder.": ("encoder.", VITAMIN_KEYS),
+    "quant_proj.": ("in_proj.", PROJECTION_KEYS),
+    "post_quant_proj.": ("out_proj.", PROJECTION_KEYS),
+    "decoder.": ("decoder.", DECODER_KEYS),
+    "fc_norm.": ("fc_norm.", ()),
+    "projection.": ("image_projection.", ()),
+}
+# Without effect: a position that stays 0, the zeros in place of the keys' biases, a statistic.
+ZEROS = re.compile(r"encoder\.pos_embed|(post_)?quant_proj\.attn\.zero_k_bias")
+DROPPED = re.compile(r"quantizer\.codebooks\.\d+\.vocab_usage")
+CODEBOOK = re.compile(r"quantizer\.codebooks\.(\d+)\.codebook\.weight")
+
+
+def import_unitok(file: str | Path, out: str | Path) -> VQRAEModel:
+    """Write the tokenizer folder of a published checkpoint.
+
+    Raises:
+        ValueError: for another kind of file, or tensors that are unknown, missing, of another shape
+            or not finite.
+        FileExistsError: when `out` exists.
+    """
+    if Path(out).exists():
+        raise FileExistsError(f"{out} exists: give another folder")
+    args, state = read_checkpoint(file)
+    model = VQRAEModel(published_config(args)).eval()
+    load_published(model, state, str(file))
+    with atomic_path(Path(out)) as temporary:
+        model.save_pretrained(temporary)
+    return model
+
+
+def read_checkpoint(file: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments of the published training, and the weights.
+
+    Raises:
+        ValueError: for a file that holds something else.
+    """
+    expected = "unitok_tokenizer.pth: {args, trainer: {unitok: weights}}"
+    stored = load_weights(Path(file), expected)
+    try:
+        return dict(stored["args"]), dict(stored["trainer"]["unitok"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file}: got no {error}, expected {expected}") from error
+
+
+def published_config(args: Mapping[str, Any]) -> VQRAEConfig:
+    """The configuration of a tokenizer that was trained with these arguments."""
+    encoder = vitamin_config(args["model"], args["img_size"]) | {"drop_path": args["drop_path"]}
+    return VQRAEConfig(
+        encoder_config=encoder,
+        feature_tap="last_hidden_state",
+        quantizer="mcq",
+        codebook_size=args["vocab_size"] // args["num_codebooks"],
+        codebook_dim=args["vocab_width"],
+        num_codebooks=args["num_codebooks"],
+        projection={"attn": "attention", "linear": "linear"}[args["quant_proj"]],
+        projection_heads=encoder["hidden_size"] // args["vocab_width"],
+        decoder="conv",
+        text_config={
+            "vocab_size": args["text_vocab_size"],
+            "hidden_size": args["text_width"],
+            "intermediate_size": 4 * args["text_width"],
+            "num_hidden_layers": args["text_layers"],
+            "num_attention_heads": args["text_heads"],
+            "max_position_embeddings": args["text_context_length"],
+            "projection_dim": args["embed_dim"],
+            "hidden_act": "gelu",
+            "eos_token_id": args["text_vocab_size"] - 1,
+        },
+    )
+
+
+def load_published(model: VQRAEModel, state: Mapping[str, Tensor], source: str) -> None:
+    """Load published weights, all of them and nothing else.
+
+    Raises:
+        ValueError: for tensors that are unknown, missing, of another shape or not finite.
+    """
+    converted = convert_published(state)
+    own = model.state_dict()
+    # Not in the checkpoint: the statistics of feature_norm=standardize, which UniTok has not.
+    expected = own.keys() - {"feature_mean", "feature_std"}
+    shapes = {key for key in expected & converted.keys() if own[key].shape != converted[key].shape}
+    wrong = {
+        "unknown": converted.keys() - expected,
+        "missing": expected - converted.keys(),
+        "of another shape": shapes,
+    }
+    for what, keys in wrong.items():
+        if keys:
+            raise ValueError(
+                f"{source}: {len(keys)} tensors are {what}, such as {min(keys)}: expected the "
+                "weights of UniTok's class (FoundationVision/UniTok, models/unitok.py)"
+            )
+    model.load_state_dict(converted, strict=False)
+    require_finite(model, source)
+
+
+def convert_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights under our names; unknown ones keep theirs.
+
+    Raises:
+        ValueError: when a tensor that has no place here is not 0.
+    """
+    converted: dict[str, Tensor] = {}
+    codebooks: dict[int, Tensor] = {}
+    text: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        prefix = next((each for each in PARTS if key.startswith(each)), "")
+        if ZEROS.fullmatch(key):
+            if tensor.any():
+                raise ValueError(f"{key}: got values that are not 0, expected what was published")
+        elif DROPPED.fullmatch(key):
+            continue
+        elif match := CODEBOOK.fullmatch(key):
+            codebooks[int(match[1])] = tensor
+        elif key.startswith("text_encoder."):
+            text[key.removeprefix("text_encoder.")] = tensor
+        elif prefix:
+            ours, rules = PARTS[prefix]
+            converted[ours + rename(key.removeprefix(prefix), rules)] = tensor
+        else:
+            converted[key] = tensor
+    if codebooks:
+        tables = [codebooks[i] for i in sorted(codebooks)]
+        converted["quantizer.codebook"] = torch.stack(tables)
+    return converted | convert_text(text)
