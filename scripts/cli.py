@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "check-data": ("data", "CheckData", "read a whole source before training on it", ("source",)),
     "inspect-batch": ("data", "InspectBatch", "print a training batch", ()),
     "graft": ("models", "Graft", "put a tokenizer's encoder into InternVL3", ()),
+    "import-unitok": ("models", "ImportUniTok", "read UniTok's checkpoint", ("file", "out")),
     "plan": ("models", "Plan", "say what a training needs, before it starts", ("config",)),
 }
 

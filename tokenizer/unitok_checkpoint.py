@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from vqrae.common.checkpoints import require_finite
+from vqrae.common.checkpoints import require_finite, resolve_model
 from vqrae.common.files import atomic_path
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -57,8 +58,14 @@ DROPPED = re.compile(r"quantizer\.codebooks\.\d+\.vocab_usage")
 CODEBOOK = re.compile(r"quantizer\.codebooks\.(\d+)\.codebook\.weight")
 
 
-def import_unitok(file: str | Path, out: str | Path) -> VQRAEModel:
+def import_unitok(
+    file: str | Path, out: str | Path, text_tokenizer: str | None = None
+) -> VQRAEModel:
     """Write the tokenizer folder of a published checkpoint.
+
+    Args:
+        text_tokenizer: folder or hub id of CLIP's, which the checkpoint lacks; it goes into the
+            folder. None: texts cannot be embedded until one is there.
 
     Raises:
         ValueError: for another kind of file, or tensors that are unknown, missing, of another shape
@@ -68,10 +75,13 @@ def import_unitok(file: str | Path, out: str | Path) -> VQRAEModel:
     if Path(out).exists():
         raise FileExistsError(f"{out} exists: give another folder")
     args, state = read_checkpoint(file)
+    words = text_tokenizer and AutoTokenizer.from_pretrained(resolve_model(text_tokenizer))
     model = VQRAEModel(published_config(args)).eval()
     load_published(model, state, str(file))
     with atomic_path(Path(out)) as temporary:
         model.save_pretrained(temporary)
+        if words:
+            words.save_pretrained(temporary)
     return model
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer's encoder in another model, and what a training would need."""
+"""Models from and for other packages, and what a training would need."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from vqrae.common.config import check_range
 from vqrae.planning.plan import GPU_COUNTS, plan, render
+from vqrae.tokenizer.unitok_checkpoint import import_unitok
 from vqrae.understanding.graft import graft
 
 
@@ -25,6 +26,23 @@ class Graft:
         folder = graft(self.model, self.tokenizer, self.out)
         how = "open it with AutoModelForImageTextToText"
         print(f"{folder}: {how}; manifest.json says what it was made from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportUniTok:
+    """Turn UniTok's published checkpoint into a tokenizer folder."""
+
+    file: str
+    """`unitok_tokenizer.pth` of FoundationVision/unitok_tokenizer."""
+    out: str
+    """Folder for the tokenizer, which must not exist."""
+    text_tokenizer: str | None = "openai/clip-vit-large-patch14"
+    """Folder or hub id of CLIP's, which goes into the folder; empty: none, texts are not read."""
+
+    def run(self) -> None:
+        config = import_unitok(self.file, self.out, self.text_tokenizer).config
+        codes = " x ".join(map(str, config.code_shape))
+        print(f"{self.out}: {codes} codes an image of {config.image_size} px")
 
 
 @dataclass(frozen=True, kw_only=True)
