@@ -286,10 +286,8 @@ def check(row: Check, expected: dict[str, Numbers], bf16_rate: float, device: to
 
 
 def compare(found: Numbers, expected: Numbers) -> float:
-    """The largest difference, relative to the largest expected number; codes must be equal.
-
-    Raises:
-        ArithmeticError: when it is too large.
+    """The largest difference, relative to the largest expected number; ArithmeticError if too
+    large.
     """
     largest = max(1e-12, *map(abs, expected))
     pairs = zip(found, expected, strict=True)
@@ -347,13 +345,8 @@ def cpu_numbers(only: str) -> dict[str, Numbers]:
     """The numbers of all rows, from a process that sees no GPU."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "numbers.json"
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.check_gpu",
-            f"only={only}",
-            f"reference={file}",
-        ]
+        command = [sys.executable, "-m", "benchmarks.check_gpu"]
+        command += [f"only={only}", f"reference={file}"]
         subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
         return read_json(file)
 

@@ -29,7 +29,7 @@ ENCODER = {"model_type": "siglip_vision_model", "hidden_size": 768, "intermediat
 ENCODER |= {"num_hidden_layers": 12, "num_attention_heads": 12, "vision_use_head": False}
 ENCODER |= {"image_size": 256, "patch_size": 16}
 TOKENIZER = {"encoder_config": ENCODER, "codebook_size": 16_384, "codebook_dim": 1536}
-CAPTION = " ".join(["word"] * 80)
+CAPTION = " ".join(["word"] * 80)  # as long as a dense caption
 
 
 def write_tar(path: Path, count: int) -> None:
@@ -47,14 +47,9 @@ def write_tar(path: Path, count: int) -> None:
 
 
 def manifest(codebook_size: int, grid_size: int, num_images: int, shard_size: int) -> CodeManifest:
-    return CodeManifest(
-        tokenizer_fingerprint="0" * 64,
-        codebook_size=codebook_size,
-        grid_size=grid_size,
-        source="random",
-        num_images=num_images,
-        shard_size=shard_size,
-    )
+    shape: dict[str, Any] = {"codebook_size": codebook_size, "grid_size": grid_size}
+    shape |= {"num_images": num_images, "shard_size": shard_size}
+    return CodeManifest(tokenizer_fingerprint="0" * 64, source="random", **shape)
 
 
 def run(

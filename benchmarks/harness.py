@@ -39,10 +39,8 @@ def time_row(
 ) -> Row:
     """Median times of both, in alternation, so that a busy machine disturbs them alike.
 
-    One run of each warms up.
-
-    Args:
-        work: done by one call, in the unit of a rate; None: the row holds seconds.
+    One run of each warms up. `work` is done by one call, in the unit of a rate; without it the row
+    holds seconds.
     """
     seconds: dict[Work, list[float]] = {ours: [], reference: []}
     for repeat in range(repeats + 1):
@@ -66,10 +64,8 @@ def memory_row(
 
 
 def peak_memory(prepare: Callable[..., Work], *arguments: Any) -> float:
-    """MiB that `prepare(*arguments)()` needs on top of its inputs, in a process of its own.
-
-    Raises:
-        OSError: without `/proc/self/clear_refs`; only Linux can reset a high-water mark.
+    """MiB that `prepare(*arguments)()` needs on top of its inputs, in a process of its own (Linux
+    only).
     """
     # glibc keeps freed blocks below a growing threshold; with a fixed one they are returned, and
     # seen when they come again.

@@ -20,9 +20,7 @@ def resolve_model(name: str | Path) -> str:
     """The model folder (with `config.json`) of `name`, or `name` itself when it is a hub id.
 
     A run directory holds its finished model in `model/`, before that the newest in `step-N/model`.
-
-    Raises:
-        FileNotFoundError: when `name` is neither a folder with a model nor a hub id.
+    Raises FileNotFoundError when `name` is neither a folder with a model nor a hub id.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -72,14 +70,8 @@ def recorded_tokenizer(model: str | Path) -> str | None:
 def require_kind(name: str | Path, kinds: Collection[str], expected: str) -> dict[str, Any]:
     """The values of a model's `config.json`, read before any of its weights.
 
-    Args:
-        name: what `resolve_model` returns.
-        kinds: accepted values of `model_type`.
-        expected: what these are, for the message.
-
-    Raises:
-        FileNotFoundError: for a hub id that is neither cached nor reachable.
-        ValueError: for a model of another kind.
+    `kinds` are accepted values of `model_type`, which `expected` describes. Raises ValueError for
+    another, FileNotFoundError for a hub id that is neither cached nor reachable.
     """
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
@@ -96,13 +88,8 @@ def require_kind(name: str | Path, kinds: Collection[str], expected: str) -> dic
 def load_model(kind: Any, name: str | Path, *, allow_unknown: bool = True, **options: Any) -> Any:
     """`kind.from_pretrained(name)`, refused where transformers would only warn.
 
-    Args:
-        kind: a model class of transformers, or an `Auto` class.
-        allow_unknown: whether the folder may hold weights that the model has no place for.
-
-    Raises:
-        ValueError: naming the first weights that are damaged, missing, of other shapes, unknown or
-            not finite.
+    Raises ValueError, naming the first weights that are damaged, missing, of other shapes, not
+    finite, or (without `allow_unknown`) have no place in the model.
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -126,14 +113,7 @@ def load_model(kind: Any, name: str | Path, *, allow_unknown: bool = True, **opt
 
 
 def require_finite(model: nn.Module, source: str | Path) -> None:
-    """Refuse a model that holds a weight or buffer which is NaN or infinite.
-
-    Args:
-        source: how the user named the model.
-
-    Raises:
-        ValueError: naming the model and the first such tensor.
-    """
+    """Refuse, with ValueError, a model that holds a weight or buffer which is NaN or infinite."""
     name = first_nonfinite(model)
     if name is not None:
         raise ValueError(

@@ -64,9 +64,8 @@ def parse(
         positional: fields that bare arguments fill in this order; a list takes all that are left.
         program: what the usage line calls the command; by default the module that is run.
 
-    Raises:
-        SystemExit: 0 after `--help`, which prints the fields with types, defaults and meaning.
-        ConfigError: for arguments that cannot be used, naming all problems.
+    Raises SystemExit, 0 after `--help`, which prints the fields with types, defaults and meaning;
+    ConfigError for arguments that cannot be used, naming all problems.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     part: type = typing.get_type_hints(cls)[section] if section else cls
@@ -200,11 +199,7 @@ def _configurations(cls: type, package: str) -> list[str]:
 
 
 def usage(
-    cls: type,
-    *,
-    configs: Sequence[str] = (),
-    positional: Sequence[str] = (),
-    program: str = "",
+    cls: type, *, configs: Sequence[str] = (), positional: Sequence[str] = (), program: str = ""
 ) -> str:
     """What `--help` prints: the docstring of `cls` and a line for each field, also of sections."""
     main = sys.modules["__main__"].__spec__
@@ -295,6 +290,7 @@ def progress_line(label: str) -> Callable[[int, int], None]:
         left = format_duration((time.monotonic() - begin) / max(done, 1) * (total - done))
         line = f"{label} {done}/{total}  {left} left"
         end = "" if terminal and done < total else "\n"
+        # Back to the start of the line, and clear what was longer.
         print(f"\r\033[K{line}" if terminal else line, end=end, file=sys.stderr, flush=True)
 
     return show

@@ -34,6 +34,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 _StrictLoader.yaml_implicit_resolvers = {}
+# PyYAML follows YAML 1.1, where `1e-4` is text and `on` is true; these two are replaced below.
 for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
     _kept = [each for each in _resolvers if not each[0].endswith((":float", ":bool"))]
     _StrictLoader.yaml_implicit_resolvers[_first] = _kept
@@ -60,11 +61,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicat
 
 
 def parse_yaml(text: str, *, source: str = "YAML") -> Any:
-    """Parse YAML text with the strict loader.
-
-    Raises:
-        ConfigError: naming `source`, for text that is not YAML.
-    """
+    """Parse YAML text with the strict loader; ConfigError names `source`."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
@@ -96,12 +93,9 @@ def to_yaml(config: Any) -> str:
 
 
 def check_range(config: Any, *names: str, low: float, high: float = sys.float_info.max) -> None:
-    """Refuse numbers of a dataclass outside of [low, high]; None passes.
+    """Refuse numbers of a dataclass outside of [low, high] with ValueError; None passes.
 
     Infinity passes only with `high=math.inf`.
-
-    Raises:
-        ValueError: naming every field that is out of its range.
     """
     top = "" if high >= sys.float_info.max else f" and at most {high:g}"
     problems = []
@@ -238,8 +232,7 @@ class _Converter:
 def build_config(cls: type[T], values: dict, *, source: str = "config") -> T:
     """Build dataclass `cls` from a mapping.
 
-    Raises:
-        ConfigError: naming every unknown key, missing key and value of the wrong type.
+    Raises ConfigError, naming every unknown key, missing key and value of the wrong type.
     """
     converter = _Converter()
     config = converter.build(cls, values, "")

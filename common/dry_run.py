@@ -25,7 +25,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, TrainerC
 
 from vqrae.common import trainer as trainers
 from vqrae.common.checkpoints import count_parameters, resolve_model
-from vqrae.common.config import did_you_mean
+from vqrae.common.config import did_you_mean, read_yaml
 from vqrae.common.distributed import is_main_process, world_size
 from vqrae.common.run import format_duration
 from vqrae.common.trainer import OptimizationConfig
@@ -34,45 +34,8 @@ GIB = 2**30
 GPUS = 8  # of the machine that memory is estimated for
 
 
-def _llm(
-    kind: str, width: int, inner: int, layers: int, heads: tuple[int, int], rows: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        "vocab_size": rows,
-        **more,
-    }
-
-
-_TIED = {"tie_word_embeddings": True}
-_SMOLLM2 = _llm("llama", 576, 1536, 30, (9, 3), 49152, **_TIED)
 # The shapes of models, for machines that do not hold them.
-KNOWN_MODELS: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-2-7b-hf": _llm("llama", 4096, 11008, 32, (32, 32), 32000),
-    "lmsys/vicuna-7b-v1.5": _llm("llama", 4096, 11008, 32, (32, 32), 32000),
-    "lmsys/vicuna-13b-v1.5": _llm("llama", 5120, 13824, 40, (40, 40), 32000),
-    "Qwen/Qwen2.5-7B-Instruct": _llm("qwen2", 3584, 18944, 28, (28, 4), 152064),
-    "Qwen/Qwen3-0.6B": _llm("qwen3", 1024, 3072, 28, (16, 8), 151936, head_dim=128, **_TIED),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2,
-    # What commands of ours make.
-    "runs/smollm2": _SMOLLM2,
-    "runs/llm": _llm("qwen3", 128, 384, 8, (4, 2), 256, head_dim=32, **_TIED),
-    "runs/encoder": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": 64,
-        "patch_size": 8,
-        "vision_use_head": False,
-    },
-}
+KNOWN_MODELS: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("known_models.yaml"))
 
 
 # ---- models without weights
@@ -84,11 +47,7 @@ def is_here(model: str) -> bool:
 
 
 def known_config(name: str) -> PreTrainedConfig:
-    """The configuration of a model that is on this machine, or of one in `KNOWN_MODELS`.
-
-    Raises:
-        ValueError: when it is neither.
-    """
+    """The configuration of a model that is on this machine, or of one in `KNOWN_MODELS`."""
     if is_here(name):
         return AutoConfig.from_pretrained(resolve_model(name), local_files_only=True)
     if name not in KNOWN_MODELS:
@@ -219,14 +178,12 @@ class Report:
     def text(self) -> str:
         """The report for people."""
         batch = self.micro_batch_size * world_size()
-        steady = self.seconds[1:] or self.seconds
+        steady = self.seconds[1:] or self.seconds  # the first step also allocates and compiles
         per_step = sum(steady) / len(steady)
         total = self.max_steps * self.global_batch_size
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         checkpointing = "on" if self.checkpointing else "off"
-        used = (
-            f"{self.peak_bytes / GIB:8.2f} GiB per process ({self.before_bytes / GIB:.2f} before)"
-        )
+        peak, before = self.peak_bytes / GIB, self.before_bytes / GIB
         duration = format_duration(per_step * total / batch)
         steps = f"{len(self.seconds)} steps of {batch} {self.samples}"
         lines = [
@@ -234,7 +191,7 @@ class Report:
             *self.table(),
             f"measured on {world_size()} x {device}, micro-batch {self.micro_batch_size}, "
             f"activation checkpointing {checkpointing}",
-            f"  {'peak memory':22}{used}",
+            f"  {'peak memory':22}{peak:8.2f} GiB per process ({before:.2f} before)",
             f"  {'seconds per step':22}{per_step:8.2f} (the first {self.seconds[0]:.2f})",
             f"the full run: {self.max_steps:,} steps of {self.global_batch_size:,} "
             f"= {total:,} {self.samples}",
@@ -249,12 +206,7 @@ class Report:
 
 
 class Watch(TrainerCallback):
-    """Measures the steps of a training, and ends it after the last.
-
-    Args:
-        report: filled in after the last step.
-        steps: how many there are.
-    """
+    """Measures the steps of a training, ends it after `steps` of them, and fills in the report."""
 
     def __init__(self, report: Report, steps: int) -> None:
         self.report, self.steps = report, steps
@@ -270,11 +222,7 @@ class Watch(TrainerCallback):
         self.step()
 
     def step(self) -> None:
-        """Note the end of a step.
-
-        Raises:
-            Finished: after the last one.
-        """
+        """Note the end of a step. Raises Finished after the last one."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.clock)
@@ -310,10 +258,8 @@ class Watch(TrainerCallback):
                     held += group["params"]
                 for state in optimizer.state.values():
                     held += [value for value in state.values() if isinstance(value, Tensor)]
-        gradients = _bytes(
-            parameter for parameter in trained.parameters() if parameter.requires_grad
-        )
-        used = self.report.peak_bytes - self.before - _bytes(held) - gradients
+        gradients = _bytes(p for p in trained.parameters() if p.requires_grad)
+        used = report.peak_bytes - self.before - _bytes(held) - gradients
         report.working_bytes = max(0, used)
 
     def _networks(self) -> list[nn.Module]:
@@ -332,8 +278,7 @@ class Watch(TrainerCallback):
 def rehearse(train: Callable[[Watch], Any], report: Report, steps: int) -> Report:
     """Run a shortened training for this number of steps and fill in the report.
 
-    Args:
-        train: calls `Watch.step` after each step, unless it is a job on the `Trainer`.
+    `train` calls `Watch.step` after each step, unless it is a job on the `Trainer`.
     """
     gc.collect()
     watch = Watch(report, steps)

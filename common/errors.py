@@ -16,15 +16,13 @@ from typing import NoReturn
 from vqrae.common.files import printable
 
 DIVERGED, MISTAKE = 1, 2
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells report them
 DEBUG_VARIABLE = "VQRAE_DEBUG"
 
 
 def require_package(module: str, purpose: str) -> None:
-    """Refuse work that needs an optional package, before it begins.
-
-    Raises:
-        ValueError: naming the package and the command that installs it.
+    """Refuse work that needs an optional package, before it begins; ValueError says how to install
+    it.
     """
     if importlib.util.find_spec(module) is None:
         command = _install_command(module)
@@ -35,16 +33,8 @@ def exit_code(run: Callable[[], int | None], program: str) -> int:
     """Run a command; a fault of its input or machine becomes one line on stderr, not a traceback.
 
     Errors of the program (TypeError, KeyError, …) keep their traceback; VQRAE_DEBUG=1 shows all.
-
-    Args:
-        program: the name at the start of the line.
-
-    Returns:
-        What `run` returned (0 for None), 2 for a mistake of the user, 1 for a training that
-        diverged, 130 after Ctrl-C.
-
-    Raises:
-        SystemExit: with 143, after SIGTERM.
+    Returns what `run` returned (0 for None), 2 for a mistake of the user, 1 for a training that
+    diverged, 130 after Ctrl-C; SIGTERM raises SystemExit with 143.
     """
     try:
         with _ended_by_terminate(program):

@@ -63,8 +63,7 @@ def discard(folder: Path) -> None:
 def remove_leftovers(folder: Path, *, exclusive: bool = False) -> None:
     """Remove temporaries whose writers are dead, or on another host and idle for a day.
 
-    Args:
-        exclusive: the caller holds the folder, so nobody else can be writing.
+    `exclusive`: the caller holds the folder, so nobody else can be writing.
     """
     for path in folder.glob(".*.tmp"):
         if (match := _TEMPORARY.fullmatch(path.name)) is None:
@@ -114,15 +113,8 @@ def _last_change(path: Path) -> float:
 
 # ---- reading
 
-_TRANSIENT = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.ECONNRESET,
-    errno.EREMOTEIO,
-    errno.ENETUNREACH,
-}
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}
+_TRANSIENT |= {errno.ECONNRESET, errno.EREMOTEIO, errno.ENETUNREACH}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # a fault of the machine, not the file
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before another try
 
@@ -130,9 +122,8 @@ _PAUSES = (0.5, 2.0, 8.0)  # seconds before another try
 def with_retries(read: Callable[[], T], name: str | Path) -> T:
     """What `read` returns; transient errors of network storage are retried for ten seconds.
 
-    Raises:
-        ValueError: when it still cannot be read, naming `name`.
-        OSError: when this process has run out of descriptors or memory.
+    Raises ValueError, naming `name`, when it still cannot be read; OSError when this process has
+    run out of descriptors or memory.
     """
     for pause in (*_PAUSES, None):
         try:
@@ -153,6 +144,7 @@ def read_bytes(path: str | Path) -> bytes:
 
     def read() -> bytes:
         try:
+            # Without O_NONBLOCK a pipe would wait for a writer.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except ValueError as error:  # a zero byte, half of a surrogate pair
             raise ValueError(f"{str(path)!r} is not a file name: {error}") from error
@@ -179,11 +171,7 @@ def raise_file_limit() -> None:
 
 
 def decode_text(data: bytes, where: str | Path) -> str:
-    """UTF-8 with or without a byte order mark -> text.
-
-    Raises:
-        ValueError: for another encoding, naming `where` and the line.
-    """
+    """UTF-8 with or without a byte order mark -> text; ValueError names `where` and the line."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -205,21 +193,13 @@ def raw_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 
 def text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of each line of a UTF-8 file, see `raw_lines`.
-
-    Raises:
-        ValueError: for another encoding, naming file and line.
-    """
+    """(number from 1, text) of each line of a UTF-8 file, see `raw_lines` and `decode_text`."""
     for number, line in raw_lines(path):
         yield number, decode_text(line, f"{path}, line {number}")
 
 
 def parse_json(data: bytes | str, where: str | Path) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: when it is not JSON, or is nested too deeply.
-    """
+    """The value of a JSON text. Raises ValueError when it is not JSON, or is nested too deeply."""
     text = decode_text(data, where) if isinstance(data, bytes) else data
     try:
         return json.loads(text)
@@ -230,11 +210,7 @@ def parse_json(data: bytes | str, where: str | Path) -> Any:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line of a JSON Lines file; blank lines are left out.
-
-    Raises:
-        ValueError: naming file and line of what is not JSON.
-    """
+    """(line number, value) of each line of a JSON Lines file but blank ones, see `parse_json`."""
     for number, line in raw_lines(path):
         if line.strip():
             yield number, parse_json(line, f"{path}, line {number}")
@@ -263,11 +239,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: when the file does not hold JSON, naming the file.
-    """
+    """Read a JSON file. Raises ValueError when the file does not hold JSON, naming the file."""
     return parse_json(Path(path).read_bytes(), path)
 
 
@@ -275,11 +247,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """SHA-256 over the safetensors files of a checkpoint folder, the identity of a tokenizer.
-
-    Raises:
-        FileNotFoundError: when the folder holds no safetensors weights.
-    """
+    """SHA-256 over the safetensors files of a checkpoint folder, the identity of a tokenizer."""
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no *.safetensors: it is not a checkpoint folder")
@@ -291,17 +259,13 @@ def sha256(*files: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
+            while block := stream.read(1 << 20):  # weights may be larger than the memory
                 digest.update(block)
     return digest.hexdigest()
 
 
 def require_same_tokenizer(expected: str, found: str, artefact: str) -> None:
-    """Refuse an artefact that was made with another tokenizer.
-
-    Raises:
-        ValueError: naming both fingerprints.
-    """
+    """Refuse, with ValueError, an artefact that was made with another tokenizer."""
     if expected != found:
         raise ValueError(
             f"{artefact} was made with tokenizer {found[:16]}, but the tokenizer in use is "

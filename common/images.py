@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = {
 }
 OTHER_IMAGES = {*_NOT_READ.split(), *_OPTIONAL} - IMAGE_SUFFIXES
 """Suffixes of images that cannot be read here."""
-_ORIENTATION = 0x0112
+_ORIENTATION = 0x0112  # the tag of Exif
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,14 +41,9 @@ def open_image(
 ) -> Image.Image:
     """Open an image of any size and colour mode as upright RGB; transparency becomes white.
 
-    Args:
-        source: a path, or the encoded bytes as a stream.
-        name: what errors call the image; its path when not given.
-        draft: decode a JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 of its size whose edges have
-            this number of pixels.
-
-    Raises:
-        ValueError: when the file is not a readable image, naming it.
+    `source` is a path or the encoded bytes, `name` what errors call it. With `draft`, a JPEG is
+    decoded at the smallest of 1/1, 1/2, 1/4, 1/8 of its size whose edges have this number of
+    pixels. Raises ValueError when it is not a readable image.
     """
     name = name or str(source)
     data = read_bytes(source) if isinstance(source, str | Path) else source.read()
@@ -62,7 +57,7 @@ def open_image(
                 image.draft("RGB", (draft, draft))
             image.load()
             if image.format == "PNG":
-                _scale_transparency(image, bit_depth=data[24])
+                _scale_transparency(image, bit_depth=data[24])  # a byte of its header
             return to_rgb(_upright(image))
     except Exception as error:  # decoders raise anything: struct.error, TypeError, KeyError, …
         # Pillow's own message holds the address of the stream, which differs from run to run.

@@ -34,41 +34,16 @@ from vqrae.common.files import (
 
 # Fields of any configuration that may change between the launches of one run: they decide how it is
 # computed and what it reports, not the result. The tokenizer may move; its fingerprint is compared.
-FREE_SETTINGS = frozenset(
-    [
-        "output_dir",
-        "stage",
-        "dry_run",
-        "tokenizer",
-        "micro_batch_size",
-        "attention",
-        "attn_implementation",
-        "compile",
-        "activation_checkpointing",
-        "gradient_checkpointing",
-        "num_workers",
-        "dataloader_num_workers",
-        "perceptual_weights",
-        "save_steps",
-        "save_total_limit",
-        "keep_checkpoints",
-        "log_steps",
-        "logging_steps",
-        "sample_steps",
-        "max_nonfinite_steps",
-    ]
-)
+FREE_SETTINGS = {"output_dir", "stage", "dry_run", "tokenizer"}
+FREE_SETTINGS |= {"micro_batch_size", "attention", "attn_implementation", "compile"}
+FREE_SETTINGS |= {"activation_checkpointing", "gradient_checkpointing", "perceptual_weights"}
+FREE_SETTINGS |= {"num_workers", "dataloader_num_workers", "max_nonfinite_steps"}
+FREE_SETTINGS |= {"save_steps", "save_total_limit", "keep_checkpoints"}
+FREE_SETTINGS |= {"log_steps", "logging_steps", "sample_steps"}
 # The work that a run keeps, in its folder or in that of a stage.
 _RESULTS = ("model", "checkpoint-*", "step-*", "*/model", "*/checkpoint-*", "*/step-*")
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "accelerate",
-    "deepspeed",
-    "numpy",
-    "lmms-eval",
-)
+_PACKAGES = ["torch", "torchvision", "transformers", "accelerate", "deepspeed", "numpy"]
+_PACKAGES += ["lmms-eval"]
 _STEPS_FILE = "training.json"
 _locks: dict[Path, IO[str]] = {}  # open as long as the process lives
 
@@ -79,22 +54,16 @@ def open(
     """Take the folder of a run, to begin it, to resume it, or to find it finished.
 
     What killed processes left in it is removed. Nothing is recorded before `Run.begin`, so a
-    finished run stays as it is.
+    finished run stays as it is. `settings` is the resolved configuration, None where another
+    folder's decides; fields in `ignore` decide nothing here.
 
-    Args:
-        path: the folder, made when missing. It belongs to this launch until the process ends.
-        settings: the resolved configuration (a dataclass); None where another folder's decides.
-        ignore: fields of `settings` that decide nothing in this folder.
-
-    Raises:
-        ValueError: when another process works in the folder, or when it holds results of other
-            settings, naming the differences.
+    Raises ValueError when another process works in the folder, or when it holds results of other
+    settings, naming the differences.
     """
     quiet_libraries()
     run = Run(Path(path), settings, seed)
+    hold_folder(run.path)
     if is_main_process():
-        run.path.mkdir(parents=True, exist_ok=True)
-        hold(run.path / ".lock", str(run.path))
         remove_leftovers(run.path, exclusive=True)
         if settings is not None and run.has_results():
             refuse_changes(run.path, changed_settings(run.path, settings, ignore))
@@ -116,11 +85,7 @@ class Run:
     def begin(self, fingerprints: dict[str, str] | None = None) -> None:
         """Print and record this launch in `config.yaml` and, after those before, `manifest.json`.
 
-        Args:
-            fingerprints: identity of data and models.
-
-        Raises:
-            ValueError: when the folder holds results of other data or models.
+        Raises ValueError when the folder holds results of other data or models (`fingerprints`).
         """
         if not is_main_process():
             return
@@ -130,10 +95,9 @@ class Run:
         if file.is_file() and self.has_results():
             manifest = read_json(file)
             known = manifest["fingerprints"]
-            changes = []
-            for name, new in launch["fingerprints"].items():
-                if known.get(name, new) != new:
-                    changes.append(f"{name} {known[name]!r} -> {new!r}")
+            given = launch["fingerprints"]
+            others = [name for name in given if known.get(name, given[name]) != given[name]]
+            changes = [f"{name} {known[name]!r} -> {given[name]!r}" for name in others]
             refuse_changes(self.path, changes)
             resumed = {key: launch[key] for key in ("command", "git_commit", "packages", "started")}
             manifest.setdefault("resumed", []).append(resumed)
@@ -144,11 +108,7 @@ class Run:
         write_json(file, manifest)
 
     def finished(self, steps: int, model: str | Path = "model") -> bool:
-        """Whether the run holds a model that was trained for this number of steps; prints if so.
-
-        Args:
-            model: its folder, relative to the run's.
-        """
+        """Whether the folder `model` was trained for this number of steps; prints if so."""
         if trained_steps(self.path / model) < steps:
             return False
         if is_main_process():
@@ -168,7 +128,7 @@ class Run:
             return
         with (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
-        if self._events is None:
+        if self._events is None:  # a run that logs nothing leaves no empty file
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(self.path / "events"))
@@ -191,14 +151,8 @@ class Run:
 def kept(file: str | Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> Any:
     """The JSON object in `file`; where it is missing it is made, and written by the main process.
 
-    Every process calls this.
-
-    Args:
-        settings: what decides the value; stored in it under the key `settings`.
-        make: computes the value.
-
-    Raises:
-        ValueError: when the value in `file` was made with other settings, naming the differences.
+    Every process calls this. `settings`, which decide the value, are stored in it. Raises
+    ValueError when the value in `file` was made with others, naming the differences.
     """
     file = Path(file)
     if file.is_file():
@@ -215,10 +169,8 @@ def kept(file: str | Path, settings: dict[str, Any], make: Callable[[], dict[str
 def refuse_other_settings(
     where: str | Path, recorded: dict[str, Any], settings: dict[str, Any], remedy: str
 ) -> None:
-    """Refuse settings that differ from those, read from JSON, that something was made with.
-
-    Raises:
-        ValueError: naming the differences and the remedy.
+    """Refuse, with ValueError, settings other than those, read from JSON, that something was made
+    with.
     """
     settings = json.loads(json.dumps(settings, default=str))  # tuples become lists, paths text
     changes = []
@@ -280,10 +232,8 @@ def trained_steps(model: Path) -> int:
 def changed_settings(folder: Path, config: Any, ignore: Collection[str] = ()) -> list[str]:
     """How `config` differs from the `config.yaml` of a folder, as `key OLD -> NEW`.
 
-    `FREE_SETTINGS`, keys that only one of both has, and a `max_steps` that grows do not count.
-
-    Args:
-        ignore: further fields of `config` that do not count here.
+    `FREE_SETTINGS`, fields in `ignore`, keys that only one of both has, and a `max_steps` that
+    grows do not count.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -310,11 +260,7 @@ def _differences(
 
 
 def refuse_changes(folder: Path, changes: Collection[str]) -> None:
-    """Refuse to go on in a folder with other settings.
-
-    Raises:
-        ValueError: naming what changed, when anything did.
-    """
+    """Refuse, with ValueError, to go on in a folder when any setting has changed."""
     if changes:
         raise ValueError(
             f"{folder} holds results of other settings; they differ in {', '.join(changes)}: "
@@ -326,15 +272,11 @@ def refuse_changes(folder: Path, changes: Collection[str]) -> None:
 
 
 def hold(lock_file: Path, what: str) -> None:
-    """Keep other processes from working on `what` until this one ends.
-
-    Raises:
-        ValueError: when another process holds it.
-    """
+    """Keep other processes from working on `what` until this one ends; ValueError if one does."""
     lock_file = lock_file.absolute()
     if lock_file in _locks:
         return
-    stream = lock_file.open("a+")
+    stream = lock_file.open("a+")  # "w" would empty the note of who holds it
     try:
         # Unlike flock's, these locks end with the process, not with its workers, and NFS has them.
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -349,6 +291,13 @@ def hold(lock_file: Path, what: str) -> None:
     stream.write(f"process {os.getpid()} on {platform.node()}\n")
     stream.flush()
     _locks[lock_file] = stream
+
+
+def hold_folder(folder: str | Path) -> None:
+    """Make the folder of a launch, and keep other launches out of it, see `hold`."""
+    if is_main_process():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        hold(Path(folder) / ".lock", str(folder))
 
 
 def prune(paths: Sequence[Path], keep: int) -> None:

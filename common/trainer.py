@@ -96,10 +96,10 @@ def training_arguments(
         deepspeed=deepspeed_settings(config.zero),
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
-        report_to=[],
+        remove_unused_columns=False,  # our collators take whole samples
+        disable_tqdm=True,  # `InstrumentCallback` prints lines
+        logging_nan_inf_filter=False,  # a loss of NaN must be seen, not averaged away
+        report_to=[],  # `Run.log` writes the events
         save_strategy="steps",
         ddp_find_unused_parameters=False,
         # Batches in pinned memory are copied while the device computes.
@@ -213,10 +213,8 @@ class WholeTrainer(Trainer):
             prune(checkpoints(output_dir), self.args.save_total_limit)
 
     def require_finite_weights(self) -> None:
-        """Refuse to keep a model that has diverged; every process takes part.
-
-        Raises:
-            FloatingPointError: when a weight is not a finite number.
+        """Refuse, with FloatingPointError, to keep a model that has diverged; all processes take
+        part.
         """
         found = first_nonfinite(self.model) is not None
         if sum_over_processes(torch.tensor(int(found), device=self.args.device)) > 0:
@@ -237,9 +235,8 @@ class StopCallback(TrainerCallback):
 def check_launch(config: OptimizationConfig, output_dir: Path) -> None:
     """Refuse, before anything is built, what this number of processes cannot train or resume.
 
-    Raises:
-        ValueError: when the batch cannot be shared by the processes, or when DeepSpeed cut the
-            newest checkpoint for another number of processes.
+    Raises ValueError when the batch cannot be shared by the processes, or when DeepSpeed cut the
+    newest checkpoint for another number of processes.
     """
     fit_batch(config.global_batch_size, config.micro_batch_size, world_size())
     for newest in checkpoints(output_dir)[-1:]:
@@ -255,9 +252,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def run_trainer(trainer: Trainer) -> None:
     """Train, continuing from the newest checkpoint in the output directory.
 
-    Raises:
-        SystemExit: with 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
-        FloatingPointError: when the training has diverged.
+    Raises SystemExit with 130 or 143, after Ctrl-C or SIGTERM and a checkpoint; FloatingPointError
+    when the training has diverged.
     """
     trainer.remove_callback(PrinterCallback)  # the instrument callback prints the line
     # Checks of transformers for which the host would wait in every forward pass; our collators
@@ -281,10 +277,8 @@ def save_model(
 ) -> None:
     """Write the trained model and the trainer's processor to `folder`, whole or not at all.
 
-    Every process calls this: under ZeRO-3 the weights are gathered from all.
-
-    Args:
-        complete: writes what else belongs to the model, into the folder before it gets its name.
+    Every process calls this: under ZeRO-3 the weights are gathered from all. `complete` writes what
+    else belongs to the model, before the folder gets its name.
     """
     trainer.require_finite_weights()
     trainer.model.config.use_cache = True  # Trainer turned it off

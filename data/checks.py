@@ -200,6 +200,7 @@ def check_source(
     report.samples = len(dataset)
     chosen = _spread(len(dataset), limit or len(dataset))
     names: dict[bytes, str] = {}
+    # 32: inspections are small, and workers send a batch at once.
     for batch in DataLoader(Subset(dataset, chosen), 32, num_workers=workers, collate_fn=list):
         for sample in batch:
             report.add(sample)
@@ -281,16 +282,8 @@ def write_clean(
 ) -> tuple[int, int]:
     """Write the usable entries of a list, unchanged: as a list to *.json, as lines to *.jsonl.
 
-    Args:
-        unfit: images that are missing or broken, `DataReport.unfit`; entries with one are left out.
-        image_folder: the folder of the images of LLaVA's records; the file's own by default.
-        examine: as for `check_source`.
-
-    Returns:
-        The number of entries written, and of those in the source.
-
-    Raises:
-        ValueError: see `require_target`.
+    Entries with an image in `unfit` (`DataReport.unfit`) are left out; other arguments as for
+    `check_source`. Returns the number of entries written, and of those in the source.
     """
     require_target(source, out, image_folder)
     path, unfit = Path(source), set(unfit)

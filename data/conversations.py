@@ -66,10 +66,7 @@ def _check_tags(tags: list[int], num_images: int) -> None:
 
 
 def image_paths(record: dict[str, Any]) -> list[str]:
-    """The images of a record of a LLaVA file, as it is stored.
-
-    Raises ValueError when `image` is neither a path nor a list of paths.
-    """
+    """The images of a record of a LLaVA file; ValueError if `image` is no path or list of paths."""
     image = record.get("image") or []
     paths = [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
@@ -78,10 +75,7 @@ def image_paths(record: dict[str, Any]) -> list[str]:
 
 
 def check_record(stored: Any, index: int) -> dict[str, Any]:
-    """A record (a line of JSON, or its value) in canonical form.
-
-    Raises ValueError, saying why it cannot be used.
-    """
+    """A record (a line of JSON, or its value) in canonical form; ValueError says what is wrong."""
     record = parse_json(stored, "line") if isinstance(stored, bytes) else stored
     if not isinstance(record, dict) or "conversations" not in record:
         raise ValueError("expected an object with the key conversations")
@@ -109,14 +103,12 @@ def modality_length(turns: list[dict[str, str]]) -> int:
 
 
 def stored_records(path: str | Path) -> list[Any]:
-    """The records of a LLaVA file as they are stored: the values of a JSON list, or lines (bytes).
-
-    Raises FileNotFoundError when there is no such file, ValueError when it holds none.
-    """
+    """The records of a LLaVA file as they are stored: values of a JSON list, or lines (bytes)."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     # The suffix does not tell: LLaVA's lists are .json, but so are lines of other programs.
+    # 4096 bytes reach beyond a byte order mark and blank lines.
     with path.open("rb") as stream:
         is_list = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     found = read_json(path) if is_list else [line for _, line in raw_lines(path) if line.strip()]
@@ -134,10 +126,7 @@ def has_record_lines(path: str | Path) -> bool:
 
 
 def scan_conversations(path: str | Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The usable records of a LLaVA file in canonical form, and what is wrong with each other one.
-
-    Raises FileNotFoundError when there is no such file, ValueError when it does not hold records.
-    """
+    """The usable records of a LLaVA file in canonical form, and what is wrong with the others."""
     records: list[dict[str, Any]] = []
     problems: list[str] = []
     for i, stored in enumerate(stored_records(path)):
@@ -155,14 +144,9 @@ def read_conversations(
 ) -> list[dict[str, Any]]:
     """All records of a LLaVA file, checked and in canonical form.
 
-    Args:
-        image_folder: the folder of the images; the file's own by default.
-        skip_missing: up to this number of records may lack an image; they are left out and
-            reported.
-
-    Raises:
-        FileNotFoundError: when the file or images are missing, with their number and the first few.
-        ValueError: when too many records cannot be used, see `leave_out`.
+    The images are in `image_folder`, by default next to the file; up to `skip_missing` records that
+    lack one are left out and reported. Raises FileNotFoundError when more are missing, ValueError
+    when too many records cannot be used, see `leave_out`.
     """
     path = Path(path)
     records, problems = scan_conversations(path)

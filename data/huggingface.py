@@ -22,10 +22,7 @@ CAPTION_COLUMNS += ["sentence", "sentences", "description"]
 
 
 def parse_name(source: str) -> tuple[str, dict[str, str]]:
-    """Name and options of `hf:NAME,key=value,…`.
-
-    Raises ValueError for an unknown option, or no name.
-    """
+    """Name and options of `hf:NAME,key=value,…`; ValueError for an unknown option, or no name."""
     name, *pairs = source.removeprefix(PREFIX).split(",")
     if not name:
         raise ValueError(
@@ -46,9 +43,8 @@ def parse_name(source: str) -> tuple[str, dict[str, str]]:
 def open_table(source: str) -> Any:
     """The `datasets.Dataset` of a source name.
 
-    Raises:
-        FileNotFoundError, ConnectionError: when there is none, or the hub cannot be reached.
-        ValueError: when its files are damaged, or its splits are several and none is named.
+    Raises ValueError when its files are damaged, or its splits are several and none is named;
+    errors of `datasets` when there is none, or the hub cannot be reached.
     """
     import datasets
 
@@ -85,10 +81,7 @@ def _holds_images(feature: Any) -> bool:
 
 
 def find_columns(source: str, features: Any) -> tuple[str, str | None]:
-    """The image column and the caption column (None when there is none), as named or as found.
-
-    Raises ValueError when a named column is absent, or the image column is not clear.
-    """
+    """The image column and the caption column (None when there is none), as named or as found."""
     options = parse_name(source)[1]
     image, caption = options.get("image"), options.get("caption")
     for column in (image, caption):
@@ -114,10 +107,7 @@ def without_decoding(table: Any, column: str) -> Any:
 
 
 def stored_bytes(value: Any, name: str) -> bytes:
-    """The encoded image in a cell: bytes, or {"bytes", "path"}.
-
-    Raises ValueError when there is none.
-    """
+    """The encoded image in a cell, bytes or {"bytes", "path"}; ValueError when there is none."""
     if isinstance(value, dict):
         path = value.get("path")
         value = value.get("bytes") or (read_bytes(path) if path else None)

@@ -104,10 +104,7 @@ def file_fingerprint(source: str) -> str:
 
 
 def parse_pair(line: bytes, where: str) -> tuple[str, str]:
-    """(image, caption) of a line {"image": path, "caption": text}.
-
-    Raises ValueError when it cannot be used, naming `where`.
-    """
+    """(image, caption) of a line {"image": path, "caption": text}; ValueError names `where`."""
     record = parse_json(line, where)
     fields = record if isinstance(record, dict) else {}
     if "conversations" in fields:
@@ -123,10 +120,7 @@ def parse_pair(line: bytes, where: str) -> tuple[str, str]:
 
 
 def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """(image, caption) of each usable line, and what is wrong with each other line.
-
-    Raises FileNotFoundError when there is no such file.
-    """
+    """(image, caption) of each usable line, and what is wrong with each other line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -145,10 +139,8 @@ def scan_jsonl(path: str | Path) -> tuple[list[tuple[str, str]], list[str]]:
 def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
     """(image, caption) of every line; images are relative to the file's folder.
 
-    Raises:
-        FileNotFoundError: when the file, or an image that it names, does not exist; the first few
-            are listed.
-        ValueError: when there is no usable line, or too many cannot be used (see `leave_out`).
+    Raises FileNotFoundError when an image does not exist, naming the first few; ValueError when
+    there is no usable line, or too many cannot be used (see `leave_out`).
     """
     path = Path(path)
     pairs, problems = scan_jsonl(path)
@@ -168,9 +160,8 @@ def read_jsonl(path: str | Path) -> list[tuple[str, str]]:
 class CaptionedImages(EncodedImages):
     """Images and captions of a JSON-lines file, see `parse_pair`.
 
-    Args:
-        strict: False leaves out lines that cannot be used, and looks for images only when they are
-            read.
+    Without `strict`, lines that cannot be used are left out, and images are looked for only when
+    they are read.
     """
 
     def __init__(self, path: str | Path, *, strict: bool = True, **options: Any) -> None:

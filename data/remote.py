@@ -34,10 +34,8 @@ def short_hash(name: str) -> str:
 
 
 def find(pattern: str) -> list[str]:
-    """Names of the files that a glob matches, local or remote.
-
-    Raises:
-        ValueError: when the package for such URLs is not installed, or the server does not answer.
+    """Names of the files that a glob matches, local or remote; ValueError if the server does not
+    answer.
     """
     if not glob.has_magic(pattern):
         return [pattern]
@@ -73,11 +71,8 @@ def _as_os_errors(call: Callable[..., T], *arguments: Any) -> T:
 class Stage:
     """Local copies of the tars of a source, in $TMPDIR, shared by all processes of a machine.
 
-    `fsspec`'s own caches neither bound their size nor lock between processes.
-
-    Args:
-        source: tells the copies of one source from those of others.
-        capacity: copies that are kept, the last used.
+    The `capacity` last used are kept: `fsspec`'s own caches neither bound their size nor lock
+    between processes.
     """
 
     LOCKS = 16  # downloads of a source at the same time
@@ -87,7 +82,7 @@ class Stage:
         self.files = OrderedDict[str, io.FileIO]()  # last used at the end
         self.coming = set[str]()
         root = Path(tempfile.gettempdir()) / f"vqrae-tars-{os.getuid()}"
-        root.mkdir(mode=0o700, exist_ok=True)
+        root.mkdir(mode=0o700, exist_ok=True)  # others may not put their tars there
         if root.stat().st_uid != os.getuid():
             raise OSError(f"{root} belongs to another user: set TMPDIR to a folder of your own")
         self.folder = root / short_hash(source)
@@ -96,10 +91,7 @@ class Stage:
         return {**self.__dict__, "files": OrderedDict()}  # descriptors stay in their process
 
     def descriptor(self, url: str) -> int:
-        """The open copy of a tar, fetched where there is none.
-
-        Raises ValueError when it cannot be fetched.
-        """
+        """The open copy of a tar, fetched where there is none; ValueError when that fails."""
         while url not in self.files:
             self._fetch(url)
             # Another process may have removed the copy to make room.
@@ -128,7 +120,7 @@ class Stage:
         copy = self._copy(url)
         with self._locked(url):
             with contextlib.suppress(FileNotFoundError):  # not there yet, or just removed
-                os.utime(copy)
+                os.utime(copy)  # used now, see `_make_room`
                 return
             system, path = _file_system(url)
             with atomic_path(copy) as temporary:

@@ -21,7 +21,7 @@ from vqrae.data.stream import Draw
 
 FileSplit = Literal["train", "validation", "all"]
 Crop = Literal["center", "random", "zoom"]
-VALIDATION_SHARE = 0.05
+VALIDATION_SHARE = 0.05  # another share would move samples between splits
 BROKEN_SHARE = 0.05  # with more than this the source itself is at fault
 BROKEN_WINDOW = 100  # samples that the share refers to at least: one broken of three stops nothing
 ZOOM = 0.8  # smallest part of the shorter edge that a zoom keeps
@@ -46,10 +46,7 @@ def checksum(data: bytes) -> str:
 
 
 def split_indices(hashes: np.ndarray, split: FileSplit, source: str) -> np.ndarray:
-    """Samples of a split: the 5 % with the largest name hash (at least one) are for validation.
-
-    Raises ValueError when there are too few samples to hold any out.
-    """
+    """Samples of a split: the 5 % with the largest name hash (at least one) are for validation."""
     if split == "all":
         return np.arange(len(hashes))
     if len(hashes) < 2:
@@ -82,10 +79,7 @@ def summary(problems: Sequence[Any], limit: int = 5) -> str:
 
 
 def leave_out(source: str | Path, problems: list[str], total: int) -> None:
-    """Report the entries of a list that are left out.
-
-    Raises ValueError when they are more than a sound list has, naming the first.
-    """
+    """Report the entries of a list that are left out; ValueError when they are too many."""
     found = f"{source}: {len(problems)} of {total} entries cannot be used"
     if len(problems) > BROKEN_SHARE * total:
         raise ValueError(
@@ -280,11 +274,9 @@ def fit_image(
 ) -> Tensor:
     """RGB image -> uint8 (3, size, size): resize (bicubic, antialiased) and cut out a square.
 
-    Args:
-        crop: `center`; `random`: anywhere along the longer edge (paper, Table 7); `zoom`: a square
-            of 80 to 100 % of the shorter edge, anywhere. Mirroring is left to the training loop,
-            where it costs nothing.
-        rng: for the last two.
+    `center`; `random`: anywhere along the longer edge (paper, Table 7); `zoom`: a square of 80 to
+    100 % of the shorter edge, anywhere. The last two need `rng`. Mirroring is left to the training
+    loop, where it costs nothing.
     """
     if crop == "center":
         image = resize_and_crop(image, size)

@@ -24,12 +24,7 @@ import numpy as np
 
 from vqrae.common.config import did_you_mean
 from vqrae.data.code_shards import CodeDataset, is_code_set, read_manifest
-from vqrae.data.conversations import (
-    IMAGE_TAG,
-    Conversations,
-    has_record_lines,
-    scan_conversations,
-)
+from vqrae.data.conversations import IMAGE_TAG, Conversations, has_record_lines, scan_conversations
 from vqrae.data.emoji import EmojiDataset
 from vqrae.data.huggingface import PREFIX, HuggingFaceDataset, parse_name
 from vqrae.data.image_files import CaptionedImages, ImageFolder
@@ -42,7 +37,7 @@ from vqrae.data.stream import Mixture, parse_mixture
 from vqrae.data.tars import TarDataset, is_tar
 
 Samples = SceneDataset | TolerantDataset | CodeDataset | Mixture  # all map-style, with a length
-DEFAULT_SCENES = {"train": 1_000_000, "validation": 1_000}
+DEFAULT_SCENES = {"train": 1_000_000, "validation": 1_000}  # rendered on the fly, without an end
 FORMS = "scenes, emoji, a folder, a .jsonl, .tar or .json file, or hf:NAME"
 
 READERS: dict[str, Any] = {
@@ -61,9 +56,7 @@ READERS: dict[str, Any] = {
 def source_kind(source: str) -> str:
     """The meaning of a source name: a key of `READERS`, or `mixture`.
 
-    Raises:
-        ValueError: when it is none of the forms above, or names an unknown sprite set.
-        FileNotFoundError: when it looks like a path and nothing is there.
+    Raises ValueError when it is none of the forms above, FileNotFoundError when nothing is there.
     """
     name, _, sprites = source.partition(":")
     if parse_mixture(source):
@@ -111,19 +104,11 @@ def open_images(source: str, **options: Any) -> Samples:
 def open_pairs(source: str, *, detailed: bool = False, **options: Any) -> Samples:
     """Captioned images -> map-style data set of {"image": uint8 (3, H, W), "caption": str}.
 
-    Args:
-        detailed: captions of scenes name every colour and relation (for contrastive training).
-        options: see `_open`; a crop may lose what the caption mentions.
+    Code shards, {"codes": int64 (N,), "caption": str}, are opened for their `tokenizer_fingerprint`
+    alone. `detailed` captions of scenes name every colour and relation (for contrastive training).
+    Other options: see `_open`; a crop may lose what the caption mentions.
     """
     return _open(source, "detailed_pair" if detailed else "pair", **options)
-
-
-def open_pairs_or_codes(source: str, *, tokenizer_fingerprint: str, **options: Any) -> Samples:
-    """Data for a generator: captioned images, {"codes": int64 (N,), "caption": str}, or a mixture.
-
-    Code shards of another tokenizer are refused.
-    """
-    return _open(source, "pair", tokenizer_fingerprint=tokenizer_fingerprint, **options)
 
 
 def open_conversations(source: str, **options: Any) -> Samples:
@@ -147,12 +132,9 @@ def _open(
 ) -> Samples:
     """A source as a data set of `item`s.
 
-    Args:
-        image_size: pixels of a side.
-        size: samples to use; of scenes by default a million for training and 1000 for validation.
-        seed: of random crops, of scenes, of a mixture's order.
-        tokenizer_fingerprint: open code shards of this tokenizer, too.
-        options: of the reader, such as `crop`; scenes are square and take none.
+    `size` is of scenes by default a million for training and 1000 for validation; `seed` decides
+    random crops, scenes and a mixture's order. With `tokenizer_fingerprint`, code shards of this
+    tokenizer are opened, too. Options are those of the reader, such as `crop`; scenes take none.
     """
     kind = source_kind(source)
     if kind == "mixture":
@@ -208,9 +190,8 @@ def holds_conversations(source: str) -> bool:
 def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
     """Captions, or questions and answers, read without decoding an image.
 
-    Args:
-        limit: samples that are asked of each part of a mixture, evenly spread. Scenes answer with
-            sentences that hold all of their words.
+    Of each part of a mixture, `limit` samples are asked, evenly spread. Scenes answer with
+    sentences that hold all of their words.
     """
     if isinstance(samples, Mixture):
         return list(chain.from_iterable(texts_of(part, limit) for part in samples.parts))

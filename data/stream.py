@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-WINDOW = (
-    16  # positions of a mixture that are shuffled together: no process always gets the same part
-)
-MAX_PERIOD = 10_000
+WINDOW = 16  # positions of a mixture, shuffled together: no process always gets the same part
+MAX_PERIOD = 10_000  # places of a schedule, which is held in memory
 _PART = re.compile(r"\s*(.+?)\s*\*\s*(\d+(?:\.\d+)?|\.\d+)\s*(?:\+|$)")
 
 
@@ -75,10 +73,7 @@ class StreamSampler(Sampler[int]):
     """The endless stream of a data set; process r of w takes every w-th position, starting with r.
 
     Epochs are permuted by torch here, which is faster than `draw_at` but holds the permutation.
-
-    Args:
-        data: the data set; only its length and its own order, if it has one, are used.
-        start: samples that all processes together have consumed.
+    `start` samples have been consumed by all processes together.
     """
 
     def __init__(
@@ -205,9 +200,8 @@ class Mixture(Dataset):
         size: samples of an epoch; by default until every part was seen whole (`repeat`), or as long
             as no part repeats.
 
-    Raises:
-        ValueError: when a weight is not positive, or the weights have too many decimals for a
-            schedule.
+    Raises ValueError when a weight is not positive, or the weights have too many decimals for a
+    schedule.
     """
 
     def __init__(

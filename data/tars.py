@@ -29,7 +29,7 @@ from vqrae.data.samples import Encoded, EncodedImages, checksum, name_hash
 from vqrae.data.stream import Draw, shuffled
 
 T = TypeVar("T")
-_USUAL = ("jpg", "jpeg", "png", "webp")
+_USUAL = ("jpg", "jpeg", "png", "webp")  # looked for before all others
 IMAGE_FIELDS = (*_USUAL, *sorted({suffix[1:] for suffix in IMAGE_SUFFIXES} - {*_USUAL}))
 # Of a KEY.json: img2dataset (CC12M), others, JourneyDB.
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -51,14 +51,10 @@ def is_tar(source: str) -> bool:
 def parse_tars(source: str) -> tuple[list[str], Sequence[str], int]:
     """The meaning of `FILE.tar[,caption=KEY][,buffer=TARS]`.
 
-    Returns:
-        The tars of the name, glob or range (`shard-{000..012}.tar`); the keys of KEY.json of which
-        the first found holds the caption; and the tars that are copied to a local disk at a time,
-        0 where samples are read in place.
-
-    Raises:
-        ValueError: for an unknown option, or a file system that cannot be reached.
-        FileNotFoundError: when one of the tars does not exist, or the glob finds none.
+    Returns the tars of the name, glob or range (`shard-{000..012}.tar`); the keys of KEY.json of
+    which the first found holds the caption; and the tars that are copied to a local disk at a time,
+    0 where samples are read in place. Raises ValueError for an unknown option, or a file system
+    that cannot be reached; FileNotFoundError when a tar does not exist, or the glob finds none.
     """
     match = _SOURCE.fullmatch(source)
     assert match, f"{source} is not FILE.tar"
@@ -80,14 +76,9 @@ def parse_tars(source: str) -> tuple[list[str], Sequence[str], int]:
 def tar_index(path: str, stage: Stage | None = None) -> np.ndarray:
     """The samples of a tar, int64 (1 + samples, 6), after a row with size, time and version.
 
-    It is read from a cache where that is valid.
-
-    Args:
-        stage: fetches a remote tar, which is taken to be unchanged since it was scanned.
-
-    Raises:
-        ValueError: when the tar is damaged or holds no image.
-        OSError: when it cannot be read, for instance because too many files are open.
+    It is read from a cache where that is valid. `stage` fetches a remote tar, which is taken to be
+    unchanged since it was scanned. Raises ValueError when the tar is damaged or holds no image;
+    OSError when the system cannot read it.
     """
     name = path if is_remote(path) else str(Path(path).absolute())
     caches = _index_files(name)
@@ -211,10 +202,7 @@ class TarDataset(EncodedImages):
 
     With a buffer the order of training is decided here: a seeded permutation of the tars, of which
     `buffer` after `buffer` are shuffled together. It is a function of (seed, epoch, position) like
-    any other, so that a resume is exact.
-
-    Attributes:
-        reads_captions: whether samples come with the caption that they may have.
+    any other, so that a resume is exact. `reads_captions` adds the caption that a sample may have.
     """
 
     def __init__(self, source: str, **options: Any) -> None:

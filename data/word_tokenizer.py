@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PAD = "<|endoftext|>"
+PAD = "<|endoftext|>"  # these are the names that Qwen uses
 UNKNOWN = "<|unk|>"
 START = "<|im_start|>"
 END = "<|im_end|>"
@@ -20,12 +20,9 @@ def build_word_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A tokenizer whose vocabulary is the words and punctuation marks of `texts`.
 
-    Args:
-        end_with: a special token at the end of every encoded text (SigLIP pools its last token).
-
-    Returns:
-        A fast tokenizer with chatml's special tokens and `<image>`; text is lower-cased, unknown
-        words become `<|unk|>`, padding is `<|endoftext|>`.
+    It has chatml's special tokens and `<image>`; text is lower-cased, unknown words become
+    `<|unk|>`, padding is `<|endoftext|>`. `end_with` is a special token at the end of every encoded
+    text (SigLIP pools its last token).
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -38,7 +35,7 @@ def build_word_tokenizer(
     )
     trainer = trainers.WordLevelTrainer(
         special_tokens=[PAD, UNKNOWN, START, END, IMAGE],
-        vocab_size=1 << 20,
+        vocab_size=1 << 20,  # no limit: each word gets an id
         min_frequency=1,
         show_progress=False,
     )
@@ -102,10 +99,10 @@ def is_word_tokenizer(text_tokenizer: PreTrainedTokenizerBase) -> bool:
 def grow_word_tokenizer(
     text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, limit: int
 ) -> list[str]:
-    """Give new ids, in place, to the `limit` most frequent unknown words of `texts`.
+    """Give new ids, in place, to the `limit` most frequent unknown words of `texts`; returns these
+    words.
 
-    Returns:
-        The new words in the order of their ids, which texts and limit alone decide.
+    Texts and limit alone decide their order.
     """
     words = _most_frequent(_new_words(text_tokenizer, texts), limit)
     if words:
@@ -120,8 +117,8 @@ def grow_word_tokenizer(
 def unknown_words(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """The words of a text that become the unknown token, as often as they occur.
 
-    None for a tokenizer that has no such token, or for a slow one, which does not tell
-    where a token comes from.
+    Nothing for a tokenizer without such a token, or a slow one, which does not tell where tokens
+    are from.
     """
     unknown = text_tokenizer.unk_token_id
     if unknown is None or not text_tokenizer.is_fast:

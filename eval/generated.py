@@ -13,8 +13,8 @@ from vqrae.common.checkpoints import model_fingerprint, recorded_tokenizer, reso
 from vqrae.common.distributed import is_main_process
 from vqrae.common.files import read_json, write_json
 from vqrae.common.images import save_image, tensor_to_image
-from vqrae.common.run import hold, refuse_other_settings
-from vqrae.eval.sharding import gather, stride
+from vqrae.common.run import hold_folder, refuse_other_settings
+from vqrae.eval.sharding import gather, progress_of_main, stride
 from vqrae.generation.sampling import SamplingConfig, read_sampling
 
 if TYPE_CHECKING:
@@ -69,6 +69,16 @@ class ImagesConfig:
             self.model, tokenizer=self.tokenizer, device=device, dtype=dtype
         )
 
+    def generate(self, generator: "Generator", requests: Sequence[ImageRequest]) -> None:
+        """Generate the images that do not exist yet, see `generate_missing`."""
+        generate_missing(
+            generator,
+            requests,
+            sampling=self.sampling,
+            batch_size=self.batch_size,
+            progress=progress_of_main("images"),
+        )
+
     def generation_settings(self) -> dict[str, Any]:
         """What decides the image of a prompt and a seed."""
         assert self.model is not None
@@ -91,13 +101,10 @@ def image_seed(prompt: int, sample: int) -> int:
 def claim_folder(folder: str | Path, settings: dict[str, Any], key: str) -> None:
     """Record in `settings.json` what decides a folder's content; the argument `key` names it.
 
-    Raises:
-        ValueError: when the folder was filled with other settings, or another launch works on it.
+    Raises ValueError when the folder was filled with other settings, or another launch works on it.
     """
     stored, lock = Path(folder) / "settings.json", Path(folder) / ".lock"
-    if is_main_process():
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        hold(lock, str(folder))
+    hold_folder(folder)
     if stored.exists():  # the folder too, which the main process may be about to make
         others = [path for path in stored.parent.iterdir() if path not in (stored, lock)]
         if others:
@@ -115,11 +122,7 @@ def generate_missing(
     batch_size: int = 64,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Generate the images that do not exist yet; processes share the work, and wait for each other.
-
-    Args:
-        progress: called with (images done, all images), of this process.
-    """
+    """Generate the images that do not exist yet; processes share the work, then wait for all."""
     mine = stride(requests)
     missing = [request for request in mine if not request.path.exists()]
     for start in range(0, len(missing), batch_size):

@@ -17,17 +17,14 @@ from vqrae.common.cli import progress_line
 from vqrae.common.distributed import choose_device, is_main_process, world_size
 
 T = TypeVar("T")
+R = TypeVar("R")
 PATIENCE = timedelta(days=1)  # a resumed run may find all that is left in one process's share
-_NOTHING = object()
+_NOTHING = object()  # not None, which may be an item
 
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Join the launch's processes for the length of a block; yields this process's device.
-
-    Args:
-        device: cpu, cuda, …; auto takes CUDA when there is one.
-    """
+    """Join the launch's processes for the length of a block; yields this process's device."""
     device = choose_device(device)
     if world_size() == 1:
         yield device
@@ -46,11 +43,9 @@ def processes(device: str) -> Iterator[str]:
 
 
 def run_module(module: ModuleType, arguments: list[str], nproc: int) -> None:
-    """Run a command of ours in this process, or in several others.
+    """Run a command of ours in this process, or in several others, whose failure is an error here.
 
-    Raises:
-        ValueError: when this process is one of several already.
-        subprocess.CalledProcessError: when one of the others fails.
+    Raises ValueError when this process is one of several already.
     """
     if world_size() > 1:
         raise ValueError(
@@ -94,3 +89,13 @@ def gather(items: list[Any]) -> list[Any]:
     dist.all_gather_object(parts, items)
     rounds = itertools.zip_longest(*parts, fillvalue=_NOTHING)
     return [item for item in itertools.chain.from_iterable(rounds) if item is not _NOTHING]
+
+
+def map_shared(function: Callable[[T], R], items: Sequence[T], label: str) -> list[R]:
+    """The function of each item, in order; processes share the work, and all get all results."""
+    mine, progress = stride(items), progress_of_main(label)
+    results: list[R] = []
+    for done, item in enumerate(mine, start=1):
+        results.append(function(item))
+        progress(done, len(mine))
+    return gather(results)

@@ -38,7 +38,7 @@ from vqrae.common.trainer import (
     training_arguments,
 )
 from vqrae.data.sources import fingerprint as data_fingerprint
-from vqrae.data.sources import is_encoded, open_pairs_or_codes, texts_of
+from vqrae.data.sources import is_encoded, open_pairs, texts_of
 from vqrae.data.sources import vocabulary as words_of
 from vqrae.data.word_tokenizer import fit_word_tokenizer
 from vqrae.generation.config import GeneratorConfig, GeneratorModelConfig, TrainingConfig
@@ -84,7 +84,7 @@ def train(config: TrainingConfig) -> Path:
 
     # ---- data: samples in order, prompts
     visual = VQRAEConfig.from_pretrained(tokenizer_folder)
-    samples = open_pairs_or_codes(
+    samples = open_pairs(
         config.data,
         image_size=visual.image_size,
         tokenizer_fingerprint=fingerprint,

@@ -15,8 +15,6 @@ the hooks of tensors and gradients), and modules get new parameters when they mo
 """
 
 import contextlib
-import heapq
-import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from vqrae.planning.backward import backward, grad
 
 GIB = 2**30
 aten = torch.ops.aten
@@ -257,82 +257,6 @@ def _attention(
     return efficient(query, key, value, attn_mask, trains, dropout_p, is_causal, scale=scale)[0]
 
 
-@torch.no_grad()
-def run_backward(
-    roots: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor] = ()
-) -> list[Tensor | None]:
-    """Gradients of `inputs` (then nothing is accumulated), or into `.grad` of all leaves."""
-    wanted = {_edge(tensor): place for place, tensor in enumerate(inputs)}
-    results: list[Tensor | None] = [None] * len(wanted)
-    arrived: dict[Any, dict[int, Tensor]] = {}
-    order = itertools.count()
-    waiting: list[tuple[int, int, Any]] = []
-
-    def send(node: Any, place: int, gradient: Tensor | None) -> None:
-        if node is None or gradient is None:
-            return
-        meta = node._input_metadata[place]
-        assert gradient.device.type == meta.device.type, (
-            f"{node}: a gradient on {gradient.device}, its tensor on {meta.device}"
-        )
-        gradient = gradient.to(meta.dtype)
-        if gradient.shape != tuple(meta.shape):  # of a tensor that was broadcast
-            gradient = gradient.sum_to_size(tuple(meta.shape))
-        if (node, place) in wanted:
-            results[wanted[node, place]] = gradient
-        if node not in arrived:
-            arrived[node] = {}
-            # Nodes that were made later come first; AccumulateGrad has the largest number of all.
-            number = -node._sequence_nr() if node.next_functions else 1
-            heapq.heappush(waiting, (number, next(order), node))
-        before = arrived[node].get(place)
-        arrived[node][place] = gradient if before is None else before + gradient
-
-    for root, gradient in zip(roots, gradients, strict=True):
-        send(*_edge(root), torch.ones_like(root) if gradient is None else gradient)
-    while waiting:
-        _, _, node = heapq.heappop(waiting)
-        known = arrived.pop(node)
-        if wanted and not node.next_functions:
-            continue
-        values = []
-        for place, meta in enumerate(node._input_metadata):
-            value = known.get(place)
-            if value is None and not callable(node):  # a function of ours gets zeros
-                value = torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device)
-            values.append(value)
-        del known
-        outputs = node(*values) if callable(node) else node.apply(*values)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        for (following, place), gradient in zip(node.next_functions, outputs, strict=False):
-            send(following, place, gradient)
-    return results
-
-
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
-
-
-def _listed(value: Any) -> list[Any]:
-    return [value] if isinstance(value, Tensor) else list(value)
-
-
-def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **options: Any) -> None:
-    roots = _listed(tensors)
-    # By this number a checkpointed block knows what it has computed again already.
-    with mock.patch.object(torch._C, "_current_graph_task_id", return_value=next(_GRAPH_TASKS)):
-        run_backward(roots, _listed(grad_tensors or [None] * len(roots)))
-
-
-def _grad(
-    outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **options: Any
-) -> tuple[Tensor | None, ...]:
-    roots = _listed(outputs)
-    gradients = _listed([None] * len(roots) if grad_outputs is None else grad_outputs)
-    return tuple(run_backward(roots, gradients, _listed(inputs)))
-
-
 def _move(
     module: nn.Module,
     function: Callable[[Tensor], Tensor],
@@ -360,12 +284,9 @@ def _move(
     return module
 
 
-_GRAPH_TASKS = itertools.count()
-
-
 class _Properties:
     name = "fake GPU"
-    major, minor = 9, 0
+    major, minor = 9, 0  # of an H100, so that bf16 and its kernels are taken
     total_memory, multi_processor_count = 80 * GIB, 132
 
 
@@ -446,7 +367,7 @@ def fake_gpu(
             current_device_index=driver["current_device"],
         )
         put(torch.cuda.amp.common, amp_definitely_not_available=lambda: False)
-        put(torch.autograd, backward=_backward, grad=_grad)
+        put(torch.autograd, backward=backward, grad=grad)
         put(nn.Module, _apply=_move)
         put(Tensor, pin_memory=_pinned)
         put(FakeTensor, data_ptr=_address, __reduce_ex__=_reduce)

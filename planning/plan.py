@@ -53,13 +53,9 @@ READERS: dict[str, type] = {
 def plan(name: str, overrides: Sequence[str] = ()) -> list[tuple[Report, float]]:
     """The trainings of a configuration, each with the FLOPs of one micro-batch.
 
-    Args:
-        name: shipped YAML such as `vicuna_7b`, `tokenizer/tiny` where several packages have it, or
-            a file of one's own.
-
-    Raises:
-        ConfigError: for a name that is not known or not unique, and a file that no training reads.
-        ValueError: for a run or model whose shapes cannot be known on this machine.
+    `name` is a shipped YAML such as `vicuna_7b`, `tokenizer/tiny` where several packages have it,
+    or a file of one's own. Raises ConfigError for one that is not known, not unique or not read by
+    any training; ValueError for a run or model whose shapes cannot be known on this machine.
     """
     config: Any = read_plan_config(name, overrides)
     if isinstance(config, GeneratorConfig):
@@ -123,12 +119,7 @@ def read_plan_config(name: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def render(report: Report, flops: float, *, gpus: Sequence[int], gpu_memory: float) -> str:
-    """The plan of a training.
-
-    Args:
-        flops: of one micro-batch.
-        gpu_memory: GB of one GPU.
-    """
+    """The plan of a training, with the FLOPs of a micro-batch, for GPUs of `gpu_memory` GB."""
     budget = USABLE * gpu_memory * GIB
     batch = report.global_batch_size
     per_step = flops * batch / report.micro_batch_size

@@ -28,7 +28,7 @@ from vqrae.data.scenes.language import benchmark_prompts
 from vqrae.data.scenes.scene import COLOR_VALUES
 from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.geneval.scenes import ceilings
-from vqrae.eval.sharding import batch_indices, gather, processes, progress_of_main
+from vqrae.eval.sharding import batch_indices, gather, processes
 from vqrae.tokenizer.modeling import VQRAEModel
 
 # Reconstructions are scored on these prompts of each family, and images of each prompt.
@@ -134,7 +134,6 @@ def main(argv: list[str] | None = None) -> None:
             model,
             sprites=config.sprites,
             images_per_prompt=IMAGES,
-            progress=progress_of_main,
         )["reconstruction"]
         halves = {half: ceiling[half]["overall"] for half in ("seen", "held_out")}
         return {**knowledge, "reconstruction": halves, "manifest": run_manifest()}

@@ -30,10 +30,10 @@ from typing import Any
 from vqrae.common.cli import parse
 from vqrae.common.config import ConfigError, build_config, did_you_mean, read_yaml
 from vqrae.common.errors import exit_code, run_main
-from vqrae.common.files import write_json
+from vqrae.common.files import markdown_table, write_json
 from vqrae.common.run import read_metrics
 
-HANG_SECONDS = 300
+HANG_SECONDS = 300  # far longer than any of the tiny jobs takes
 COLUMNS = ("kills", "equal", "errors", "hangs", "different", "lost", "left over")
 # Ends of the names of files that hold paths, dates and processes: they must exist, not be equal.
 PROVENANCE = (".lock", "config.yaml", "manifest.json", "training_args.bin")
@@ -178,10 +178,7 @@ def work(job: Job, output: Path, log: Path, rank: int, port: int, hook: Hook | N
 def end(processes: list[ForkProcess], *, kill_after: float | None = None) -> str:
     """Wait for processes: "0", "killed", "hang", or the exit code of the first that failed.
 
-    As a launcher does, it ends the others when one fails.
-
-    Args:
-        kill_after: seconds until all are killed.
+    As a launcher does, it ends the others when one fails; after `kill_after` seconds it kills all.
     """
     deadline = time.monotonic() + (HANG_SECONDS if kill_after is None else kill_after)
     result = "0"
@@ -294,13 +291,11 @@ def campaign(
 
 def table(outcomes: dict[str, Counter[str]]) -> str:
     """The counts as a Markdown table, with their sum."""
-    lines = [f"| job | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    total: Counter[str] = Counter()
-    for counts in outcomes.values():
-        total += counts
+    total: Counter[str] = sum(outcomes.values(), Counter())
+    rows = []
     for name, counts in {**outcomes, "**all**": total}.items():
-        lines.append(f"| {name} | {' | '.join(str(counts[column]) for column in COLUMNS)} |")
-    return "\n".join(lines)
+        rows.append([name, *(str(counts[column]) for column in COLUMNS)])
+    return "\n".join(markdown_table(["job", *COLUMNS], rows))
 
 
 def prepare_process(jobs: Collection[Job]) -> None:

@@ -30,11 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 
 
 def read(argv: Sequence[str]) -> Any:
-    """The command that the arguments describe, ready to run.
-
-    Raises:
-        ConfigError: for an unknown command, or arguments that it cannot use.
-    """
+    """The command that the arguments describe, ready to run; ConfigError if they describe none."""
     from vqrae.common.cli import parse
 
     name, *words = argv

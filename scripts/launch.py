@@ -101,11 +101,7 @@ JOBS = {
 
 
 def plan(module: str, arguments: Sequence[str]) -> list[Command]:
-    """The commands to run in order: those that make what is missing, then the job itself.
-
-    Raises:
-        ConfigError: for arguments that cannot be used.
-    """
+    """The commands to run in order: those that make what is missing, then the job itself."""
     if module not in JOBS:
         raise ConfigError(f"unknown module {module!r}. {did_you_mean(module, JOBS)}")
     job = JOBS[module]
@@ -173,8 +169,7 @@ def prepare_key(
 ) -> list[Command]:
     """Let `key` name the folder that `maker` makes; returns the commands for it, if any.
 
-    Raises:
-        ConfigError: on several nodes, which would all make it.
+    Raises ConfigError on several nodes, which would all make it.
     """
     module, *arguments = [word.format_map(settings) for word in maker.split()]
     configured = value_of(settings, key)
@@ -221,11 +216,7 @@ def value_of(settings: Any, key: str) -> Any:
 
 
 def command_line(command: Command) -> list[str]:
-    """One plain process, or torchrun for more and for DeepSpeed, which reads its variables.
-
-    Raises:
-        ConfigError: for several nodes without the name of the first.
-    """
+    """One plain process, or torchrun for more and for DeepSpeed, which reads its variables."""
     launch = command.launch
     processes = command.processes or count_gpus()
     job = ["-m", f"vqrae.{command.module}", *command.arguments]
@@ -265,11 +256,7 @@ def count_gpus() -> int:
 
 
 def run(line: list[str]) -> None:
-    """Run a command to its end.
-
-    Raises:
-        SystemExit: with its exit code, when it failed.
-    """
+    """Run a command to its end. Raises SystemExit with its exit code, when it failed."""
     print("+", *line, flush=True)
     with subprocess.Popen(line) as process:
         try:

@@ -16,7 +16,7 @@ from vqrae.data.scenes.sprites import load_sprites
 
 Split = Literal["train", "validation"]
 Item = Literal["image", "pair", "detailed_pair", "grounded_pair", "conversation"]
-_SPLIT_SEED = {"train": 0, "validation": 1}
+_SPLIT_SEED = {"train": 0, "validation": 1}  # in the seed of each scene: no two splits share one
 _LANGUAGE_SEED = 7  # a random stream of its own: asking a question never changes an image
 
 

@@ -98,8 +98,7 @@ def caption(
 ) -> str:
     """A true caption that mentions every object, in one of GenEval's forms where one fits.
 
-    Args:
-        detailed: always name the relation of a pair, and the colours.
+    A `detailed` one always names the relation of a pair, and the colours.
     """
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     plain, rich = zip(*(object_phrases(o, names) for o in objects), strict=True)
@@ -229,15 +228,12 @@ def _yes_no_question(scene: Scene, names: Sequence[str], rng: np.random.Generato
 def benchmark_prompts(
     names: Sequence[str], per_family: int = 25, seed: int = 43
 ) -> list[dict[str, Any]]:
-    """GenEval's six families of prompts over these names.
+    """GenEval's six families of prompts over these names, as records of
+    `evaluation_metadata.jsonl`.
 
     Half of the prompts of the families that compose (colors, position, color_attr) hold a
     combination never seen in training. `single_object` has no more prompts than names; they repeat
     until the family is full.
-
-    Returns:
-        Records with keys tag, include, [exclude,] prompt, as in GenEval's
-        `evaluation_metadata.jsonl`.
     """
     rng = np.random.default_rng(seed)
     indices = range(len(names))
@@ -251,23 +247,23 @@ def benchmark_prompts(
         return _half_held_out(rng, items, is_held_out, per_family)
 
     alone = [names[n] for n in _sample(rng, indices, per_family)]
-    records = [_record("single_object", [_clause(name)], with_article(name)) for name in alone]
+    records = [record("single_object", [clause(name)], with_article(name)) for name in alone]
     for a, b in _sample(rng, pairs, per_family):
         phrase = f"{with_article(names[a])} and {with_article(names[b])}"
-        records.append(_record("two_object", [_clause(names[a]), _clause(names[b])], phrase))
+        records.append(record("two_object", [clause(names[a]), clause(names[b])], phrase))
     for n, count in _sample(rng, groups, per_family):
-        phrase, more = f"{NUMBER_WORDS[count]} {plural(names[n])}", _clause(names[n], count + 1)
-        records.append(_record("counting", [_clause(names[n], count)], phrase, exclude=[more]))
+        phrase, more = f"{NUMBER_WORDS[count]} {plural(names[n])}", clause(names[n], count + 1)
+        records.append(record("counting", [clause(names[n], count)], phrase, exclude=[more]))
     for n, c in half_held_out(things, is_held_out_pair):
-        clause, phrase = _colored(names[n], COLOR_NAMES[c])
-        records.append(_record("colors", [clause], phrase))
+        thing, phrase = _colored(names[n], COLOR_NAMES[c])
+        records.append(record("colors", [thing], phrase))
     for a, r, b in half_held_out(triples, is_held_out_triple):
-        include = [_clause(names[b]), _clause(names[a], position=[r, 0])]
+        include = [clause(names[b]), clause(names[a], position=[r, 0])]
         phrase = f"{with_article(names[a])} {r} {with_article(names[b])}"
-        records.append(_record("position", include, phrase))
-    for thing in half_held_out(two_things, lambda a, b: any(is_held_out_pair(*t) for t in (a, b))):
-        clauses, phrases = zip(*(_colored(names[n], COLOR_NAMES[c]) for n, c in thing), strict=True)
-        records.append(_record("color_attr", list(clauses), " and ".join(phrases)))
+        records.append(record("position", include, phrase))
+    for pair in half_held_out(two_things, lambda a, b: any(is_held_out_pair(*t) for t in (a, b))):
+        clauses, phrases = zip(*(_colored(names[n], COLOR_NAMES[c]) for n, c in pair), strict=True)
+        records.append(record("color_attr", list(clauses), " and ".join(phrases)))
     return records
 
 
@@ -292,15 +288,17 @@ def _half_held_out(
     return mixed
 
 
-def _clause(name: str, count: int = 1, **attributes: Any) -> dict[str, Any]:
+def clause(name: str, count: int = 1, **attributes: Any) -> dict[str, Any]:
+    """What GenEval demands of one class of objects."""
     return {"class": name, "count": count, **attributes}
 
 
 def _colored(name: str, color: str) -> tuple[dict[str, Any], str]:
-    return _clause(name, color=color), with_article(f"{color} {name}")
+    return clause(name, color=color), with_article(f"{color} {name}")
 
 
-def _record(
+def record(
     tag: str, include: list[dict[str, Any]], phrase: str, **exclude: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    """GenEval's metadata of a prompt."""
     return {"tag": tag, "include": include, **exclude, "prompt": f"a photo of {phrase}"}

@@ -116,9 +116,7 @@ def is_held_out(scene: Scene) -> bool:
 class SceneSampler:
     """Random scenes: single objects, pairs of different things, groups of one thing, mixtures.
 
-    Args:
-        sprites: the vocabulary of objects.
-        image_size: pixels of a side; sizes and positions scale with it.
+    Sizes and positions scale with `image_size`, the pixels of a side.
     """
 
     KINDS = ("single", "pair", "group", "mixture")

@@ -77,11 +77,9 @@ def _draw_shape(name: str, draw: ImageDraw.ImageDraw, s: int) -> None:
         draw.ellipse((0, 0.04 * s, 0.54 * s, 0.56 * s), fill=255)
         draw.ellipse((0.46 * s, 0.04 * s, s - 1, 0.56 * s), fill=255)
         draw.polygon([(0.05 * s, 0.44 * s), (0.95 * s, 0.44 * s), (0.5 * s, 0.98 * s)], fill=255)
-    elif name == "moon":
+    else:  # a moon
         draw.ellipse((0, 0, s - 1, s - 1), fill=255)
         draw.ellipse((0.36 * s, -0.08 * s, 1.18 * s, 0.82 * s), fill=0)
-    else:
-        raise ValueError(f"no drawing for shape {name!r}. {did_you_mean(name, SHAPES)}")
 
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
@@ -117,10 +115,8 @@ def _emoji_sprite(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
         ((size - width) // 2, (size - height) // 2),
     )
     pixels = np.asarray(canvas, dtype=np.float32) / 255
-    mask, luminance = (
-        pixels[..., 3],
-        pixels[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32),
-    )
+    mask = pixels[..., 3]
+    luminance = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # BT.601
     mean = (luminance * mask).sum() / mask.sum()
     # Half of the artwork's contrast survives the tint: the drawing is visible, the colour stays
     # nameable.
@@ -134,10 +130,7 @@ SPRITE_SETS = {
 
 
 def load_sprites(name: str = "shapes") -> SpriteSet:
-    """The sprite set of that name.
-
-    Raises ValueError for an unknown name, listing the known ones.
-    """
+    """The sprite set of that name; ValueError lists the known ones."""
     if name not in SPRITE_SETS:
         raise ValueError(f"unknown sprite set {name!r}. {did_you_mean(name, SPRITE_SETS)}")
     return SPRITE_SETS[name]

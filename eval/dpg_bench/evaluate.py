@@ -26,19 +26,13 @@ from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, sha256, write_json
 from vqrae.common.images import IMAGE_SUFFIXES, open_image, save_image, tile
-from vqrae.common.run import hold, quiet_libraries, run_manifest
+from vqrae.common.run import hold_folder, quiet_libraries, run_manifest
 from vqrae.eval.dpg_bench.judges import Judge, JudgeName, build_judge
 from vqrae.eval.dpg_bench.questions import Item, read_questions, write_questions
 from vqrae.eval.dpg_bench.scenes import scene_items, true_images
 from vqrae.eval.dpg_bench.scores import Answers, official_scores, summarize
-from vqrae.eval.generated import (
-    ImageRequest,
-    ImagesConfig,
-    claim_folder,
-    generate_missing,
-    image_seed,
-)
-from vqrae.eval.sharding import gather, processes, progress_of_main, stride
+from vqrae.eval.generated import ImageRequest, ImagesConfig, claim_folder, image_seed
+from vqrae.eval.sharding import gather, map_shared, processes
 
 NUM_SCENES = 50
 
@@ -105,13 +99,7 @@ def generate_grids(config: DPGConfig, items: Sequence[Item], device: str) -> Non
         for i in range(config.images_per_file):
             path = output / "singles" / item.id / f"{i}.png"
             requests.append(ImageRequest(item.prompt, image_seed(number, i), path))
-    generate_missing(
-        config.load_generator(device),
-        requests,
-        sampling=config.sampling,
-        batch_size=config.batch_size,
-        progress=progress_of_main("images"),
-    )
+    config.generate(config.load_generator(device), requests)
     if is_main_process():
         for start in range(0, len(requests), config.images_per_file):
             files = [request.path for request in requests[start : start + config.images_per_file]]
@@ -123,10 +111,8 @@ def generate_grids(config: DPGConfig, items: Sequence[Item], device: str) -> Non
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """Image files by item id: the name up to its first dot.
-
-    Raises:
-        ValueError: when the folder holds none, or two for one item.
+    """Image files by item id, the name up to its first dot; ValueError for none, or two for one
+    item.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -146,11 +132,8 @@ def split_grid(
 ) -> list[Image.Image]:
     """The images of a prompt: cells of the grid, or the whole file where there is one per prompt.
 
-    Args:
-        resolution: pixels of an image's side; the file must then have exactly that, or twice that.
-
-    Raises:
-        ValueError: when the file cannot be read or has another size.
+    Raises ValueError for another size; with `resolution`, pixels of an image's side, it must be
+    that or twice that.
     """
     image = open_image(path)
     columns = 1 if images_per_file == 1 else 2
@@ -191,10 +174,7 @@ def judge_item(
 def judge_folder(
     items: Sequence[Item], folder: Path, judge: Judge, config: DPGConfig
 ) -> tuple[dict[str, Answers], dict[str, str]]:
-    """Answers by item, and the reason for each item that has none.
-
-    Several processes share the work, and all get everything.
-    """
+    """Answers by item, and the reason for each item that has none; processes share the work."""
     asked: list[list[Any]] = []
     for item in items:
         texts = [question.text for question in item.questions]
@@ -208,14 +188,14 @@ def judge_folder(
     }
     images = find_images(folder)
     claim_folder(Path(config.output) / "answers", settings, "output")
-    mine, progress = stride(items), progress_of_main("answers")
-    outcomes: list[tuple[Answers | None, str]] = []
-    for done, item in enumerate(mine, start=1):
-        outcomes.append(judge_item(item, images.get(item.id), judge, config))
-        progress(done, len(mine))
+
+    def ask(item: Item) -> tuple[Answers | None, str]:
+        return judge_item(item, images.get(item.id), judge, config)
+
+    outcomes = map_shared(ask, items, "answers")
     answers: dict[str, Answers] = {}
     failed: dict[str, str] = {}
-    for item, (given, reason) in zip(items, gather(outcomes), strict=True):
+    for item, (given, reason) in zip(items, outcomes, strict=True):
         if given is None:
             failed[item.id] = reason
         else:
@@ -241,9 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         items, problems = read_questions(config.questions)
         items = items[: config.num_prompts]
-    if is_main_process():
-        output.mkdir(parents=True, exist_ok=True)
-        hold(output / ".lock", str(output))
+    hold_folder(output)
     with processes(config.device) as device:
         judge = build_judge(
             config.judge,

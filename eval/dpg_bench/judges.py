@@ -39,11 +39,7 @@ class Judge(Protocol):
     identity: str
 
     def answer(self, pairs: Pairs) -> list[str]:
-        """One answer to each (image, question).
-
-        Raises:
-            JudgeError: when there is none.
-        """
+        """One answer to each (image, question). Raises JudgeError when there is none."""
 
 
 class ChatJudge:
@@ -62,12 +58,9 @@ class ChatJudge:
 class EndpointJudge:
     """A server with OpenAI's chat interface (vLLM, SGLang, llama.cpp, OpenAI …).
 
-    Args:
-        url: up to and including the version, such as http://localhost:8000/v1.
-        model: as the server calls it.
-        key: sent as a bearer token; the variable OPENAI_API_KEY when not given.
-        attempts: before an answer counts as missing; waits 1, 2, 4 … seconds in between.
-        workers: concurrent questions.
+    The url ends with the version, as in http://localhost:8000/v1; `key` is by default
+    $OPENAI_API_KEY. A question is asked `attempts` times, with waits of 1, 2, 4 … seconds, and
+    `workers` at once.
     """
 
     def __init__(
@@ -132,15 +125,9 @@ def build_judge(
     sprites: str = "shapes",
     device: str = "cpu",
 ) -> Judge:
-    """The judge of that name.
+    """The judge of that name; ValueError when an argument or a package is missing.
 
-    Args:
-        model: folder or hub id; what an endpoint calls its model.
-        url: of an endpoint.
-        sprites: what scenes are made of.
-
-    Raises:
-        ValueError: when an argument or a package is missing.
+    `model` is a folder or hub id, or what an endpoint at `url` calls its model.
     """
     if name == "scenes":
         from vqrae.eval.dpg_bench.scenes import SceneJudge

@@ -14,22 +14,18 @@ import yaml
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vqrae.common.checkpoints import require_finite
 from vqrae.common.files import sha256
 
 MPLUG = "damo/mplug_visual-question-answering_coco_large_en"
 QUESTION_TOKENS = 25
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CONFIG, WEIGHTS = "config.yaml", "pytorch_model.bin"
 
 
 class MPlug:
-    """The official judge.
-
-    Args:
-        model: folder, or id at modelscope, which is downloaded.
-    """
+    """The official judge, from a folder or an id at modelscope, which is downloaded."""
 
     name = "mplug"
 
@@ -51,7 +47,9 @@ class MPlug:
         self.device, self.batch_size = device, batch_size
         size = (config.image_res, config.image_res)
         resize = Resize(size, interpolation=InterpolationMode.BICUBIC)
-        self._transform = Compose([resize, ToTensor(), Normalize(MEAN, STD)])
+        self._transform = Compose(
+            [resize, ToTensor(), Normalize(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)]
+        )
 
     @torch.inference_mode()
     def answer(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[str]:
@@ -79,11 +77,7 @@ class MPlug:
 
 
 def _model_code() -> ModuleType:
-    """modelscope's module of the model, with what transformers 5 has removed.
-
-    Raises:
-        ValueError: naming the package that is missing.
-    """
+    """modelscope's module of the model, with what transformers 5 has removed."""
     try:
         from modelscope.models.multi_modal.mplug import modeling_mplug
     except ImportError as error:
@@ -118,11 +112,7 @@ def _model_folder(model: str) -> Path:
 
 
 def _load_weights(model: Any, path: Path) -> None:
-    """Load a checkpoint as modelscope's `MPlug.from_pretrained` does, but leave no random weights.
-
-    Raises:
-        ValueError: naming tensors that the checkpoint lacks.
-    """
+    """Load a checkpoint as modelscope's `MPlug.from_pretrained`, but leave no random weights."""
     stored = torch.load(path, map_location="cpu", weights_only=True)
     stored = stored.get("model", stored)
     stored = stored.get("module", stored)

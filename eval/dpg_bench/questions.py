@@ -59,12 +59,10 @@ def read_questions(path: str | Path) -> tuple[list[Item], list[str]]:
     """The items of the table, and a line for each oddity; empty rows are skipped.
 
     Oddities: rows without a number (left out), questions that appear twice (the later one is taken,
-    as by the published script), dependencies on questions that do not exist (left out), rows of an
-    item that are apart from each other (put together).
+    as by the published script), dependencies on questions that do not exist (left out).
 
-    Raises:
-        FileNotFoundError: when there is no table, with where to get it.
-        ValueError: when columns are missing, or no row is left.
+    Raises FileNotFoundError when there is no table, with where to get it; ValueError when columns
+    are missing, or no row is left.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,14 +79,10 @@ def read_questions(path: str | Path) -> tuple[list[Item], list[str]]:
     problems: list[str] = []
     prompts: dict[str, str] = {}
     table: dict[str, dict[int, Question]] = {}  # item -> number -> question
-    last = ""
     for line, row in enumerate(reader, start=1):
         if not any(row[name].strip() for name in NEEDED):
             continue
         name = row["item_id"].strip()
-        if name in table and name != last:
-            problems.append(f"row {line}: item {name} again, after others")
-        last = name
         try:
             question = _question(row)
         except ValueError as error:
@@ -104,7 +98,10 @@ def read_questions(path: str | Path) -> tuple[list[Item], list[str]]:
         reason = problems[0] if problems else "it has no rows below its header"
         raise ValueError(f"{path} holds no questions: {reason}")
     for name, questions in table.items():
-        problems += _strange_parents(name, questions)
+        for number, question in questions.items():
+            if unknown := sorted(set(question.parents) - questions.keys()):
+                which = f"question {number} depends on {unknown}"
+                problems.append(f"item {name}: {which}, which do not exist")
     items = [Item(name, prompts[name], tuple(found.values())) for name, found in table.items()]
     return items, problems
 
@@ -116,17 +113,6 @@ def _question(row: dict[str, str]) -> Question:
     parents = tuple(parent for parent in numbers if parent)
     text, proposition = row["question_natural_language"].strip(), row["tuple"].strip()
     return Question(number, text, proposition, parents)
-
-
-def _strange_parents(name: str, questions: dict[int, Question]) -> list[str]:
-    problems = []
-    for number, question in questions.items():
-        where = f"item {name}: question {number} depends on"
-        if unknown := sorted(set(question.parents) - questions.keys()):
-            problems.append(f"{where} {unknown}, which do not exist")
-        if number in question.parents:
-            problems.append(f"{where} itself")
-    return problems
 
 
 def write_questions(path: str | Path, items: Sequence[Item]) -> None:

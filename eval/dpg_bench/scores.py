@@ -67,13 +67,9 @@ def image_score(item: Item, answers: Sequence[str]) -> float:
 def summarize(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, Any]:
     """Scores over the prompts that have answers (by item id).
 
-    Returns:
-        `dpg`, 0 to 100; its `interval`, 95 % by the spread of prompts; `categories` and
-        `categories_detailed`, 0 to 100; num_prompts, num_scored; `unclear_answers`, neither yes nor
-        no, which count as no.
-
-    Raises:
-        ValueError: when no prompt has answers.
+    Returns `dpg`, 0 to 100; its `interval`, 95 % by the spread of prompts; `categories` and
+    `categories_detailed`, 0 to 100; num_prompts, num_scored; `unclear_answers`, neither yes nor no,
+    which count as no. Raises ValueError when no prompt has answers.
     """
     by_category: defaultdict[str, list[bool]] = defaultdict(list)
     prompts, unclear = [], 0
@@ -91,10 +87,9 @@ def summarize(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str
 
 
 def official_scores(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, Any]:
-    """The same by the published script's formulas, faults included; see the module.
+    """As `summarize`, by the published script's formulas, faults included; see the module.
 
-    Returns:
-        As `summarize`, and in `dropped` the prompts that the script loses, with the reason.
+    `dropped` has the prompts that the script loses, with the reason.
     """
     items = [replace(items[0], questions=items[0].questions[1:]), *items[1:]]
     by_category: defaultdict[str, list[bool]] = defaultdict(list)

@@ -15,6 +15,7 @@ from torchvision.transforms import (
     ToTensor,
 )
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vqrae.common.checkpoints import load_model, model_fingerprint, resolve_model
 from vqrae.eval.geneval.rules import COLORS, Detection
@@ -26,16 +27,11 @@ TEMPLATES = (
     "a photo of a {color} object",
 )
 BACKGROUND = "#999"
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
     """An object cut out along its box, grey where its mask is not."""
     if (mask := detection.mask) is not None:
-        if mask.shape != (image.height, image.width):
-            raise ValueError(
-                f"got a mask of {mask.shape} for an image of {image.size}, expected the same size"
-            )
         grey = Image.new("RGB", image.size, BACKGROUND)
         image = Image.composite(image, grey, Image.fromarray(mask))
     left, top, right, bottom = (round(edge) for edge in detection.box)
@@ -52,16 +48,13 @@ class ClipColorClassifier:
         self.name, self.identity = name, identity
         side = model.config.vision_config.image_size
         resize = Resize(side, interpolation=InterpolationMode.BICUBIC)
-        self._transform = Compose([resize, CenterCrop(side), ToTensor(), Normalize(MEAN, STD)])
+        normalize = Normalize(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        self._transform = Compose([resize, CenterCrop(side), ToTensor(), normalize])
         self._colors: dict[str, Tensor] = {}
 
     @classmethod
     def from_pretrained(cls, name: str = CLIP, device: str = "cpu") -> "ClipColorClassifier":
-        """Load a CLIP folder or hub id.
-
-        Raises:
-            ValueError: when its activation is not the quick GELU that OpenAI trained with.
-        """
+        """Load a CLIP folder or hub id; ValueError without OpenAI's quick GELU."""
         folder = resolve_model(name)
         model = load_model(CLIPModel, folder)
         activation = model.config.vision_config.hidden_act

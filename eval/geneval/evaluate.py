@@ -22,10 +22,10 @@ from vqrae.common.cli import parse
 from vqrae.common.distributed import is_main_process
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json, write_text
-from vqrae.common.run import hold, quiet_libraries, run_manifest
+from vqrae.common.run import hold_folder, quiet_libraries, run_manifest
 from vqrae.data.scenes.language import FAMILIES, benchmark_prompts
 from vqrae.data.scenes.sprites import load_sprites
-from vqrae.eval.generated import ImagesConfig, claim_folder, generate_missing
+from vqrae.eval.generated import ImagesConfig, claim_folder
 from vqrae.eval.geneval.clip_colors import CLIP
 from vqrae.eval.geneval.folders import (
     image_requests,
@@ -40,7 +40,7 @@ from vqrae.eval.geneval.prompts import OFFICIAL_SEED, metadata_lines, official_p
 from vqrae.eval.geneval.rules import Record, summarize
 from vqrae.eval.geneval.scenes import ceilings, scene_scores
 from vqrae.eval.reconstruction.networks import NotMeasured
-from vqrae.eval.sharding import processes, progress_of_main
+from vqrae.eval.sharding import processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +104,11 @@ def suite_judges(config: GenEvalConfig, device: str) -> Judges:
 
 
 def score(config: GenEvalConfig, judges: Judges, folder: Path) -> dict[str, Any]:
-    """Score a folder of images; the rows go to the results file.
-
-    Raises:
-        ValueError: when the folder holds no images, or prompts that the detector cannot judge.
-    """
+    """Score a folder of images; the rows go to the results file."""
     output, records = Path(config.output), read_prompts(folder)
     require_known_classes(judges, records)
     kept = output.with_name("rows") if config.suite == "official" else None  # exact rules are fast
-    rows, broken = score_folder(folder, judges, progress=progress_of_main("scores"), kept=kept)
+    rows, broken = score_folder(folder, judges, kept)
     if is_main_process():
         write_text(output.with_suffix(".jsonl"), metadata_lines(rows))
     if config.suite == "official":
@@ -149,9 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     with processes(config.device) as device:
         judges = suite_judges(config, device)
-        if is_main_process():
-            output.parent.mkdir(parents=True, exist_ok=True)
-            hold(output.with_name(".lock"), str(output.parent))
+        hold_folder(output.parent)
         ceiling = None
         if config.model is None:
             folder = Path(str(config.images))
@@ -163,13 +157,8 @@ def main(argv: list[str] | None = None) -> None:
             if is_main_process():
                 write_prompts(folder, records)
             generator = config.load_generator(device)
-            generate_missing(
-                generator,
-                image_requests(folder, records, config.images_per_prompt),
-                sampling=config.sampling,
-                batch_size=config.batch_size,
-                progress=progress_of_main("images"),
-            )
+            requests = image_requests(folder, records, config.images_per_prompt)
+            config.generate(generator, requests)
             if is_main_process():
                 write_grids(folder)
             if config.suite == "scenes":
@@ -178,7 +167,6 @@ def main(argv: list[str] | None = None) -> None:
                     generator.tokenizer,
                     sprites=config.sprites,
                     images_per_prompt=config.images_per_prompt,
-                    progress=progress_of_main,
                 )
         # ---- scores
         values = score(config, judges, folder)

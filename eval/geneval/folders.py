@@ -8,7 +8,7 @@ OUT/00000/grid.png                the same images side by side, for people
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vqrae.common.images import IMAGE_SUFFIXES, open_image, save_image, tile
 from vqrae.eval.generated import ImageRequest, image_seed
 from vqrae.eval.geneval.judges import Judges
 from vqrae.eval.geneval.rules import Record, evaluate_image
-from vqrae.eval.sharding import gather, stride
+from vqrae.eval.sharding import map_shared
 
 
 def sample_path(folder: str | Path, index: int, sample: int) -> Path:
@@ -38,11 +38,7 @@ def image_requests(
 
 
 def write_prompts(folder: str | Path, records: Sequence[Record]) -> None:
-    """Write each record's `metadata.jsonl`.
-
-    Raises:
-        ValueError: when the folder already holds other prompts.
-    """
+    """Write each record's `metadata.jsonl`; ValueError when the folder holds other prompts."""
     for index, record in enumerate(records):
         path = Path(folder) / f"{index:05d}" / "metadata.jsonl"
         if path.exists() and (found := _read_record(path)) != record:
@@ -79,19 +75,14 @@ def _images(prompt_folder: Path) -> list[Path]:
 
 
 def read_prompts(folder: str | Path) -> list[Record]:
-    """The records of a benchmark folder, in order.
-
-    Raises:
-        ValueError: when a prompt's record is missing or broken.
-    """
+    """The records of a benchmark folder, in order; ValueError when one is missing or broken."""
     return [_read_record(path / "metadata.jsonl") for path in _prompt_folders(folder)]
 
 
 def list_samples(folder: str | Path) -> list[tuple[Path, Record]]:
     """Every image of a benchmark folder with its record, in the order of their numbers.
 
-    Raises:
-        ValueError: when a prompt's record is broken, or when two images have the same number.
+    Raises ValueError when a prompt's record is broken, or when two images have the same number.
     """
     samples = []
     for prompt_folder in _prompt_folders(folder):
@@ -101,37 +92,27 @@ def list_samples(folder: str | Path) -> list[tuple[Path, Record]]:
 
 
 def score_folder(
-    folder: str | Path,
-    judges: Judges,
-    *,
-    progress: Callable[[int, int], None],
-    kept: Path | None = None,
+    folder: str | Path, judges: Judges, kept: Path | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Result rows of all images of a benchmark folder, and the reason for each unreadable image.
 
-    Several processes share the work, and all get all rows.
-
-    Args:
-        progress: called with (images done, all images), of this process.
-        kept: folder of finished rows, so that an interrupted run scores only the rest.
-
-    Raises:
-        ValueError: when the folder holds no images, or none that can be read.
+    Several processes share the work, and all get all rows. In the folder `kept` are finished rows,
+    so that an interrupted run scores only the rest. Raises ValueError when no image can be read.
     """
     samples = list_samples(folder)
     if not samples:
         raise ValueError(
             f"{folder} holds no images: expected 00000/metadata.jsonl and 00000/samples/00000.png"
         )
-    mine = stride(samples)
-    outcomes: list[dict[str, Any]] = []
-    for done, (path, record) in enumerate(mine, start=1):
+
+    def outcome(sample: tuple[Path, Record]) -> dict[str, Any]:
+        path, record = sample
         try:
-            outcomes.append({**_row(path, record, judges, kept), "filename": str(path)})
+            return {**_row(path, record, judges, kept), "filename": str(path)}
         except ValueError as error:
-            outcomes.append({"filename": str(path), "broken": str(error)})
-        progress(done, len(mine))
-    outcomes = gather(outcomes)
+            return {"filename": str(path), "broken": str(error)}
+
+    outcomes = map_shared(outcome, samples, "scores")
     rows = [row for row in outcomes if "broken" not in row]
     broken = {row["filename"]: row["broken"] for row in outcomes if "broken" in row}
     if not rows:

@@ -50,14 +50,8 @@ def scene_judges(sprites: str) -> Judges:
 def coco_judges(name: str, weights: str | None, clip: str, device: str) -> Judges:
     """A Mask2Former on COCO with CLIP for colours, loaded and tested.
 
-    Args:
-        name: `mmdet`, GenEval's own checkpoint; `transformers`, one of Hugging Face.
-        weights: of the detector, see `Mask2FormerDetector`.
-        clip: CLIP folder or hub id.
-
-    Raises:
-        NotMeasured: when weights are missing, with where to get them.
-        RuntimeError: when the detector is blind.
+    `mmdet` is GenEval's own checkpoint, `transformers` one of Hugging Face; `clip` a folder or hub
+    id. Raises NotMeasured when weights are missing, RuntimeError when the detector is blind.
     """
     if name == "mmdet":
         detector, benchmark = Mask2FormerDetector.from_mmdet(weights, device), "GenEval"
@@ -75,12 +69,9 @@ def coco_judges(name: str, weights: str | None, clip: str, device: str) -> Judge
 def require_sight(
     detector: Detector, classifier: ColorClassifier, image: Image.Image, record: Record
 ) -> None:
-    """Refuse a detector that fails on an image that satisfies `record`.
+    """Refuse, with RuntimeError, a detector that fails on an image that satisfies `record`.
 
     A broken installation would otherwise score everything near zero, without an error.
-
-    Raises:
-        RuntimeError: naming the detector and what it missed.
     """
     row = evaluate_image(image, record, detector, classifier)
     if not row["correct"]:
@@ -92,11 +83,7 @@ def require_sight(
 
 
 def require_known_classes(judges: Judges, records: list[Record]) -> None:
-    """Refuse prompts about classes that the detector does not know: they could only score zero.
-
-    Raises:
-        ValueError: naming some of them.
-    """
+    """Refuse, with ValueError, prompts about classes that the detector does not know."""
     asked: set[str] = set()
     for record in records:
         asked |= {clause["class"] for clause in record["include"]}

@@ -56,12 +56,7 @@ def swin_small_config() -> Mask2FormerConfig:
 
 
 class Mask2FormerDetector:
-    """GenEval's object detector.
-
-    Attributes:
-        identity: which weights these are.
-        padding: how they were trained to see the margin of an image, see `prepare`.
-    """
+    """GenEval's object detector; `padding` is how it was trained to see a margin, see `prepare`."""
 
     threshold, counting_threshold = 0.3, 0.9  # GenEval's
 
@@ -77,12 +72,7 @@ class Mask2FormerDetector:
 
     @classmethod
     def from_mmdet(cls, weights: str | None = None, device: str = "cpu") -> "Mask2FormerDetector":
-        """With GenEval's checkpoint, from the file `weights` or torch's cache.
-
-        Raises:
-            NotMeasured: when it is not there, with the address to get it from.
-            ValueError: when the file is another one.
-        """
+        """With GenEval's checkpoint: the file `weights`, or torch's cache, see `find_weights`."""
         path = find_weights(MMDET_FILE, MMDET_URL, "weights", weights)
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             stored = torch.load(path, weights_only=True, map_location="cpu")["state_dict"]
@@ -95,11 +85,7 @@ class Mask2FormerDetector:
     def from_transformers(
         cls, name: str = HUGGING_FACE, device: str = "cpu"
     ) -> "Mask2FormerDetector":
-        """With the weights of a folder or hub id.
-
-        Raises:
-            ValueError: when its classes are not COCO's 80 things in COCO's order.
-        """
+        """With the weights of a folder or hub id; ValueError if it is not for COCO's 80 things."""
         model = load_model(Mask2FormerForUniversalSegmentation, resolve_model(name))
         labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
         # Names differ in places ("mouse", "couch"/"sofa"); these are far apart and spelt the same.
@@ -126,10 +112,7 @@ def prepare(image: Image.Image, padding: int | None = None) -> tuple[Tensor, tup
     """RGB image -> (1, 3, H, W) for the detector, and the (height, width) that the image covers.
 
     Resized to fit 800 x 1333 without antialiasing, like OpenCV, to whole grey levels; padded to
-    multiples of 32.
-
-    Args:
-        padding: grey level of the margin, normalised like the image; None leaves zeros.
+    multiples of 32 with the grey level `padding`, normalised like the image, or with zeros.
     """
     scale = min(LONG_SIDE / max(image.size), SHORT_SIDE / min(image.size))
     width, height = (int(side * scale + 0.5) for side in image.size)
@@ -152,10 +135,9 @@ def instances(
 ) -> list[Detection]:
     """mmdetection's instances: class probability times the mean probability inside the mask.
 
-    Args:
-        class_logits: (queries, classes + 1), the last one for "nothing". mask_logits: (queries, h,
-        w). padded, resized, size: (height, width) of the network's input, of the image in it, of
-        the image.
+    class_logits are (queries, classes + 1), the last one for "nothing"; mask_logits (queries, h,
+    w); padded, resized, size: (height, width) of the network's input, of the image in it, of the
+    image.
     """
     probabilities = class_logits.float().softmax(-1)[:, :-1]
     num_classes = probabilities.shape[1]

@@ -34,8 +34,7 @@ def read_rules() -> list[tuple[str, str | None]]:
 def rename(key: str, rules: list[tuple[str, str | None]]) -> list[str]:
     """The names in transformers of a key: one, three for a joint attention, or none.
 
-    Raises:
-        ValueError: when not exactly one rule matches.
+    Raises ValueError when not exactly one rule matches.
     """
     matches = [(m, target) for pattern, target in rules if (m := re.fullmatch(pattern, key))]
     if len(matches) != 1:
@@ -55,14 +54,9 @@ def merging_order(weight: Tensor) -> Tensor:
 
 
 def from_mmdet(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reorder an mmdetection checkpoint.
+    """Rename and reorder an mmdetection checkpoint into the names and shapes of `expected`.
 
-    Args:
-        weights: the checkpoint's `state_dict`.
-        expected: state of the transformers model, whose names and shapes must come out.
-
-    Raises:
-        ValueError: listing keys without a rule, missing and doubled keys, and wrong shapes.
+    Raises ValueError, listing keys without a rule, missing and doubled keys, and wrong shapes.
     """
     rules = read_rules()
     converted: dict[str, Tensor] = {}

@@ -6,11 +6,10 @@ same families, which cannot have leaked into training captions."""
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from vqrae.data.scenes.language import NUMBER_WORDS, plural, with_article
+from vqrae.data.scenes.language import NUMBER_WORDS, clause, plural, record, with_article
 from vqrae.data.scenes.scene import RELATIONS
 from vqrae.eval.geneval.rules import COLORS, Record
 
@@ -37,8 +36,7 @@ OBJECT_NAMES = (
 def official_prompts(seed: int = OFFICIAL_SEED) -> list[Record]:
     """A suite of GenEval prompts over COCO's objects, as metadata records in the official order.
 
-    Args:
-        seed: 43 is the official suite; any other a fresh one (0 has 548 prompts, 42 has 559).
+    Seed 43 is the official suite; any other a fresh one (0 has 548 prompts, 42 has 559).
     """
     # The order of the samples is part of the rules: all of them come from one random generator.
     rng = np.random.default_rng(seed)
@@ -46,12 +44,12 @@ def official_prompts(seed: int = OFFICIAL_SEED) -> list[Record]:
     records = [_single_object(int(index)) for index in rng.choice(count, size=count, replace=False)]
     for sample in (_two_object, _counting, _colors, _position, _color_attr):
         records += [sample(rng) for _ in range(SAMPLES)]
-    return list({json.dumps(record): record for record in records}.values())
+    return list({json.dumps(each): each for each in records}.values())
 
 
 def metadata_lines(records: Sequence[Record]) -> str:
     """The content of `evaluation_metadata.jsonl`."""
-    return "".join(json.dumps(record) + "\n" for record in records)
+    return "".join(json.dumps(each) + "\n" for each in records)
 
 
 def suite_name(records: Sequence[Record]) -> str:
@@ -63,14 +61,6 @@ def suite_name(records: Sequence[Record]) -> str:
 # ---- one prompt of each task
 
 
-def _clause(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
-    return {"class": name, "count": count, **more}
-
-
-def _record(tag: str, include: list[dict[str, Any]], phrase: str) -> Record:
-    return {"tag": tag, "include": include, "prompt": f"a photo of {phrase}"}
-
-
 def _pair(rng: np.random.Generator) -> tuple[str, str]:
     a, b = rng.choice(len(OBJECT_NAMES), size=2, replace=False)
     return OBJECT_NAMES[a], OBJECT_NAMES[b]
@@ -78,35 +68,33 @@ def _pair(rng: np.random.Generator) -> tuple[str, str]:
 
 def _single_object(index: int) -> Record:
     name = OBJECT_NAMES[index]
-    return _record("single_object", [_clause(name)], with_article(name))
+    return record("single_object", [clause(name)], with_article(name))
 
 
 def _two_object(rng: np.random.Generator) -> Record:
     a, b = _pair(rng)
     phrase = f"{with_article(a)} and {with_article(b)}"
-    return _record("two_object", [_clause(a), _clause(b)], phrase)
+    return record("two_object", [clause(a), clause(b)], phrase)
 
 
 def _counting(rng: np.random.Generator) -> Record:
     name = OBJECT_NAMES[rng.choice(len(OBJECT_NAMES))]
     count = int(rng.integers(2, 4, endpoint=True))
-    record = _record("counting", [_clause(name, count)], f"{NUMBER_WORDS[count]} {plural(name)}")
-    exclude = [_clause(name, count + 1)]
-    # The order of keys counts: the official file is matched byte for byte.
-    return {"tag": "counting", "include": record["include"], "exclude": exclude, **record}
+    phrase, exclude = f"{NUMBER_WORDS[count]} {plural(name)}", [clause(name, count + 1)]
+    return record("counting", [clause(name, count)], phrase, exclude=exclude)
 
 
 def _colors(rng: np.random.Generator) -> Record:
     name = OBJECT_NAMES[rng.choice(len(OBJECT_NAMES) - 1) + 1]  # no coloured person
     color = COLORS[rng.choice(len(COLORS))]
-    return _record("colors", [_clause(name, color=color)], with_article(f"{color} {name}"))
+    return record("colors", [clause(name, color=color)], with_article(f"{color} {name}"))
 
 
 def _position(rng: np.random.Generator) -> Record:
     a, b = _pair(rng)
     relation = RELATIONS[rng.choice(len(RELATIONS))]
-    include = [_clause(b), _clause(a, position=[relation, 0])]
-    return _record("position", include, f"{with_article(a)} {relation} {with_article(b)}")
+    include = [clause(b), clause(a, position=[relation, 0])]
+    return record("position", include, f"{with_article(a)} {relation} {with_article(b)}")
 
 
 def _color_attr(rng: np.random.Generator) -> Record:
@@ -114,4 +102,4 @@ def _color_attr(rng: np.random.Generator) -> Record:
     colors = rng.choice(len(COLORS), size=2, replace=False)
     pairs = [(OBJECT_NAMES[name], COLORS[color]) for name, color in zip(names, colors, strict=True)]
     phrase = " and ".join(with_article(f"{color} {name}") for name, color in pairs)
-    return _record("color_attr", [_clause(name, color=color) for name, color in pairs], phrase)
+    return record("color_attr", [clause(name, color=color) for name, color in pairs], phrase)

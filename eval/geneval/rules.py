@@ -159,7 +159,8 @@ def evaluate_image(
     """One row of GenEval's results file: filename, tag, prompt, correct, reason, metadata, details.
 
     `metadata` and `details` are JSON strings; `details` holds [x0, y0, x1, y1, score] of every
-    object that counted, by class."""
+    object that counted, by class.
+    """
     counting = record["tag"] == "counting"
     threshold = detector.counting_threshold if counting else detector.threshold
     objects = confident_objects(detector.detect(image), threshold)
@@ -184,19 +185,14 @@ def evaluate_image(
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Share of correct images per task, and the unweighted mean of tasks as `overall`.
 
-    Returns:
-        overall, one score per tag in order of appearance, `correct_images`, `correct_prompts` (with
-        any correct image), num_images, num_prompts; `intervals`, 95 % bounds per tag and of
-        `overall`.
-
-    Raises:
-        ValueError: without rows.
+    Returns overall, one score per tag in order of appearance, `correct_images`, `correct_prompts`
+    (with any correct image), num_images, num_prompts; `intervals`, 95 % bounds per tag and of
+    `overall`. Raises ValueError without rows.
     """
     if not rows:
         raise ValueError("got no results, expected at least one image")
-    tasks: dict[
-        str, dict[str, list[bool]]
-    ] = {}  # tag -> prompt's metadata -> one verdict per image
+    # tag -> prompt's metadata -> one verdict per image
+    tasks: dict[str, dict[str, list[bool]]] = {}
     for row in rows:
         tasks.setdefault(row["tag"], {}).setdefault(row["metadata"], []).append(row["correct"])
     scores: dict[str, float] = {}

@@ -25,9 +25,8 @@ from vqrae.eval.geneval.rules import Box, Detection
 SIDE = 64  # pixels of a side that the rules are tuned for; other images are scaled to it
 SIZES = (14, 44)  # sprite sizes that are looked for, inclusive; wider than what scenes hold
 MIN_AREA = 36  # pixels; smaller things are specks
-REACH = (
-    5  # pixels around a thing within which its faint parts (a handle, a blurred tip) belong to it
-)
+# Pixels around a thing within which its faint parts (a handle, a blurred tip) belong to it.
+REACH = 5
 FAINT = 0.12  # coverage below this is background
 SMOOTHING = 1.0  # pixels of blur that thing and sprites get alike, against noise and blotches
 BLURS = (0.0, 0.7, 1.3)  # further blurs of the sprites, in pixels: a soft image is not a wrong one
@@ -43,12 +42,9 @@ Thing = tuple[np.ndarray, np.ndarray]
 class SceneDetector:
     """Finds the sprites of one set in an image; see the module.
 
-    Attributes:
-        threshold: score above which a thing counts as seen. True scenes of shapes score 0.98 and
-        more,
-            after a blur of one pixel above 0.9, at a reconstruction's 28 dB above 0.8; an oblong or
-            a half disc stays below 0.74.
-        counting_threshold: the same for GenEval's counting task.
+    A thing counts as seen above `threshold`. True scenes of shapes score 0.98 and more, after a
+    blur of one pixel above 0.9, at a reconstruction's 28 dB above 0.8; an oblong or a half disc
+    stays below 0.74.
     """
 
     threshold = counting_threshold = 0.74
@@ -111,9 +107,7 @@ class SceneColorClassifier:
 class View:
     """An image and its explanation: background, and each pixel's colour index and opacity.
 
-    Attributes:
-        pixels, background: (S, S, 3) in [0, 1].
-        labels, opaque: (S, S).
+    pixels and background are (S, S, 3) in [0, 1]; labels and opaque (S, S).
     """
 
     pixels: np.ndarray
@@ -138,14 +132,10 @@ class View:
 
 
 def fit_background(pixels: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Continue a background below things: a plane, plus the periodic texture that fits best.
+    """Continue a background (S, S, 3) below things: a plane, plus the periodic texture that fits
+    best.
 
-    Args:
-        pixels: (S, S, 3) in [0, 1].
-        visible: (S, S), where the background shows; a minority of outliers is tolerated.
-
-    Returns:
-        The background, (S, S, 3).
+    `visible` (S, S) is where the background shows; a minority of outliers is tolerated.
     """
     values = pixels[visible]
     inliers = np.abs(values - np.median(values, axis=0)).max(axis=1) < 0.2
@@ -203,7 +193,8 @@ def _blend(departure: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, n
     """Cost and share (P, K) of each colour in the blend that explains a departure (P, 3) best.
 
     With OPACITY = 1 the cost would be the squared distance to the pure colour; less forgives
-    blurred edges."""
+    blurred edges.
+    """
     difference = COLOR_VALUES - background[:, None]  # (P, K, 3)
     square = np.square(difference).sum(axis=-1)
     product = np.einsum("pc,pkc->pk", departure, difference)
@@ -286,10 +277,8 @@ class SpriteMatcher:
         """Best name, its score in [0, 1], and the box of that sprite.
 
         The score is the soft intersection over union, less where another name fits nearly as well.
-
-        Args:
-            coverage: (S, S), how much of each pixel a thing covers.
-            tint: change of coverage per unit of the sprite's shade.
+        coverage (S, S) is how much of each pixel a thing covers, tint the change of coverage per
+        unit of the sprite's shade.
         """
         area = max(float(coverage.sum()), 1.0)
         mass = [float((coverage * axis).sum() / area) for axis in np.mgrid[0:SIDE, 0:SIDE]]

@@ -5,7 +5,8 @@ They give two ceilings of a generator's scores: the `truth` (what the detector i
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,11 @@ from vqrae.data.scenes.scene import (
 from vqrae.data.scenes.sprites import SpriteSet, load_sprites
 from vqrae.eval.geneval.judges import Judges, scene_judges
 from vqrae.eval.geneval.rules import Record, evaluate_image, summarize
-from vqrae.eval.sharding import gather, stride
+from vqrae.eval.sharding import map_shared
 from vqrae.tokenizer.modeling import VQRAEModel
 
 # The families whose prompts can hold combinations that training never showed.
 COMPOSING = ("colors", "position", "color_attr")
-Progress = Callable[[int, int], None]
 BATCH = 64  # images that a tokenizer reconstructs, and that a process scores, at once
 
 
@@ -38,7 +38,8 @@ def satisfying_scene(record: Record, sampler: SceneSampler, rng: np.random.Gener
     """A scene with exactly what a prompt asks for; the rest is distributed as in the data set.
 
     Layouts are sampled until one has the right number of objects and the relation; the prompt's
-    names and colours are then put on it."""
+    names and colours are then put on it.
+    """
     names: list[int] = []
     colors: list[int | None] = []
     where = None
@@ -120,31 +121,21 @@ def scene_scores(
 def score_images(
     images: Sequence[tuple[Image.Image, Record]],
     judges: Judges,
-    *,
     tokenizer: VQRAEModel | None = None,
-    progress: Progress,
+    label: str = "scores",
 ) -> list[dict[str, Any]]:
-    """Result rows of images with their records; processes share the work, and all get all rows.
+    """Result rows of images, or of a tokenizer's reconstructions; all processes get all rows."""
 
-    Args:
-        tokenizer: score its reconstructions of the images.
-        progress: called with (images done, all images), of this process.
-    """
-    mine = stride([images[start : start + BATCH] for start in range(0, len(images), BATCH)])
-    total, done = sum(map(len, mine)), 0
-    batches: list[list[dict[str, Any]]] = []
-    for batch in mine:
+    def score(batch: Sequence[tuple[Image.Image, Record]]) -> list[dict[str, Any]]:
         shown = [image for image, _ in batch]
         shown = reconstruct(shown, tokenizer) if tokenizer is not None else shown
-        batches.append([])
+        rows = []
         for image, (_, record) in zip(shown, batch, strict=True):
-            batches[-1].append(evaluate_image(image, record, judges.detector, judges.classifier))
-            done += 1
-            progress(done, total)
-    rows: list[dict[str, Any]] = []
-    for batch_rows in gather(batches):
-        rows += batch_rows
-    return rows
+            rows.append(evaluate_image(image, record, judges.detector, judges.classifier))
+        return rows
+
+    batches = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+    return list(chain.from_iterable(map_shared(score, batches, label)))
 
 
 def ceilings(
@@ -153,7 +144,6 @@ def ceilings(
     *,
     sprites: str,
     images_per_prompt: int,
-    progress: Callable[[str], Progress],
 ) -> dict[str, Any]:
     """Scores of scenes that satisfy the prompts: `truth`, and their `reconstruction`."""
     loaded, judges = load_sprites(sprites), scene_judges(sprites)
@@ -161,6 +151,6 @@ def ceilings(
     truth = satisfying_images(records, loaded, image_size=size, per_prompt=images_per_prompt)
     found = {}
     for name, copier in (("truth", None), ("reconstruction", tokenizer)):
-        rows = score_images(truth, judges, tokenizer=copier, progress=progress(name))
+        rows = score_images(truth, judges, copier, name)
         found[name] = scene_scores(rows, records, loaded.names)
     return found

@@ -113,9 +113,8 @@ class ProtocolFolder(ImageFolder):
 def open_evaluation(config: ReconstructionConfig, image_size: int) -> tuple[Samples, FileSplit]:
     """The images to score, {"image": uint8 (3, H, W)} each, and the split that they are.
 
-    Raises:
-        ValueError: for a protocol that resizes otherwise than the source does: only folders keep
-            the size of their images.
+    Raises ValueError for a protocol that resizes otherwise than the source does: only folders keep
+    the size of their images.
     """
     kind = source_kind(config.data)
     protocol = PROTOCOLS[config.protocol]
@@ -168,8 +167,7 @@ def build_metrics(
 ) -> tuple[list[FrechetMetric], dict[str, Distance], dict[str, str]]:
     """Fréchet distances, LPIPS by backbone, and the reason for each metric that cannot be taken.
 
-    Args:
-        originals: the identity of the original images, which their kept statistics must have.
+    `originals` identify the original images, whose kept statistics must have the same.
     """
     frechet: list[FrechetMetric] = []
     lpips: dict[str, Distance] = {}
@@ -213,17 +211,9 @@ def evaluate_reconstruction(
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Encode and decode the first `num_images` (or all) samples {"image": uint8 (3, H, W)}.
 
-    Args:
-        frechet, lpips: what else to measure than pixels and codes.
-        progress: called with (images done, images in all).
-
-    Returns:
-        The metrics of all processes, and the first images of this one with their reconstructions,
-        (M, 3, H, W) in [0, 1].
-
-    Raises:
-        ValueError: when the data set holds fewer images than asked for.
-        TooManyBrokenSamples: when more of them cannot be read than a sound source has.
+    Returns the metrics of all processes, and the first images of this one with their
+    reconstructions, (M, 3, H, W) in [0, 1]. Raises ValueError when the data set holds fewer images
+    than asked for; TooManyBrokenSamples when more of them cannot be read than a sound source has.
     """
     model.eval()
     available: int = len(dataset)  # type: ignore[arg-type]  # every source of ours has a length

@@ -21,10 +21,8 @@ from vqrae.common.run import refuse_other_settings
 class FrechetMetric:
     """Fréchet distance of originals and copies in one network's features; rFID if it is Inception.
 
-    Args:
-        network: a module of `networks`.
-        reference: folder that keeps the statistics of the originals.
-        identity: of the originals; kept statistics must have the same.
+    The folder `reference` keeps the statistics of the originals; they must have the same
+    `identity`.
     """
 
     def __init__(
@@ -84,13 +82,10 @@ class FrechetMetric:
 
 
 class FeatureStatistics:
-    """Mean and covariance of features in float64, whatever their number.
+    """Mean and covariance of features of width D in float64, whatever their number.
 
     A batch enters by one matrix product about its own mean (Chan, Golub and LeVeque 1983): exact
     where a sum of squares about zero would cancel, and faster than an outer product per image.
-
-    Args:
-        width: D.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
@@ -122,11 +117,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """Sample covariance (D, D), as `numpy.cov`.
-
-        Raises:
-            ValueError: for fewer than two samples.
-        """
+        """Sample covariance (D, D), as `numpy.cov`; ValueError for fewer than two samples."""
         if self.count < 2:
             raise ValueError(
                 f"got features of {self.count} images, expected at least 2 for a covariance"
@@ -141,11 +132,7 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: Path, identity: dict[str, Any]) -> "FeatureStatistics":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: for any other file, or statistics of something else, naming what differs.
-        """
+        """Read what `save` wrote; ValueError for another file, or statistics of other images."""
         try:
             with np.load(path, allow_pickle=False) as stored:
                 found = json.loads(str(stored["identity"]))
@@ -166,10 +153,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     The trace of the root is taken from the eigenvalues of A^(1/2) B A^(1/2), which is symmetric and
     has those of A B: real ones, also where a covariance is singular because there are fewer images
-    than features.
-
-    Raises:
-        ValueError: for fewer than two samples on a side, or features that are not finite.
+    than features. Raises ValueError for fewer than two samples, or features that are not finite.
     """
     first, second = a.covariance.cpu().numpy(), b.covariance.cpu().numpy()
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
@@ -182,13 +166,11 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
 
 class InceptionScore:
-    """exp of the mean KL divergence of an image's class distribution from that of all images.
+    """exp of the mean KL divergence of an image's distribution over C classes from that of all
+    images.
 
     One split over all images (arXiv 1606.03498), as in the evaluators of tokenizers; generators are
     often scored in ten splits, which gives less.
-
-    Args:
-        num_classes: C.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:

@@ -21,14 +21,7 @@ FEW_IMAGES = 10_000  # a Fréchet distance of fewer is far above that of the pub
 
 
 class ReconstructionMetrics:
-    """All metrics of one evaluation.
-
-    Args:
-        codebook_size: K.
-        protocol: how images are compared.
-        frechet: Fréchet distances to take.
-        lpips: perceptual distances to take, by the name of their backbone.
-    """
+    """All metrics of one evaluation, of a codebook of K codes; `lpips` by name of the backbone."""
 
     def __init__(
         self,
@@ -50,21 +43,10 @@ class ReconstructionMetrics:
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
 
     def update(self, images: Tensor, reconstruction: Tensor, codes: Tensor) -> None:
-        """Add a batch.
+        """Add a batch: images (B, 3, H, W) in [0, 1], reconstruction (B, 3, H', W'), codes (B, N).
 
-        Args:
-            images: (B, 3, H, W) in [0, 1].
-            reconstruction: (B, 3, H', W'), clamped to [0, 1]; another size is resized.
-            codes: (B, N).
-
-        Raises:
-            ValueError: when the numbers of images differ.
+        A reconstruction is clamped to [0, 1], and resized if it has another size.
         """
-        if len(images) != len(reconstruction):
-            raise ValueError(
-                f"got images {tuple(images.shape)} and reconstruction "
-                f"{tuple(reconstruction.shape)}, expected the same number"
-            )
         protocol = self.protocol
         original = to_score_size(images, protocol, images.shape[-1])
         reconstruction = to_score_size(reconstruction, protocol, images.shape[-1])
@@ -113,8 +95,7 @@ class ReconstructionMetrics:
             num_images, codebook_size, ssim_variant, notes.
             not_measured: the reason of each distance that is None.
 
-        Raises:
-            ValueError: when nothing was added, or a reconstruction holds NaN.
+        Raises ValueError when nothing was added, or a reconstruction holds NaN.
         """
         means = dict(zip(self.names, self.sums.tolist(), strict=True))
         count = int(means.pop("num_images"))
@@ -167,10 +148,8 @@ def ssim(images: Tensor, copies: Tensor, window: SSIMWindow, data_range: float) 
 
     The mean over channels and windows, in float64, since variances are differences of means of
     squares. Equals scikit-image's `structural_similarity`; for `gaussian_11`, that with
-    `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`.
-
-    Raises:
-        ValueError: for images smaller than the window.
+    `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`. Raises ValueError for images
+    smaller than the window.
     """
     unbiased = 1.0
     weights = [math.exp(-(offset**2) / (2 * 1.5**2)) for offset in range(-5, 6)]
@@ -191,7 +170,7 @@ def ssim(images: Tensor, copies: Tensor, window: SSIMWindow, data_range: float) 
     variance_a = unbiased * (_windowed(a * a, weights) - mean_a**2)
     variance_b = unbiased * (_windowed(b * b, weights) - mean_b**2)
     covariance = unbiased * (_windowed(a * b, weights) - mean_a * mean_b)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2  # of Wang et al. 2004
     numerator = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     values = numerator / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
     return values.flatten(1).mean(1)

@@ -38,13 +38,9 @@ class NotMeasured(Exception):
 def find_weights(name: str, url: str, key: str, path: str | None = None) -> Path:
     """The weights file `name`, at `path` or in torch's cache, with the content that it promises.
 
-    Args:
-        url: where a user gets it.
-        key: the argument that names another place.
-
-    Raises:
-        NotMeasured: when no path is given and the cache has no such file.
-        ValueError: when the path leads nowhere, or the file is not what its name promises.
+    Raises NotMeasured when no path is given and the cache has no such file, with the `url` to get
+    it from and the argument `key` that names another place; ValueError when the path leads nowhere,
+    or the file is not what its name promises.
     """
     if path is not None and not Path(path).is_file():
         raise ValueError(f"{key}: {path} is not a file, expected the weights {name} from {url}")
@@ -95,10 +91,7 @@ class OriginalEncoder(nn.Module):
     """Mean over tokens of a tokenizer's features: images (B, 3, H, W) in [0, 1] -> (B, D), None.
 
     The tokenizer started from this encoder and was distilled to it, so the distance is not an
-    independent judgement.
-
-    Args:
-        tokenizer: loaded from a folder or the hub: its weights are its identity.
+    independent judgement. Its weights are its identity.
     """
 
     name, num_classes = "encoder", 0
@@ -119,8 +112,7 @@ class OriginalEncoder(nn.Module):
 def original_tokenizer(run: str, given: str | None = None) -> VQRAEModel:
     """The tokenizer with its original encoder: stage 1 of a run, which freezes it, or `given`.
 
-    Raises:
-        NotMeasured: when none is given and `run` is not a run directory with a finished stage 1.
+    Raises NotMeasured when none is given and `run` is not a run directory with a finished stage 1.
     """
     if given is not None:
         return VQRAEModel.from_pretrained(resolve_model(given))
@@ -134,11 +126,7 @@ def original_tokenizer(run: str, given: str | None = None) -> VQRAEModel:
 
 
 def build_lpips(backbone: Backbone, weights: str | None, device: str) -> Distance:
-    """LPIPS on one backbone, per image.
-
-    Raises:
-        NotMeasured: when the backbone's weights are not there.
-    """
+    """LPIPS on one backbone, per image; NotMeasured when the backbone's weights are not there."""
     name = LPIPS_FILES[backbone]
     path = find_weights(name, f"{LPIPS_URL}/{name}", f"{backbone}_weights", weights)
     network = LPIPS(backbone)

@@ -6,7 +6,6 @@ public evaluators, as read in their code at the commit that the comment names. T
 the two differ by less than a pixel.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,14 +81,6 @@ PROTOCOLS: dict[str, Protocol] = {
 # ---- from files to the model's square
 
 
-def _bicubic_crop(image: Image.Image, size: int) -> Image.Image:
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
-
-
-def _bilinear_crop(image: Image.Image, size: int) -> Image.Image:
-    return ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
-
-
 def _adm_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -102,16 +93,14 @@ def _adm_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-RESIZES: dict[Resize, Callable[[Image.Image, int], Image.Image]] = {
-    "bicubic_crop": _bicubic_crop,
-    "bilinear_crop": _bilinear_crop,
-    "adm_crop": _adm_crop,
-}
-
-
 def resize_image(image: Image.Image, size: int, resize: Resize) -> Image.Image:
     """RGB image of any size -> size x size; one that has this size stays as it is."""
-    return image if image.size == (size, size) else RESIZES[resize](image, size)
+    if image.size == (size, size):
+        return image
+    if resize == "adm_crop":
+        return _adm_crop(image, size)
+    filters = {"bicubic_crop": Image.Resampling.BICUBIC, "bilinear_crop": Image.Resampling.BILINEAR}
+    return ImageOps.fit(image, (size, size), method=filters[resize])
 
 
 # ---- from the model to the metrics

@@ -80,11 +80,7 @@ class Score:
 
 
 def read_score(path: str | Path) -> Score:
-    """The row that an evaluation's output gives.
-
-    Raises:
-        ValueError: for any other file or folder.
-    """
+    """The row that an evaluation's output gives. Raises ValueError for any other file or folder."""
     path = Path(path)
     if path.is_dir():
         return _understanding(path)
@@ -188,9 +184,7 @@ def fill_tables(scores: dict[str, Score]) -> dict[str, Any]:
     """The tables that have rows of ours: title, columns with digits, and rows.
 
     A row has a label, its source and values by column; ours also have reservations and a manifest.
-
-    Args:
-        scores: by their source.
+    `scores` are by their source.
     """
     tables = []
     for name, table in paper_tables().items():

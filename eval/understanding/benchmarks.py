@@ -60,14 +60,10 @@ _PAPER_MODELS = {
 
 
 def paper_row(model_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The paper's row for a model, by its encoder, resolution and width of the language model.
+    """The paper's row for a model, by the encoder, resolution and LLM width in its `config.json`.
 
-    Args:
-        model_config: `config.json` of a LLaVA or InternVL folder.
-
-    Returns:
-        Its name and its scores by the paper's names of the benchmarks; for a model that the paper
-        does not have, the row of SigLIP2-512 and Vicuna-7B under a name that says so.
+    Returns its name and its scores by the paper's names of the benchmarks; for a model that the
+    paper does not have, the row of SigLIP2-512 and Vicuna-7B under a name that says so.
     """
     vision, text = model_config.get("vision_config", {}), model_config.get("text_config", {})
     size = vision.get("image_size")
@@ -91,13 +87,9 @@ def task_name(name: str, data: Path | None) -> str:
 def write_task_file(name: str, folder: Path, data: Path | None) -> None:
     """Write the lmms-eval task file of a benchmark that lmms-eval's own does not fit.
 
-    Args:
-        name: key of `BENCHMARKS`.
-        folder: for task files, to be given to lmms-eval as `--include_path`.
-        data: folder of local parquet files (`NAME/…`), None for the hub or its cache.
-
-    Raises:
-        FileNotFoundError: naming the pattern, when the local files are not there.
+    lmms-eval gets `folder` as `--include_path`; `data` is a folder of local parquet files
+    (`NAME/…`), None for the hub or its cache. Raises FileNotFoundError when the local files are not
+    there.
     """
     benchmark, task = BENCHMARKS[name], task_name(name, data)
     if task == benchmark.task:

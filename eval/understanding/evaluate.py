@@ -30,7 +30,7 @@ from vqrae.common.files import (
     write_json,
     write_text,
 )
-from vqrae.common.run import hold, kept, quiet_libraries, run_manifest
+from vqrae.common.run import hold_folder, kept, quiet_libraries, run_manifest
 from vqrae.eval.understanding.benchmarks import (
     BENCHMARKS,
     FOLDER_VARIABLE,
@@ -80,9 +80,7 @@ class UnderstandingConfig:
 def evaluate(config: UnderstandingConfig, model_config: dict[str, Any]) -> dict[str, Any]:
     """The content of `NAME.json` by benchmark, on the main process; what is missing is run.
 
-    Raises:
-        ValueError: when a benchmark was run with other settings, or lmms-eval returns without a
-        score.
+    Raises ValueError when a benchmark was run with other settings, or gives no score.
     """
     output, data = Path(config.output), Path(config.data) if config.data else None
     settings: dict[str, Any] = {  # what decides a score
@@ -125,11 +123,7 @@ def evaluate(config: UnderstandingConfig, model_config: dict[str, Any]) -> dict[
 def run_task(
     model: Any, name: str, task: str, output: Path, limit: int | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Run a task of lmms-eval on all processes; its score on the main process, {} on the others.
-
-    Raises:
-        ValueError: when there is no score.
-    """
+    """Run a task of lmms-eval on all processes; its score on the main process, {} on the others."""
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
 
@@ -165,11 +159,7 @@ def run_task(
 
 
 def find_score(name: str, task: str, results: Mapping[str, Any] | None) -> float:
-    """The score of a benchmark among lmms-eval's results.
-
-    Raises:
-        ValueError: when it is missing or not finite.
-    """
+    """The score of a benchmark in lmms-eval's results; ValueError when missing or not finite."""
     metric = BENCHMARKS[name].metric
     scores = ((results or {}).get("results") or {}).get(task) or {}
     score = scores.get(metric)
@@ -205,9 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     require_package("lmms_eval", "benchmark=")
     quiet_libraries()
     output = Path(config.output)
-    if is_main_process():
-        output.mkdir(parents=True, exist_ok=True)
-        hold(output / ".lock", config.output)
+    hold_folder(output)
     model_config = read_json(local_model(config.model) / "config.json")
     found = evaluate(config, model_config)
     if is_main_process():

@@ -22,14 +22,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "num_beams")
 
 
 class LMMSEvalModel(lmms):
-    """The model `vqrae` of lmms-eval.
-
-    Args:
-        pretrained: run directory, model folder or hub id.
-        batch_size: questions of one pass on one process.
-        device: cpu, cuda, …; None takes this process's GPU when there is one.
-        dtype: of the weights; `auto` is that of the folder.
-    """
+    """The model `vqrae` of lmms-eval; `pretrained` is a run directory, model folder or hub id."""
 
     is_simple = False
 

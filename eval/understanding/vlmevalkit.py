@@ -28,7 +28,7 @@ from vqrae.common.distributed import is_main_process, world_size
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, weights_fingerprint, write_json
 from vqrae.common.images import open_image
-from vqrae.common.run import hold, run_manifest
+from vqrae.common.run import hold_folder, run_manifest
 from vqrae.understanding.chat import Chat
 
 PAPER = ("MMBench_DEV_EN", "MME", "SEEDBench_IMG", "MMMU_DEV_VAL", "AI2D_TEST")
@@ -132,9 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     supported_models[config.name] = partial(
         model_class(), model_path=str(folder), max_new_tokens=config.max_new_tokens
     )
+    hold_folder(output)
     if is_main_process():
-        output.mkdir(parents=True, exist_ok=True)
-        hold(output / ".lock", str(output))
         manifest = run_manifest(fingerprints={"model": weights_fingerprint(folder)})
         write_json(output / "manifest.json", manifest)
     if world_size() > 1 and torch.cuda.is_available():

@@ -16,13 +16,7 @@ from vqrae.data.stream import parse_mixture
 from vqrae.data.word_tokenizer import describe_unknown, is_word_tokenizer
 from vqrae.understanding.build import load_processor
 from vqrae.understanding.conversation import describe_batch, examine_length
-from vqrae.understanding.train import (
-    Stage,
-    TrainConfig,
-    build_collator,
-    learn_words,
-    open_data,
-)
+from vqrae.understanding.train import Stage, TrainConfig, build_collator, learn_words, open_data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,17 +126,12 @@ class Generate:
                     show(whole, len(records))
 
             images = generator.images(
-                prompts,
-                seeds=seeds,
-                sampling=sampling,
-                batch_size=self.batch_size,
-                progress=report,
+                prompts, seeds=seeds, sampling=sampling, batch_size=self.batch_size, progress=report
             )
             for (path, record), image in zip(batch, images, strict=True):
                 save_image(tensor_to_image(image), path.with_suffix(".png"))
-                write_json(
-                    path.with_suffix(".json"), record
-                )  # last: an image that has one is finished
+                # Last: an image that has one is finished.
+                write_json(path.with_suffix(".json"), record)
 
     def save_grid(self, prompts: list[str], paths: list[Path]) -> None:
         """A row of images for each of the first prompts."""
@@ -156,11 +151,7 @@ def is_finished(path: Path, record: dict[str, Any]) -> bool:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a text file, or the `prompt` of JSON lines, as in GenEval's metadata.
-
-    Raises:
-        ValueError: naming the line, for a JSON object without a prompt.
-    """
+    """The lines of a text file, or the `prompt` of JSON lines, as in GenEval's metadata."""
     prompts = []
     for number, line in text_lines(path):
         value: Any = line.strip()

@@ -117,11 +117,9 @@ class TestTable:
     @pytest.mark.parametrize(
         ("rows", "message", "numbers"),
         [
-            ("a,p,1,0,t,q\nb,p,1,0,t,q\na,p,2,0,t,q\n", "row 3: item a again", [1, 2]),
             ("a,p,1,0,t,other\na,p,1,0,t,q\n", "row 2: question 1 of item a twice, the later", [1]),
             ("a,p,1,7,t,q\n", r"item a: question 1 depends on \[7\], which do not exist", [1]),
             ("a,p,1,2,t,q\na,p,2,1;,t,q\n", "row 2 is left out: invalid literal", [1]),
-            ("a,p,1,1,t,q\n", "item a: question 1 depends on itself", [1]),
             ("a,p,1,0,t,q\na,p\n", "row 2 is left out", [1]),
         ],
     )

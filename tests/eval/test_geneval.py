@@ -135,10 +135,6 @@ def test_the_official_suite_byte_for_byte() -> None:
 RECORDS = (record("single_object", CAT), TWO_CATS)
 
 
-def silent(done: int, total: int) -> None:
-    pass
-
-
 def fake_judges(*detections: Detection, weights: str = "1", patience: int = 1000) -> Judges:
     detector = FakeDetector(*detections, patience=patience)
     return Judges("GenEval", detector, NoColors(), frozenset(["cat"]), {"detector": weights})
@@ -156,7 +152,7 @@ def fill(folder: Path) -> Path:
 
 class TestFolders:
     def test_layout_and_rows(self, tmp_path: Path) -> None:
-        rows, broken = score_folder(fill(tmp_path), fake_judges(at("cat", 20, 20)), progress=silent)
+        rows, broken = score_folder(fill(tmp_path), fake_judges(at("cat", 20, 20)))
         assert ([row["correct"] for row in rows], broken) == ([True, True, False, False], {})
         keys = ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
         assert list(rows[0]) == keys
@@ -186,19 +182,19 @@ class TestFolders:
     def test_empty_and_broken_folders(self, tmp_path: Path) -> None:
         judges = fake_judges(at("cat", 20, 20))
         with pytest.raises(ValueError, match="holds no images"):
-            score_folder(tmp_path, judges, progress=silent)
+            score_folder(tmp_path, judges)
         cut = sample_path(fill(tmp_path), 1, 1)
         cut.write_bytes(cut.read_bytes()[:40])
-        rows, broken = score_folder(tmp_path, judges, progress=silent)
+        rows, broken = score_folder(tmp_path, judges)
         assert (len(rows), list(broken)) == (3, [str(cut)])
         assert "not a readable image" in broken[str(cut)]
         for path, _ in list_samples(tmp_path):
             path.write_bytes(b"")
         with pytest.raises(ValueError, match=r"none of 4 images can be read; the first: .*0\.png"):
-            score_folder(tmp_path, judges, progress=silent)
+            score_folder(tmp_path, judges)
         (tmp_path / "00000" / "metadata.jsonl").write_text("{")
         with pytest.raises(ValueError, match="not valid JSON"):
-            score_folder(tmp_path, judges, progress=silent)
+            score_folder(tmp_path, judges)
 
     def test_an_interrupted_run_scores_only_the_rest(self, tmp_path: Path) -> None:
         folder, kept = fill(tmp_path / "p"), tmp_path / "rows"
@@ -206,15 +202,15 @@ class TestFolders:
             Image.new("RGB", (9, 9), (i, 0, 0)).save(path)  # equal images of a prompt have one row
         first = fake_judges(at("cat", 20, 20), patience=2)
         with pytest.raises(KeyboardInterrupt):
-            score_folder(folder, first, progress=silent, kept=kept)
+            score_folder(folder, first, kept=kept)
         second = fake_judges(at("cat", 60, 60))
-        rows, _ = score_folder(folder, second, progress=silent, kept=kept)
+        rows, _ = score_folder(folder, second, kept=kept)
         assert second.detector.seen == 2  # type: ignore[attr-defined]
         assert [json.loads(row["details"])["cat"][0][0] for row in rows] == [15, 15, 55, 55]
         Image.new("RGB", (8, 8), "red").save(sample_path(folder, 0, 0))
         for weights, count in (("1", 1), ("2", 4)):  # a new image; other weights
             judges = fake_judges(weights=weights)
-            score_folder(folder, judges, progress=silent, kept=kept)
+            score_folder(folder, judges, kept=kept)
             assert judges.detector.seen == count  # type: ignore[attr-defined]
 
 

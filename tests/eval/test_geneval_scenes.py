@@ -39,7 +39,7 @@ def silent(done: int, total: int) -> None:
 
 
 def scored(sprites: str, images: Sequence[Any], records: Sequence[Any]) -> dict[str, Any]:
-    rows = score_images(images, scene_judges(sprites), progress=silent)
+    rows = score_images(images, scene_judges(sprites))
     return scene_scores(rows, records, load_sprites(sprites).names)
 
 

@@ -16,8 +16,8 @@ from vqrae.eval.reconstruction.frechet import FrechetMetric
 from vqrae.eval.reconstruction.metrics import ReconstructionMetrics, ssim
 from vqrae.eval.reconstruction.protocols import (
     PROTOCOLS,
-    RESIZES,
     Protocol,
+    Resize,
     SSIMWindow,
     resize_image,
     round_levels,
@@ -124,7 +124,7 @@ def test_rounding_and_truncation() -> None:
     assert round_levels(almost, "none").tolist() == pytest.approx([0.999, 1, 0])
 
 
-@pytest.mark.parametrize("resize", list(RESIZES))
+@pytest.mark.parametrize("resize", get_args(Resize))
 @pytest.mark.parametrize("size", [(300, 200), (90, 140), (40, 40), (64, 65), (64, 64)])
 def test_every_resize_gives_the_square(resize: Any, size: tuple[int, int]) -> None:
     ramp = np.linspace(0, 255, size[0], dtype=np.uint8)

@@ -8,7 +8,7 @@ import torch
 
 from vqrae.common.files import weights_fingerprint
 from vqrae.data.code_shards import CodeDataset
-from vqrae.data.sources import fingerprint, is_encoded, open_pairs, open_pairs_or_codes
+from vqrae.data.sources import fingerprint, is_encoded, open_pairs
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import extract_codes
 from vqrae.generation.data import (
@@ -60,8 +60,8 @@ def test_images_become_codes_in_their_rows(
 ) -> None:
     """A batch of both kinds equals the batch of the same samples from shards."""
     options = {"image_size": 32, "tokenizer_fingerprint": weights_fingerprint(tokenizer_path)}
-    codes = open_pairs_or_codes(str(pair_codes), **options)
-    live = open_pairs_or_codes(str(pairs), **options)
+    codes = open_pairs(str(pair_codes), **options)
+    live = open_pairs(str(pairs), **options)
     assert (is_encoded(codes), is_encoded(live)) == (True, False)
     assert len(codes) == len(live) == 11  # one is held back
     encoder = load_encoder(tokenizer_path)
@@ -76,7 +76,7 @@ def test_images_become_codes_in_their_rows(
 def test_a_mixture_of_both_kinds_keeps_its_shares(
     pair_codes: Path, pairs: Path, tokenizer_path: Path
 ) -> None:
-    mixture = open_pairs_or_codes(
+    mixture = open_pairs(
         f"{pair_codes}*0.75+{pairs}*0.25",
         image_size=32,
         tokenizer_fingerprint=weights_fingerprint(tokenizer_path),
@@ -93,9 +93,7 @@ def test_codes_are_no_images_and_need_their_tokenizer(pair_codes: Path) -> None:
     with pytest.raises(ValueError, match="holds codes"):
         open_pairs(str(pair_codes), image_size=32)
     with pytest.raises(ValueError, match="was made with tokenizer"):
-        open_pairs_or_codes(
-            f"{pair_codes}*1+scenes*1", image_size=32, tokenizer_fingerprint="0" * 64
-        )
+        open_pairs(f"{pair_codes}*1+scenes*1", image_size=32, tokenizer_fingerprint="0" * 64)
 
 
 def test_stream_is_a_function_of_position(codes_path: Path) -> None:
