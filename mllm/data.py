@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from vqrae.data.sources import Samples, open_conversations, open_pairs_or_codes
+from vqrae.data.sources import Samples, open_conversations, open_pairs
 from vqrae.data.stream import Mixture
 from vqrae.mllm.config import MLLMConfig
 
@@ -46,7 +46,7 @@ def open_tasks(config: MLLMConfig, *, image_size: int, tokenizer_fingerprint: st
                 **options,
             )
         else:
-            samples = open_pairs_or_codes(
+            samples = open_pairs(
                 settings.data, tokenizer_fingerprint=tokenizer_fingerprint, **options
             )
         parts.append(TaskSamples(samples, task))
