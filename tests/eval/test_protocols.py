@@ -3,7 +3,7 @@
 import json
 import runpy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
