@@ -3,14 +3,16 @@
 launch("vqrae.generation.train", ["tiny", ...], processes=2)
 """
 
+import contextlib
 import gc
 import importlib
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -77,3 +79,24 @@ def _work(
         getattr(module, key)  # a renamed one must not pass unseen
         setattr(module, key, value)
     getattr(module, function)(arguments)
+
+
+HOLD = """
+import fcntl, os, sys
+stream = open(sys.argv[1], "a+")
+fcntl.lockf(stream, fcntl.LOCK_EX)
+print("process", os.getpid(), "on another", file=stream, flush=True)
+print(flush=True)
+input()
+"""
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[str]:
+    """A block in which another process holds a lock; what is said of it."""
+    command, pipe = [sys.executable, "-c", HOLD, str(file)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "\n"
+        yield f"is in use by process {other.pid} on"
+        other.kill()

@@ -1,13 +1,14 @@
 """A run directory belongs to one process and to the settings that its contents were made with."""
 
 import dataclasses
-import subprocess
-import sys
+import os
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import locked
 
 from vqrae.common import run as runs
 from vqrae.common.files import read_json
@@ -99,19 +100,12 @@ def test_what_killed_processes_left_is_removed(run: Path) -> None:
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
-    code = "import sys; from vqrae.common import run; run.open(sys.argv[1]); "
-    code += "print('in', flush=True); input()"
-    process = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(
-        process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "in\n"
-        with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {other.pid} on"):
-            runs.open(tmp_path)
-        other.kill()
+    file = tmp_path / ".lock"
+    with locked(file) as said, pytest.raises(ValueError, match=f"{tmp_path} {said}"):
+        runs.open(tmp_path)
     runs.open(tmp_path)
-    hold(tmp_path / ".lock", "again, in the same process")
+    assert file.read_text() == f"process {os.getpid()} on {platform.node()}\n"
+    hold(file, "again, in the same process")
 
 
 def test_a_value_is_kept_for_its_settings(tmp_path: Path) -> None:

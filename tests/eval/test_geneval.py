@@ -34,6 +34,7 @@ from vqrae.eval.geneval.prompts import (
 )
 from vqrae.eval.geneval.rules import (
     Detection,
+    evaluate_image,
     summarize,
     wilson_interval,
 )
@@ -87,6 +88,21 @@ def test_verdicts_are_those_of_the_official_script() -> None:
 
 CAT = {"class": "cat", "count": 1}
 TWO_CATS = record("counting", CAT | {"count": 2}, exclude=[CAT | {"count": 3}])
+
+
+def test_a_wrong_colour_hides_its_position_and_a_score_must_exceed_the_threshold() -> None:
+    """No official prompt asks for both, and no random score equals the threshold."""
+
+    class Blue:
+        def classify(self, image: Any, detections: list[Any], class_name: str) -> list[str]:
+            return ["blue"] * len(detections)
+
+    left = {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]}
+    asked = record("position", {"class": "dog", "count": 1}, left)
+    seen = FakeDetector(at("cat", 80, 50), at("dog", 20, 50), at("cat", 9, 9, score=0.3))
+    row = evaluate_image(IMAGE, asked, seen, Blue())
+    assert row["reason"] == "expected red cat>=1, found 0 red; and 1 blue"
+    assert len(json.loads(row["details"])["cat"]) == 1
 
 
 def test_summary() -> None:

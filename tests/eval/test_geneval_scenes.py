@@ -1,14 +1,13 @@
 """GenEval over scenes: true scenes score 1, generation resumes, held-out prompts count apart."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import locked
 from torch import Tensor
 
 from vqrae.common.images import image_to_tensor
@@ -134,18 +133,9 @@ def test_existing_images_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_other_settings_or_in_use_is_refused(tmp_path: Path) -> None:
-    code = (
-        "import pathlib, sys; from vqrae.common.run import hold; "
-        "hold(pathlib.Path(sys.argv[1]), ''); print(flush=True); input()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "\n"
-        with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {other.pid} on"):
-            claim_folder(tmp_path, {"generator": "a"}, "images")
-        other.kill()
+    lock = tmp_path / ".lock"
+    with locked(lock) as said, pytest.raises(ValueError, match=f"{tmp_path} {said}"):
+        claim_folder(tmp_path, {"generator": "a"}, "images")
     claim_folder(tmp_path, {"generator": "a"}, "images")
     claim_folder(tmp_path, {"generator": "b"}, "images")  # nothing was generated
     (tmp_path / "00000").mkdir()

@@ -9,13 +9,15 @@ from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.quickstart.train_llm import TinyLLMConfig
 from vqrae.scripts.cli import main
 
-SHALLOW = "model.encoder_config.num_hidden_layers=2"  # more layers are more of the same
+# More layers are more of the same.
+SHALLOW = ["model.encoder_config.num_hidden_layers=2", "stage2.perceptual_network=lpips"]
+SHALLOW.append("stage2.perceptual_mix=[]")
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "networks"),
     [
-        ("siglip2_256", ["stage=2", SHALLOW], ["VQRAEModel", "PatchDiscriminator"]),
+        ("siglip2_256", ["stage=2", *SHALLOW], ["VQRAEModel", "PatchDiscriminator"]),
         ("understanding/tiny", ["stage=sft"], ["LlavaForConditionalGeneration"]),
         ("generation/tiny", [], ["Qwen3ForCausalLM"]),
     ],

@@ -197,6 +197,7 @@ EVERY_QUANTIZER: dict[str, tuple[list[str], set[str]]] = {
 def test_every_quantizer_trains_through_both_stages(name: str, tmp_path: Path) -> None:
     options, losses = EVERY_QUANTIZER[name]
     steps = ["stage1.max_steps=2", "stage2.max_steps=2", "stage2.adversarial_weight=0"]
+    steps += ["save_steps=9", "ema_decay=0"]
     train(tmp_path, f"model.quantizer={name}", *steps, *options)
     expected = losses | {"reconstruction_loss"} | ({"commitment_loss"} if name != "fsq" else set())
     row = metrics(tmp_path, 1)[-1]

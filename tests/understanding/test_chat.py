@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from PIL import Image
+from processes import locked
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
@@ -187,16 +186,8 @@ def test_answers_belong_to_their_images_and_keep_what_a_line_holds(chat, questio
 
 def test_two_processes_on_one_file_of_answers_are_noticed(chat, questions, tmp_path):
     out = tmp_path / "a.jsonl"
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX)"
-    hold += "; print('held', flush=True); input()"
-    command = [sys.executable, "-c", hold, str(tmp_path / ".a.jsonl.lock")]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=r"a.jsonl is in use by"):
-            answer_file(chat, questions, out, fingerprint="f")
-        other.communicate("\n")
+    with locked(tmp_path / ".a.jsonl.lock") as said, pytest.raises(ValueError, match=said):
+        answer_file(chat, questions, out, fingerprint="f")
     assert answer_file(chat, questions, out, fingerprint="f").total == 7
 
 
