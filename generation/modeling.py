@@ -44,15 +44,23 @@ class VisualVocabulary:
     """Positions of one image, N."""
     num_codebooks: int = 1
     """Codes of one position, n. Several have no ids: an embedding of their own reads them."""
+    num_classes: int = 0
+    """Classes c, each the whole prompt by its id, and c for none; 0: prompts are text and BOI."""
 
     def __post_init__(self) -> None:
-        if min(dataclasses.astuple(self)) < 1:
+        if min(self.offset, self.codebook_size, self.num_codes, self.num_codebooks) < 1:
             raise ValueError(f"got {self}, expected positive numbers")
 
     @property
     def begin_of_image(self) -> int:
         """Id of BOI, the token after which the first code is predicted."""
         return self.offset + (self.codebook_size if self.num_codebooks == 1 else 0)
+
+    @property
+    def prompt_ends(self) -> range:
+        """Ids that end a prompt: BOI, or the classes and none."""
+        boi = self.begin_of_image
+        return range(self.num_classes + 1) if self.num_classes else range(boi, boi + 1)
 
     @property
     def num_rows(self) -> int:
@@ -65,11 +73,10 @@ class VisualVocabulary:
         return (self.num_codes, self.num_codebooks)[: 1 + (self.num_codebooks > 1)]
 
     def values(self) -> dict[str, int]:
-        """For `config.json`, where one code a position goes without saying."""
+        """For `config.json`, where one code a position and text go without saying."""
+        usual = {"num_codebooks": 1, "num_classes": 0}
         values = dataclasses.asdict(self)
-        if self.num_codebooks == 1:
-            del values["num_codebooks"]
-        return values
+        return {name: value for name, value in values.items() if usual.get(name) != value}
 
     @property
     def code_rows(self) -> slice:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -47,6 +48,8 @@ class MultiCodeConfig(PreTrainedConfig):
             `attention`), `in_dim`, `out_dim`, `num_heads` and the width of a code vector
             `code_dim`. None: the sum of n learned tables.
         head: arguments of `DepthHead`.
+        grid_size: codes of a side, for 2-D RoPE (see `GridRotary`); 0: the language model's RoPE.
+        dropout: share of input vectors, and of what every layer adds to them, that is dropped.
     """
 
     model_type = "vqrae_multi_code"
@@ -58,6 +61,8 @@ class MultiCodeConfig(PreTrainedConfig):
         codebook_size: int = 4096,
         projection: dict[str, Any] | None = None,
         head: dict[str, Any] | None = None,
+        grid_size: int = 0,
+        dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         # transformers also builds the configuration without any argument.
@@ -65,6 +70,7 @@ class MultiCodeConfig(PreTrainedConfig):
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
         self.projection = projection
         self.head = dict(head or {})
+        self.grid_size, self.dropout = grid_size, dropout
         super().__init__(**kwargs)
 
     def build_llm_config(self) -> PreTrainedConfig:
@@ -107,6 +113,11 @@ class MultiCodeModel(PreTrainedModel):
         )
         self.embedding = build_embedding(config, llm_config.hidden_size)
         self.head = DepthHead(llm_config, config.num_codebooks, config.codebook_size, **config.head)
+        if config.grid_size:
+            self.llm.base_model.rotary_emb = GridRotary(llm_config, config.grid_size)
+        if config.dropout:
+            for decoder in (self.llm.base_model, self.head.decoder):
+                drop_residuals(decoder, config.dropout)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -125,8 +136,9 @@ class MultiCodeModel(PreTrainedModel):
         text_BTD = self.get_input_embeddings()(input_ids)
         # The last position predicts nothing.
         image_BND = self.embedding(codes[:, :-1]).to(text_BTD.dtype)
+        vectors = torch.cat([text_BTD, image_BND], dim=1)
         hidden = self.llm.base_model(
-            inputs_embeds=torch.cat([text_BTD, image_BND], dim=1),
+            inputs_embeds=F.dropout(vectors, self.config.dropout, self.training),
             attention_mask=attention_mask[:, :-1],
             position_ids=position_ids[:, :-1],
             use_cache=False,
@@ -172,6 +184,42 @@ def projection_of(tokenizer: VQRAEModel) -> dict[str, Any]:
         "out_dim": config.feature_dim,
         "num_heads": config.projection_heads,
     }
+
+
+class GridRotary(nn.Module):
+    """LlamaGen's 2-D RoPE: half of the channels turn with the row, half with the column.
+
+    Position 0 is the class, which LlamaGen's code multiplies by zero instead of turning it: its
+    query and key vanish. Position p > 0 is cell p - 1. Channels are in transformers' order.
+    """
+
+    def __init__(self, config: PreTrainedConfig, grid_size: int) -> None:
+        super().__init__()
+        self.grid_size, self.head_dim = grid_size, config.head_dim
+        self.base = config.rope_parameters["rope_theta"]
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, S, head_dim) of positions (B, S)."""
+        half = self.head_dim // 2
+        steps = torch.arange(0, half, 2, device=position_ids.device) / half
+        frequencies = self.base**-steps
+        cells = (position_ids - 1)[..., None]
+        rows, columns = cells // self.grid_size, cells % self.grid_size
+        angles = torch.cat([rows * frequencies, columns * frequencies], dim=-1).repeat(1, 1, 2)
+        is_cell = cells >= 0
+        return (angles.cos() * is_cell).to(hidden), (angles.sin() * is_cell).to(hidden)
+
+
+def drop_residuals(decoder: PreTrainedModel, share: float) -> None:
+    """Drop out what attention and MLP of every layer add, in training."""
+
+    def drop(module: nn.Module, given: tuple, output: Tensor) -> Tensor:
+        return F.dropout(output, share, module.training)
+
+    for layer in decoder.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.down_proj.register_forward_hook(drop)
 
 
 def build_multi_code(

@@ -102,7 +102,7 @@ def sample_codes(
     scales = guidance_scales(config, vocabulary.num_codes)
     guided = any(scale != 1 for scale in scales)
     check_request(model, prompts, unconditional, vocabulary, seeds, guided=guided)
-    # BOI is fed in the loop, as the vector before the first position.
+    # The ends are fed in the loop, as the vectors before the first position.
     sequences = [tuple(prompt[:-1]) for prompt in prompts]
     if guided:
         sequences += [tuple(unconditional[:-1])] * len(prompts)
@@ -116,11 +116,12 @@ def sample_codes(
     depth_steps = head.start(len(sequences), compile=compile)
     uniforms = image_uniforms(seeds, vocabulary.num_codes * vocabulary.num_codebooks)
     uniforms_BNn = uniforms.view(len(seeds), vocabulary.num_codes, -1).to(model.device)
-    begin = torch.tensor([vocabulary.begin_of_image], device=model.device)
-    inputs_BD = decoder.get_input_embeddings()(begin).expand(len(prompts), -1)
+    ends = [prompt[-1] for prompt in prompts] + [unconditional[-1]] * len(prompts)
+    ends_R = torch.tensor(ends[: len(sequences)], device=model.device)
+    inputs_RD = decoder.get_input_embeddings()(ends_R)
     codes: list[Tensor] = []
     for place, scale in enumerate(scales):
-        hidden_RD = rows.feed(inputs_BD.repeat(2, 1) if guided else inputs_BD)
+        hidden_RD = rows.feed(inputs_RD)
 
         def draw(book: int, logits_RK: Tensor, scale: float = scale, place: int = place) -> Tensor:
             conditional_BK, *other = logits_RK.split(len(prompts))
@@ -132,6 +133,7 @@ def sample_codes(
         codes.append(head.sample(hidden_RD, draw, depth_steps))
         if len(codes) < vocabulary.num_codes:
             inputs_BD = embedding(codes[-1][:, None], codes_cache)[:, 0]
+            inputs_RD = inputs_BD.repeat(2, 1) if guided else inputs_BD
         if progress is not None:
             progress(len(codes), vocabulary.num_codes)
     return torch.stack(codes, dim=1).cpu()
@@ -151,11 +153,12 @@ def check_request(
         raise ValueError(
             f"got {len(prompts)} prompts and {len(seeds)} seeds, expected as many, at least one"
         )
+    ends = vocabulary.prompt_ends
     for prompt in (*prompts, unconditional):
-        if not prompt or prompt[-1] != vocabulary.begin_of_image:
+        if not prompt or prompt[-1] not in ends:
             raise ValueError(
-                f"got a prompt that does not end in BOI ({vocabulary.begin_of_image}): "
-                "make it with PromptEncoder"
+                f"got a prompt that does not end in BOI or a class ({ends[0]} to {ends[-1]}): "
+                "make it with PromptEncoder or ClassEncoder"
             )
     if guided and getattr(model.config, "caption_dropout", None) == 0:
         raise ValueError(
