@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen3ForCausalLM
+from torch.nn import init
+from transformers import PreTrainedModel
 
 from vqrae.generation import extract_codes
 from vqrae.generation.modeling import VisualVocabulary, build_generator
+from vqrae.generation.multi_code import MultiCodeConfig, MultiCodeModel
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
@@ -18,6 +20,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2}
 LLM = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}
 ENCODER = {**SIZES, "model_type": "siglip_vision_model", "vision_use_head": False}
+PROJECTION = {"kind": "attention", "code_dim": 4, "in_dim": 12, "out_dim": 32, "num_heads": 4}
 ENCODER |= {"image_size": 32, "patch_size": 8}
 
 
@@ -79,15 +82,35 @@ def train_arguments(tokenizer_path: Path, codes_path: Path) -> list[str]:
     return ["tiny", f"tokenizer={tokenizer_path}", f"data={codes_path}", *model, *optimization]
 
 
-@pytest.fixture(scope="session")
-def vocabulary() -> VisualVocabulary:
-    return VisualVocabulary(offset=100, codebook_size=64, num_codes=16)
+@pytest.fixture
+def num_codebooks() -> int:
+    """Codes of a position; tests of both systems override it."""
+    return 1
 
 
 @pytest.fixture
-def model(vocabulary: VisualVocabulary) -> Qwen3ForCausalLM:
+def vocabulary(num_codebooks: int) -> VisualVocabulary:
+    return VisualVocabulary(offset=100, codebook_size=64, num_codes=16, num_codebooks=num_codebooks)
+
+
+@pytest.fixture
+def model(vocabulary: VisualVocabulary) -> PreTrainedModel:
     """A random generator whose logits differ enough to be told apart."""
     torch.manual_seed(0)
-    model = build_generator(vocabulary, llm_config={**LLM, "initializer_range": 0.3}).eval()
+    config = {**LLM, "initializer_range": 0.3}
+    if vocabulary.num_codebooks == 1:
+        model = build_generator(vocabulary, llm_config=config)
+    else:
+        model = MultiCodeModel._from_config(
+            MultiCodeConfig(
+                llm_config={**config, "model_type": "qwen3", "vocab_size": vocabulary.num_rows},
+                num_codebooks=vocabulary.num_codebooks,
+                codebook_size=vocabulary.codebook_size,
+                projection=PROJECTION,
+                head={"num_layers": 2},
+            ),
+            attn_implementation="sdpa",
+        )
+        init.normal_(model.embedding.code_vectors)
     model.config.caption_dropout = 0.1
-    return model
+    return model.eval()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from fake_gpu import NoWaiting, fake_gpu
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from vqrae.generation import train
 from vqrae.generation.modeling import VisualVocabulary
@@ -39,7 +39,7 @@ def test_the_host_waits_for_no_step(
     ],
 )
 def test_sampling_waits_for_the_codes_alone(
-    options: dict, model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+    options: dict, model: PreTrainedModel, vocabulary: VisualVocabulary
 ) -> None:
     model.set_attn_implementation("sdpa")
     boi, steps = vocabulary.begin_of_image, []

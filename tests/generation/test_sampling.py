@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 from transformers.generation import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -17,6 +18,7 @@ from transformers.generation import (
 )
 
 from vqrae.generation.modeling import VisualVocabulary
+from vqrae.generation.multi_code import generator_parts
 from vqrae.generation.sampling import (
     SamplingConfig,
     draw_codes,
@@ -27,41 +29,62 @@ from vqrae.generation.sampling import (
     sample_codes,
 )
 
-BOI = 164
-PROMPTS = [[5, 6, 7, BOI], [8, BOI], [9, 10, 11, 12, 13, BOI], [5, 14, BOI]]
-UNCONDITIONAL = [3, BOI]
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [5, 14]]  # without BOI, as the unconditional one
+UNCONDITIONAL = [3]
 SAMPLED = SamplingConfig(guidance_scale=3.0, top_k=40, top_p=0.95, min_p=0.01, temperature=0.9)
 GREEDY = SamplingConfig(guidance_scale=3.0, temperature=0)
 guidance = functools.partial(SamplingConfig, guidance_scale=3.0)
 
 
+@pytest.fixture(params=[1, 3], ids=["one_code", "several_codes"])
+def num_codebooks(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
 @pytest.fixture
-def sample(model: Qwen3ForCausalLM, vocabulary: VisualVocabulary) -> Callable[..., Tensor]:
+def sample(model: PreTrainedModel, vocabulary: VisualVocabulary) -> Callable[..., Tensor]:
     """Codes of prompts and seeds by number."""
+    end = [vocabulary.begin_of_image]
 
     def codes(config: SamplingConfig, rows: list[int], **options: bool) -> Tensor:
-        prompts, seeds = [PROMPTS[row % 4] for row in rows], [100 + row for row in rows]
-        return sample_codes(model, prompts, UNCONDITIONAL, vocabulary, config, seeds, **options)
+        prompts, seeds = [PROMPTS[row % 4] + end for row in rows], [100 + row for row in rows]
+        given = (prompts, UNCONDITIONAL + end, vocabulary, config, seeds)
+        return sample_codes(model, *given, **options)
 
     return codes
 
 
 @torch.no_grad()
 def uncached(
-    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary, config: SamplingConfig, row: int
+    model: PreTrainedModel, vocabulary: VisualVocabulary, config: SamplingConfig, row: int
 ) -> Tensor:
     """What `sample` must give, as plainly as possible: one image, no cache, no padding."""
-    uniforms = image_uniforms([100 + row], vocabulary.num_codes)
-    codes: list[int] = []
-    for i, scale in enumerate(guidance_scales(config, vocabulary.num_codes)):
-        ids = [vocabulary.offset + code for code in codes]
-        with_caption, without = (
-            model(input_ids=torch.tensor([prompt + ids])).logits[:, -1, vocabulary.code_rows]
-            for prompt in (PROMPTS[row % 4], UNCONDITIONAL)
-        )
-        logits = without + scale * (with_caption - without)
-        codes += draw_codes(logits, uniforms[:, i], config).tolist()
-    return torch.tensor(codes)
+    shape = (vocabulary.num_codes, vocabulary.num_codebooks)
+    uniforms = image_uniforms([100 + row], math.prod(shape)).view(shape)
+    codes = torch.zeros(1, *vocabulary.code_shape, dtype=torch.int64)
+    prompts = [[*ids, vocabulary.begin_of_image] for ids in (PROMPTS[row % 4], UNCONDITIONAL)]
+    for place, scale in enumerate(guidance_scales(config, vocabulary.num_codes)):
+        logits_of = [next_logits(model, vocabulary, ids, codes[:, :place]) for ids in prompts]
+        for book in range(vocabulary.num_codebooks):
+            with_caption, without = (logits(codes[:, place])[:, book] for logits in logits_of)
+            logits = without + scale * (with_caption - without)
+            chosen = draw_codes(logits, uniforms[place : place + 1, book], config)
+            codes.view(1, *shape)[:, place, book] = chosen
+    return codes[0]
+
+
+def next_logits(
+    model: PreTrainedModel, vocabulary: VisualVocabulary, prompt: list[int], codes: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Codes (1, n) of the place after these -> logits (1, n, K), each given the codes before it."""
+    ids = torch.tensor([prompt])
+    if vocabulary.num_codebooks == 1:
+        ids = torch.cat([ids, vocabulary.to_ids(codes)], dim=1)
+        logits = model(input_ids=ids).logits[:, -1:, vocabulary.code_rows]
+        return lambda _: logits
+    vectors = [model.get_input_embeddings()(ids), model.embedding(codes)]
+    hidden = model.llm.model(inputs_embeds=torch.cat(vectors, dim=1)).last_hidden_state[:, -1]
+    return functools.partial(model.head, hidden)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +101,14 @@ def uncached(
 )
 def test_cached_equals_uncached(
     sample: Callable[..., Tensor],
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     vocabulary: VisualVocabulary,
     config: SamplingConfig,
 ) -> None:
     """Prompts of different lengths, some of them equal, together in a batch."""
     rows = [0, 1, 2, 3, 4]
     cached = sample(config, rows)
-    assert cached.shape == (5, 16)
+    assert cached.shape == (5, *vocabulary.code_shape)
     plain = [uncached(model, vocabulary, config, row) for row in rows]
     assert torch.equal(cached, torch.stack(plain))
 
@@ -101,22 +124,25 @@ def test_an_image_does_not_depend_on_its_batch(
 
 
 def test_prompts_are_computed_once_and_guidance_in_the_same_pass(
-    sample: Callable[..., Tensor], model: Qwen3ForCausalLM
+    sample: Callable[..., Tensor], model: PreTrainedModel, vocabulary: VisualVocabulary
 ) -> None:
     seen: list[tuple[int, int]] = []
-    model.model.register_forward_pre_hook(
+    decoder, _, _ = generator_parts(model, vocabulary)
+    decoder.register_forward_pre_hook(
         lambda _, __, given: seen.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
     )
     codes = sample(SAMPLED, [0, 2, 4])
-    assert seen == [(3, 5)] + 16 * [(6, 1)]  # two captions and none, without BOI
+    steps = vocabulary.num_codes
+    assert seen == [(3, 5)] + steps * [(6, 1)]  # two captions and none, without BOI
     assert not torch.equal(codes[0], codes[2])  # one prompt, two seeds
     seen.clear()
     sample(SamplingConfig(guidance_scale=1), [0, 1])
-    assert seen == [(2, 3)] + 16 * [(2, 1)]
+    assert seen == [(2, 3)] + steps * [(2, 1)]
 
 
+@pytest.mark.parametrize("num_codebooks", [1])
 def test_only_the_rows_of_the_codes_become_logits(
-    sample: Callable[..., Tensor], model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+    sample: Callable[..., Tensor], model: PreTrainedModel, vocabulary: VisualVocabulary
 ) -> None:
     """Whatever the other rows of the head hold, they are not read."""
     expected = sample(SAMPLED, [0, 1])
@@ -151,26 +177,28 @@ def test_a_compiled_pass_samples_the_same(
 
 
 def test_attention_takes_a_mask_or_is_refused(
-    sample: Callable[..., Tensor], model: Qwen3ForCausalLM
+    sample: Callable[..., Tensor], model: PreTrainedModel, vocabulary: VisualVocabulary
 ) -> None:
     expected = sample(SAMPLED, [0, 1, 2])
     model.set_attn_implementation("eager")
     assert torch.equal(expected, sample(SAMPLED, [0, 1, 2]))
-    model.config._attn_implementation = "flash_attention_2"
+    decoder, _, _ = generator_parts(model, vocabulary)
+    decoder.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"'flash_attention_2', expected sdpa or eager"):
         sample(SAMPLED, [0])
 
 
 def test_what_cannot_be_sampled_is_refused(
-    model: Qwen3ForCausalLM, vocabulary: VisualVocabulary
+    model: PreTrainedModel, vocabulary: VisualVocabulary
 ) -> None:
+    boi = vocabulary.begin_of_image
     with pytest.raises(ValueError, match="does not end in BOI"):
-        sample_codes(model, [[5, 6]], UNCONDITIONAL, vocabulary, GREEDY, [0])
+        sample_codes(model, [[5, 6]], [3, boi], vocabulary, GREEDY, [0])
     with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
-        sample_codes(model, PROMPTS[:2], UNCONDITIONAL, vocabulary, GREEDY, [0])
+        sample_codes(model, [[5, boi], [boi]], [3, boi], vocabulary, GREEDY, [0])
     model.config.caption_dropout = 0
     with pytest.raises(ValueError, match=r"caption_dropout 0.*guidance_scale=1"):
-        sample_codes(model, PROMPTS[:1], UNCONDITIONAL, vocabulary, GREEDY, [0])
+        sample_codes(model, [[5, boi]], [3, boi], vocabulary, GREEDY, [0])
 
 
 # ---- logits -> codes
@@ -243,6 +271,7 @@ def test_seeds_have_64_bits(seed: int) -> None:
         image_uniforms([seed], 4)
 
 
-def test_recommendations_of_older_generators_are_read(model: Qwen3ForCausalLM) -> None:
+@pytest.mark.parametrize("num_codebooks", [1])
+def test_recommendations_of_older_generators_are_read(model: PreTrainedModel) -> None:
     model.config.sampling = {"guidance_scale": 2.0, "window": 0}
     assert read_sampling(model.config) == SamplingConfig(guidance_scale=2.0)
