@@ -102,6 +102,7 @@ def training_arguments(
         report_to=[],  # `Run.log` writes the events
         save_strategy="steps",
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # none changes: frozen codebooks, frequencies of positions
         # Batches in pinned memory are copied while the device computes.
         accelerator_config={"non_blocking": True},
         **named,

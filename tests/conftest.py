@@ -49,13 +49,42 @@ SMALL_ENCODERS = {
         "image_size": [56, 56],
         "patch_size": [14, 14],
     },
+    "unitok": {
+        "model_type": "vitamin",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "stem_widths": [16, 16],
+        "image_size": 64,
+    },
 }
+UNITOK = {
+    "quantizer": "mcq",
+    "num_codebooks": 4,
+    "codebook_dim": 16,
+    "projection": "attention",
+    "projection_heads": 4,
+    "decoder": "conv",
+    "text_config": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "projection_dim": 24,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
+}
+"""Of a small tokenizer, next to its encoder."""
 
 
 def make_tokenizer(encoder: str = "siglip", **options: object) -> VQRAEModel:
-    """A random tokenizer in evaluation mode."""
+    """A random tokenizer in evaluation mode; `unitok` is the whole of UniTok's."""
     torch.manual_seed(0)
-    values: dict = {"codebook_size": 64, "codebook_dim": 32, **options}
+    values: dict = {"codebook_size": 64, "codebook_dim": 32}
+    values |= (UNITOK if encoder == "unitok" else {}) | options
     return VQRAEModel(VQRAEConfig(encoder_config=SMALL_ENCODERS[encoder], **values)).eval()
 
 

@@ -35,16 +35,17 @@ from vqrae.understanding.train import TrainConfig, load_or_build
 
 
 @pytest.mark.parametrize("features", ["continuous", "quantized"])
-@pytest.mark.parametrize("encoder", ["siglip", "internvit"])
+@pytest.mark.parametrize("encoder", ["siglip", "internvit", "unitok"])
 def test_projector_reads_the_features(encoder, features, make_tokenizer, llm_folder, tmp_path):
     tokenizer = make_tokenizer(encoder, feature_norm="standardize")
     tokenizer.save_pretrained(tmp_path)
     num_tokens, size = tokenizer.config.grid_size**2, tokenizer.config.image_size
     model, processor = build_llava(tmp_path, llm_folder, features=features)
     is_plain = type(model.model.vision_tower) is type(tokenizer.encoder)
-    assert is_plain == (features == "continuous")
+    assert is_plain == (features == "continuous" and encoder != "unitok")
     assert model.config.vision_feature_layer == -1
-    strategy = {"siglip": "full", "internvit": "default"}[encoder] if is_plain else "full"
+    has_class_token = is_plain and encoder == "internvit"
+    strategy = "default" if has_class_token else "full"
     assert model.config.vision_feature_select_strategy == strategy
     image = Image.fromarray(SceneDataset(image_size=size).pixels(0))
     inputs = processor(images=image, text="<image>", return_tensors="pt")
@@ -55,20 +56,21 @@ def test_projector_reads_the_features(encoder, features, make_tokenizer, llm_fol
     )
     with torch.no_grad():
         model(**inputs)
-        compute = tokenizer.encode_features if is_plain else tokenizer.quantized_features
+        is_quantized = features == "quantized"
+        compute = tokenizer.quantized_features if is_quantized else tokenizer.encode_features
         expected = compute(image_to_tensor(image)[None])
     assert received[0].shape == (1, num_tokens, 32)
     torch.testing.assert_close(received[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_codes_of_the_tower_are_those_of_fp32(make_tokenizer, llm_folder, tmp_path):
-    tokenizer = make_tokenizer()
+@pytest.mark.parametrize("encoder", ["siglip", "unitok"])
+def test_codes_of_the_tower_are_those_of_fp32(encoder, make_tokenizer, llm_folder, tmp_path):
+    tokenizer = make_tokenizer(encoder)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     model, processor = build_llava(tmp_path / "tokenizer", llm_folder, features="quantized")
     # Nothing of the tokenizer but what its features need, and not for an optimizer or DeepSpeed.
-    names = {name.removeprefix("model.vision_tower.") for name in model.state_dict()}
-    assert not any(name.startswith("decoder") for name in names)
-    assert {"quantizer.codebook", "out_proj.weight", "in_proj.bias"} <= names
+    names = {name.partition(".")[0] for name in model.model.vision_tower.state_dict()}
+    assert names == {"encoder", "in_proj", "quantizer", "out_proj", "feature_mean", "feature_std"}
     parameters = {name for name, _ in model.model.vision_tower.named_parameters()}
     assert {name.partition(".")[0] for name in parameters} == {"encoder"}
     model.save_pretrained(tmp_path / "model")
