@@ -126,8 +126,8 @@ def shared_path(path: Path) -> Iterator[Path]:
         names = [temporary]
         broadcast_object_list(names)
         yield Path(str(names[0]))
-        PartialState().wait_for_everyone()
-    PartialState().wait_for_everyone()
+        PartialState().wait_for_everyone()  # all parts are written
+    PartialState().wait_for_everyone()  # the folder has its name
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -133,9 +133,9 @@ class Report:
     zeros: tuple[int, ...] = (0, 1, 2, 3)
     """The ZeRO stages that there are."""
 
-    parts: list[tuple[str, int, int]] = ()  # type: ignore[assignment]
+    parts: list[tuple[str, int, int]] = field(default_factory=list)
     """Name, parameters and trained parameters of each network, and of the parts of the largest."""
-    seconds: list[float] = ()  # type: ignore[assignment]
+    seconds: list[float] = field(default_factory=list)
     """Of each step."""
     before_bytes: int = 0
     peak_bytes: int = 0

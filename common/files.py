@@ -70,7 +70,8 @@ def remove_leftovers(folder: Path, *, exclusive: bool = False) -> None:
             continue
         with contextlib.suppress(OSError):  # another process removes it at the same time
             dead = match[2] == _host() and not _is_alive(int(match[1]))
-            if exclusive or dead or time.time() - _last_change(path) > _STALE_SECONDS:
+            last_change = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+            if exclusive or dead or time.time() - last_change > _STALE_SECONDS:
                 _remove(path)
 
 
@@ -105,10 +106,6 @@ def _is_alive(process: int) -> bool:
     except OSError:  # it belongs to another user
         return True
     return True
-
-
-def _last_change(path: Path) -> float:
-    return max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
 
 
 # ---- reading

@@ -66,7 +66,7 @@ def _check_tags(tags: list[int], num_images: int) -> None:
 
 
 def image_paths(record: dict[str, Any]) -> list[str]:
-    """The images of a record of a LLaVA file; ValueError if `image` is no path or list of paths."""
+    """The images of a record of a LLaVA file; ValueError unless `image` is a path or a list."""
     image = record.get("image") or []
     paths = [image] if isinstance(image, str) else image
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):

@@ -171,7 +171,7 @@ def work(job: Job, output: Path, log: Path, rank: int, port: int, hook: Hook | N
     sys.argv = [job.module, *arguments]
     main: Any = importlib.import_module(job.module).main
     if hook is not None:
-        sys.addaudithook(hook)
+        sys.addaudithook(hook)  # for good: no hook can be removed
     sys.exit(exit_code(lambda: main(arguments), job.module))
 
 

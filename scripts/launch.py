@@ -119,7 +119,8 @@ def plan(module: str, arguments: Sequence[str]) -> list[Command]:
     if job.launches:
         keys["nproc"] = str(processes or count_gpus())
         processes = 1
-    words = [*([launch.config] if launch.config else []), *as_arguments(keys)]
+    words = [launch.config] if launch.config else []
+    words += [f"{key}={value}" for key, value in keys.items()]
     output = str(settings.get("output_dir") or settings.get("output"))
     return [*before, Command(module, words, launch, processes, zero, extras, output)]
 
@@ -177,6 +178,7 @@ def prepare_key(
         arguments.append(f"output={configured}")
     commands = plan(module, arguments)
     folder = Path(commands[-1].output)
+    # The quickstart makes the same models, in a folder of its own.
     for place in (folder, folder.parent / "quickstart" / folder.name):
         if (place / "model/config.json").is_file() or (place / "shard-00000.npy").is_file():
             folder, commands = place, []
@@ -199,10 +201,6 @@ def required_extras(job: Job, settings: dict[str, Any]) -> set[str]:
         if value == wanted if wanted else value is not None:
             extras.add(extra)
     return extras
-
-
-def as_arguments(keys: Mapping[str, str]) -> list[str]:
-    return [f"{key}={value}" for key, value in keys.items()]
 
 
 def value_of(settings: Any, key: str) -> Any:
@@ -265,7 +263,7 @@ def run(line: list[str]) -> None:
             process.terminate()  # it keeps a checkpoint; the with statement waits for that
             raise
     if code:
-        raise SystemExit(code if code > 0 else 128 - code)
+        raise SystemExit(code if code > 0 else 128 - code)  # below 0: ended by a signal
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -286,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         run(command_line(command))
     line = command_line(job)
     print("+", *line, flush=True)
-    os.execv(line[0], line)
+    os.execv(line[0], line)  # so that signals reach the job itself
 
 
 def show_help(module: str) -> None:

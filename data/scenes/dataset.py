@@ -86,7 +86,8 @@ class SceneDataset(Dataset):
 
     def wordings(self, index: int, count: int) -> list[str]:
         """Several captions of the scene with this index, each with its own wording."""
-        scene, names, size = self.scene(index), self.sprites.names, self.sampler.image_size
+        scene, names = self.scene(index), self.sprites.names
+        size = self.sampler.image_size
         rngs = [np.random.default_rng([self.seed, index, draw]) for draw in range(count)]
         return [language.wording(scene, names, rng, size) for rng in rngs]
 

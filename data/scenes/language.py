@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations, product
 from typing import Any
 
@@ -242,10 +243,7 @@ def benchmark_prompts(
     things = list(product(indices, range(len(COLOR_NAMES))))  # (name, color)
     triples = [(a, r, b) for (a, b), r in product(pairs, RELATIONS)]
     two_things = [(a, b) for a, b in product(things, things) if a[0] != b[0] and a[1] != b[1]]
-
-    def half_held_out(items: list, is_held_out: Callable[..., bool]) -> list:
-        return _half_held_out(rng, items, is_held_out, per_family)
-
+    half_held_out = partial(_half_held_out, rng, per_family)
     alone = [names[n] for n in _sample(rng, indices, per_family)]
     records = [record("single_object", [clause(name)], with_article(name)) for name in alone]
     for a, b in _sample(rng, pairs, per_family):
@@ -276,7 +274,7 @@ def _sample(rng: np.random.Generator, items: Sequence, count: int) -> list:
 
 
 def _half_held_out(
-    rng: np.random.Generator, items: list, is_held_out: Callable[..., bool], count: int
+    rng: np.random.Generator, count: int, items: list, is_held_out: Callable[..., bool]
 ) -> list:
     """`count` items, every second of them held out."""
     held_out = [item for item in items if is_held_out(*item)]

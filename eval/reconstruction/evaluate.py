@@ -233,7 +233,7 @@ def evaluate_reconstruction(
         ReadableSamples(dataset),
         batch_sampler=batch_indices(total, batch_size),
         num_workers=num_workers,
-        collate_fn=list,
+        collate_fn=list,  # errors do not stack
     )
     broken = BrokenSamples("the images")
     originals: list[Tensor] = []
