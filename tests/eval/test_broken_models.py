@@ -44,11 +44,8 @@ def test_tokenizers_are_refused(module: object, broken: Path, tmp_path: Path) ->
 def test_original_encoders_are_refused(
     tokenizer_folder: Path, broken: Path, tmp_path: Path
 ) -> None:
-    judged = [
-        f"model={tokenizer_folder}",
-        f"original_encoder={broken}",
-        f"output={tmp_path / 'scores.json'}",
-    ]
+    judged = [f"model={tokenizer_folder}", f"original_encoder={broken}"]
+    judged.append(f"output={tmp_path / 'scores.json'}")
     for module, more in ((reconstruction, ["frechet=[encoder]"]), (features, [])):
         with pytest.raises(ValueError, match=broken.name):
             module.main([*judged, *more])
@@ -56,21 +53,12 @@ def test_original_encoders_are_refused(
 
 
 def test_a_clip_that_lacks_weights_names_no_colours(tmp_path: Path) -> None:
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = CLIPConfig(
-        text_config={**small, "vocab_size": 64},
-        vision_config={**small, "image_size": 32, "patch_size": 16},
-    )
-    CLIPModel(config).save_pretrained(tmp_path / "whole")
-    folder = copy(
-        tmp_path / "whole",
-        tmp_path / "part",
-        lambda weights: weights.pop("visual_projection.weight"),
-    )
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2}
+    vision = {**small, "image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config={**small, "vocab_size": 64}, vision_config=vision)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    CLIPModel(config).save_pretrained(whole)
+    folder = copy(whole, part, lambda weights: weights.pop("visual_projection.weight"))
     with pytest.raises(ValueError, match="part lacks weights of a CLIPModel"):
         ClipColorClassifier.from_pretrained(str(folder))

@@ -21,10 +21,7 @@ from vqrae.tokenizer.modeling import VQRAEModel
 def test_nearest_others_are_those_of_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebook, "BLOCK", 7)
     generator = torch.Generator().manual_seed(0)
-    table, features = (
-        torch.randn(20, 6, generator=generator),
-        torch.randn(30, 6, generator=generator),
-    )
+    table, features = (torch.randn(n, 6, generator=generator) for n in (20, 30))
     expected = torch.cdist(features, table).topk(2, largest=False)
     codes, distances = nearest_others(features, table, expected.indices[:, 0])
     assert torch.equal(codes, expected.indices[:, 1])
@@ -38,11 +35,8 @@ def test_nearest_others_are_those_of_all_distances(monkeypatch: pytest.MonkeyPat
 def test_summary() -> None:
     """Four codes on a line at 0, 10, 20, 40; four tokens at 0, 0, 12 and 14."""
     statistics = CodebookStatistics(torch.tensor([[0.0], [10.0], [20.0], [40.0]]), patch_size=2)
-    statistics.update(
-        torch.rand(1, 3, 4, 4),
-        torch.tensor([[[0.0], [0.0], [12.0], [14.0]]]),
-        torch.tensor([[0, 0, 1, 1]]),
-    )
+    tokens = torch.tensor([[[0.0], [0.0], [12.0], [14.0]]])
+    statistics.update(torch.rand(1, 3, 4, 4), tokens, torch.tensor([[0, 0, 1, 1]]))
     values = statistics.summary()
     assert statistics.counts.tolist() == [2, 2, 0, 0]
     assert (values["used_codes"], values["dead_codes"], values["usage"]) == (2, 2, 0.5)
@@ -77,15 +71,8 @@ def test_command(
     scenes, out = SceneDataset("validation", 3), tmp_path / "out"
     for i in range(3):
         save_image(tensor_to_image(scenes.image(i).float() / 255), tmp_path / "images" / f"{i}.png")
-    arguments = [
-        "--model",
-        str(tokenizer_folder),
-        "--images",
-        str(tmp_path / "images"),
-        "--out",
-        str(out),
-    ]
-    assert main(["codebook", *arguments]) == 0
+    given = {"model": tokenizer_folder, "images": tmp_path / "images", "out": out}
+    assert main(["codebook", *(f"--{key}={value}" for key, value in given.items())]) == 0
     values = json.loads((out / "codebook.json").read_text())
     assert sum(values["counts"]) == values["tokens"] == 3 * 64
     page = (out / "codebook.html").read_text()

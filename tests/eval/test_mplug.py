@@ -37,17 +37,14 @@ def test_answers_are_those_of_modelscope(checkpoint: Path) -> None:
     with torch.inference_mode():
         ids, scores = judge.model(images, questions, train=False)
     assert [best.tolist() for [best] in ids] == [case["ids"] for case in expected]
-    assert [float(best) for [best] in scores] == pytest.approx(
-        [case["score"] for case in expected], abs=1e-3
-    )
+    found = [float(best) for [best] in scores]
+    assert found == pytest.approx([case["score"] for case in expected], abs=1e-3)
 
 
 def test_random_weights_and_other_folders_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("config.yaml", "config_bert.json", "vocab.txt"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
-    with pytest.raises(
-        ValueError, match=r"has no pytorch_model\.bin, expected modelscope's damo/mplug"
-    ):
+    with pytest.raises(ValueError, match=r"has no pytorch_model\.bin, expected modelscope's damo/"):
         MPlug(str(tmp_path))
     [(key, stored)] = torch.load(checkpoint / "pytorch_model.bin").items()
     stored["model.visn_fc.bias"][0] = torch.nan
@@ -56,9 +53,7 @@ def test_random_weights_and_other_folders_are_refused(checkpoint: Path, tmp_path
         MPlug(str(tmp_path))
     del stored["model.fusion_encoder.encoder.layer.0.attention.self.query.weight"]
     torch.save({key: stored}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        ValueError, match=r"lacks 1 tensors of mPLUG, such as fusion_encoder\.encoder\.layer\.0"
-    ):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of mPLUG, such as fusion_encoder\.enc"):
         MPlug(str(tmp_path))
 
 

@@ -40,9 +40,8 @@ def tables(count: int, seed: int = 0) -> Iterator[tuple[list[Item], Said]]:
             for number in range(1, int(rng.integers(1, 7)) + 1):
                 parents = tuple(parent for parent in range(1, number) if rng.random() < 0.3)
                 category = CATEGORIES[rng.integers(len(CATEGORIES))]
-                questions.append(
-                    Question(number, f"item{i} q{number} ?", f"{category} (x, y)", parents)
-                )
+                text = f"item{i} q{number} ?"
+                questions.append(Question(number, text, f"{category} (x, y)", parents))
             if rng.random() < 0.3:
                 questions = [questions[place] for place in rng.permutation(len(questions))]
             items.append(Item(f"item{i}", f"prompt {i}", tuple(questions)))
@@ -55,11 +54,10 @@ def outcome(
     dpg: float, broad: dict[str, float], detailed: dict[str, float], dropped: int
 ) -> dict[str, Any]:
     """What must be equal of a table."""
-    round_all = {
-        name: {key: round(value, 6) for key, value in sorted(d.items())}
-        for name, d in (("l1", broad), ("l2", detailed))
-    }
-    return {"dpg": round(dpg, 6), **round_all, "dropped": dropped}
+    rounded = {}
+    for name, scores in (("l1", broad), ("l2", detailed)):
+        rounded[name] = {key: round(value, 6) for key, value in sorted(scores.items())}
+    return {"dpg": round(dpg, 6), **rounded, "dropped": dropped}
 
 
 def ours(items: list[Item], said: Said) -> dict[str, Any] | None:
@@ -68,22 +66,20 @@ def ours(items: list[Item], said: Said) -> dict[str, Any] | None:
         found = official_scores(items, said)
     except ValueError:
         return None
-    return outcome(
-        found["dpg"], found["categories"], found["categories_detailed"], len(found["dropped"])
-    )
+    categories = (found["categories"], found["categories_detailed"])
+    return outcome(found["dpg"], *categories, len(found["dropped"]))
 
 
 def official(checkout: Path, items: list[Item], said: Said) -> dict[str, Any] | None:
     """The published script's scores, its model replaced by the given answers."""
     source = (checkout / "dpg_bench" / "compute_dpg_bench.py").read_text()
-    source = source.replace("time.sleep(3)", "").replace(
-        "read_csv(args.csv)", 'read_csv(args.csv, dtype={"dependency": str})'
-    )
+    source = source.replace("time.sleep(3)", "")
+    text = 'read_csv(args.csv, dtype={"dependency": str})'
+    source = source.replace("read_csv(args.csv)", text)
     code: dict[str, Any] = {"__name__": "official"}
     exec(source, code)
-    process = types.SimpleNamespace(
-        is_main_process=True, device="cpu", num_processes=1, process_index=0
-    )
+    alone = {"is_main_process": True, "num_processes": 1, "process_index": 0}
+    process = types.SimpleNamespace(device="cpu", **alone)
     process.prepare, process.wait_for_everyone = (lambda model: model), (lambda: None)
     code.update(Accelerator=lambda: process, gather_object=list, tqdm=lambda names: names)
 
@@ -107,11 +103,8 @@ def official(checkout: Path, items: list[Item], said: Said) -> dict[str, Any] | 
             res_path=str(folder / "result.txt"),
             resolution=2, pic_num=len(said[items[0].id]), vqa_model="mplug",
         )  # fmt: skip
-        with (
-            (folder / "log").open("w") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
+        log = (folder / "log").open("w")
+        with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             code["main"]()
         dropped = (folder / "log").read_text().count("Failed filename")
         return _parse((folder / "result.txt").read_text(), dropped)
@@ -134,9 +127,8 @@ def _parse(text: str, dropped: int) -> dict[str, Any] | None:
 def main() -> None:
     checkout = Path(sys.argv[1])
     if len(sys.argv) > 2:
-        found = [
-            (official(checkout, *table), ours(*table)) for table in tables(int(sys.argv[2]), seed=1)
-        ]
+        random = tables(int(sys.argv[2]), seed=1)
+        found = [(official(checkout, *table), ours(*table)) for table in random]
         dropped = sum(bool(a and a["dropped"]) for a, _ in found)
         different = sum(a != b for a, b in found)
         print(f"{different} of {len(found)} tables differ, {dropped} have dropped prompts")

@@ -40,10 +40,8 @@ class Shown:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         assert images.dtype == torch.uint8
         self.levels = self.levels or images.long().sum((1, 2, 3)).tolist()
-        return {
-            "2048": torch.zeros(len(images), 2048),
-            "logits_unbiased": torch.zeros(len(images), 1008),
-        }
+        sizes = {"2048": 2048, "logits_unbiased": 1008}
+        return {name: torch.zeros(len(images), size) for name, size in sizes.items()}
 
     def to(self, device: Any) -> "Shown":
         return self
@@ -54,11 +52,8 @@ class Shown:
 
 def load(folder: str, name: str, **absent: types.ModuleType) -> Any:
     """A module of a checkout, whose names others have too. `absent`: imports not needed here."""
-    for other in [
-        key
-        for key in sys.modules
-        if key.partition(".")[0] in ("evaluator", "metrics", "modeling", "eval")
-    ]:
+    names = ("evaluator", "metrics", "modeling", "eval")
+    for other in [key for key in sys.modules if key.partition(".")[0] in names]:
         del sys.modules[other]
     sys.modules.update(absent)
     sys.path.insert(0, folder)
@@ -73,18 +68,16 @@ def vgt(checkout: Path, images: Tensor, copies: Tensor) -> dict[str, Any]:
     evaluator = module.Evaluator("cpu", enable_rfid=True, enable_inception_score=False)
     evaluator.update((images - MEAN) / STD, copies * 2 - 1)
     lists = {"psnr": evaluator.psnr_val_rgb, "ssim_range_2": evaluator.ssim_val_rgb}
-    return {name: float(np.mean(values)) for name, values in lists.items()} | {
-        "levels": shown.levels
-    }
+    means = {name: float(np.mean(values)) for name, values in lists.items()}
+    return {**means, "levels": shown.levels}
 
 
 def titok(checkout: Path, images: Tensor, copies: Tensor) -> dict[str, Any]:
     module = load(str(checkout), "evaluator.evaluator")
     shown, module.get_inception_model = Shown(), lambda: shown
     rounded = torch.round(copies * 255.0) / 255.0  # utils/train_utils.py, eval_reconstruction
-    module.VQGANEvaluator("cpu", enable_rfid=True, enable_inception_score=False).update(
-        images, rounded
-    )
+    options = {"enable_rfid": True, "enable_inception_score": False}
+    module.VQGANEvaluator("cpu", **options).update(images, rounded)
     return {"levels": shown.levels}
 
 
@@ -94,38 +87,30 @@ def maskbit(checkout: Path, images: Tensor, copies: Tensor) -> dict[str, Any]:
     absent = {"modeling": types.ModuleType("modeling"), "modeling.modules": modules}
     module = load(str(checkout), "evaluator.evaluator", **absent)
     shown, module.get_inception_model = Shown(), lambda: shown
-    evaluator = module.TokenizerEvaluator(
-        "cpu", enable_rfid=True, enable_psnr_score=True, enable_ssim_score=True
-    )
+    options = {"enable_rfid": True, "enable_psnr_score": True, "enable_ssim_score": True}
+    evaluator = module.TokenizerEvaluator("cpu", **options)
     evaluator.update(images, copies)
     sums = {"psnr": evaluator._sum_of_batchwise_psnr, "ssim": evaluator._sum_of_ssim}
-    return {name: value.item() / len(images) for name, value in sums.items()} | {
-        "levels": shown.levels
-    }
+    means = {name: value.item() / len(images) for name, value in sums.items()}
+    return {**means, "levels": shown.levels}
 
 
 def rae(checkout: Path, images: Tensor, copies: Tensor) -> dict[str, Any]:
     module = load(str(checkout / "src"), "eval", requests=types.ModuleType("requests"))
     # Originals are read as levels; copies become levels as in evaluate_reconstruction_distributed.
-    levels = [
-        batch.permute(0, 2, 3, 1).to(dtype=torch.uint8).numpy()
-        for batch in ((images * 255).round(), copies.mul(255))
-    ]
-    found = module.compute_reconstruction_metrics(
-        *levels, torch.device("cpu"), metrics_to_compute=("psnr", "ssim")
-    )
+    batches = ((images * 255).round(), copies.mul(255))
+    levels = [batch.permute(0, 2, 3, 1).to(dtype=torch.uint8).numpy() for batch in batches]
+    options = {"metrics_to_compute": ("psnr", "ssim")}
+    found = module.compute_reconstruction_metrics(*levels, torch.device("cpu"), **options)
     return {**found, "levels": levels[1].astype(int).sum((1, 2, 3)).tolist()}
 
 
 def main(checkouts: list[str]) -> None:
     names = ("vgt", "titok", "maskbit", "rae")
-    readers = zip(names, (vgt, titok, maskbit, rae), checkouts, strict=True)
-    print(
-        json.dumps(
-            {name: read(Path(checkout), *images_and_copies()) for name, read, checkout in readers},
-            indent=1,
-        )
-    )
+    found = {}
+    for name, read, checkout in zip(names, (vgt, titok, maskbit, rae), checkouts, strict=True):
+        found[name] = read(Path(checkout), *images_and_copies())
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ def weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
     """Weights for tensors of mmdetection's names and shapes, each seeded by its name."""
     found = {}
     for name, shape in shapes.items():
-        noise = torch.randn(
-            shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        )
+        seed = zlib.crc32(name.encode())
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         if len(shape) == 1:
             norm = name.endswith("weight")
             found[name] = norm + (2.0 if "sampling_offsets" in name else 0.2) * noise
@@ -53,9 +52,10 @@ def pixels() -> Tensor:
 def sample(classes: Tensor, masks: Tensor) -> dict[str, list[float]]:
     """Some of the logits (100, 81) and (100, 24, 32)."""
     parts = {"classes": classes[::7, ::9], "masks": masks[::11, ::7, ::7]}
-    return {
-        name: [round(value, 5) for value in part.flatten().tolist()] for name, part in parts.items()
-    }
+    rounded = {}
+    for name, part in parts.items():
+        rounded[name] = [round(value, 5) for value in part.flatten().tolist()]
+    return rounded
 
 
 def logits(number: int) -> tuple[Tensor, Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
@@ -101,11 +101,8 @@ def main() -> None:
             tensor, meta = data["img"][0].data, data["img_metas"][0].data
             levels = np.rint(tensor.permute(1, 2, 0).numpy() * std + mean).astype(int)
             covered = list(meta["img_shape"][:2])
-            case = {
-                "covered": covered,
-                "padded": list(tensor.shape[1:]),
-                "margin": tensor[:, -1, -1].tolist(),
-            }
+            case = {"covered": covered, "padded": list(tensor.shape[1:])}
+            case["margin"] = tensor[:, -1, -1].tolist()
             inside = levels[: covered[0], : covered[1]].reshape(-1)[::STRIDE]
             prepared.append({**case, "levels": inside.tolist()})
     config.model.backbone.init_cfg = config.model.train_cfg = None
@@ -120,13 +117,12 @@ def main() -> None:
     fused = []
     for number in range(2):
         of_classes, of_masks, padded, resized, size = logits(number)
-        upsampled = torch.nn.functional.interpolate(
-            of_masks[None], padded, mode="bilinear", align_corners=False
-        )
+        linear = {"mode": "bilinear", "align_corners": False}
+        upsampled = torch.nn.functional.interpolate(of_masks[None], padded, **linear)
         metas = [{"img_shape": (*resized, 3), "ori_shape": (*size, 3)}]
-        labels, boxes, _ = model.panoptic_fusion_head.simple_test(
-            of_classes[None], upsampled, metas, rescale=True
-        )[0]["ins_results"]
+        fuse = model.panoptic_fusion_head.simple_test
+        found = fuse(of_classes[None], upsampled, metas, rescale=True)[0]
+        labels, boxes, _ = found["ins_results"]
         by_class = enumerate(bbox2result(boxes, labels, 80))
         fused.append(rows([(label, box[4], box[:4]) for label, found in by_class for box in found]))
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}

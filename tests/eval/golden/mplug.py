@@ -56,25 +56,21 @@ def write_checkpoint(folder: Path, code: Any) -> None:
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "config_bert.json").write_text(json.dumps(text))
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "configuration.json").write_text(
-        json.dumps({"task": settings["task"], "model": {"type": "mplug"}})
-    )
+    described = {"task": settings["task"], "model": {"type": "mplug"}}
+    (folder / "configuration.json").write_text(json.dumps(described))
     config = code.MPlugConfig(**settings, distill=False)
     config.model_dir = str(folder)
     weights = code.MPlugForVisualQuestionAnswering(config).state_dict()
     tied = "text_decoder.cls.predictions.decoder.weight"
     for name, tensor in weights.items():
         if tensor.is_floating_point() and name != tied:
-            noise = torch.randn(
-                tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            )
+            seed = zlib.crc32(name.encode())
+            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed))
             spread = 2 / tensor[0].numel() ** 0.5 if tensor.dim() > 1 else 0.1
             tensor.copy_(spread * noise + (tensor.dim() == 1 and name.endswith("weight")))
     weights[tied] = weights["text_decoder.bert.embeddings.word_embeddings.weight"]
-    torch.save(
-        {"module": {f"model.{name}": tensor.clone() for name, tensor in weights.items()}},
-        folder / "pytorch_model.bin",
-    )
+    stored = {f"model.{name}": tensor.clone() for name, tensor in weights.items()}
+    torch.save({"module": stored}, folder / "pytorch_model.bin")
 
 
 def pairs() -> list[tuple[Image.Image, str]]:
@@ -101,9 +97,8 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         module = types.ModuleType(spec.name)
-        vars(module).update(
-            {"__all__": [], "__path__": [], "__getattr__": lambda name: type(name, (), {})}
-        )
+        vars(module).update(__all__=[], __path__=[])
+        vars(module)["__getattr__"] = lambda name: type(name, (), {})
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -128,13 +123,8 @@ def main() -> None:
                 answer = model(inputs)["text"]
             pixels = inputs["image"][0, :, ::16, ::16].flatten().tolist()
             case = {"answer": answer, "ids": ids.tolist(), "score": float(score)}
-            cases.append(
-                {
-                    **case,
-                    "question": inputs["question"].input_ids[0].tolist(),
-                    "pixels": [round(p, 6) for p in pixels],
-                }
-            )
+            case["question"] = inputs["question"].input_ids[0].tolist()
+            cases.append({**case, "pixels": [round(p, 6) for p in pixels]})
         lines = ",\n".join(json.dumps(case) for case in cases)
         out.write(f"[\n{lines}\n]\n")
 

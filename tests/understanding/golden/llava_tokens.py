@@ -60,24 +60,18 @@ def main(llava: Path) -> None:
         text_tokenizer.pad_token, text_tokenizer.model_max_length = "<unk>", 2048
         cases = golden[f"legacy={legacy}"] = {}
         for name, turns in TURNS.items():
-            scope["conversation_lib"].default_conversation = scope[
-                "conversation_lib"
-            ].conv_templates[name]
-            record = [
-                {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)
-            ]
+            templates = scope["conversation_lib"].conv_templates
+            scope["conversation_lib"].default_conversation = templates[name]
+            said = zip(("human", "gpt") * len(turns), turns, strict=False)
+            record = [{"from": speaker, "value": text} for speaker, text in said]
             options = {"has_image": True} if name == "v1" else {}
             output = scope[f"preprocess_{name}"]([record], text_tokenizer, **options)
             rows = zip(output["input_ids"][0].tolist(), output["labels"][0].tolist(), strict=True)
-            tokens = [
-                "*" * (label != IGNORE_INDEX)
-                + (
-                    "<image>"
-                    if token == IMAGE_TOKEN_INDEX
-                    else text_tokenizer.convert_ids_to_tokens(token)
-                )
-                for token, label in rows
-            ]
+            tokens = []
+            for token, label in rows:
+                is_image = token == IMAGE_TOKEN_INDEX
+                text = "<image>" if is_image else text_tokenizer.convert_ids_to_tokens(token)
+                tokens.append("*" * (label != IGNORE_INDEX) + text)
             cases[name] = {"turns": turns, "tokens": tokens}
     text = json.dumps(golden, ensure_ascii=False) + "\n"
     Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")

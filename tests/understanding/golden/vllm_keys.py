@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 LANGUAGE_MODEL = "language_model."
-TOWER_LAYER = (
-    "self_attn.qkv_proj",
-    "self_attn.out_proj",
-    "mlp.fc1",
-    "mlp.fc2",
-    "layer_norm1",
-    "layer_norm2",
-)
+TOWER_LAYER = ("self_attn.qkv_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+TOWER_LAYER = (*TOWER_LAYER, "layer_norm1", "layer_norm2")
 
 
 def cut(source: str, *names: str) -> Iterator[str]:
@@ -46,11 +41,8 @@ def cut(source: str, *names: str) -> Iterator[str]:
 
 def table(source: str, name: str, scope: dict[str, Any]) -> Any:
     """The `hf_to_vllm_mapper` of a class."""
-    [owner] = [
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == name
-    ]
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    [owner] = [node for node in classes if node.name == name]
     for node in owner.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "hf_to_vllm_mapper":
             return eval(ast.unparse(node.value), scope)
@@ -62,9 +54,8 @@ class Parts(nn.Module):
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()
-        for first, group in itertools.groupby(
-            sorted(names), key=lambda name: name.split(".", 1)[0]
-        ):
+        top = lambda name: name.split(".", 1)[0]  # noqa: E731
+        for first, group in itertools.groupby(sorted(names), key=top):
             rest = [name.partition(".")[2] for name in group]
             if rest == [""]:
                 parameter = nn.Parameter(torch.empty(0))
@@ -93,12 +84,8 @@ def loader_of(vllm: Path) -> tuple[dict[str, Any], Any, Any]:
     llava = table((models / "llava.py").read_text(), "LlavaForConditionalGeneration", scope)
     siglip = table((models / "siglip.py").read_text(), "SiglipVisionTransformer", scope)
     # LLaVA's tower is built without post-norm and pooling head, which the class then drops.
-    return (
-        scope,
-        llava,
-        siglip
-        | scope["WeightsMapper"](orig_to_new_prefix={"post_layernorm.": None, "head.": None}),
-    )
+    dropped = scope["WeightsMapper"](orig_to_new_prefix={"post_layernorm.": None, "head.": None})
+    return scope, llava, siglip | dropped
 
 
 def load(vllm: Path, weights: Mapping[str, Tensor], layers: int) -> list[str]:
@@ -108,41 +95,31 @@ def load(vllm: Path, weights: Mapping[str, Tensor], layers: int) -> list[str]:
         ValueError: vLLM's own, for a weight that it has no place for.
     """
     scope, llava_table, siglip_table = loader_of(vllm)
-    each = [
-        f"encoder.layers.{i}.{name}.{kind}"
-        for i in range(layers)
-        for name in TOWER_LAYER
-        for kind in ("weight", "bias")
-    ]
+    parts = itertools.product(range(layers), TOWER_LAYER, ("weight", "bias"))
+    each = [f"encoder.layers.{i}.{name}.{kind}" for i, name, kind in parts]
     embeddings = ["patch_embedding.weight", "patch_embedding.bias", "position_embedding.weight"]
     transformer = Parts([*each, *(f"embeddings.{name}" for name in embeddings)])
-    transformer.load_weights = lambda found: scope["AutoWeightsLoader"](transformer).load_weights(
-        found, mapper=siglip_table
-    )
-    root = Parts(
-        [f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
-    )
+    loader = scope["AutoWeightsLoader"]
+    transformer.load_weights = partial(loader(transformer).load_weights, mapper=siglip_table)
+    linear = itertools.product((1, 2), ("weight", "bias"))
+    root = Parts(f"multi_modal_projector.linear_{i}.{kind}" for i, kind in linear)
     root.vision_tower, root.language_model = nn.Module(), nn.Module()
     root.vision_tower.vision_model = transformer
     root.language_model.load_weights = lambda found: {name for name, _ in found}
-    return sorted(
-        scope["AutoWeightsLoader"](root).load_weights(iter(weights.items()), mapper=llava_table)
-    )
+    return sorted(loader(root).load_weights(iter(weights.items()), mapper=llava_table))
 
 
 def main(vllm: Path, folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     layers = json.loads((folder / "config.json").read_text())["vision_config"]["num_hidden_layers"]
-    version = (
-        next(vllm.glob("vllm-*.dist-info")).name.removesuffix(".dist-info").removeprefix("vllm-")
-    )
+    folder_name = next(vllm.glob("vllm-*.dist-info")).name
+    version = folder_name.removesuffix(".dist-info").removeprefix("vllm-")
     loaded = [name for name in load(vllm, weights, layers) if not name.startswith(LANGUAGE_MODEL)]
     keys = sorted(name for name in weights if not name.startswith(LANGUAGE_MODEL))
     golden = SimpleNamespace(vllm=version, keys=keys, loaded=loaded)
-    without = {
-        key.replace("vision_tower.vision_model.", "vision_tower."): value
-        for key, value in weights.items()
-    }
+    without = {}
+    for key, value in weights.items():
+        without[key.replace("vision_tower.vision_model.", "vision_tower.")] = value
     try:
         load(vllm, without, layers)
         golden.refused = ""
