@@ -1,11 +1,10 @@
 """A small campaign: killed processes repair themselves, and the campaign sees every loss."""
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import launch
 
 from vqrae.common.files import read_json
 from vqrae.scripts.check_kill import judge, result_of, table
@@ -14,12 +13,10 @@ from vqrae.scripts.check_kill import judge, result_of, table
 @pytest.mark.slow
 def test_a_killed_training_is_repaired_by_the_same_command(tmp_path: Path) -> None:
     options = ["jobs=llm", "kills=1", f"output={tmp_path}"]
-    command = [sys.executable, "-m", "vqrae.scripts.check_kill", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = launch("vqrae.scripts.check_kill", options, processes=1)
     outcome = read_json(tmp_path / "report.json")["jobs"]["llm"]
     assert outcome["kills"] == outcome["equal"] == 1
-    assert "| llm |" in done.stdout
+    assert "| llm |" in printed
 
 
 def test_the_campaign_sees_every_kind_of_loss(tmp_path: Path) -> None:

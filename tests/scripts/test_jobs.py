@@ -129,6 +129,7 @@ def test_a_signal_costs_no_step_and_one_process_uses_one_gpu_of_eight(
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     llm: Runner, parts: Path, tmp_path: Path
 ) -> None:
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(1, signal.SIGINT, patch)
         with pytest.raises(SystemExit) as stopped:
@@ -142,7 +143,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
         [(row["step"], row["loss"]) for row in read_metrics(each.output)] for each in (llm, whole)
     ]
     assert losses[0] == losses[1]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize("name", ["llm", "generator", "llava"])

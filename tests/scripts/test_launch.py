@@ -240,19 +240,18 @@ def test_a_job_that_fails_ends_the_launch_with_its_exit_code() -> None:
 
 
 @pytest.mark.slow
-def test_two_nodes_train_what_one_trains(empty_folder: Path) -> None:
+def test_two_nodes_train_what_one_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["model.hidden_size=32", "model.num_hidden_layers=1", "optimization.max_steps=2"]
     small += ["optimization.logging_steps=1", "optimization.bf16=false"]
     small += ["optimization.global_batch_size=4", "optimization.micro_batch_size=2"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "vqrae.scripts.launch", "quickstart.train_llm", "nnodes=2"]
-    options: dict[str, Any] = {"env": environment, "text": True}
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    words = [*command, "output=two", *small]
-    nodes = [subprocess.Popen([*words, f"node_rank={rank}"], **options) for rank in range(2)]
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    given = ["quickstart.train_llm", "nnodes=2", "output=two", *small]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    lines = [[sys.executable, *line(*given, f"node_rank={rank}")] for rank in range(2)]
+    nodes = [subprocess.Popen(words, **pipes) for words in lines]
     outputs = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert "llm 2/2" in outputs[0][0]

@@ -231,7 +231,7 @@ def test_lengths_are_known_without_opening_a_image(processor):
     whole = len(encode_conversation(TWO_ROUNDS, processor)["labels"])
     assert examine_length(record, processor, max_length=whole) is None
     cut = examine_length(record, processor, max_length=whole - 1)
-    assert cut == (f"conversations longer than max_length {whole - 1}, whose end is cut", False)
+    assert cut[:2] == (f"conversations longer than max_length {whole - 1}, whose end is cut", False)
     for max_length in (60, 70):
         assert examine_length(record, processor, max_length=max_length).unusable
         with pytest.raises(ValueError, match="max_length"):
