@@ -40,6 +40,7 @@ class ImportUniTok:
     """Folder or hub id of CLIP's, which goes into the folder; empty: none, texts are not read."""
 
     def run(self) -> None:
+        logging.disable_progress_bar()
         config = import_unitok(self.file, self.out, self.text_tokenizer).config
         codes = " x ".join(map(str, config.code_shape))
         print(f"{self.out}: {codes} codes an image of {config.image_size} px")
