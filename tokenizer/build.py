@@ -60,7 +60,7 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
 
 
 def start_text_side(model: VQRAEModel, encoder: str) -> None:
-    """Take over the text tower that an encoder was trained with, if its checkpoint has one.
+    """Load the text tower that an encoder was trained with, if its checkpoint has one.
 
     Raises:
         ValueError: when `text_config` describes another one.

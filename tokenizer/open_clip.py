@@ -104,7 +104,7 @@ def load_weights(file: Path, expected: str) -> Any:
 def vitamin_clip_weights(source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Encoder and text side of a ViTamin-CLIP checkpoint, under the names of this package.
 
-    The head of the images, positions that UniTok's ViTamin has not, and the scale stay behind.
+    Without the head of images, the positions, which UniTok does not use, and the scale.
     """
     folder = local_model(source)
     state = load_weights(folder / "pytorch_model.bin", "the weights of a ViTamin-CLIP model")

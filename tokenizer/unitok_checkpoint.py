@@ -64,8 +64,8 @@ def import_unitok(
     """Write the tokenizer folder of a published checkpoint.
 
     Args:
-        text_tokenizer: folder or hub id of CLIP's, which the checkpoint lacks; it goes into the
-            folder. None: texts cannot be embedded until one is there.
+        text_tokenizer: folder or hub id of CLIP's, which the checkpoint lacks, for the folder.
+            None: the folder has none, and its model embeds no texts.
 
     Raises:
         ValueError: for another kind of file, or tensors that are unknown, missing, of another shape
