@@ -122,10 +122,12 @@ def measure_in_pixels(
 class CodeUsage:
     """Counts (n, K) of the codes of each codebook since the last `clear`."""
 
-    def __init__(self, config: VQRAEConfig, device: torch.device | str = "cpu") -> None:
-        shape = (config.num_codebooks, config.codebook_size)
+    def __init__(
+        self, codebook_size: int, num_codebooks: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        shape = (num_codebooks, codebook_size)
         self.counts = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._firsts = config.codebook_size * torch.arange(config.num_codebooks, device=device)
+        self._firsts = codebook_size * torch.arange(num_codebooks, device=device)
 
     def update(self, codes: Tensor) -> None:
         """Count codes (...), or (..., n) of several codebooks; no host synchronisation."""
@@ -150,12 +152,15 @@ class CodeUsage:
             codebooks: as many codes in equal use would have it.
         """
         usages = (self.counts > 0).float().mean(-1)
-        share = self.counts.double() / self.counts.sum(-1, keepdim=True).clamp(min=1)
-        entropies = -(share * share.clamp(min=1e-12).log()).sum(-1)
         row = {"codebook_usage": usages.mean().item()}
         if len(usages) > 1:
             row["codebook_usage_min"] = usages.min().item()
-        return row | {"codebook_perplexity": entropies.exp().mean().item()}
+        return row | {"codebook_perplexity": self.entropies().exp().mean().item()}
+
+    def entropies(self) -> Tensor:
+        """Of the codes of each codebook (n,), in nats."""
+        share = self.counts.double() / self.counts.sum(-1, keepdim=True).clamp(min=1)
+        return -torch.special.xlogy(share, share).sum(-1)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"counts": self.counts.clone()}

@@ -261,8 +261,8 @@ def train_stage(
     # --------------------------------------------------------------------------------------- resume
 
     window = LossWindow()
-    usage = CodeUsage(model.config, device)
-    usage_since_revival = CodeUsage(model.config, device)
+    sizes = (model.config.codebook_size, model.config.num_codebooks)
+    usage, usage_since_revival = CodeUsage(*sizes, device), CodeUsage(*sizes, device)
     skipped, d_skipped = SkippedSteps().to(device), SkippedSteps().to(device)
     skips = (skipped, d_skipped)
     state = TrainState(

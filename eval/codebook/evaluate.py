@@ -1,7 +1,7 @@
 """What the codes of a tokenizer mean and how far apart they are; the report of `vqrae codebook`.
 
-Shapes: B batch, N tokens of an image, M tokens of a batch, K codebook size, E codebook width,
-P side of a patch.
+Shapes: B batch, N tokens of an image, M tokens of a batch, n codebooks of K codes with vectors of
+width w, P side of a patch.
 """
 
 import math
@@ -38,10 +38,13 @@ def write_report(
     """
     from vqrae.eval.codebook.page import codebook_page  # matplotlib takes a second to import
 
-    statistics = measure_codebook(model, batches)
-    summary = {"source": source, "tokenizer": tokenizer, **statistics.summary()}
+    statistics = measure_codebooks(model, batches)
+    summary = {"source": source, "tokenizer": tokenizer, **summarize(statistics)}
     folder = Path(out)
-    write_json(folder / "codebook.json", {**summary, "counts": statistics.counts.tolist()})
+    counts = [each.counts.tolist() for each in statistics]
+    if len(counts) == 1:
+        [counts] = counts
+    write_json(folder / "codebook.json", {**summary, "counts": counts})
     write_text(folder / "codebook.html", codebook_page(model, statistics, summary))
     return (
         f"usage {summary['usage']:.1%}, perplexity {summary['perplexity']:.0f}, "
@@ -50,28 +53,45 @@ def write_report(
 
 
 @torch.inference_mode()
-def measure_codebook(model: VQRAEModel, batches: Iterable[Tensor]) -> "CodebookStatistics":
-    """Statistics over batches of images (B, 3, H, W) in [0, 1].
-
-    Raises:
-        ValueError: for a tokenizer with several codebooks.
-    """
-    statistics = CodebookStatistics(model.code_vectors(), model.config.patch_size)
+def measure_codebooks(model: VQRAEModel, batches: Iterable[Tensor]) -> list["CodebookStatistics"]:
+    """Statistics of each codebook over batches of images (B, 3, H, W) in [0, 1]."""
+    number, patch_size = model.config.num_codebooks, model.config.patch_size
+    tables = model.code_vectors().view(number, model.config.codebook_size, -1)
+    statistics = [CodebookStatistics(table, patch_size) for table in tables]
     for images in batches:
         images = images.to(model.device)
-        features = model.project(model.encode_features(images))
-        codes = model.quantizer(features).codes
-        if codes.ndim != 2:
-            raise ValueError(
-                f"got a tokenizer with {codes.shape[2]} codebooks; the report is of a single one"
-            )
-        statistics.update(images, model.quantizer.to_code_space(features), codes)
+        features = model.project(model.encode_features(images)).flatten(0, 1)
+        codes = model.quantizer(features[None]).codes[0]
+        targets, _ = model.quantizer.targets(features, codes)
+        by_codebook = codes.view(len(codes), number).T
+        for each, target, chosen in zip(statistics, targets, by_codebook, strict=True):
+            each.update(images, target, chosen)
     return statistics
+
+
+def summarize(statistics: list["CodebookStatistics"]) -> dict[str, Any]:
+    """The figures of the report.
+
+    Returns:
+        Of one codebook its `CodebookStatistics.summary`. Of several: num_images, tokens,
+        codebook_size, num_codebooks; the sums of used_codes, dead_codes and entropy_bits; the means
+        of usage, perplexity, top_share, error_share and median_margin; codebooks, each summary.
+    """
+    each = [one.summary() for one in statistics]
+    if len(each) == 1:
+        return each[0]
+    summary = {name: each[0][name] for name in ("num_images", "tokens", "codebook_size")}
+    summary["num_codebooks"] = len(each)
+    for name in ("used_codes", "dead_codes", "entropy_bits"):
+        summary[name] = sum(values[name] for values in each)
+    for name in ("usage", "perplexity", "top_share", "error_share", "median_margin"):
+        summary[name] = sum(values[name] for values in each) / len(each)
+    return {**summary, "codebooks": each}
 
 
 @torch.no_grad()
 def nearest_others(features: Tensor, table: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest row of `table` (K, E), row `own` (M,) excepted, for each of the features (M, E).
+    """The nearest row of `table` (K, w), row `own` (M,) excepted, for each of the features (M, w).
 
     Distances are computed again from the rows found: |z|^2 - 2 z.e + |e|^2 loses small ones.
 
@@ -88,10 +108,10 @@ def nearest_others(features: Tensor, table: Tensor, own: Tensor) -> tuple[Tensor
 
 
 class CodebookStatistics:
-    """Sums over images, and the first patches of each code, at most one from an image.
+    """Of a codebook: sums over images, and the first patches of each code, one from an image.
 
     Args:
-        table: the code vectors (K, E).
+        table: the code vectors (K, w).
         patch_size: P.
 
     Attributes:
@@ -121,21 +141,20 @@ class CodebookStatistics:
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            features: (B, N, E) as they are compared with the code vectors.
-            codes: (B, N) that the quantizer chose for them.
+            features: (M, w) as they are compared with the code vectors, in the order of the images.
+            codes: (M,) that the quantizer chose for them.
         """
-        features_ME, codes_M = features.flatten(0, 1), codes.flatten()
-        error = (features_ME - self.table[codes_M]).norm(dim=1)
-        _, other = nearest_others(features_ME, self.table, codes_M)
+        error = (features - self.table[codes]).norm(dim=1)
+        _, other = nearest_others(features, self.table, codes)
         margin = 1 - error / other.clamp(min=torch.finfo(other.dtype).tiny)
         bins = (margin * BINS).long().clamp(0, BINS - 1)
         self.margins += torch.bincount(bins, minlength=BINS)
-        self.counts += torch.bincount(codes_M, minlength=len(self.table))
+        self.counts += torch.bincount(codes, minlength=len(self.table))
         self.squared_error += error.double().square().sum()
-        sums = [features_ME.double().sum(0), features_ME.double().square().sum(0)]
+        sums = [features.double().sum(0), features.double().square().sum(0)]
         self.feature_sums += torch.stack(sums)
         self.num_images += len(images)
-        self._keep_patches(images, codes.cpu())
+        self._keep_patches(images, codes.view(len(images), -1).cpu())
 
     def _keep_patches(self, images: Tensor, codes: Tensor) -> None:
         size, columns = self.patch_size, images.shape[-1] // self.patch_size
@@ -147,7 +166,7 @@ class CodebookStatistics:
                 self._kept[code] += 1
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the report.
+        """The figures of this codebook.
 
         Returns:
             num_images, tokens, codebook_size, used_codes, dead_codes, usage, perplexity,

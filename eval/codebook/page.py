@@ -1,4 +1,7 @@
-"""The report of a codebook as one self-contained page; its text and looks are in the template."""
+"""The report of codebooks as one self-contained page; its text and looks are in the template.
+
+Shapes: R codes that are shown, n codebooks, P side of a patch.
+"""
 
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -19,27 +22,31 @@ from vqrae.eval.figures import ACCENT, INK, SECOND, SOFT, STYLE, data_uri, draw_
 from vqrae.tokenizer.modeling import VQRAEModel
 
 # Codes that are shown: the most frequent ones, from a third of the ranking on, from two thirds on.
+# Several codebooks share these numbers.
 SHOWN = (48, 24, 24)
 ZOOM = 4  # pixels of the page for one of a patch
 
 
 def codebook_page(
-    model: VQRAEModel, statistics: CodebookStatistics, summary: dict[str, Any]
+    model: VQRAEModel, statistics: Sequence[CodebookStatistics], summary: dict[str, Any]
 ) -> str:
     """The page as HTML.
 
     Args:
-        summary: `CodebookStatistics.summary`, with source and tokenizer.
+        statistics: of each codebook.
+        summary: `summarize` of them, with source and tokenizer.
     """
-    counts = statistics.counts.cpu()
-    order = counts.argsort(descending=True, stable=True)[: summary["used_codes"]]
-    groups = {}
-    rank = 1
-    for part, shown in zip(order.tensor_split(3), SHOWN, strict=True):
-        if len(part) > 0:
-            title = "Most frequent codes" if rank == 1 else f"Codes from rank {rank:,} on"
-            groups[title] = code_cards(model, statistics, part[:shown])
-            rank += len(part)
+    of_each = summary.get("codebooks", [summary])
+    sections = []
+    for number, values in enumerate(of_each):
+        section = {
+            "title": f"Codebook {number + 1} of {len(of_each)}" if len(of_each) > 1 else "",
+            "tiles": tiles(values),
+            "charts": charts(statistics[number], values, f"chart{number}"),
+            "groups": groups(model, statistics, number),
+            "summary": values,
+        }
+        sections.append(section)
     template = resources.files("vqrae.eval.codebook") / "codebook.html.jinja"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -47,43 +54,70 @@ def codebook_page(
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         subtitle=f"tokenizer {summary['tokenizer'][:12]}, {summary['num_images']:,} images, "
         f"{summary['tokens']:,} tokens",
-        tiles={
-            f"{summary['used_codes']:,} of {summary['codebook_size']:,} codes in use": (
-                f"{summary['usage']:.1%}"
-            ),
-            "perplexity: codes in equal use": f"{summary['perplexity']:,.0f}",
-            "of the tokens in 1 % of the codes": f"{summary['top_share']:.1%}",
-            "of the variance is lost in the codes": f"{summary['error_share']:.1%}",
-            "median margin to the next code": f"{summary['median_margin']:.2f}",
-        },
-        charts=charts(statistics, summary),
-        groups=groups,
-        summary=summary,
+        source=summary["source"],
+        tiles=tiles(summary) if len(of_each) > 1 else {},
+        sections=sections,
     )
+
+
+def tiles(summary: dict[str, Any]) -> dict[str, str]:
+    """The main figures of a codebook, or of all."""
+    codes = summary["used_codes"] + summary["dead_codes"]
+    each = " of a codebook" if "codebooks" in summary else ""
+    return {
+        f"{summary['used_codes']:,} of {codes:,} codes in use": f"{summary['usage']:.1%}",
+        f"perplexity{each}: codes in equal use": f"{summary['perplexity']:,.0f}",
+        "of the tokens in 1 % of the codes": f"{summary['top_share']:.1%}",
+        "of the variance is lost in the codes": f"{summary['error_share']:.1%}",
+        "median margin to the next code": f"{summary['median_margin']:.2f}",
+    }
+
+
+def groups(
+    model: VQRAEModel, statistics: Sequence[CodebookStatistics], number: int
+) -> dict[str, list[dict[str, Any]]]:
+    """The cards of the codes that are shown of codebook `number`, by title."""
+    counts = statistics[number].counts.cpu()
+    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    found = {}
+    rank = 1
+    for part, shown in zip(order.tensor_split(3), SHOWN, strict=True):
+        if len(part) > 0:
+            title = "Most frequent codes" if rank == 1 else f"Codes from rank {rank:,} on"
+            shown = -(-shown // len(statistics))
+            found[title] = code_cards(model, statistics, number, part[:shown])
+            rank += len(part)
+    return found
 
 
 @torch.inference_mode()
 def code_cards(
-    model: VQRAEModel, statistics: CodebookStatistics, codes: Tensor
+    model: VQRAEModel, statistics: Sequence[CodebookStatistics], number: int, codes: Tensor
 ) -> list[dict[str, Any]]:
-    """What the page shows of each code (R,): its figures, its patches, and what it decodes to."""
+    """What the page shows of each code (R,) of codebook `number`: figures, patches, and what it
+    decodes to next to the most frequent code of every other codebook.
+    """
     grid = model.config.grid_size
-    neighbors, spacing = statistics.neighbors
+    own = statistics[number]
+    neighbors, spacing = own.neighbors
+    frequent = torch.stack([each.counts.argmax() for each in statistics])
     cards = []
     for block in codes.split(32):
-        repeated = block[:, None].expand(-1, grid**2).to(model.device)
-        images = tensor_to_uint8(model.decode(repeated)).permute(0, 2, 3, 1).cpu().numpy()
+        repeated = frequent.repeat(len(block), grid**2, 1)
+        repeated[..., number] = block[:, None].to(repeated.device)
+        decoded = model.decode(repeated.view(-1, *model.config.code_shape))
+        images = tensor_to_uint8(decoded).permute(0, 2, 3, 1).cpu().numpy()
         size = images.shape[1] // grid
         start = grid // 2 * size  # the middle, where every neighbour is the same code
         alone = images[:, start : start + size, start : start + size]
         for code, patch in zip(block.tolist(), alone, strict=True):
             card = {
                 "code": code,
-                "count": int(statistics.counts[code]),
+                "count": int(own.counts[code]),
                 "neighbor": int(neighbors[code]),
                 "spacing": spacing[code].item(),
                 "alone": data_uri(enlarged(patch)),
-                "strip": data_uri(enlarged(strip(statistics.patches[code]))),
+                "strip": data_uri(enlarged(strip(own.patches[code]))),
             }
             cards.append(card)
     return cards
@@ -109,8 +143,10 @@ def enlarged(pixels: np.ndarray) -> Image.Image:
 # ---- charts
 
 
-def charts(statistics: CodebookStatistics, summary: dict[str, Any]) -> list[dict[str, str]]:
-    """Titles and SVG of the page's three charts."""
+def charts(
+    statistics: CodebookStatistics, summary: dict[str, Any], name: str
+) -> list[dict[str, str]]:
+    """Titles and SVG of a codebook's three charts, whose ids start with `name`."""
     counts = statistics.counts.cpu().numpy()
     margins = statistics.margins.cpu().numpy()
     spacing = statistics.neighbors[1].cpu().numpy()
@@ -128,7 +164,7 @@ def charts(statistics: CodebookStatistics, summary: dict[str, Any]) -> list[dict
         for i, (title, draw) in enumerate(drawn.items()):
             figure = Figure(figsize=(4.2, 2.3), layout="constrained")
             draw(figure.subplots())
-            found.append({"title": title, "svg": inline_svg(figure, f"chart{i}")})
+            found.append({"title": title, "svg": inline_svg(figure, f"{name}{i}")})
     return found
 
 

@@ -224,6 +224,7 @@ def evaluate_reconstruction(
         )
     metrics = ReconstructionMetrics(
         model.config.codebook_size,
+        num_codebooks=model.config.num_codebooks,
         protocol=protocol,
         frechet=frechet,
         lpips=lpips,

@@ -1,6 +1,6 @@
 """Metrics of reconstructions as sums, which stream over images and add up over processes.
 
-Shapes: B batch, N tokens, K codebook size.
+Shapes: B batch, N tokens, n codebooks of K codes.
 """
 
 import math
@@ -15,18 +15,20 @@ from vqrae.common.distributed import sum_over_processes
 from vqrae.eval.reconstruction.frechet import FrechetMetric
 from vqrae.eval.reconstruction.networks import Distance
 from vqrae.eval.reconstruction.protocols import Protocol, SSIMWindow, round_levels, to_score_size
+from vqrae.tokenizer.codebook import CodeUsage
 
 MIN_SQUARED_ERROR = 1e-10  # an exact copy counts 100 dB
 FEW_IMAGES = 10_000  # a Fréchet distance of fewer is far above that of the published 50,000
 
 
 class ReconstructionMetrics:
-    """All metrics of one evaluation, of a codebook of K codes; `lpips` by name of the backbone."""
+    """All metrics of one evaluation, of n codebooks of K codes; `lpips` by name of the backbone."""
 
     def __init__(
         self,
         codebook_size: int,
         *,
+        num_codebooks: int = 1,
         protocol: Protocol | None = None,
         frechet: Sequence[FrechetMetric] = (),
         lpips: dict[str, Distance] | None = None,
@@ -35,7 +37,7 @@ class ReconstructionMetrics:
         self.protocol = protocol or Protocol()
         self.frechet = frechet
         self.lpips = lpips or {}
-        self.histogram = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+        self.usage = CodeUsage(codebook_size, num_codebooks, device)
         self.names = ["num_images", "psnr", "squared_error", "ssim"]
         self.names += [f"lpips_{name}" for name in self.lpips]
         if self.protocol.ssim_data_range != 1:
@@ -45,7 +47,8 @@ class ReconstructionMetrics:
     def update(self, images: Tensor, reconstruction: Tensor, codes: Tensor) -> None:
         """Add a batch: images (B, 3, H, W) in [0, 1], reconstruction (B, 3, H', W'), codes (B, N).
 
-        A reconstruction is clamped to [0, 1], and resized if it has another size.
+        A reconstruction is clamped to [0, 1], and resized if it has another size. Codes may also be
+        (B, N, n).
         """
         protocol = self.protocol
         original = to_score_size(images, protocol, images.shape[-1])
@@ -67,8 +70,7 @@ class ReconstructionMetrics:
             values[self.names[-1]] = inflated
         self.sums += torch.stack([values[name].double().sum() for name in self.names]).to(self.sums)
 
-        counts = torch.bincount(codes.flatten(), minlength=len(self.histogram))
-        self.histogram += counts.to(self.histogram)
+        self.usage.update(codes.to(self.usage.counts.device))
 
         if self.frechet:
             target = round_levels(original, protocol.network_rounding)
@@ -79,7 +81,7 @@ class ReconstructionMetrics:
     def reduce(self) -> None:
         """Add up over all processes."""
         sum_over_processes(self.sums)
-        sum_over_processes(self.histogram)
+        sum_over_processes(self.usage.counts)
         for metric in self.frechet:
             metric.reduce()
 
@@ -91,8 +93,10 @@ class ReconstructionMetrics:
             images together. ssim_range_*: at the protocol's data range.
             rfid, inception_score, frechet_*: of the sets.
             codebook_usage: share of the K codes that any image used; dead_codes, dead_share: the
-            others. perplexity, entropy_bits: of the codes.
-            num_images, codebook_size, ssim_variant, notes.
+            others. perplexity, entropy_bits: of the codes. Of several codebooks, usage and
+            perplexity are means over them, codebook_usage_min is that of the least used, dead codes
+            and bits add up.
+            num_images, codebook_size, num_codebooks, ssim_variant, notes.
             not_measured: the reason of each distance that is None.
 
         Raises ValueError when nothing was added, or a reconstruction holds NaN.
@@ -110,10 +114,9 @@ class ReconstructionMetrics:
         means = {name: value / count for name, value in means.items()}
         pooled = -10 * math.log10(max(means.pop("squared_error"), MIN_SQUARED_ERROR))
 
-        counts = self.histogram.double().cpu()
-        distribution = counts / counts.sum()
-        entropy = -torch.special.xlogy(distribution, distribution).sum()
-        usage = (counts > 0).double().mean().item()
+        usages = (self.usage.counts > 0).double().mean(-1)
+        lowest = {"codebook_usage_min": usages.min().item()} if len(usages) > 1 else {}
+        entropies = self.usage.entropies()
 
         distances: dict[str, float | None] = {}
         not_measured: dict[str, str] = {}
@@ -127,13 +130,15 @@ class ReconstructionMetrics:
             "psnr_pooled": pooled,
             **means,
             **distances,
-            "codebook_usage": usage,
-            "perplexity": entropy.exp().item(),
-            "entropy_bits": (entropy / torch.tensor(2.0).log()).item(),
-            "dead_codes": int((counts == 0).sum()),
-            "dead_share": 1 - usage,
+            "codebook_usage": usages.mean().item(),
+            **lowest,
+            "perplexity": entropies.exp().mean().item(),
+            "entropy_bits": entropies.sum().item() / math.log(2),
+            "dead_codes": int((self.usage.counts == 0).sum()),
+            "dead_share": 1 - usages.mean().item(),
             "num_images": count,
-            "codebook_size": len(self.histogram),
+            "codebook_size": self.usage.counts.shape[1],
+            "num_codebooks": len(usages),
             "ssim_variant": f"{self.protocol.ssim_window}, data range 1",
             "not_measured": not_measured,
             "notes": [few] if distances and count < FEW_IMAGES else [],

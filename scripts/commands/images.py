@@ -99,7 +99,10 @@ class Reconstruct(WithTokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Encode(WithTokenizer):
-    """Turn images into a .npz of codes (M, N), names (M,), tokenizer and codebook_size."""
+    """Turn images into a .npz of codes, names (M,), tokenizer and codebook_size.
+
+    Codes are (M, N), or (M, N, n) of a tokenizer with n codebooks.
+    """
 
     images: str
     """An image, or a folder of images of any size and mode."""
@@ -161,7 +164,7 @@ class Decode(WithTokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Codebook(WithTokenizer):
-    """Show what each code means and how well the codebook is used."""
+    """Show what each code means and how well each codebook is used."""
 
     images: str
     """An image, or a folder of images of any size and mode."""
@@ -225,7 +228,7 @@ def enlarged_grid(rows: list[list[Tensor]], labels: Sequence[str]) -> Image.Imag
 
 
 def read_codes(path: str) -> tuple[list[str], Tensor, str]:
-    """Names, codes (M, N) int64 and tokenizer fingerprint of an .npz that `encode` wrote."""
+    """Names, codes int64 and tokenizer fingerprint of an .npz that `encode` wrote."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:

@@ -1,6 +1,7 @@
 """Reconstruction metrics against their definitions, and the command."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,17 @@ def test_codes_are_counted_over_the_whole_set() -> None:
     assert (values["codebook_usage"], values["dead_codes"]) == (0.5, 4)
     assert values["perplexity"] == pytest.approx(4)
     assert values["entropy_bits"] == pytest.approx(2)
-    assert metrics.histogram.tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
+    assert metrics.usage.counts.tolist() == [[2, 2, 2, 2, 0, 0, 0, 0]]
+    assert "codebook_usage_min" not in values
+    metrics = ReconstructionMetrics(8, num_codebooks=2)
+    metrics.update(images, images, torch.tensor([[[0, 0], [1, 0], [2, 0], [3, 1]]]))
+    values = metrics.compute()
+    assert metrics.usage.counts.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [3, 1, 0, 0, 0, 0, 0, 0]]
+    assert (values["codebook_usage"], values["codebook_usage_min"]) == (3 / 8, 2 / 8)
+    assert (values["dead_codes"], values["dead_share"]) == (10, 5 / 8)
+    second = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+    assert values["entropy_bits"] == pytest.approx(2 + second)
+    assert values["perplexity"] == pytest.approx((4 + 2**second) / 2)
 
 
 def test_mistakes() -> None:

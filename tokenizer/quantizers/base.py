@@ -64,6 +64,15 @@ class Quantizer(nn.Module, ABC):
         """Features (..., E) as they are compared with code vectors (..., E)."""
         return features
 
+    def targets(self, features: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """What each codebook was to express of features (M, E) with these codes.
+
+        Returns:
+            Vectors of the code space (n, M, w), and their squared errors (n, M).
+        """
+        vectors = self.to_code_space(features)[None]
+        return vectors, (vectors - self.lookup(codes)).square().sum(-1)
+
     def straight_through(self, features: Tensor, quantized: Tensor) -> Tensor:
         """The code vectors, whose gradient is passed on to the features (VQ-VAE, 1711.00937)."""
         # Exact in evaluation: z + (e - z) is not e in floating point.
@@ -117,15 +126,6 @@ class CodebookQuantizer(Quantizer):
     def rows(self, codes: Tensor, table: Tensor) -> Tensor:
         """What codes stand for in a table: (B, N, E)."""
         return nn.functional.embedding(codes, table)
-
-    def targets(self, features: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """What each codebook was to express of features (M, E) with these codes.
-
-        Returns:
-            Vectors of the code space (n, M, w), and their squared errors (n, M).
-        """
-        vectors = self.to_code_space(features)[None]
-        return vectors, (vectors - self.lookup(codes)).square().sum(-1)
 
     @torch.no_grad()
     def initialize_from(self, features: Tensor) -> None:
