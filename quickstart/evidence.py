@@ -8,7 +8,7 @@
 A step that has not run leaves None or nothing. Examples are always the first ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ class Curve(NamedTuple):
     caption: str
 
 
-CURVES = (
+VQRAE_CURVES = (
     Curve("Encoder", "encoder", "loss", "contrastive loss of images and captions"),
     Curve(
         "Tokenizer, stage 1",
@@ -65,6 +65,19 @@ CURVES = (
         "reconstruction loss, encoder trained",
     ),
     Curve("Codebook", "tokenizer/stage2", "codebook_usage", "share of the codes in use, stage 2"),
+)
+UNITOK_CURVES = (
+    Curve("Tokenizer", "tokenizer/stage1", "reconstruction_loss", "reconstruction loss"),
+    Curve(
+        "Tokenizer, captions",
+        "tokenizer/stage1",
+        "contrastive_loss",
+        "contrastive loss of quantized images and captions",
+    ),
+    Curve("Codebooks", "tokenizer/stage1", "codebook_usage", "share of the codes in use"),
+    Curve("Unified model", "mllm", "loss", "next code or word, nats"),
+)
+CURVES = (
     Curve("Language model", "llm", "loss", "next word, text alone, nats"),
     Curve(
         "Understanding, pretrain",
@@ -82,6 +95,29 @@ CURVES = (
 )
 
 
+class System(NamedTuple):
+    """How the report presents a run of one kind of tokenizer."""
+
+    name: str
+    paper: str
+    curves: tuple[Curve, ...]
+
+
+SYSTEMS = {
+    "vqrae": System(
+        "VQRAE",
+        "VQRAE: Representation Quantization Autoencoders for Multimodal Understanding, "
+        "Generation and Reconstruction, arXiv 2511.23386",
+        VQRAE_CURVES + CURVES,
+    ),
+    "unitok": System(
+        "UniTok",
+        "UniTok: A Unified Tokenizer for Visual Generation and Understanding, arXiv 2502.20321",
+        UNITOK_CURVES + CURVES,
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Evidence:
     """The figures of a run."""
@@ -96,6 +132,11 @@ class Evidence:
     generation: dict[str, Any] | None
     manifests: dict[str, dict[str, Any]]
     """Manifest of every training run, by the name of its folder."""
+
+    @property
+    def system(self) -> System:
+        """Which tokenizer this run is of; older plans do not say."""
+        return SYSTEMS[self.plan.get("system", "vqrae")]
 
     @property
     def budget(self) -> int | None:
@@ -131,7 +172,8 @@ def read_evidence(directory: str | Path) -> Evidence:
         if (step := read(f"steps/{name}.json")) and step["done"]:
             seconds[name] = step["seconds"]
     manifests = {}
-    for folder in dict.fromkeys(["encoder", "tokenizer", *(curve.folder for curve in CURVES)]):
+    folders = [curve.folder for system in SYSTEMS.values() for curve in system.curves]
+    for folder in dict.fromkeys(["encoder", "tokenizer", *folders]):
         if manifest := read(f"{folder}/manifest.json"):
             manifests[folder] = manifest
     plan = read("plan.json") or {}
@@ -173,6 +215,12 @@ def report_values(evidence: Evidence) -> dict[str, Any]:
     }
 
 
+def read_report(directory: str | None) -> dict[str, Any]:
+    """The `report.json` of another run; empty where there is none."""
+    path = Path(directory or "") / "report.json"
+    return read_json(path) if directory and path.exists() else {}
+
+
 # ---- the table of figures
 
 
@@ -187,17 +235,35 @@ class FigureRow:
     note: str
     tile: str = ""
     """What it is in large letters at the top of the page, if it is there."""
+    compared: str = ""
+    """The value of another system's run."""
 
 
-def figure_rows(values: dict[str, Any], budget: int | None) -> list[FigureRow]:
-    """The table, from the content of `report.json`, judged by the expectations of `budget`."""
+def figure_rows(
+    values: dict[str, Any], budget: int | None, other: dict[str, Any] | None = None
+) -> list[FigureRow]:
+    """The table, from the content of `report.json`, judged by the expectations of `budget`.
+
+    Args:
+        other: the `report.json` of another system's run, if there is one.
+    """
+    rows = _figure_rows(values, budget)
+    if not other:
+        return rows
+    compared = [row.value for row in _figure_rows(other, None)]
+    return [replace(row, compared=value) for row, value in zip(rows, compared, strict=True)]
+
+
+def _figure_rows(values: dict[str, Any], budget: int | None) -> list[FigureRow]:
     tokenizer, understanding = values.get("tokenizer", {}), values.get("understanding", {})
     generation = values.get("generation", {})
     ceiling = generation.get("ceiling", {})
     accuracy, blind = understanding.get("accuracy"), understanding.get("blind_accuracy")
     gain = None if accuracy is None or blind is None else 100 * (accuracy - blind)
-    size = tokenizer.get("codebook_size")
+    size, codebooks = tokenizer.get("codebook_size"), tokenizer.get("num_codebooks", 1)
     codes = f"share of the {size} codes" if size else "share of the codebook"
+    if codebooks > 1:
+        codes += f" of each of {codebooks} codebooks"
 
     def row(
         label: str,
@@ -272,7 +338,8 @@ def figure_rows(values: dict[str, Any], budget: int | None) -> list[FigureRow]:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Validation scenes 0, 1, … (M, 3, H, W) in [0, 1], their codes (M, N), the decoded codes."""
+    """Validation scenes 0, 1, … (M, 3, H, W) in [0, 1], their codes (M, N) or (M, N, n), the
+    decoded codes."""
 
     originals: Tensor
     codes: Tensor
@@ -332,11 +399,14 @@ def read_prompts(evidence: Evidence, per_family: int) -> dict[str, list[Prompt]]
 
 
 def count_codes(evidence: Evidence) -> np.ndarray | None:
-    """How often each code occurs in the extracted codes, int64 (K,)."""
+    """How often each code of each codebook occurs in the extracted codes, int64 (n * K,)."""
     if "codes" not in evidence.seconds:
         return None
     folder = evidence.directory / "codes"
-    counts = np.zeros(read_manifest(folder).codebook_size, dtype=np.int64)
+    manifest = read_manifest(folder)
+    first = np.arange(manifest.num_codebooks) * manifest.codebook_size
+    counts = np.zeros(manifest.num_codebooks * manifest.codebook_size, dtype=np.int64)
     for shard in sorted(folder.glob("shard-*.npy")):
-        counts += np.bincount(np.load(shard, mmap_mode="r").ravel(), minlength=len(counts))
+        codes = np.load(shard).reshape(-1, manifest.num_codebooks) + first
+        counts += np.bincount(codes.ravel(), minlength=len(counts))
     return counts

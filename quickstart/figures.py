@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqrae.common.images import tensor_to_image
 from vqrae.eval.figures import ACCENT, INK, PAPER, RIGHT, SOFT, STYLE, WRONG, draw_usage, inline_svg
-from vqrae.quickstart.evidence import BUDGETS, CURVES, Evidence, FigureRow, Prompt, Reconstructions
+from vqrae.quickstart.evidence import BUDGETS, Evidence, FigureRow, Prompt, Reconstructions
 
 LINE = "#e4e1da"
 
@@ -59,7 +59,7 @@ def summary_image(
 
         place = {"left": 0.05, "right": 0.975, "top": 0.295, "bottom": 0.04}
         grid = figure.add_gridspec(2, 4, hspace=0.75, wspace=0.25, **place)
-        for i, curve in enumerate(CURVES):
+        for i, curve in enumerate(evidence.system.curves):
             axes = figure.add_subplot(grid[i])
             title = curve.title
             axes.set_title(title, fontsize=10, pad=14, loc="left", weight="bold", color=INK)

@@ -1,6 +1,7 @@
 """The whole idea on one CPU: encoder, tokenizer, understanding, generation, scores, a report.
 
-    bash scripts/quickstart.sh [--minutes M] [--output DIR] [--sprites shapes|emoji]
+    bash scripts/quickstart.sh [--minutes M] [--system vqrae|unitok] [--output DIR]
+                               [--sprites shapes|emoji]
 
 Every step is an ordinary command with the configuration `tiny`; only the numbers of steps follow
 the minutes. Understanding and generation need nothing of each other, so they run side by side, with
@@ -30,11 +31,9 @@ from vqrae.common.run import format_duration
 
 REFERENCE_MINUTES = 12
 
-# Optimizer steps at the reference minutes; they grow in proportion to the minutes …
+# Optimizer steps at the reference minutes of what both systems train, which `System` adds to; they
+# grow in proportion to the minutes …
 TRAINING_STEPS = {
-    "encoder": 500,
-    "tokenizer.stage1": 50,
-    "tokenizer.stage2": 700,
     "llm": 100,
     "understanding.pretrain": 30,
     "understanding.sft": 900,
@@ -42,14 +41,49 @@ TRAINING_STEPS = {
 }
 # … up to these factors, where more brings little (docs/quickstart.md). Generation takes the
 # remaining time.
-LARGEST_SCALE = dict.fromkeys(TRAINING_STEPS, 3.0) | {
-    "llm": 1.0,
-    "understanding.sft": 2.0,
-    "generation": math.inf,
-}
+LARGEST_SCALE = {"llm": 1.0, "understanding.sft": 2.0, "generation": math.inf}
+LARGEST_SCALE_OF_OTHERS = 3.0
 GENERATION_BATCH = 32  # of the configuration `tiny`
 GENERATION_EPOCHS = 2  # over the codes; each draws another of an image's captions
-BYPASS_SHARE = 0.2  # of stage 2: the continuous warm-up grows with the stage
+BYPASS_SHARE = 0.2  # of a stage with a continuous warm-up, which grows with it
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """What the pipelines of the two systems differ in."""
+
+    directory: str
+    """Folder of its run, unless another is asked for."""
+    tokenizer: str
+    """Its configuration in tokenizer/configs."""
+    steps: dict[str, int]
+    """Optimizer steps at the reference minutes of its encoder, where one is pretrained, and of the
+    tokenizer's stages."""
+    bypass: str = ""
+    """The stage with a continuous warm-up, if any."""
+    features: Literal["continuous", "quantized"]
+    """What understanding reads."""
+
+    @property
+    def training_steps(self) -> dict[str, int]:
+        return self.steps | TRAINING_STEPS
+
+
+SYSTEMS = {
+    "vqrae": System(
+        directory="runs/quickstart",
+        tokenizer="tiny",
+        steps={"encoder": 500, "tokenizer.stage1": 50, "tokenizer.stage2": 700},
+        bypass="stage2",
+        features="continuous",
+    ),
+    "unitok": System(
+        directory="runs/quickstart_unitok",
+        tokenizer="unitok_tiny",
+        steps={"tokenizer.stage1": 700},
+        features="quantized",
+    ),
+}
 
 _running: set[subprocess.Popen] = set()
 
@@ -60,14 +94,22 @@ class QuickstartConfig:
 
     minutes: float = REFERENCE_MINUTES
     """Training time on two CPU cores."""
-    output: str = "runs/quickstart"
-    """Folder of the run; the same command continues it."""
+    system: Literal["vqrae", "unitok"] = "vqrae"
+    """Which tokenizer; the report of each also shows the figures of the other, once it was run."""
+    output: str | None = None
+    """Folder of the run; the same command continues it. None: runs/quickstart, or
+    runs/quickstart_unitok."""
     sprites: Literal["shapes", "emoji"] = "shapes"
     """What the scenes are made of."""
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes: got {self.minutes}, expected a positive number")
+
+    @property
+    def directory(self) -> Path:
+        """`output`, or the default folder of the system."""
+        return Path(self.output or SYSTEMS[self.system].directory)
 
 
 @dataclass(frozen=True)
@@ -83,16 +125,17 @@ class Step:
     seconds: float
     """Expected at the reference minutes on two cores without AMX, alongside the other branch."""
     training: str | None = None
-    """Key of `TRAINING_STEPS` that the time grows with, if any."""
+    """Key of `System.training_steps` that the time grows with, if any."""
 
 
-def plan(minutes: float) -> dict[str, int]:
+def plan(minutes: float, system: System = SYSTEMS["vqrae"]) -> dict[str, int]:
     """Optimizer steps of every training for this many minutes on two cores."""
     scale = minutes / REFERENCE_MINUTES
-    return {
-        name: max(4, round(count * min(scale, LARGEST_SCALE[name])))
-        for name, count in TRAINING_STEPS.items()
-    }
+    steps = {}
+    for name, count in system.training_steps.items():
+        largest = LARGEST_SCALE.get(name, LARGEST_SCALE_OF_OTHERS)
+        steps[name] = max(4, round(count * min(scale, largest)))
+    return steps
 
 
 def save_every(count: int) -> str:
@@ -100,30 +143,37 @@ def save_every(count: int) -> str:
     return f"save_steps={max(1, count // 5)}"
 
 
-def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[list[list[Step]]]:
+def pipeline(
+    output: Path, steps: dict[str, int], sprites: str, system: System = SYSTEMS["vqrae"]
+) -> list[list[list[Step]]]:
     """All commands: phases in order, each of parallel branches, each of steps in order."""
     source = "scenes" if sprites == "shapes" else f"scenes:{sprites}"
     scores = output / "evaluation"
-    stage2, sft, generation = (
-        steps[name] for name in ("tokenizer.stage2", "understanding.sft", "generation")
-    )
-    encoder = [
-        "tiny_encoder",
-        f"output_dir={output}/encoder",
-        f"sprites={sprites}",
-        f"optimization.max_steps={steps['encoder']}",
-        f"optimization.{save_every(steps['encoder'])}",
-    ]
+    sft, generation = steps["understanding.sft"], steps["generation"]
+    trunk = []
     tokenizer = [
-        "tiny",
+        system.tokenizer,
         f"output_dir={output}/tokenizer",
-        f"model.encoder={output}/encoder",
         f"data.train={source}",
-        f"stage1.max_steps={steps['tokenizer.stage1']}",
-        f"stage2.max_steps={stage2}",
-        f"stage2.bypass_steps={round(BYPASS_SHARE * stage2)}",
-        save_every(stage2),
     ]
+    if "encoder" in system.steps:
+        encoder = [
+            "tiny_encoder",
+            f"output_dir={output}/encoder",
+            f"sprites={sprites}",
+            f"optimization.max_steps={steps['encoder']}",
+            f"optimization.{save_every(steps['encoder'])}",
+        ]
+        trunk.append(Step("encoder", "quickstart.pretrain_encoder", encoder, 180, "encoder"))
+        tokenizer.append(f"model.encoder={output}/encoder")
+    stages = [name for name in system.steps if name.startswith("tokenizer.")]
+    for name in stages:
+        stage = name.removeprefix("tokenizer.")
+        tokenizer.append(f"{stage}.max_steps={steps[name]}")
+        if stage == system.bypass:
+            tokenizer.append(f"{stage}.bypass_steps={round(BYPASS_SHARE * steps[name])}")
+    longest = stages[-1]
+    tokenizer.append(save_every(steps[longest]))
     reconstruction = [
         f"model={output}/tokenizer",
         f"data={source}",
@@ -137,6 +187,7 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[list[lis
         f"tokenizer={output}/tokenizer",
         f"llm={output}/llm",
         f"data={source}",
+        f"features={system.features}",
         f"pretrain.max_steps={steps['understanding.pretrain']}",
         f"sft.max_steps={sft}",
         f"sft.{save_every(sft)}",
@@ -167,9 +218,8 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[list[lis
         f"sprites={sprites}",
         f"output={scores}/generation.json",
     ]
-    trunk = [
-        Step("encoder", "quickstart.pretrain_encoder", encoder, 180, "encoder"),
-        Step("tokenizer", "tokenizer.train", tokenizer, 330, "tokenizer.stage2"),
+    trunk += [
+        Step("tokenizer", "tokenizer.train", tokenizer, 330, longest),
         Step("eval_reconstruction", "eval.reconstruction.evaluate", reconstruction, 10),
     ]
     left = [
@@ -182,7 +232,9 @@ def pipeline(output: Path, steps: dict[str, int], sprites: str) -> list[list[lis
         Step("generation", "generation.train", generator, 1000, "generation"),
         Step("eval_generation", "eval.geneval.evaluate", geneval, 60),
     ]
-    report = Step("report", "quickstart.report", [f"directory={output}"], 10)
+    (other,) = [other for other in SYSTEMS.values() if other is not system]
+    compared = [f"directory={output}", f"compare={other.directory}"]
+    report = Step("report", "quickstart.report", compared, 10)
     return [[trunk], [left, right], [[report]]]
 
 
@@ -290,23 +342,32 @@ def run_phase(branches: Sequence[Sequence[Step]], clock: Clock) -> None:
         branch.result()
 
 
-def expected_seconds(steps: Sequence[Step], planned: dict[str, int], clock: Clock) -> float:
+def expected_seconds(
+    steps: Sequence[Step], planned: dict[str, int], clock: Clock, system: System
+) -> float:
     """Time that the unfinished steps of a branch will take."""
     total = 0.0
     for step in steps:
         if not clock.read(step.name)["done"]:
             name = step.training
-            total += step.seconds * (planned[name] / TRAINING_STEPS[name] if name else 1)
+            total += step.seconds * (planned[name] / system.training_steps[name] if name else 1)
     return total
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line: --minutes, --output, --sprites."""
+    """Command line: --minutes, --system, --output, --sprites."""
     config = parse(QuickstartConfig, argv, program="bash scripts/quickstart.sh")
-    output, steps = Path(config.output), plan(config.minutes)
-    chosen = {"minutes": config.minutes, "sprites": config.sprites, "steps": steps}
+    output, system = config.directory, SYSTEMS[config.system]
+    steps = plan(config.minutes, system)
+    chosen = {
+        "system": config.system,
+        "minutes": config.minutes,
+        "sprites": config.sprites,
+        "steps": steps,
+    }
     plan_file = output / "plan.json"
-    if plan_file.exists() and read_json(plan_file) != chosen:
+    # The plans of older runs do not name the system.
+    if plan_file.exists() and {"system": "vqrae"} | read_json(plan_file) != chosen:
         raise ValueError(
             f"{output} was started with other options ({plan_file}): repeat them, or choose "
             "another --output"
@@ -315,11 +376,13 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     start = time.time()
     with exclusive_lock(output):
-        clock, phases = Clock(output / "steps"), pipeline(output, steps, config.sprites)
+        clock = Clock(output / "steps")
+        phases = pipeline(output, steps, config.sprites, system)
         for i, branches in enumerate(phases):
             left = 0.0
             for phase in phases[i:]:
-                left += max(expected_seconds(branch, steps, clock) for branch in phase)
+                times = [expected_seconds(branch, steps, clock, system) for branch in phase]
+                left += max(times)
             print(f"\nabout {format_duration(left)} left for the whole pipeline", flush=True)
             run_phase(branches, clock)
     print(f"\nfinished in {format_duration(time.time() - start)}; open {output / 'report.html'}")

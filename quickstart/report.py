@@ -25,7 +25,7 @@ from vqrae.data.scenes.scene import is_held_out
 from vqrae.eval.figures import data_uri
 from vqrae.quickstart.evidence import (
     BUDGETS,
-    CURVES,
+    SYSTEMS,
     Evidence,
     FigureRow,
     Prompt,
@@ -34,6 +34,7 @@ from vqrae.quickstart.evidence import (
     figure_rows,
     read_evidence,
     read_prompts,
+    read_report,
     reconstruct_scenes,
     report_values,
 )
@@ -47,6 +48,8 @@ class ReportConfig:
 
     directory: str = "runs/quickstart"
     """The run's folder."""
+    compare: str | None = "runs/quickstart_unitok"
+    """Folder of another system's run, whose figures are shown next to these where it exists."""
     num_scenes: int = 12
     """Validation scenes that are shown reconstructed."""
     prompts_per_family: int = 4
@@ -64,13 +67,14 @@ def write_report(config: ReportConfig) -> list[FigureRow]:
     """
     evidence = read_evidence(config.directory)
     values = report_values(evidence)
-    rows = figure_rows(values, evidence.budget)
+    other = read_report(config.compare)
+    rows = figure_rows(values, evidence.budget, other)
     pairs = reconstruct_scenes(evidence, config.num_scenes)
     prompts = read_prompts(evidence, config.prompts_per_family)
     write_json(evidence.directory / "report.json", values)
     sheet = summary_image(evidence, rows, pairs, prompts)
     save_image(sheet, evidence.directory / "report.png")
-    page = render_page(evidence, values, rows, pairs, prompts)
+    page = render_page(evidence, values, rows, pairs, prompts, other)
     write_text(evidence.directory / "report.html", page)
     return rows
 
@@ -81,6 +85,7 @@ def render_page(
     rows: Sequence[FigureRow],
     pairs: Reconstructions | None,
     prompts: dict[str, list[Prompt]],
+    other: dict[str, Any],
 ) -> str:
     """The page.
 
@@ -88,6 +93,7 @@ def render_page(
         values: content of `report.json`.
         rows: the table of figures.
         pairs, prompts: the examples that are shown.
+        other: the `report.json` of another system's run; empty without one.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -103,12 +109,14 @@ def render_page(
     shown = {*asked, *range(len(pairs.originals) if pairs else 0)}
     counts = count_codes(evidence)
     charts = []
-    for i, curve in enumerate(CURVES):
+    for i, curve in enumerate(evidence.system.curves):
         steps, history = evidence.curve(curve)
         if steps:
             charts.append((curve, history[-1], curve_svg(f"curve{i}", steps, history)))
     return environment.from_string(template.read_text(encoding="utf-8")).render(
-        plan={"minutes": BUDGETS[0], "sprites": "shapes", **evidence.plan},
+        plan={"minutes": BUDGETS[0], "sprites": "shapes", "system": "vqrae", **evidence.plan},
+        system=evidence.system,
+        other=SYSTEMS[other["plan"].get("system", "vqrae")] if other else None,
         budgets=BUDGETS,
         budget=evidence.budget,
         rows=rows,

@@ -13,8 +13,10 @@ from vqrae.common.files import read_json
 from vqrae.quickstart import pipeline as quickstart
 
 
-def test_every_step_is_an_entry_point_and_lands_below_the_output(tmp_path: Path) -> None:
-    phases = quickstart.pipeline(tmp_path, quickstart.plan(12), "emoji")
+@pytest.mark.parametrize("name", quickstart.SYSTEMS)
+def test_every_step_is_an_entry_point_and_lands_below_the_output(tmp_path: Path, name: str) -> None:
+    system = quickstart.SYSTEMS[name]
+    phases = quickstart.pipeline(tmp_path, quickstart.plan(12, system), "emoji", system)
     steps = [step for branches in phases for branch in branches for step in branch]
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:
@@ -40,12 +42,12 @@ def test_bare_scripts_train_as_long_as_the_default(
     values = parse_yaml(shipped_config(f"vqrae.{package}", config).read_text())
     for part in key.split("."):
         values = values[part]
-    assert values["max_steps"] == quickstart.TRAINING_STEPS[training]
+    assert values["max_steps"] == quickstart.SYSTEMS["vqrae"].training_steps[training]
 
 
 def test_minutes_scale_every_training_step_up_to_its_most() -> None:
     default, longer, longest = (quickstart.plan(minutes) for minutes in (12, 18, 90))
-    assert default == quickstart.TRAINING_STEPS
+    assert default == quickstart.SYSTEMS["vqrae"].training_steps
     for name in default.keys() - {"llm"}:
         assert longer[name] == round(default[name] * 1.5)
     assert longest["generation"] == 7.5 * default["generation"]

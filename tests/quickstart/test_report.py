@@ -70,9 +70,7 @@ def write_evaluations(run: Path, model: VQRAEModel) -> None:
         shown = image if i % 4 else Image.new("RGB", (64, 64), "gray")
         save_image(shown, sample_path(folder / "images", i // 2, i % 2))
     geneval.main([f"images={folder / 'images'}", f"output={folder / 'generation.json'}"])
-    silent = lambda name: lambda done, total: None  # noqa: E731
-    options = {"sprites": "shapes", "images_per_prompt": 2, "progress": silent}
-    ceiling = ceilings(prompts, model, **options)
+    ceiling = ceilings(prompts, model, sprites="shapes", images_per_prompt=2)
     scores = read_json(folder / "generation.json")
     write_json(folder / "generation.json", {**scores, "ceiling": ceiling})
 
