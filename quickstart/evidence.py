@@ -10,7 +10,7 @@ A step that has not run leaves None or nothing. Examples are always the first on
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import FAMILIES
 from vqrae.eval.geneval.folders import list_samples
 from vqrae.eval.geneval.scenes import holds_held_out
+from vqrae.quickstart.systems import SYSTEMS, Curve, System
 from vqrae.tokenizer.modeling import VQRAEModel
 
 STEPS = (
@@ -39,83 +40,6 @@ STEPS = (
     "eval_generation",
 )
 BUDGETS = (12, 90)  # minutes of the default run and of the long one, which expectations are for
-
-
-class Curve(NamedTuple):
-    """One metric of one training run, whose directory is `folder` in that of the quickstart."""
-
-    title: str
-    folder: str
-    key: str
-    caption: str
-
-
-VQRAE_CURVES = (
-    Curve("Encoder", "encoder", "loss", "contrastive loss of images and captions"),
-    Curve(
-        "Tokenizer, stage 1",
-        "tokenizer/stage1",
-        "reconstruction_loss",
-        "reconstruction loss, encoder frozen",
-    ),
-    Curve(
-        "Tokenizer, stage 2",
-        "tokenizer/stage2",
-        "reconstruction_loss",
-        "reconstruction loss, encoder trained",
-    ),
-    Curve("Codebook", "tokenizer/stage2", "codebook_usage", "share of the codes in use, stage 2"),
-)
-UNITOK_CURVES = (
-    Curve("Tokenizer", "tokenizer/stage1", "reconstruction_loss", "reconstruction loss"),
-    Curve(
-        "Tokenizer, captions",
-        "tokenizer/stage1",
-        "contrastive_loss",
-        "contrastive loss of quantized images and captions",
-    ),
-    Curve("Codebooks", "tokenizer/stage1", "codebook_usage", "share of the codes in use"),
-    Curve("Unified model", "mllm", "loss", "next code or word, nats"),
-)
-CURVES = (
-    Curve("Language model", "llm", "loss", "next word, text alone, nats"),
-    Curve(
-        "Understanding, pretrain",
-        "understanding/pretrain",
-        "loss",
-        "next word, projector trained, nats",
-    ),
-    Curve(
-        "Understanding, sft",
-        "understanding/sft",
-        "loss",
-        "answers, language model trained too, nats",
-    ),
-    Curve("Generator", "generation", "loss", "next code, nats"),
-)
-
-
-class System(NamedTuple):
-    """How the report presents a run of one kind of tokenizer."""
-
-    name: str
-    paper: str
-    curves: tuple[Curve, ...]
-
-
-SYSTEMS = {
-    "vqrae": System(
-        "VQRAE",
-        "VQRAE: Representation Quantization Autoencoders for Multimodal Understanding, "
-        "Generation and Reconstruction, arXiv 2511.23386",
-        VQRAE_CURVES + CURVES,
-    ),
-    "unitok": System(
-        "UniTok",
-        "UniTok: A Unified Tokenizer for Visual Generation and Understanding, arXiv 2502.20321",
-        UNITOK_CURVES + CURVES,
-    ),
-}
 
 
 @dataclass(frozen=True)

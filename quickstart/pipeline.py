@@ -28,6 +28,7 @@ from vqrae.common.cli import parse
 from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, write_json
 from vqrae.common.run import format_duration
+from vqrae.quickstart.systems import SYSTEMS, System
 
 REFERENCE_MINUTES = 12
 
@@ -46,44 +47,6 @@ LARGEST_SCALE_OF_OTHERS = 3.0
 GENERATION_BATCH = 32  # of the configuration `tiny`
 GENERATION_EPOCHS = 2  # over the codes; each draws another of an image's captions
 BYPASS_SHARE = 0.2  # of a stage with a continuous warm-up, which grows with it
-
-
-@dataclass(frozen=True, kw_only=True)
-class System:
-    """What the pipelines of the two systems differ in."""
-
-    directory: str
-    """Folder of its run, unless another is asked for."""
-    tokenizer: str
-    """Its configuration in tokenizer/configs."""
-    steps: dict[str, int]
-    """Optimizer steps at the reference minutes of its encoder, where one is pretrained, and of the
-    tokenizer's stages."""
-    bypass: str = ""
-    """The stage with a continuous warm-up, if any."""
-    features: Literal["continuous", "quantized"]
-    """What understanding reads."""
-
-    @property
-    def training_steps(self) -> dict[str, int]:
-        return self.steps | TRAINING_STEPS
-
-
-SYSTEMS = {
-    "vqrae": System(
-        directory="runs/quickstart",
-        tokenizer="tiny",
-        steps={"encoder": 500, "tokenizer.stage1": 50, "tokenizer.stage2": 700},
-        bypass="stage2",
-        features="continuous",
-    ),
-    "unitok": System(
-        directory="runs/quickstart_unitok",
-        tokenizer="unitok_tiny",
-        steps={"tokenizer.stage1": 700},
-        features="quantized",
-    ),
-}
 
 _running: set[subprocess.Popen] = set()
 
@@ -125,14 +88,19 @@ class Step:
     seconds: float
     """Expected at the reference minutes on two cores without AMX, alongside the other branch."""
     training: str | None = None
-    """Key of `System.training_steps` that the time grows with, if any."""
+    """Key of `training_steps` that the time grows with, if any."""
+
+
+def training_steps(system: System) -> dict[str, int]:
+    """Optimizer steps of every training at the reference minutes."""
+    return system.steps | TRAINING_STEPS
 
 
 def plan(minutes: float, system: System = SYSTEMS["vqrae"]) -> dict[str, int]:
     """Optimizer steps of every training for this many minutes on two cores."""
     scale = minutes / REFERENCE_MINUTES
     steps = {}
-    for name, count in system.training_steps.items():
+    for name, count in training_steps(system).items():
         largest = LARGEST_SCALE.get(name, LARGEST_SCALE_OF_OTHERS)
         steps[name] = max(4, round(count * min(scale, largest)))
     return steps
@@ -350,7 +318,7 @@ def expected_seconds(
     for step in steps:
         if not clock.read(step.name)["done"]:
             name = step.training
-            total += step.seconds * (planned[name] / system.training_steps[name] if name else 1)
+            total += step.seconds * (planned[name] / training_steps(system)[name] if name else 1)
     return total
 
 

@@ -25,7 +25,6 @@ from vqrae.data.scenes.scene import is_held_out
 from vqrae.eval.figures import data_uri
 from vqrae.quickstart.evidence import (
     BUDGETS,
-    SYSTEMS,
     Evidence,
     FigureRow,
     Prompt,
@@ -40,6 +39,7 @@ from vqrae.quickstart.evidence import (
 )
 from vqrae.quickstart.figures import curve_svg, summary_image, usage_svg
 from vqrae.quickstart.scene_questions import is_correct
+from vqrae.quickstart.systems import SYSTEMS
 
 
 @dataclass(frozen=True, kw_only=True)

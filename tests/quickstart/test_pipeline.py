@@ -11,11 +11,12 @@ import pytest
 from vqrae.common.config import parse_yaml, shipped_config
 from vqrae.common.files import read_json
 from vqrae.quickstart import pipeline as quickstart
+from vqrae.quickstart.systems import SYSTEMS
 
 
-@pytest.mark.parametrize("name", quickstart.SYSTEMS)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_every_step_is_an_entry_point_and_lands_below_the_output(tmp_path: Path, name: str) -> None:
-    system = quickstart.SYSTEMS[name]
+    system = SYSTEMS[name]
     phases = quickstart.pipeline(tmp_path, quickstart.plan(12, system), "emoji", system)
     steps = [step for branches in phases for branch in branches for step in branch]
     assert len({step.name for step in steps}) == len(steps)
@@ -42,12 +43,12 @@ def test_bare_scripts_train_as_long_as_the_default(
     values = parse_yaml(shipped_config(f"vqrae.{package}", config).read_text())
     for part in key.split("."):
         values = values[part]
-    assert values["max_steps"] == quickstart.SYSTEMS["vqrae"].training_steps[training]
+    assert values["max_steps"] == quickstart.training_steps(SYSTEMS["vqrae"])[training]
 
 
 def test_minutes_scale_every_training_step_up_to_its_most() -> None:
     default, longer, longest = (quickstart.plan(minutes) for minutes in (12, 18, 90))
-    assert default == quickstart.SYSTEMS["vqrae"].training_steps
+    assert default == quickstart.training_steps(SYSTEMS["vqrae"])
     for name in default.keys() - {"llm"}:
         assert longer[name] == round(default[name] * 1.5)
     assert longest["generation"] == 7.5 * default["generation"]

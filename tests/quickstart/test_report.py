@@ -19,7 +19,6 @@ from vqrae.eval.geneval.folders import sample_path, write_prompts
 from vqrae.eval.geneval.scenes import ceilings, satisfying_images
 from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
 from vqrae.quickstart.evidence import (
-    CURVES,
     STEPS,
     figure_rows,
     read_evidence,
@@ -27,6 +26,7 @@ from vqrae.quickstart.evidence import (
 )
 from vqrae.quickstart.report import ReportConfig, main, write_report
 from vqrae.quickstart.scene_questions import evaluate_questions
+from vqrae.quickstart.systems import SYSTEMS
 from vqrae.tokenizer.modeling import VQRAEModel
 
 FAMILIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -36,9 +36,9 @@ def write_training(run: Path) -> None:
     """Manifests and metrics of all training runs."""
     packages = {"python": "3.12.1", "torch": "2.14.1"}
     manifest = {"git_commit": "0123abc", "packages": packages, "seed": 0, "fingerprints": {}}
-    for folder in {curve.folder for curve in CURVES} | {"tokenizer"}:
+    for folder in {curve.folder for curve in SYSTEMS["vqrae"].curves} | {"tokenizer"}:
         write_json(run / folder / "manifest.json", {**manifest, "started": "2026-01-02T03:04:05"})
-        keys = [curve.key for curve in CURVES if curve.folder == folder]
+        keys = [curve.key for curve in SYSTEMS["vqrae"].curves if curve.folder == folder]
         rows = [{"step": i + 1, **dict.fromkeys(keys, 2.0 / (i + 2) + 0.05)} for i in range(40)]
         (run / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
