@@ -117,12 +117,8 @@ def test_caption_files_and_the_clean_list(folder: Path, tmp_path: Path) -> None:
     source = folder / "pairs.jsonl"
     source.write_text("\n".join([*lines, "{", '{"image": "2.png"}']))
     report = check_source(str(source))
-    assert counts(report.problems) == {
-        "unusable lines": 2,
-        "missing images": 1,
-        "empty captions": 1,
-        "broken images": 2,
-    }
+    problems = {"unusable lines": 2, "missing images": 1, "empty captions": 1, "broken images": 2}
+    assert counts(report.problems) == problems
     assert report.problems["unusable lines"].examples[0].startswith("line 6")
     clean = folder / "clean.jsonl"
     assert main(["check-data", str(source), "--write-clean", str(clean)]) == 0
@@ -148,12 +144,8 @@ def test_llava_files_and_the_clean_list(folder: Path, tmp_path: Path, capsys: Ca
     report = check_source(str(source))
     assert report.read == 2, "each image once"
     blank_answers = "conversations with a blank answer, which teaches to say nothing"
-    assert counts(report.problems) == {
-        "unusable records": 2,
-        blank_answers: 1,
-        "missing images": 1,
-        "broken images": 1,
-    }
+    problems = {"unusable records": 2, "missing images": 1, "broken images": 1}
+    assert counts(report.problems) == problems | {blank_answers: 1}
     first, second = report.problems["unusable records"].examples
     assert "record 4 (no tag): has 1 image, but 0 <image> tags" in first
     assert "record 5 (no image): has no image, but 1" in second
@@ -168,14 +160,8 @@ def test_llava_files_and_the_clean_list(folder: Path, tmp_path: Path, capsys: Ca
 
 
 def test_a_code_set_is_compared_with_its_checksums(tmp_path: Path, capsys: Capture) -> None:
-    manifest = CodeManifest(
-        tokenizer_fingerprint="a" * 64,
-        codebook_size=10,
-        grid_size=1,
-        source="test",
-        num_images=6,
-        shard_size=2,
-    )
+    sizes = {"codebook_size": 10, "grid_size": 1, "num_images": 6, "shard_size": 2}
+    manifest = CodeManifest(tokenizer_fingerprint="a" * 64, source="test", **sizes)
     writer = CodeWriter(tmp_path, manifest)
     for shard in range(3):
         writer.write(shard, np.array([[shard], [shard + 1]]), [["a red circle"], ["", "two words"]])

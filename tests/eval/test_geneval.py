@@ -254,11 +254,8 @@ def test_scores_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path.write_bytes(path.read_bytes()[:-30])
     evaluate.main([f"images={folder}", f"output={output}"])
     values = json.loads(output.read_text())
-    assert (values["benchmark"], values["overall"], values["num_images"]) == (
-        "GenEval-scenes",
-        1,
-        23,
-    )
+    found = (values["benchmark"], values["overall"], values["num_images"])
+    assert found == ("GenEval-scenes", 1, 23)
     assert values["incomplete"] == ["00011 has 1 of 2 images"]
     assert list(values["broken"]) == [str(path)]
     assert values["manifest"]["detector"] == "scene-detector(shapes)"

@@ -212,23 +212,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return networks
 
     monkeypatch.setattr(tokenizer_train, "build_loss_networks", note)
-    arguments = [
-        *TINY,
-        "save_steps=1",
-        "bf16=false",
-        f"output_dir={tmp_path}",
-        "stage2.bypass_steps=0",
-    ]
-    arguments += ["model.codebook_init=random", "model.feature_norm=none"]
+    arguments = [*TINY, "save_steps=1", "bf16=false", f"output_dir={tmp_path}"]
+    arguments += ["model.codebook_init=random", "model.feature_norm=none", "stage2.bypass_steps=0"]
+    stage = ["max_steps=2", "global_batch_size=2", "micro_batch_size=2", "encoder_lr=0.1"]
     for number in (1, 2):
-        stage = (
-            "max_steps=2",
-            "global_batch_size=2",
-            "micro_batch_size=2",
-            "encoder_lr=0.1",
-            "revival_interval=0",
-        )
-        arguments += [f"stage{number}.{pair}" for pair in stage]
+        arguments += [f"stage{number}.{pair}" for pair in (*stage, "revival_interval=0")]
 
     def train(number: int, *more: str) -> tuple[Weights, Weights]:
         tokenizer_train.main([*arguments, f"stage={number}", *more])

@@ -125,22 +125,16 @@ def test_the_border_has_its_colour(tokenizer_folder, llm_folder, tmp_path):
 def test_attention_reaches_every_part(tokenizer_folder, llm_folder):
     for choice in ("eager", "sdpa"):
         model, _ = build_llava(tokenizer_folder, llm_folder, choice)
-        parts = (
-            model.model.vision_tower.encoder.layers[0].self_attn,
-            model.model.language_model.layers[0].self_attn,
-        )
-        assert [part.config._attn_implementation for part in parts] == [choice, choice]
+        for part in (model.model.vision_tower.encoder, model.model.language_model):
+            assert part.layers[0].self_attn.config._attn_implementation == choice
 
 
 def test_foreign_features_are_refused(tokenizer_folder, llm_folder, tmp_path):
     encoder = VQRAEConfig.from_pretrained(tokenizer_folder).encoder_config
-    config = VQRAEConfig(
-        encoder_config=encoder, codebook_size=64, codebook_dim=32, feature_tap="last_hidden_state"
-    )
-    VQRAEModel(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"feature_tap 'last_hidden_state', expected 'hidden_states\[-1\]'"
-    ):
+    sizes = {"codebook_size": 64, "codebook_dim": 32, "feature_tap": "last_hidden_state"}
+    VQRAEModel(VQRAEConfig(encoder_config=encoder, **sizes)).save_pretrained(tmp_path)
+    message = r"feature_tap 'last_hidden_state', expected 'hidden_states\[-1\]'"
+    with pytest.raises(ValueError, match=message):
         build_llava(tmp_path, llm_folder)
 
 

@@ -27,10 +27,8 @@ def own_data(tmp_path):
     records = []
     for i, color in enumerate(("teal", "crimson", "teal", "crimson")):
         Image.new("RGB", (16, 16), color).save(tmp_path / f"{i}.png")
-        turns = [
-            {"from": "human", "value": "<image>\nwhich hue ?"},
-            {"from": "gpt", "value": f"Teal-ish {color}"},
-        ]
+        answer = {"from": "gpt", "value": f"Teal-ish {color}"}
+        turns = [{"from": "human", "value": "<image>\nwhich hue ?"}, answer]
         records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
     (tmp_path / "own.json").write_text(json.dumps(records))
     return tmp_path / "own.json"
@@ -48,19 +46,15 @@ def test_a_word_tokenizer_grows_and_keeps_its_ids(own_data, tmp_path):
     assert grow_word_tokenizer(text_tokenizer, texts, limit=9) == []
     text_tokenizer.save_pretrained(tmp_path)
     read = AutoTokenizer.from_pretrained(tmp_path)
-    assert read.get_vocab() == {
-        **before,
-        **{word: len(before) + i for i, word in enumerate([*words, "crimson"])},
-    }
+    new = [*words, "crimson"]
+    ids = range(len(before), len(before) + len(new))
+    assert read.get_vocab() == before | dict(zip(new, ids, strict=True))
     assert read.decode(read("<|im_start|>teal CRIMSON").input_ids) == "<|im_start|> teal crimson"
 
 
 def test_new_rows_start_among_the_known_ones(llm_folder):
-    model, text_tokenizer = (
-        AutoModelForCausalLM.from_pretrained(llm_folder),
-        AutoTokenizer.from_pretrained(llm_folder),
-    )
-    first = len(text_tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(llm_folder)
+    first = len(AutoTokenizer.from_pretrained(llm_folder))
     weights = []
     for _ in range(2):
         with torch.no_grad():
@@ -78,12 +72,8 @@ def test_new_rows_start_among_the_known_ones(llm_folder):
 def test_own_words_are_learned_in_both_stages_and_answered(
     options, own_data, tokenizer_folder, llm_folder, tmp_path, capsys
 ):
-    given = {
-        "tokenizer": tokenizer_folder,
-        "llm": llm_folder,
-        "output_dir": tmp_path / "run",
-        "data": own_data,
-    }
+    given = {"tokenizer": tokenizer_folder, "llm": llm_folder, "data": own_data}
+    given["output_dir"] = tmp_path / "run"
     steps = {"max_steps": 1, "global_batch_size": 4, "micro_batch_size": 4, "logging_steps": 1}
     stages = [f"{stage}.{key}={value}" for stage in train.STAGES for key, value in steps.items()]
     train.main(["tiny", *(f"{key}={value}" for key, value in given.items()), *stages, *options])
