@@ -39,6 +39,13 @@ def resolve_model(name: str | Path) -> str:
     )
 
 
+def finished_stages(name: str | Path) -> dict[str, str]:
+    """Every finished stage of a run directory, with its model folder, or the one that `name` is."""
+    stages = {stage: Path(name) / stage / "model" for stage in ("stage1", "stage2")}
+    found = {stage: str(folder) for stage, folder in stages.items() if folder.is_dir()}
+    return found or {"model": resolve_model(name)}
+
+
 def numbered(folder: Path, prefix: str) -> list[Path]:
     """The folders `PREFIX-N` of checkpoints, by N."""
     found = [path for path in folder.glob(f"{prefix}-*") if path.name[len(prefix) + 1 :].isdigit()]

@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.require_finite_weights()
     trainer.save_model(str(output / "siglip"))  # collective: every rank takes part
     if trainer.is_world_process_zero():
+        text_tokenizer.save_pretrained(output / "siglip")
         trained = SiglipModel.from_pretrained(output / "siglip")
         accuracy = retrieval_accuracy(trained, collator, SceneDataset("validation", **options))
         run.log(max_steps, {"retrieval_accuracy": accuracy})

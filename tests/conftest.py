@@ -58,7 +58,7 @@ SMALL_ENCODERS = {
         "image_size": 64,
     },
 }
-UNITOK = {
+UNITOK: dict = {
     "quantizer": "mcq",
     "num_codebooks": 4,
     "codebook_dim": 16,
@@ -105,6 +105,23 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     standardize_features(model, images)
     initialize_codebook(model, images)
     model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unitok_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved random tokenizer of UniTok, which reads the words of scenes."""
+    from vqrae.data.scenes.language import vocabulary_texts
+    from vqrae.data.scenes.sprites import load_sprites
+    from vqrae.data.word_tokenizer import END, build_word_tokenizer
+
+    folder = tmp_path_factory.mktemp("unitok") / "model"
+    text_tokenizer = build_word_tokenizer(vocabulary_texts(load_sprites().names), end_with=END)
+    ids = {"vocab_size": len(text_tokenizer), "eos_token_id": text_tokenizer.eos_token_id}
+    text_tokenizer.model_max_length = 16
+    model = make_tokenizer("unitok", text_config={**UNITOK["text_config"], **ids})
+    model.save_pretrained(folder)
+    text_tokenizer.save_pretrained(folder)
     return folder
 
 

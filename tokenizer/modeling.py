@@ -133,11 +133,11 @@ class VQRAEModel(PreTrainedModel):
                 f"got codes from {codes.min()} to {codes.max()}, "
                 f"expected 0 to {self.config.codebook_size - 1}"
             )
-        return self.decode_pixels(self._lookup(codes)).clamp(0, 1)
+        return self.decode_pixels(self.features_of(codes)).clamp(0, 1)
 
     def quantized_features(self, images: Tensor, *, check: bool = True) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> what the decoder reads (B, N, D), fp32."""
-        return self._lookup(self.encode(images, check=check))
+        return self.features_of(self.encode(images, check=check))
 
     def forward(self, images: Tensor, *, bypass: bool = False) -> VQRAEOutput:
         """Reconstruct images (B, 3, H, W) in [0, 1].
@@ -201,7 +201,8 @@ class VQRAEModel(PreTrainedModel):
         """The vectors of all codes in their order: (K, E), or (n, K, …) of several codebooks."""
         return self.quantizer.code_vectors()
 
-    def _lookup(self, codes: Tensor) -> Tensor:
+    def features_of(self, codes: Tensor) -> Tensor:
+        """Codes -> what the decoder reads (B, N, D), fp32."""
         with torch.autocast(codes.device.type, enabled=False):
             return self.out_proj(self.quantizer.lookup(codes))
 

@@ -61,7 +61,7 @@ class VQRAEFeatures(VQRAEModel):
     config: VQRAEFeaturesConfig
     config_class: type[VQRAEConfig] = VQRAEFeaturesConfig
     main_input_name = "pixel_values"
-    _keep_in_fp32_modules_strict = (
+    _keep_in_fp32_modules_strict: Any = (
         r"(^|vision_tower\.)(in_proj|quantizer|out_proj)\.",
         r"(^|vision_tower\.)feature_(mean|std)$",
     )
@@ -86,7 +86,7 @@ class VQRAEFeatures(VQRAEModel):
         pixel_values = pixel_values.to(self.encoder.dtype)
         features_BND = encoder_features(self.encoder, pixel_values, self.config.feature_tap)
         if self.config.features == "quantized":
-            quantized_BND = self._lookup(self.choose_codes(features_BND))
+            quantized_BND = self.features_of(self.choose_codes(features_BND))
             features_BND = quantized_BND.to(features_BND.dtype)
         return BaseModelOutput(last_hidden_state=features_BND, hidden_states=(features_BND,))
 

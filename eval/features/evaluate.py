@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vqrae.common import run
-from vqrae.common.checkpoints import model_fingerprint, resolve_model
+from vqrae.common.checkpoints import finished_stages, model_fingerprint
 from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import is_main_process, sum_over_processes
@@ -239,10 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         except NotMeasured as error:
             not_measured["teacher_cosine"] = str(error)
 
-        # Every finished stage of a run directory, or the only tokenizer there is.
-        stages = {name: Path(config.model) / name / "model" for name in ("stage1", "stage2")}
-        folders = {name: str(folder) for name, folder in stages.items() if folder.is_dir()}
-        folders = folders or {"model": resolve_model(config.model)}
+        folders = finished_stages(config.model)
         tokenizers = {name: model_fingerprint(folder) for name, folder in folders.items()}
         settings = {
             "tokenizers": tokenizers,

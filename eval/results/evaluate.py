@@ -57,7 +57,7 @@ class PaperTable:
 
 @functools.cache
 def paper_tables() -> dict[str, PaperTable]:
-    """The paper's tables `reconstruction`, `understanding` and `generation`."""
+    """The papers' tables `reconstruction`, `understanding`, `generation` and `zero_shot`."""
     text = (resources.files("vqrae.eval.results") / "paper.yaml").read_text(encoding="utf-8")
     return {name: PaperTable(**values) for name, values in parse_yaml(text).items()}
 
@@ -92,11 +92,13 @@ def read_score(path: str | Path) -> Score:
             return _geneval(stored)
         if "psnr" in stored and "protocol" in stored:
             return _reconstruction(stored)
+        if stored.get("benchmark") == "zero-shot":
+            return _zero_shot(stored)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a score as an evaluation writes it: {error!r}") from error
     raise ValueError(
-        f"{path} is not a score for a table: expected the JSON of reconstruction, GenEval or "
-        "DPG-Bench, or the folder of understanding benchmarks"
+        f"{path} is not a score for a table: expected the JSON of reconstruction, zero-shot, "
+        "GenEval or DPG-Bench, or the folder of understanding benchmarks"
     )
 
 
@@ -154,6 +156,22 @@ def _reconstruction(stored: dict[str, Any]) -> Score:
     manifest = {key: stored[key] for key in keys if key in stored}
     label = f"protocol {protocol['name']}"
     return Score("reconstruction", label, stored, reservations, manifest)
+
+
+def _zero_shot(stored: dict[str, Any]) -> Score:
+    """Top-1 accuracy of the last stage, in the first of the tasks that have one."""
+    stage, scores = list(stored["stages"].items())[-1]
+    task = next(name for name, found in scores["continuous"].items() if "top1" in found)
+    values = {}
+    for kind in ("continuous", "quantized"):
+        values[kind] = 100 * scores[kind][task]["top1"]
+    images = scores["continuous"][task]["count"]
+    reservations = []
+    if (task, images) != ("class", PAPER_IMAGES):
+        reservations.append(f"{task} of {images} images of {stored['data']}, the paper: ImageNet")
+    keys = ("data", "text_side", "packages")
+    manifest = {"tokenizer": scores["tokenizer"]} | {key: stored[key] for key in keys}
+    return Score("zero_shot", f"zero-shot, {stage}", values, reservations, manifest)
 
 
 def _understanding(folder: Path) -> Score:

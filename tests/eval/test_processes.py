@@ -14,6 +14,7 @@ from vqrae.eval.features import evaluate as features
 from vqrae.eval.geneval import evaluate as geneval
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.sharding import run_module
+from vqrae.eval.zeroshot import evaluate as zeroshot
 from vqrae.quickstart import locality, scene_questions
 
 
@@ -38,6 +39,7 @@ def comparable(value: Any) -> Any:
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(
     tokenizer_folder: Path,
+    unitok_folder: Path,
     llava: Path,
     generator: Path,
     folder: Path,
@@ -52,6 +54,7 @@ def test_two_processes_give_the_numbers_of_one(
     commands: list[tuple[ModuleType, dict[str, int], list[str]]] = [
         (reconstruction, {}, [model, original, *frechet]),
         (features, {}, [model, original, *few]),
+        (zeroshot, {}, [f"model={unitok_folder}", "num_images=11", "batch_size=4"]),
         (locality, {"PROMPTS": 2, "IMAGES": 1}, [model, "num_images=20", "batch_size=8"]),
         (scene_questions, {"CHUNK": 5}, [f"model={llava}", "num_images=3", "max_new_tokens=2"]),
         (geneval, {}, [f"model={generator}", *images]),

@@ -31,6 +31,15 @@ def dpg(
     return {"benchmark": f"DPG({judge})", **values}
 
 
+def zero_shot(task: str) -> dict[str, Any]:
+    stage: dict[str, Any] = {"tokenizer": "t"}
+    for kind, share in (("continuous", 0.75), ("quantized", 0.5)):
+        stage[kind] = {task: {"top1": share, "top5": 1.0, "count": 50_000}}
+    about = {"data": "val", "text_side": "own", "packages": {}}
+    return {"benchmark": "zero-shot", "stages": {"stage1": {}, "stage2": stage}, **about}
+
+
+FILES = ("g.json", "d.json", "r.json", "u", "z.json")
 RECONSTRUCTED = {
     "psnr": 22.5, "ssim": 0.7, "rfid": 1.0, "not_measured": {}, "num_images": 50_000,
     "data": "val: 50000 images",
@@ -60,9 +69,10 @@ def test_cells_of_each_kind(tmp_path: Path) -> None:
     write_json(tmp_path / "g.json", geneval())
     write_json(tmp_path / "d.json", dpg())
     write_json(tmp_path / "r.json", RECONSTRUCTED)
+    write_json(tmp_path / "z.json", zero_shot("class"))
     pope = {"score": 88.0, "manifest": {"git_commit": "c"}, "settings": {"limit": 10}}
     write_json(tmp_path / "u" / "pope.json", pope)
-    scores = {name: read_score(tmp_path / name) for name in ("g.json", "d.json", "r.json", "u")}
+    scores = {name: read_score(tmp_path / name) for name in FILES}
     tables = fill_tables(scores)["tables"]
     rows = {row["source"]: row for table in tables for row in table["rows"]}
     found = {name: rows[name]["values"] for name in scores}
@@ -71,8 +81,9 @@ def test_cells_of_each_kind(tmp_path: Path) -> None:
     assert found["d.json"]["Glob"] is None
     assert found["r.json"] == {"ratio": None, "rFID": 1.0, "PSNR": 22.5, "SSIM": 0.7}
     assert found["u"]["POPE"] == 88
+    assert found["z.json"] == {"continuous": 75, "quantized": 50}
     reservations = [rows[name]["reservations"] for name in scores]
-    assert reservations == [[], [], [], ["pope: at most 10 questions, a trial"]]
+    assert reservations == [[], [], [], ["pope: at most 10 questions, a trial"], []]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +105,7 @@ def test_cells_of_each_kind(tmp_path: Path) -> None:
             {**RECONSTRUCTED, "protocol": {"name": "vgt", "score_size": 256}, "image_size": 448},
             "protocol vgt",
         ),
+        (zero_shot("shape"), "shape of 50000 images of val, the paper: ImageNet"),
         (
             {**RECONSTRUCTED, "rfid": None, "not_measured": {"rfid": "no weights"}},
             "rFID not measured: no weights",

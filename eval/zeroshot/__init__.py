@@ -1,0 +1,1 @@
+"""Zero-shot classification and retrieval with the text side of a tokenizer."""
