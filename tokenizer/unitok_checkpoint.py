@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.initialization import no_init_weights
 
 from vqrae.common.checkpoints import require_finite, resolve_model
 from vqrae.common.files import atomic_path
@@ -76,7 +77,8 @@ def import_unitok(
         raise FileExistsError(f"{out} exists: give another folder")
     args, state = read_checkpoint(file)
     words = text_tokenizer and AutoTokenizer.from_pretrained(resolve_model(text_tokenizer))
-    model = VQRAEModel(published_config(args)).eval()
+    with no_init_weights():  # all of them are loaded
+        model = VQRAEModel(published_config(args)).eval()
     load_published(model, state, str(file))
     with atomic_path(Path(out)) as temporary:
         model.save_pretrained(temporary)
