@@ -61,13 +61,11 @@ class ImagesConfig:
 
     def load_generator(self, device: str) -> "Generator":
         """The generator that `model` names."""
-        from vqrae.generation.generator import Generator  # scoring does without these imports
+        from vqrae.mllm.inference import open_generator  # scoring does without these imports
 
         assert self.model is not None
         dtype = getattr(torch, self.dtype)
-        return Generator.from_pretrained(
-            self.model, tokenizer=self.tokenizer, device=device, dtype=dtype
-        )
+        return open_generator(self.model, tokenizer=self.tokenizer, device=device, dtype=dtype)
 
     def generate(self, generator: "Generator", requests: Sequence[ImageRequest]) -> None:
         """Generate the images that do not exist yet, see `generate_missing`."""

@@ -100,7 +100,7 @@ def build_processor(
     chat_template: str = "chatml",
     aspect_ratio: AspectRatio = "crop",
 ) -> LlavaProcessor:
-    """The processor of an understanding model, whose `pixel_values` are here images in [0, 1].
+    """The processor of an understanding model, whose `pixel_values` are here images of 8 bits.
 
     Args:
         image_tokens: BOI and EOI, added where the text tokenizer does not know them.
@@ -108,7 +108,7 @@ def build_processor(
     """
     add_image_tokens(text_tokenizer, image_tokens)
     processor = understanding.build_processor(config, text_tokenizer, chat_template, aspect_ratio)
-    processor.image_processor.do_normalize = False
+    processor.image_processor.do_rescale = processor.image_processor.do_normalize = False
     processor.image_processor.image_mean = list(OPENAI_CLIP_MEAN)
     return processor
 

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import ModelOutput
 
 from vqrae.generation.multi_code import MultiCodeConfig, MultiCodeModel
-from vqrae.mllm.sequences import as_bytes
 
 
 class UnifiedConfig(MultiCodeConfig):
@@ -133,14 +132,14 @@ class UnifiedModel(MultiCodeModel):
         """The ids (B, T) of prompts, padded in front, and of their answers.
 
         Args:
-            pixel_values: (P, 3, H, W), the images in [0, 1].
+            pixel_values: (P, 3, H, W), the images, of 8 bits whatever their type.
             options: of transformers' `generate`.
         """
         if pixel_values is None:
             vectors = self.get_input_embeddings()(input_ids)
         else:
             assert self.encode_images is not None, "the model has no tokenizer"
-            codes = self.encode_images(as_bytes(pixel_values))
+            codes = self.encode_images(pixel_values.to(torch.uint8))
             places = torch.nonzero(input_ids.flatten() == self.config.image_token_id)
             vectors = self.embed(input_ids, codes, places.view(len(codes), -1))
         answers = self.llm.generate(inputs_embeds=vectors, attention_mask=attention_mask, **options)

@@ -80,7 +80,7 @@ class SequenceEncoder:
     """Samples -> rows.
 
     Args:
-        processor: of images in [0, 1] and text, see `vqrae.mllm.build.build_processor`.
+        processor: of images of 8 bits and text, see `vqrae.mllm.build.build_processor`.
         prompt: ends in BOI.
         end_of_image: the id of EOI.
         max_length: ids of a dialogue, image tokens included; its end is cut.
@@ -132,8 +132,7 @@ class SequenceEncoder:
     def dialogue(self, record: dict[str, Any]) -> Row:
         """The row of a record in LLaVA's form, with or without images."""
         row: Row = encode_conversation(record, self.processor, max_length=self.max_length)
-        pixels = row.pop("pixel_values", torch.empty(0))
-        return {**row, "images": list(as_bytes(pixels)), "generates": False}
+        return {**row, "images": list(row.pop("pixel_values", ())), "generates": False}
 
 
 class UnifiedCollator:
@@ -232,8 +231,3 @@ def fill_codes(batch: dict[str, Tensor], encode: Callable[[Tensor], Tensor]) -> 
     pixels, rows = batch.pop("pixels"), batch.pop("pixel_rows")
     batch["codes"] = batch["codes"].index_copy(0, rows, encode(pixels))
     return batch
-
-
-def as_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] that were of 8 bits -> uint8."""
-    return (images * 255).round().to(torch.uint8)

@@ -209,12 +209,10 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: key=value …"""
     config = parse(SceneQuestionsConfig, argv)
     # The language model's imports take seconds; `--help` does without.
-    from vqrae.understanding.chat import Chat
+    from vqrae.mllm.inference import open_chat
 
     def score() -> dict[str, Any]:
-        chat = Chat.from_pretrained(
-            config.model, device=device, max_new_tokens=config.max_new_tokens
-        )
+        chat = open_chat(config.model, device=device, max_new_tokens=config.max_new_tokens)
         return evaluate_questions(
             lambda pairs: chat.answer(pairs, batch_size=config.batch_size),
             sprites=config.sprites,

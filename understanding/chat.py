@@ -83,15 +83,8 @@ class Chat:
         config = require_kind(folder, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, expected)
         require_own_features(config, folder)
         device = choose_device(device)
-        half = dtype not in ("float32", torch.float32)
-        attention = attention_implementation(attn_implementation, half=half, device=device)
-        stored = config.get("dtype", config.get("torch_dtype"))
-        is_half = stored in ("float16", "bfloat16")
-        if dtype == "auto" and attention.startswith("flash_attention") and not is_half:
-            dtype = torch.bfloat16
-        model = load_model(
-            AutoModelForImageTextToText, folder, dtype=dtype, attn_implementation=attention
-        )
+        options = precision(config, dtype, attn_implementation, device)
+        model = load_model(AutoModelForImageTextToText, folder, **options)
         processor = AutoProcessor.from_pretrained(folder)
         return cls(model.to(device), processor, max_new_tokens=max_new_tokens)
 
@@ -190,6 +183,23 @@ class Chat:
                 if any(control in " ".join(texts) for control in controls):
                     return True
         return False
+
+
+def precision(
+    config: dict[str, Any], dtype: str | torch.dtype, attn_implementation: str, device: str
+) -> dict[str, Any]:
+    """`dtype` and `attn_implementation` to load a model with, see `Chat.from_pretrained`.
+
+    Args:
+        config: values of its `config.json`.
+    """
+    half = dtype not in ("float32", torch.float32)
+    attention = attention_implementation(attn_implementation, half=half, device=device)
+    stored = config.get("dtype", config.get("torch_dtype"))
+    is_half = stored in ("float16", "bfloat16")
+    if dtype == "auto" and attention.startswith("flash_attention") and not is_half:
+        dtype = torch.bfloat16
+    return {"dtype": dtype, "attn_implementation": attention}
 
 
 class Session:

@@ -15,7 +15,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from vqrae.common.cli import progress_line
-from vqrae.understanding.chat import Chat, Messages
+from vqrae.mllm.inference import open_chat
+from vqrae.understanding.chat import Messages
 
 DEFAULT_MAX_NEW_TOKENS = 1024  # of lmms-eval's wrappers, where a task says nothing
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams")
@@ -41,7 +42,7 @@ class LMMSEvalModel(lmms):
         shared = self._world_size > 1 or device is None
         self.device = self.accelerator.device if shared else torch.device(str(device))
         self.batch_size = int(batch_size)
-        self.chat = Chat.from_pretrained(
+        self.chat = open_chat(
             pretrained, device=self.device, dtype=dtype, attn_implementation=attn_implementation
         )
 

@@ -13,6 +13,7 @@ from vqrae.common.config import check_range
 from vqrae.common.files import printable, weights_fingerprint
 from vqrae.common.images import open_image
 from vqrae.data.word_tokenizer import unknown_words
+from vqrae.mllm.inference import open_chat
 from vqrae.understanding.chat import Chat, answer_file
 
 HELP = "`/image FILE` shows another image, `/new` forgets everything, an empty line ends."
@@ -52,7 +53,7 @@ class Ask:
         logging.disable_progress_bar()
         images = [open_image(path) for path in self.image]
         tokens = self.max_new_tokens
-        chat = Chat.from_pretrained(self.model, device=self.device, max_new_tokens=tokens)
+        chat = open_chat(self.model, device=self.device, max_new_tokens=tokens)
         if self.questions and self.out:
             self.answer(chat, self.questions, self.out)
         elif self.question is not None:

@@ -16,6 +16,7 @@ from vqrae.common.files import printable, read_json, text_lines, weights_fingerp
 from vqrae.common.images import image_to_tensor, open_image, save_image, tensor_to_image
 from vqrae.generation.generator import Generator
 from vqrae.generation.sampling import SamplingConfig
+from vqrae.mllm.inference import open_generator
 from vqrae.scripts.commands.images import BATCH_SIZE, GRID_COLUMNS, enlarged_grid
 
 GRID_ROWS = 32
@@ -75,7 +76,7 @@ class Generate:
     def run(self) -> None:
         prompts = [*self.prompt, *(read_prompts(self.prompts_file) if self.prompts_file else [])]
         logging.disable_progress_bar()
-        generator = Generator.from_pretrained(
+        generator = open_generator(
             self.model,
             tokenizer=self.tokenizer,
             device=self.device,

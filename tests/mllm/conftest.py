@@ -1,5 +1,6 @@
 """A tiny random language model and tokenizers of one and of several codebooks."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,15 @@ from vqrae.quickstart.train_llm import TinyLLMConfig, build_tiny_llm
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
+Run = Callable[..., Path]
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 ENCODER = {**SIZES, "model_type": "siglip_vision_model", "vision_use_head": False}
 ENCODER |= {"image_size": 32, "patch_size": 8, "num_attention_heads": 2}
 TOKENIZERS = {
     "one": {"codebook_size": 64, "codebook_dim": 32},
+    "several": {"codebook_size": 16, "codebook_dim": 64, "num_codebooks": 8, "quantizer": "mcq"},
 }
+TOKENIZERS["several"] |= {"projection": "attention", "projection_heads": 4}
 
 
 @pytest.fixture(scope="session", params=list(TOKENIZERS))
