@@ -19,6 +19,7 @@ import torch
 
 SERVER = multiprocessing.get_context("forkserver")
 JOBS = ["vqrae.tokenizer.train", "vqrae.understanding.train", "vqrae.generation.train"]
+JOBS += ["vqrae.mllm.train"]
 SERVER.set_forkserver_preload(["accelerate", "deepspeed", *JOBS])
 
 
