@@ -92,7 +92,13 @@ def object_knowledge(
         name_given_color: H(name | colour) in nats; known_share: the share of it that the code takes
         away, 0 for codes that know their patch alone and 1 for codes that know the object;
         codes_per_color; num_patches.
+
+    Raises:
+        ValueError: for several codebooks, whose codes of a token seldom occur together again.
     """
+    several = model.config.num_codebooks
+    if several > 1:
+        raise ValueError(f"got a tokenizer with {several} codebooks, expected one: give another")
     found = []
     for batch in batch_indices(len(scenes), batch_size):
         images = torch.stack([scenes.image(i) for i in batch]).to(model.device).float() / 255
