@@ -20,6 +20,7 @@ SHALLOW.append("stage2.perceptual_mix=[]")
         ("siglip2_256", ["stage=2", *SHALLOW], ["VQRAEModel", "PatchDiscriminator"]),
         ("understanding/tiny", ["stage=sft"], ["LlavaForConditionalGeneration"]),
         ("generation/tiny", [], ["Qwen3ForCausalLM"]),
+        ("mllm/tiny", [], ["UnifiedModel"]),
     ],
 )
 def test_every_kind_of_training_has_a_plan(
