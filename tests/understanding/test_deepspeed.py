@@ -2,8 +2,9 @@
 
 import processes
 import pytest
+import torch
 from llava_trainings import STEPS, train_and_count_models
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from vqrae.common.run import read_metrics
@@ -35,6 +36,8 @@ def test_zero_2_then_zero_3_on_two_processes_and_on(launch, tokenizer_folder, ll
         run / "model", output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    with safe_open(run / "model" / "model.safetensors", framework="pt") as weights:
-        names = weights.keys()
-    assert "vision_tower.encoder.vision_model.embeddings.patch_embedding.weight" in names
+    weights = load_file(run / "model" / "model.safetensors")
+    assert "vision_tower.encoder.vision_model.embeddings.patch_embedding.weight" in weights
+    # What chooses codes is neither cut nor cast.
+    original = load_file(tokenizer_folder / "model.safetensors")["quantizer.codebook"]
+    assert torch.equal(weights["vision_tower.quantizer.codebook"], original)
