@@ -126,7 +126,7 @@ class HuggingFaceDataset(EncodedImages):
         super().__init__(source, **options)
         table = open_table(source)
         self.image_column, self.caption_column = find_columns(source, table.features)
-        if self.captions and self.caption_column is None:
+        if self.captions and self.caption_column is None and not self.optional:
             raise ValueError(
                 f"{source} has no caption column among {', '.join(table.features)}: "
                 "name one with ,caption=COLUMN"

@@ -200,6 +200,7 @@ class EncodedImages(TolerantDataset):
 
     Args:
         captions: a sample needs a caption; without one it is broken.
+        optional: with `captions`, a sample without one has an empty one.
         split: `train` leaves 5 % (by name) to `validation`; `all` is everything.
         size: use the first `size` samples of the split.
         crop: see `fit_image`; decided by (seed, epoch, index) alone, so that a resumed run sees the
@@ -217,6 +218,7 @@ class EncodedImages(TolerantDataset):
         *,
         image_size: int,
         captions: bool = False,
+        optional: bool = False,
         split: FileSplit = "train",
         size: int | None = None,
         crop: Crop = "center",
@@ -227,6 +229,7 @@ class EncodedImages(TolerantDataset):
     ) -> None:
         super().__init__(source)
         self.image_size, self.captions = image_size, captions
+        self.optional = optional
         self.split, self.size = split, size
         self.crop, self.seed = crop, seed
         # A zoom cuts out less than the whole edge, so more of it must be decoded.
@@ -260,7 +263,7 @@ class EncodedImages(TolerantDataset):
     def read(self, draw: Draw) -> dict[str, Any]:
         sample = self.encoded(draw)
         caption = (sample.caption or "").strip()
-        if self.captions and not caption:
+        if self.captions and not caption and not self.optional:
             raise ValueError(f"{sample.name}: it has no readable caption")
         rng = None
         if self.crop != "center":

@@ -111,6 +111,11 @@ def open_pairs(source: str, *, detailed: bool = False, **options: Any) -> Sample
     return _open(source, "detailed_pair" if detailed else "pair", **options)
 
 
+def open_captioned(source: str, **options: Any) -> Samples:
+    """Images with the captions that they may have -> as `open_pairs` detailed, "" for none."""
+    return _open(source, "captioned_image", **options)
+
+
 def open_conversations(source: str, **options: Any) -> Samples:
     """Conversations -> map-style data set of LLaVA records with an RGB `image` or none.
 
@@ -148,6 +153,7 @@ def _open(
             raise ValueError("scenes have no end: split must be train or validation")
         size = size or DEFAULT_SCENES[split]
         sprites = source.partition(":")[2] or "shapes"
+        item = "detailed_pair" if item == "captioned_image" else item
         return SceneDataset(
             split, size, item=item, image_size=image_size, sprites=sprites, seed=seed
         )
@@ -162,12 +168,13 @@ def _open(
     if kind in ("json", "codes"):
         held = "conversations" if kind == "json" else "codes"
         raise ValueError(f"{source} holds {held}; for images give {FORMS}")
-    if kind == "folder" and item != "image":
+    optional = item == "captioned_image"
+    if kind == "folder" and item != "image" and not optional:
         raise ValueError(
             f"{source} has no captions: give scenes, emoji, a .jsonl of image and caption, "
             "a .tar of KEY.jpg and KEY.txt, or hf:NAME"
         )
-    options |= {"size": size, "split": split, "seed": seed}
+    options |= {"size": size, "split": split, "seed": seed, "optional": optional}
     return READERS[kind](source, image_size=image_size, captions=item != "image", **options)
 
 

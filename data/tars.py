@@ -231,7 +231,7 @@ class TarDataset(EncodedImages):
 
     def _usable(self, tar: int, samples: np.ndarray) -> np.ndarray:
         """The rows of an index that have what is asked for."""
-        if not self.captions:
+        if not self.captions or self.optional:
             return samples
         usable, path = samples[samples[:, _TEXT_SIZE] >= 0], self.paths[tar]
         if not len(usable):

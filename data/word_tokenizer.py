@@ -57,9 +57,13 @@ def build_word_tokenizer(
 
 
 def fit_word_tokenizer(
-    texts: Sequence[str], captions: Iterable[str], *, size: int
+    texts: Sequence[str], captions: Iterable[str], *, size: int, end_with: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """At most `size` ids: for all words of `texts`, then for the most frequent of `captions`."""
+    """At most `size` ids: for all words of `texts`, then for the most frequent of `captions`.
+
+    Args:
+        end_with: see `build_word_tokenizer`.
+    """
     base = build_word_tokenizer(texts)
     words = _new_words(base, captions)
     kept = _most_frequent(words, max(0, size - len(base)))
@@ -71,7 +75,7 @@ def fit_word_tokenizer(
             file=sys.stderr,
             flush=True,
         )
-    return build_word_tokenizer([*texts, *kept])
+    return build_word_tokenizer([*texts, *kept], end_with=end_with)
 
 
 def _new_words(text_tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Counter[str]:

@@ -18,7 +18,7 @@ from vqrae.common.files import write_json
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
-from vqrae.tokenizer.data import StageImages
+from vqrae.tokenizer.data import Batch, StageImages
 from vqrae.tokenizer.discriminator import PatchDiscriminator
 from vqrae.tokenizer.engine import build_accelerators, build_optimizer, prepare
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -147,11 +147,12 @@ def bad_images(steps: Collection[int]) -> AbstractContextManager:
     """A block in which the images of some steps are NaN."""
     micro_batches = StageImages.micro_batches
 
-    def spoil(images: StageImages, start: int) -> Iterator[Tensor]:
+    def spoil(images: StageImages, start: int) -> Iterator[Batch]:
         stage = images.stage
         per_step = stage.global_batch_size // stage.micro_batch_size // images.world_size
         for i, batch in enumerate(micro_batches(images, start)):
-            yield batch * float("nan") if start + i // per_step in steps else batch
+            is_bad = start + i // per_step in steps
+            yield batch._replace(images=batch.images * float("nan")) if is_bad else batch
 
     return mock.patch.object(StageImages, "micro_batches", spoil)
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+NUM_VIEWS = 5  # the tokenizer's of its images; the discriminator's two of images and of these
 NUM_RANDOM = 10  # R: places and colours of `diff_augment`, then `random_crop`
 TRANSLATION = 0.125  # largest, as a share of the side
 CUTOUT = 0.2  # side of the grey square, as a share of the image's
 
 
-def seen(images: Tensor, random_BR: Tensor, *, blur: float, augment: bool, multiple: int) -> Tensor:
+def seen(images: Tensor, random_BR: Tensor, blur: float, *, augment: bool, multiple: int) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] as a discriminator sees them, with their gradients.
 
     Args:

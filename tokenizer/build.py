@@ -1,11 +1,45 @@
 """From the configuration of a run to a tokenizer."""
 
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
 from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.encoders import load_encoder, load_text_side
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.quantizers.base import CodebookQuantizer
 from vqrae.tokenizer.quantizers.registry import quantizer_class
+from vqrae.tokenizer.text import build_text_tokenizer, with_text_ids
+
+
+def initial_model(config: TokenizerTrainConfig, number: int, attention: str) -> VQRAEModel:
+    """The tokenizer as it enters a stage: on the pretrained encoder, or as stage 1 left it.
+
+    Raises:
+        FileNotFoundError: when stage 2 has no stage 1.
+    """
+    if number == 1:
+        return first_model(config, attention)
+    first = Path(config.output_dir) / "stage1" / "model"
+    if not first.is_dir():
+        raise FileNotFoundError(
+            f"stage 2 starts from {first}, which does not exist: run stage=1 first, or stage=both"
+        )
+    model = VQRAEModel.from_pretrained(first, attn_implementation=attention)
+    if model.config.text_config is not None:
+        model.text_tokenizer = AutoTokenizer.from_pretrained(first)
+    return model
+
+
+def first_model(config: TokenizerTrainConfig, attention: str) -> VQRAEModel:
+    """The tokenizer as it enters stage 1, with its text tokenizer if it has a text side."""
+    text_tokenizer, model_config = build_text_tokenizer(config), config.model
+    if text_tokenizer is not None:
+        model_config = with_text_ids(model_config, text_tokenizer)
+    model = build_tokenizer(model_config, attention)
+    model.text_tokenizer = text_tokenizer
+    return model
 
 
 def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:

@@ -1,4 +1,4 @@
-"""The configuration of a tokenizer training: one YAML file with both stages (VQRAE Table 7)."""
+"""The configuration of a tokenizer training: one YAML file with its stages (VQRAE Table 7)."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -43,6 +43,8 @@ class ModelConfig:
     output_basis: str = "pixels"
     text_config: dict[str, Any] | None = None
     """Fields of `CLIPTextConfig`: the text tower of a contrastive loss; None: none."""
+    text_tokenizer: str | None = None
+    """Folder or hub id of the tower's text tokenizer; None: the words of the training captions."""
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """That loss: CLIP's, or SigLIP's."""
 
@@ -89,10 +91,12 @@ class StageConfig:
     """Images of one forward pass on one process; accumulation is computed."""
     freeze_encoder: bool
     decoder_lr: float
-    """Of everything but encoder, quantizer and discriminator."""
+    """Of everything but encoder, quantizer, text side and discriminator."""
     end_lr: float
     """Where the cosine takes `decoder_lr`; other rates keep their ratio to it."""
     encoder_lr: float = 0.0
+    text_lr: float | None = None
+    """Of the text side; None: `decoder_lr`."""
     quantizer_lr: float | None = None
     """None: `decoder_lr`. A quantizer that learns faster than the encoder empties the codebook."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -101,8 +105,17 @@ class StageConfig:
     warmup_steps: int = 0
     weight_decay: float = 1e-4
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
     reconstruction_weight: float = 1.0
+    """Of the squared error of pixels in [0, 1]; in [-1, 1], as UniTok has them, 4 times as much."""
+    l1_weight: float = 0.0
+    """Of the absolute error of pixels in [0, 1]; in [-1, 1] twice as much."""
+    reconstruction_batch: int | None = None
+    """Images of a micro-batch that are decoded, the first ones; None: all."""
+    contrastive_weight: float = 0.0
+    """Of the loss between images and captions, which needs `model.text_config`. The pairs of one
+    micro-batch of all processes are told apart, so accumulation makes it another loss."""
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
     index_weight: float = 1.0
@@ -117,8 +130,11 @@ class StageConfig:
     """One weight for each of several networks; their weighted mean is the loss."""
     distillation_weight: float = 0.0
     adversarial_weight: float = 0.0
+    adaptive_weight: tuple[float, float] | None = None
+    """Smallest and largest factor on it, which makes its pull at the decoder's last layer that of
+    the image losses; None: 1. UniTok has [0.015, 1e4]."""
     discriminator: str = "maskbit"
-    """`maskbit`, or `dino`: heads on a frozen ViT."""
+    """`maskbit`, or heads on a frozen ViT: `dino` (StyleGAN-T's) or `dinov2` (UniTok's)."""
     discriminator_start: int = 0
     """Step of the discriminator's first update; it does not run before."""
     discriminator_ramp: int = 0
@@ -127,7 +143,21 @@ class StageConfig:
     discriminator_channels: tuple[int, ...] = (128, 128, 256, 512)
     """Of `maskbit`."""
     discriminator_backbone: str = "facebook/dino-vits16"
-    """Folder or hub id of the frozen ViT of `dino`."""
+    """Folder or hub id of the frozen ViT of `dino` or `dinov2`."""
+    discriminator_warmup_steps: int | None = None
+    """None: `warmup_steps`."""
+    discriminator_weight_decay: float | None = None
+    """None: `weight_decay`."""
+    discriminator_adam_betas: tuple[float, float] | None = None
+    """None: `adam_betas`."""
+    discriminator_weight: float = 1.0
+    """Of its hinge loss, the mean of both kinds; 2, as in UniTok: their sum."""
+    discriminator_augment: bool = False
+    """Show it images with other places and colours, in part hidden (DiffAug) and cropped."""
+    discriminator_blur_steps: int = 0
+    """Steps from its start over which a blur of what it sees fades."""
+    consistency_weight: float = 0.0
+    """Of the change of its logits between two augmentations (balanced consistency)."""
     lecam_weight: float = 0.001
     bypass_steps: int = 0
     """First steps, of a continuous autoencoder; then the codebook starts from its features."""
@@ -140,7 +170,7 @@ class StageConfig:
     """Share of the stage after which no code is moved any more."""
 
     def __post_init__(self) -> None:
-        check_range(self, "global_batch_size", "micro_batch_size", low=1)
+        check_range(self, "global_batch_size", "micro_batch_size", "reconstruction_batch", low=1)
         check_range(self, "max_grad_norm", low=0, high=math.inf)
         check_range(self, "revival_until", low=0, high=1)
         others = {name for name, value in vars(self).items() if isinstance(value, int | float)}
@@ -166,14 +196,29 @@ class StageConfig:
             return True
         return self.distillation_weight > 0
 
-    def rate_factor(self, step: int, *, begin: int = 0) -> float:
-        """Factor on all learning rates: warm-up, then cosine, counted from step `begin`."""
-        return warmup_cosine(
-            step - begin,
-            warmup_steps=self.warmup_steps,
-            total_steps=self.max_steps - begin,
-            end=self.end_lr / self.decoder_lr,
+    def rate_factor(self, step: int) -> float:
+        """Factor on the learning rates of the tokenizer: warm-up, then cosine."""
+        return self._rate_factor(step, self.warmup_steps, self.max_steps)
+
+    def discriminator_rate_factor(self, step: int) -> float:
+        """The same for the discriminator, which counts steps from its start."""
+        warmup, begin = self.discriminator_warmup_steps, self.discriminator_start
+        warmup = self.warmup_steps if warmup is None else warmup
+        return self._rate_factor(step - begin, warmup, self.max_steps - begin)
+
+    @property
+    def discriminator_optimization(self) -> "StageConfig":
+        """These settings with the discriminator's own ones of AdamW in place of the tokenizer's."""
+        decay, betas = self.discriminator_weight_decay, self.discriminator_adam_betas
+        return replace(
+            self,
+            weight_decay=self.weight_decay if decay is None else decay,
+            adam_betas=betas or self.adam_betas,
         )
+
+    def _rate_factor(self, step: int, warmup: int, total: int) -> float:
+        end = self.end_lr / self.decoder_lr
+        return warmup_cosine(step, warmup_steps=warmup, total_steps=total, end=end)
 
     def adversarial_weight_at(self, step: int) -> float:
         """The adversarial weight at a step: 0 before `discriminator_start`, then the ramp."""
@@ -181,6 +226,11 @@ class StageConfig:
         if begun < 0:
             return 0.0
         return self.adversarial_weight * min(1.0, (begun + 1) / max(1, self.discriminator_ramp))
+
+    def blur_at(self, step: int) -> float:
+        """The blur of what the discriminator sees at a step, from 1 to 0 (sharp)."""
+        steps, begun = self.discriminator_blur_steps, step - self.discriminator_start
+        return max(0.0, 1 - begun / steps) if steps else 0.0
 
     def is_revival(self, done: int) -> bool:
         """Whether unused codes are re-initialised after this number of steps."""
@@ -196,7 +246,8 @@ class TokenizerTrainConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     stage1: StageConfig
-    stage2: StageConfig
+    stage2: StageConfig | None = None
+    """None: the training has one stage."""
     stage: Literal[1, 2, "both"] = "both"
     perceptual_weights: str | None = None
     """Folder with the weights of `lpips` and `convnext_s`; None: torch's cache, or a download."""
@@ -239,15 +290,30 @@ class TokenizerTrainConfig:
             raise ValueError(
                 f"ema_decay: got {self.ema_decay}, expected 0 for none or a number below 1"
             )
+        if self.stage == 2 and self.stage2 is None:
+            raise ValueError("stage: got 2, but this training has one stage: set stage=1")
+        weights = [self.stage_config(number).contrastive_weight for number in self.all_stages]
+        if any(weights) != (self.model.text_config is not None):
+            raise ValueError(
+                f"got contrastive_weight {max(weights)} and model.text_config "
+                f"{self.model.text_config}: give both, or set contrastive_weight=0 and "
+                "model.text_config= (empty)"
+            )
+
+    @property
+    def all_stages(self) -> tuple[int, ...]:
+        """Numbers of the stages that there are, in order."""
+        return (1,) if self.stage2 is None else (1, 2)
 
     @property
     def stages(self) -> tuple[int, ...]:
         """Numbers of the stages to run, in order."""
-        return (1, 2) if self.stage == "both" else (self.stage,)
+        return self.all_stages if self.stage == "both" else (self.stage,)
 
     def stage_config(self, number: int) -> StageConfig:
         """The settings of stage 1 or 2, with what the run overrides in both."""
         stage = self.stage1 if number == 1 else self.stage2
+        assert stage is not None, "one of all_stages"
         if self.micro_batch_size is None:
             return stage
         return replace(stage, micro_batch_size=self.micro_batch_size)

@@ -4,7 +4,8 @@ A process scores its own rows against those of every process, so the mean of the
 processes, and of their gradients, is that of one process with all rows. Rows without a caption
 take no part.
 
-Shapes: B rows of this process, R rows of all, P width of an embedding.
+Shapes: B rows of this process, R rows of all, N visual tokens, D feature width, T tokens of a text,
+P width of an embedding.
 """
 
 import torch
@@ -12,9 +13,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vqrae.common.distributed import gather_rows, world_size
+from vqrae.tokenizer.modeling import VQRAEModel
 
 
 def contrastive_loss(
+    model: VQRAEModel, features: Tensor, tokens: dict[str, Tensor], captioned: Tensor
+) -> Tensor:
+    """The loss between `quantized_features` (B, N, D) and captions, see `pair_loss`.
+
+    Args:
+        tokens: `input_ids` and `attention_mask` (B, T).
+        captioned: (B,) bool.
+    """
+    images, texts = model.image_embeddings(features), model.text_embeddings(**tokens)
+    bias = getattr(model, "logit_bias", None)
+    return pair_loss(model.config.contrastive, images, texts, captioned, model.logit_scale, bias)
+
+
+def pair_loss(
     kind: str,
     images: Tensor,
     texts: Tensor,

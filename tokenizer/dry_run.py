@@ -31,7 +31,7 @@ from vqrae.common.dry_run import (
 )
 from vqrae.common.run import open as open_run
 from vqrae.data.sources import open_images
-from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.build import build_tokenizer, first_model
 from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
 from vqrae.tokenizer.configuration import FEATURE_TAPS, VQRAEConfig
 from vqrae.tokenizer.encoders import encoder_features
@@ -165,12 +165,13 @@ def features_at_taps(model: VQRAEModel, *, bf16: bool) -> dict[str, Tensor]:
 
 def initial_model(config: TokenizerTrainConfig) -> VQRAEModel:
     """The tokenizer as it enters stage 1; its encoder is the pretrained one where that is here."""
-    attention = attention_implementation(config.attention, half=config.bf16)
-    return build_tokenizer(config.model, attention)
+    return first_model(config, attention_implementation(config.attention, half=config.bf16))
 
 
 def without_download(model: ModelConfig) -> ModelConfig:
     """The same model with random weights, where its encoder is known but not on this machine."""
+    if model.text_tokenizer is not None and not is_here(model.text_tokenizer):
+        model = dataclasses.replace(model, text_tokenizer=None)  # the words of scenes
     if model.encoder is None or is_here(model.encoder):
         return model
     values = model.encoder_config or KNOWN_MODELS.get(model.encoder)

@@ -129,12 +129,13 @@ def build_optimizer(
     stage: StageConfig,
     name: Literal["adamw", "muon"] = "adamw",
 ) -> torch.optim.Optimizer:
-    """The optimizer of modules with their rates; under Muon, vectors and quantizer keep AdamW."""
+    """The optimizer of modules with their rates; Muon leaves vectors, quantizer, text to AdamW."""
     groups = parameter_groups(modules, stage.weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(groups, betas=stage.adam_betas, fused=True)
+        betas, eps = stage.adam_betas, stage.adam_eps
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
     for group in groups:
-        group["use_fallback"] = group["name"] == "quantizer" or group["plain"]
+        group["use_fallback"] = group["name"] in ("quantizer", "text") or group["plain"]
     return Muon(groups, nesterov=True, betas=stage.adam_betas)
 
 

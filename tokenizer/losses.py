@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vqrae.common.distributed import is_main_process
+from vqrae.common.distributed import is_main_process, sum_over_processes, world_size
 from vqrae.common.files import atomic_path
 from vqrae.tokenizer.config import StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.discriminator import build_discriminator
@@ -39,6 +39,36 @@ def generator_hinge_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """What the discriminator minimises: real images above 1, reconstructions below -1."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+
+
+def consistency_loss(
+    real_logits: Tensor, fake_logits: Tensor, real_again: Tensor, fake_again: Tensor
+) -> Tensor:
+    """Balanced consistency (arXiv 2002.04724) of logits of two augmentations, as UniTok has it.
+
+    Both sides have a gradient.
+    """
+    return F.mse_loss(real_again, real_logits) + F.mse_loss(fake_again, fake_logits)
+
+
+def adaptive_weight(
+    image_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, limits: tuple[float, float]
+) -> Tensor:
+    """The factor on the adversarial loss that makes both pull equally at the last layer (VQGAN).
+
+    UniTok takes each process's own gradients; here they are the means of all, so that the number of
+    processes does not matter.
+
+    Args:
+        last_layer: weights of the decoder's last layer.
+        limits: of the factor.
+    """
+    gradients: list[Tensor] = []
+    for loss in (image_loss, adversarial_loss):
+        gradients += torch.autograd.grad(loss, last_layer, retain_graph=True)
+    both = sum_over_processes(torch.stack(gradients)) / world_size()
+    pull, push = both.flatten(1).norm(dim=1)
+    return (pull / (push + 1e-6)).clamp(*limits)
 
 
 class LeCam(nn.Module):

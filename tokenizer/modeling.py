@@ -22,6 +22,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     SiglipImageProcessor,
 )
 from transformers import initialization as init
@@ -62,6 +63,8 @@ class VQRAEModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "images"
     supports_gradient_checkpointing = True
+    text_tokenizer: PreTrainedTokenizerBase | None = None
+    """What a training reads captions with; a part of the folder that `AutoTokenizer` opens."""
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -139,11 +142,14 @@ class VQRAEModel(PreTrainedModel):
         """Images (B, 3, H, W) in [0, 1] -> what the decoder reads (B, N, D), fp32."""
         return self.features_of(self.encode(images, check=check))
 
-    def forward(self, images: Tensor, *, bypass: bool = False) -> VQRAEOutput:
+    def forward(
+        self, images: Tensor, *, bypass: bool = False, decoded: int | None = None
+    ) -> VQRAEOutput:
         """Reconstruct images (B, 3, H, W) in [0, 1].
 
         Args:
             bypass: decode the unquantized features, as an autoencoder (to warm up a training).
+            decoded: reconstruct only so many of the images, the first ones.
         """
         features_BND = self.encode_features(images)
         projected_BNE = self.project(features_BND)
@@ -153,7 +159,7 @@ class VQRAEModel(PreTrainedModel):
             if bypass:
                 decoded_BNE = self.quantizer.to_code_space(projected_BNE)
             hidden_BND = self.out_proj(decoded_BNE)
-        reconstruction = self.decode_pixels(hidden_BND)
+        reconstruction = self.decode_pixels(hidden_BND[:decoded])
         if not self.training:
             reconstruction = reconstruction.clamp(0, 1)
         return VQRAEOutput(reconstruction, features_BND, output.codes, output.losses, hidden_BND)
@@ -222,6 +228,15 @@ class VQRAEModel(PreTrainedModel):
         if is_sigmoid:
             self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
+    def text_side(self) -> nn.ModuleList:
+        """All that only embeddings are made with."""
+        side = nn.ModuleList([self.text_model, self.text_projection])
+        side += [self.fc_norm, self.image_projection]
+        for name in ("logit_scale", "logit_bias"):
+            if hasattr(self, name):
+                side.register_parameter(name, getattr(self, name))
+        return side
+
     def image_embeddings(self, features: Tensor) -> Tensor:
         """Features or `quantized_features` (B, N, D) -> their embeddings (B, P), of length 1."""
         mean_BD = features.mean(1).to(self.fc_norm.weight.dtype)
@@ -251,9 +266,11 @@ class VQRAEModel(PreTrainedModel):
         return load_model(super(), pretrained_model_name_or_path, allow_unknown=False, **options)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write config.json, model.safetensors and preprocessor_config.json."""
+        """Write config.json, model.safetensors, preprocessor_config.json and the text tokenizer."""
         super().save_pretrained(save_directory, **options)
         self.image_processor().save_pretrained(save_directory)
+        if self.text_tokenizer is not None:
+            self.text_tokenizer.save_pretrained(str(save_directory))
 
     def image_processor(self) -> SiglipImageProcessor:
         """The Hugging Face image processor that prepares images as this package does."""
@@ -299,7 +316,7 @@ def build_projection(config: VQRAEConfig, in_dim: int, out_dim: int) -> nn.Modul
     return FullPrecisionLinear(in_dim, out_dim)
 
 
-def build_decoder(config: VQRAEConfig, encoder: PreTrainedModel) -> nn.Module:
+def build_decoder(config: VQRAEConfig, encoder: PreTrainedModel) -> ViTDecoder | ConvDecoder:
     """The way from hidden features (B, N, D) to normalised pixels (B, 3, H', W')."""
     patch_size = config.output_patch_size or config.patch_size
     if config.decoder == "conv":

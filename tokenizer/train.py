@@ -1,8 +1,9 @@
 """Train the tokenizer in two stages (VQRAE section 3.3): quantizer and decoder on a frozen encoder,
-then everything together, with the encoder held to its frozen original by distillation.
+then everything together, with the encoder held to its frozen original by distillation. Or in one
+(UniTok), with captions that say what the codes must hold.
 
     python -m vqrae.tokenizer.train tiny output_dir=runs/tokenizer model.encoder=runs/encoder
-    torchrun --standalone --nproc_per_node 2 -m vqrae.tokenizer.train tiny zero=2 ...
+    torchrun --standalone --nproc_per_node 2 -m vqrae.tokenizer.train unitok_tiny zero=2 ...
     python -m vqrae.tokenizer.train siglip2_256 stage=2 dry_run=1 micro_batch_size=2
 
 The same command continues where it stopped. Everything random is a function of seed and step, so a
@@ -10,6 +11,7 @@ resumed run equals an uninterrupted one.
 """
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Generator, Sequence
@@ -22,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.trainer_utils import set_seed
 
-from vqrae.common.checkpoints import count_parameters
 from vqrae.common.cli import parse
 from vqrae.common.distributed import (
     StopRequest,
@@ -34,10 +35,10 @@ from vqrae.common.distributed import (
 from vqrae.common.dry_run import print_reports
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path, weights_fingerprint
-from vqrae.common.images import image_grid, save_image
-from vqrae.common.run import Run, format_duration, trained_steps
+from vqrae.common.run import Run
 from vqrae.common.run import open as open_run
-from vqrae.tokenizer.build import build_tokenizer, check_quantizer
+from vqrae.tokenizer.augment import seen
+from vqrae.tokenizer.build import check_quantizer, initial_model
 from vqrae.tokenizer.codebook import (
     CodeUsage,
     initialize_codebook,
@@ -48,6 +49,7 @@ from vqrae.tokenizer.codebook import (
     standardize_features,
 )
 from vqrae.tokenizer.config import StageConfig, TokenizerTrainConfig
+from vqrae.tokenizer.contrastive import contrastive_loss
 from vqrae.tokenizer.data import StageImages, resize
 from vqrae.tokenizer.discriminator import frozen
 from vqrae.tokenizer.dry_run import dry_run, rehearse_checkpoints
@@ -64,19 +66,23 @@ from vqrae.tokenizer.engine import (
 )
 from vqrae.tokenizer.losses import (
     LeCam,
+    adaptive_weight,
     build_loss_networks,
+    consistency_loss,
     discriminator_hinge_loss,
     distillation_loss,
     generator_hinge_loss,
     keep_original_encoder,
 )
 from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.progress import print_start, print_step, save_previews
 from vqrae.tokenizer.train_state import (
     LossWindow,
     SkippedSteps,
     TrainState,
     WeightAverage,
     require_resumable,
+    require_same_length,
 )
 
 
@@ -90,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     attention = attention_implementation(config.attention, half=config.bf16)
     output = Path(config.output_dir)
     # The settings of a stage may change until it begins.
-    not_begun = {f"stage{number}" for number in (1, 2) if not (output / f"stage{number}").is_dir()}
+    names = [f"stage{number}" for number in config.all_stages]
+    not_begun = {name for name in names if not (output / name).is_dir()}
     run_of_both = open_run(output, config, seed=config.seed, ignore=not_begun)
     require_same_length(config, output)
     for number in config.stages:  # refused now rather than after stage 1
@@ -115,38 +122,6 @@ def main(argv: list[str] | None = None) -> None:
             with atomic_path(output / folder.name) as temporary:
                 shutil.copytree(folder, temporary)
         print(f"tokenizer {weights_fingerprint(output / 'model')[:16]} in {output / 'model'}")
-
-
-def require_same_length(config: TokenizerTrainConfig, output: Path) -> None:
-    """Refuse to prolong a finished stage: its rates are at their end, and stage 2 starts from it.
-
-    Raises:
-        ValueError: naming the steps that it was trained for.
-    """
-    for number in (1, 2):
-        folder = output / f"stage{number}" / "model"
-        trained, asked = trained_steps(folder), config.stage_config(number).max_steps
-        if 0 < trained < asked:
-            raise ValueError(
-                f"{folder} is finished after {trained} steps, got stage{number}.max_steps={asked}: "
-                f"set stage{number}.max_steps={trained}, or another output_dir"
-            )
-
-
-def initial_model(config: TokenizerTrainConfig, number: int, attention: str) -> VQRAEModel:
-    """The tokenizer as it enters a stage: on the pretrained encoder, or as stage 1 left it.
-
-    Raises:
-        FileNotFoundError: when stage 2 has no stage 1.
-    """
-    if number == 1:
-        return build_tokenizer(config.model, attention)
-    first = Path(config.output_dir) / "stage1" / "model"
-    if not first.is_dir():
-        raise FileNotFoundError(
-            f"stage 2 starts from {first}, which does not exist: run stage=1 first, or stage=both"
-        )
-    return VQRAEModel.from_pretrained(first, attn_implementation=attention)
 
 
 def train_stage(
@@ -188,6 +163,9 @@ def train_stage(
     model.encoder.requires_grad_(not stage.freeze_encoder)
     if feature_tap == "hidden_states[-1]":
         final_norm(model.encoder).requires_grad_(False)  # follows the tap: it gets no gradient
+    text_side = nn.ModuleList()
+    if model.config.text_config is not None:
+        text_side = model.text_side().requires_grad_(stage.contrastive_weight > 0)
     model.quantizer.compute_entropy = stage.entropy_weight > 0
     if config.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -195,16 +173,20 @@ def train_stage(
     # The teacher of both stages is the encoder as it was before any of them (section 3.3).
     original = run.path.with_name("stage1") / "original_encoder.safetensors"
     if number == 1 and checkpoint is None:
-        keep_original_encoder(model.encoder, original, tuned=not stage.freeze_encoder)
+        tuned = not stage.freeze_encoder and (config.stage2 is not None or stage.needs_teacher)
+        keep_original_encoder(model.encoder, original, tuned=tuned)
         engine.wait_for_everyone()
     teacher, perceptual, discriminator = build_loss_networks(config, stage, model, original, device)
     lecam = LeCam().to(device)
+    multiple = 1 if discriminator is None else discriminator.multiple
+    see = partial(seen, augment=stage.discriminator_augment, multiple=multiple)
 
     # ----------------------------------------------------------------------------------------- data
 
     images = StageImages(
         config.data,
         stage,
+        model.text_tokenizer if stage.contrastive_weight else None,
         size=max(image_size, output_size),
         seed=config.seed,
         number=number,
@@ -242,6 +224,7 @@ def train_stage(
     modules = {
         "encoder": (model.encoder, stage.encoder_lr),
         "quantizer": (model.quantizer, stage.quantizer_lr or stage.decoder_lr),
+        "text": (text_side, stage.text_lr or stage.decoder_lr),
         "decoder": (decoder, stage.decoder_lr),
     }
     # ZeRO cuts matrices into pieces, which Muon could not orthogonalise.
@@ -254,7 +237,10 @@ def train_stage(
     if discriminator is not None:
         d_modules = {"discriminator": (discriminator, stage.discriminator_lr)}
         d_wrapped, d_optimizer = prepare(
-            d_engine, "discriminator", discriminator, build_optimizer(d_modules, stage)
+            d_engine,
+            "discriminator",
+            discriminator,
+            build_optimizer(d_modules, stage.discriminator_optimization),
         )
         engines["discriminator"] = d_engine
 
@@ -276,15 +262,8 @@ def train_stage(
     rolled_back_to: Path | None = None
     run.rewind(start)
     if engine.is_main_process:
-        if start:
-            print(f"stage {number}: continuing from step {start}", flush=True)
-        total, trainable = count_parameters(model)
-        print(
-            f"stage {number}: {total / 1e6:.2f} M parameters, {trainable / 1e6:.2f} M trainable, "
-            f"batch {stage.global_batch_size} = {micro_batch_size} x {accumulation} accumulated "
-            f"x {engine.num_processes} processes",
-            flush=True,
-        )
+        world = engine.num_processes
+        print_start(number, stage, model, start=start, accumulation=accumulation, world=world)
 
     # ---------------------------------------------------------------------------------------- steps
 
@@ -309,14 +288,13 @@ def train_stage(
             # gradient for every parameter.
             quantization_weight = 0.0 if bypass else 1.0
             adversarial_weight = stage.adversarial_weight_at(step)  # 0 before its start
-            adversarial = adversarial_weight > 0
+            adversarial, blur = adversarial_weight > 0, stage.blur_at(step)
 
             # ---- rates: the discriminator's schedule counts its own steps
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * stage.rate_factor(step)
             for group in d_optimizer.param_groups if adversarial else ():
-                factor = stage.rate_factor(step, begin=stage.discriminator_start)
-                group["lr"] = stage.discriminator_lr * factor
+                group["lr"] = stage.discriminator_lr * stage.discriminator_rate_factor(step)
 
             # ---- end of the bypass: the codebook starts from the continuous autoencoder's features
             if step and step == stage.bypass_steps:
@@ -332,12 +310,14 @@ def train_stage(
             logit_means = []
             for _ in range(accumulation):
                 batch = next(batches)
-                inputs, targets = resize(batch, image_size), resize(batch, output_size)
+                inputs, targets = (resize(batch.images, n) for n in (image_size, output_size))
+                targets = targets[: stage.reconstruction_batch]
+                random = batch.random[: stage.reconstruction_batch]
 
                 # ---- tokenizer
                 with engine.accumulate(wrapped):
                     with autocast():
-                        output = wrapped(inputs, bypass=bypass)
+                        output = wrapped(inputs, bypass=bypass, decoded=stage.reconstruction_batch)
                         losses = {
                             "reconstruction_loss": F.mse_loss(output.reconstruction, targets),
                             **output.losses,  # Eq. 3, by the quantizer
@@ -347,16 +327,35 @@ def train_stage(
                                 pixel_values = model.normalize(inputs)
                                 target = encoder_features(teacher, pixel_values, feature_tap)
                             losses["distillation_loss"] = distillation_loss(output.features, target)
+                        if stage.l1_weight:
+                            losses["l1_loss"] = F.l1_loss(output.reconstruction, targets)
+                        if stage.contrastive_weight:
+                            losses["contrastive_loss"] = contrastive_loss(
+                                model, output.quantized_features, batch.tokens, batch.captioned
+                            )
                         if perceptual is not None:
                             losses["perceptual_loss"] = perceptual(output.reconstruction, targets)
                         if adversarial:
                             # The bare module: its engine must not see this backward pass.
                             with frozen(discriminator):
-                                fake_logits = discriminator(output.reconstruction)
+                                fakes = see(output.reconstruction, random[:, 0], blur)
+                                fake_logits = discriminator(fakes)
                             losses["adversarial_loss"] = generator_hinge_loss(fake_logits)
 
-                    loss = (  # Eq. 2 to 5
+                    image_loss = (
                         stage.reconstruction_weight * losses["reconstruction_loss"]
+                        + stage.l1_weight * losses.get("l1_loss", 0.0)
+                        + stage.perceptual_weight * losses.get("perceptual_loss", 0.0)
+                    )
+                    if adversarial and stage.adaptive_weight:
+                        losses["adversarial_factor"] = adaptive_weight(
+                            image_loss,
+                            losses["adversarial_loss"],
+                            model.decoder.head.weight,
+                            stage.adaptive_weight,
+                        )
+                    loss = (  # VQRAE Eq. 2 to 5, UniTok Eq. 1 and 2
+                        image_loss
                         + quantization_weight
                         * (
                             stage.codebook_weight * losses.get("codebook_loss", 0.0)
@@ -365,8 +364,10 @@ def train_stage(
                             + stage.entropy_weight * losses.get("entropy_loss", 0.0)
                         )
                         + stage.distillation_weight * losses.get("distillation_loss", 0.0)
-                        + stage.perceptual_weight * losses.get("perceptual_loss", 0.0)
-                        + adversarial_weight * losses.get("adversarial_loss", 0.0)
+                        + stage.contrastive_weight * losses.get("contrastive_loss", 0.0)
+                        + adversarial_weight
+                        * losses.get("adversarial_factor", 1.0)
+                        * losses.get("adversarial_loss", 0.0)
                     )
                     # Outside of autocast, whose bf16 copies of all weights are freed by now.
                     engine.backward(loss)
@@ -380,11 +381,21 @@ def train_stage(
                 # ---- discriminator: images against their reconstructions, in fp32
                 if adversarial:
                     with d_engine.accumulate(d_wrapped):
-                        both = torch.cat([targets, output.reconstruction.detach()])
-                        real_logits, fake_logits = d_wrapped(both).float().chunk(2)
+                        fakes = output.reconstruction.detach()
+                        views = [see(targets, random[:, 1], blur), see(fakes, random[:, 2], blur)]
+                        if stage.consistency_weight:
+                            again = see(targets, random[:, 3], 0.0), see(fakes, random[:, 4], 0.0)
+                            views += again
+                        logits = d_wrapped(torch.cat(views)).float().split(len(targets))
+                        real_logits, fake_logits = logits[:2]
                         d_loss = discriminator_hinge_loss(real_logits, fake_logits)
                         losses["discriminator_loss"] = d_loss
-                        d_loss = d_loss + stage.lecam_weight * lecam(real_logits, fake_logits)
+                        d_loss = stage.discriminator_weight * d_loss + stage.lecam_weight * lecam(
+                            real_logits, fake_logits
+                        )
+                        if stage.consistency_weight:
+                            losses["consistency_loss"] = consistency_loss(*logits)
+                            d_loss += stage.consistency_weight * losses["consistency_loss"]
                         d_engine.backward(d_loss)
                         means = torch.stack([real_logits.mean(), fake_logits.mean()])
                         logit_means.append(means.detach())
@@ -395,11 +406,14 @@ def train_stage(
                             lecam.update(means, taken=d_norm.isfinite())
                         d_optimizer.step()
                         d_optimizer.zero_grad()
-                window.update(losses, weight=len(batch))
+                window.update(losses, weight=len(inputs))
 
             # ---- what follows the optimizer's step
             skipped.update(grad_norm)
             model.quantizer.after_step(grad_norm.isfinite())
+            if stage.contrastive_weight:
+                model.logit_scale.data.clamp_(0, math.log(100))
+                refresh_master_weights(optimizer)
             if ema is not None and not bypass:
                 ema.update(model)
             if stage.is_revival(done) and newest_step_taken([skipped]):
@@ -422,6 +436,8 @@ def train_stage(
                     **usage.summary(),
                     "images_per_second": stage.global_batch_size / seconds,
                 }
+                if stage.contrastive_weight:
+                    row["logit_scale"] = model.logit_scale.exp().item()
                 if skipped.total > 0:
                     row["skipped_steps"] = skipped.total.item()
                 if d_skipped.total > 0:
@@ -430,13 +446,7 @@ def train_stage(
                 usage.clear()
                 run.log(done, row)
                 if engine.is_main_process:
-                    left = format_duration(seconds * (stage.max_steps - done))
-                    numbers = [f"{key.removesuffix('_loss')} {row[key]:.4g}" for key in row]
-                    print(
-                        f"stage {number}  {done}/{stage.max_steps}  {'  '.join(numbers)}"
-                        f"  {left} left",
-                        flush=True,
-                    )
+                    print_step(number, stage, done, row, seconds)
                 stuck = bool(in_a_row(skips) >= min(config.max_nonfinite_steps, stage.max_steps))
 
             # ---- go back or save, before the previews: no work is lost if they fail
@@ -453,12 +463,9 @@ def train_stage(
             elif done % config.save_steps == 0 and newest_step_taken(skips):
                 state.save(run, done, zero=config.zero, keep=config.keep_checkpoints)
             if engine.is_main_process and (done % config.sample_steps == 0 or last):
-                model.eval()
-                with torch.no_grad(), autocast():
-                    reconstruction = model(resize(previews, image_size)).reconstruction
+                file = run.path / "samples" / f"step-{done}.png"
+                save_previews(model, previews, file, bf16=config.bf16)
                 set_mode(wrapped, model, stage)
-                rows = [list(resize(previews, output_size)), list(reconstruction)]
-                save_image(image_grid(rows), run.path / "samples" / f"step-{done}.png")
             yield done
 
     if start >= stage.max_steps:  # an ablation may start stage 2 from an untrained stage 1

@@ -20,8 +20,9 @@ from vqrae.common.distributed import (
     world_size,
 )
 from vqrae.common.files import atomic_path, read_json, write_json
-from vqrae.common.run import Run, mark_trained
+from vqrae.common.run import Run, mark_trained, trained_steps
 from vqrae.tokenizer.codebook import CodeUsage
+from vqrae.tokenizer.config import TokenizerTrainConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
 STATE_FILE = "state.json"
@@ -115,6 +116,22 @@ class WeightAverage:
         saved = VQRAEModel.from_pretrained(folder)
         self.model.load_state_dict(saved.state_dict())
         self.model.config.ema_updates = saved.config.ema_updates
+
+
+def require_same_length(config: TokenizerTrainConfig, output: Path) -> None:
+    """Refuse to prolong a finished stage: its rates are at their end, and stage 2 starts from it.
+
+    Raises:
+        ValueError: naming the steps that it was trained for.
+    """
+    for number in config.all_stages:
+        folder = output / f"stage{number}" / "model"
+        trained, asked = trained_steps(folder), config.stage_config(number).max_steps
+        if 0 < trained < asked:
+            raise ValueError(
+                f"{folder} is finished after {trained} steps, got stage{number}.max_steps={asked}: "
+                f"set stage{number}.max_steps={trained}, or another output_dir"
+            )
 
 
 def require_resumable(checkpoint: Path, *, zero: int) -> None:

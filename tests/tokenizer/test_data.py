@@ -52,7 +52,7 @@ def open_stage(
 def stream(images: StageImages, number: int, start: int = 0) -> list[Tensor]:
     """The first images of a process."""
     batches = islice(images.micro_batches(start), -(-number // images.stage.micro_batch_size))
-    return list(torch.cat(list(batches))[:number])
+    return list(torch.cat([batch.images for batch in batches])[:number])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -76,7 +76,7 @@ def test_the_discriminator_counts_its_own_steps() -> None:
     stage = read("tiny", *(f"stage1.{option}" for option in options)).stage1
     weights = [stage.adversarial_weight_at(step) for step in range(48, 56)]
     assert weights == pytest.approx([0, 0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
-    factors = [stage.rate_factor(step, begin=50) for step in (50, 60, 99)]
+    factors = [stage.discriminator_rate_factor(step) for step in (50, 60, 99)]
     assert factors == pytest.approx([1 / 11, 1, 0.1])  # its own warm-up and cosine
 
 

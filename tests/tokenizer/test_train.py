@@ -13,12 +13,11 @@ import pytest
 import tokenizer_trainings as trainings
 import torch
 from tokenizer_trainings import SHORT, bad_images, launch, metrics, train, weights
-from torch import Tensor
 
 from vqrae.common.config import ConfigError
 from vqrae.common.files import read_json
 from vqrae.tokenizer import train as tokenizer_train
-from vqrae.tokenizer.data import StageImages
+from vqrae.tokenizer.data import Batch, StageImages
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.quantizers.registry import QUANTIZERS
 
@@ -85,7 +84,7 @@ def test_a_stopped_run_keeps_its_last_step(
 ) -> None:
     micro_batches = StageImages.micro_batches
 
-    def stop_in_stage_2(images: StageImages, start: int) -> Iterator[Tensor]:
+    def stop_in_stage_2(images: StageImages, start: int) -> Iterator[Batch]:
         for i, batch in enumerate(micro_batches(images, start)):
             if images.seed == 2 and i == 4:  # in the third step
                 signal.raise_signal(signal.SIGTERM)
@@ -103,11 +102,11 @@ def test_a_stopped_run_keeps_its_last_step(
 def test_a_checkpoint_comes_before_the_previews_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left for an image")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer_train, "save_image", fail)
+        patch.setattr(tokenizer_train, "save_previews", fail)
         with pytest.raises(OSError, match="no space left"):
             train(tmp_path, *SHORT, "sample_steps=2")
     assert (tmp_path / "stage1" / "step-2").is_dir()

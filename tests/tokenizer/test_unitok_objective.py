@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, Dinov2Config
 
 from vqrae.tokenizer.augment import blurred, diff_augment, random_crop, seen
-from vqrae.tokenizer.contrastive import contrastive_loss
+from vqrae.tokenizer.contrastive import pair_loss
 from vqrae.tokenizer.discriminator import DinoV2Discriminator, build_discriminator
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "unitok_objective.json").read_text())
@@ -31,7 +31,7 @@ def pairs(rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 def test_clip_loss_is_unitoks() -> None:
     images, texts = F.normalize(pictures(2, 8).flatten(2).transpose(0, 1), dim=-1)[:2, :, :5]
     everyone = torch.ones(len(images), dtype=torch.bool)
-    loss = contrastive_loss("softmax", images, texts, everyone, torch.tensor(7.0).log())
+    loss = pair_loss("softmax", images, texts, everyone, torch.tensor(7.0).log())
     assert loss.item() == pytest.approx(GOLDEN["contrastive"][0], rel=1e-5)
 
 
@@ -40,14 +40,14 @@ def test_rows_without_a_caption_take_no_part(kind: str) -> None:
     images, texts = pairs()
     scale, bias = torch.tensor(1.5), torch.tensor(-2.0)
     captioned = torch.tensor([True, False, True, True, False, True])
-    loss = contrastive_loss(kind, images, texts, captioned, scale, bias)
+    loss = pair_loss(kind, images, texts, captioned, scale, bias)
     everyone = torch.ones(4, dtype=torch.bool)
-    expected = contrastive_loss(kind, images[captioned], texts[captioned], everyone, scale, bias)
+    expected = pair_loss(kind, images[captioned], texts[captioned], everyone, scale, bias)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert (images.grad[~captioned] == 0).all()
     assert (texts.grad[~captioned] == 0).all()
-    nobody = contrastive_loss(kind, images, texts, ~(captioned | True), scale, bias)
+    nobody = pair_loss(kind, images, texts, ~(captioned | True), scale, bias)
     assert [x.abs().sum() for x in torch.autograd.grad(nobody, (images, texts))] == [0, 0]
 
 
@@ -58,9 +58,7 @@ def test_sigmoid_loss_by_hand() -> None:
     expected = -F.logsigmoid(signs * logits).sum() / 6  # SigLIP, equation 1
     everyone = torch.ones(6, dtype=torch.bool)
     scale, bias = torch.tensor(3.0).log(), torch.tensor(-1.0)
-    torch.testing.assert_close(
-        contrastive_loss("sigmoid", images, texts, everyone, scale, bias), expected
-    )
+    torch.testing.assert_close(pair_loss("sigmoid", images, texts, everyone, scale, bias), expected)
 
 
 # ---- discriminator
@@ -93,7 +91,7 @@ def test_discriminators_see_what_unitoks_does() -> None:
         found = seen_through[..., ::5, ::5].flatten()
         torch.testing.assert_close(found, torch.tensor(golden), atol=2e-6, rtol=0)
     assert blurred(images, 0.0) is images
-    assert seen(images, torch.rand(2, 10), blur=0.0, augment=False, multiple=14) is images
+    assert seen(images, torch.rand(2, 10), 0.0, augment=False, multiple=14) is images
 
 
 def test_a_crop_is_decided_by_the_numbers_of_its_image() -> None:
@@ -105,8 +103,8 @@ def test_a_crop_is_decided_by_the_numbers_of_its_image() -> None:
     assert torch.equal(cropped[1], images[1, :, 1:15, 1:15])
     shrunk = F.interpolate(images[2:], (14, 14), mode="area")
     torch.testing.assert_close(cropped[2:], shrunk)
-    alone = seen(images[:1], torch.full((1, 10), 0.3), blur=0.5, augment=True, multiple=7)
-    both = seen(images[:2], torch.full((2, 10), 0.3), blur=0.5, augment=True, multiple=7)
+    alone = seen(images[:1], torch.full((1, 10), 0.3), 0.5, augment=True, multiple=7)
+    both = seen(images[:2], torch.full((2, 10), 0.3), 0.5, augment=True, multiple=7)
     torch.testing.assert_close(alone, both[:1])
     both.sum().backward()
     assert images.grad[:2].abs().amax((1, 2, 3)).min() > 0
