@@ -22,7 +22,8 @@ def build_text_tokenizer(config: TokenizerTrainConfig) -> PreTrainedTokenizerBas
     values = config.model.text_config
     if values is None:
         return None
-    pairs = open_captioned(config.data.train, image_size=1, seed=config.seed)
+    # No image is read.
+    pairs = open_captioned(config.data.train, image_size=64, seed=config.seed)
     pretrained = config.model.text_tokenizer
     captions = texts_of(pairs, 100 if pretrained else 20_000)
     if not captions:
@@ -47,8 +48,8 @@ def with_text_ids(model: ModelConfig, text_tokenizer: PreTrainedTokenizerBase) -
         ValueError: when there are more ids than rows.
     """
     assert model.text_config is not None
-    ids: dict[str, Any] = {"eos_token_id": text_tokenizer.eos_token_id}
-    ids["pad_token_id"] = text_tokenizer.pad_token_id
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids: dict[str, Any] = {name: getattr(text_tokenizer, name) for name in names}
     values = {"vocab_size": len(text_tokenizer), **model.text_config, **ids}
     if values["vocab_size"] < len(text_tokenizer):
         raise ValueError(
