@@ -187,12 +187,10 @@ class Collator:
             options = {"padding": True, "truncation": True, "return_tensors": "pt"}
             encoded = self.text_tokenizer(captions, **options)
             tokens = {key: encoded[key] for key in ("input_ids", "attention_mask")}
-        return Batch(
-            images=torch.stack([sample["image"] for sample in samples]),
-            random=torch.stack([sample["random"] for sample in samples]),
-            captioned=torch.tensor([caption != "" for caption in captions]),
-            tokens=tokens,
-        )
+        images = torch.stack([sample["image"] for sample in samples])
+        random = torch.stack([sample["random"] for sample in samples])
+        captioned = torch.tensor(list(map(bool, captions)))
+        return Batch(images, random, captioned, tokens)
 
 
 def cutmix(image: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
