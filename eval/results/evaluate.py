@@ -165,7 +165,7 @@ def _zero_shot(stored: dict[str, Any]) -> Score:
     values = {}
     for kind in ("continuous", "quantized"):
         values[kind] = 100 * scores[kind][task]["top1"]
-    images = scores["continuous"][task]["count"]
+    images = stored["tasks"][task]["count"]
     reservations = []
     if (task, images) != ("class", PAPER_IMAGES):
         reservations.append(f"{task} of {images} images of {stored['data']}, the paper: ImageNet")

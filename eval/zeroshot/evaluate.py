@@ -12,6 +12,8 @@ quantized ones says how near the decoder's input is to them.
 Shapes: B batch, M images, P width of an embedding.
 """
 
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -46,7 +48,8 @@ from vqrae.eval.zeroshot.texts import TextSide, embed_all, encoder_siglip, open_
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
-Scores = dict[str, dict[str, float]]  # by task, then by measure
+Scores = dict[str, dict[str, dict[str, float]]]
+"""By kind of features, task and measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,12 @@ class ZeroShotConfig:
 
 
 class Judge:
-    """A tokenizer with its text side, and how they are asked."""
+    """A tokenizer with its text side, and how they are asked.
+
+    Attributes:
+        tasks: what was asked, each with the `chance` of a guess and the `count` of questions.
+        notes: what to know of the scores.
+    """
 
     def __init__(
         self, folder: str, text_model: str | None, config: ZeroShotConfig, device: str
@@ -91,37 +99,33 @@ class Judge:
         self.config = config
         self.model = VQRAEModel.from_pretrained(folder).to(device).eval()
         self.side: TextSide = open_text_side(self.model, folder, text_model)
+        self.tasks: dict[str, dict[str, float]] = {}
         self.notes: list[str] = []
-        """What to know of the scores."""
 
     @torch.inference_mode()
-    def embed(self, dataset: Dataset, key: str) -> tuple[dict[str, Tensor], list[Any], list[str]]:
-        """Embeddings (M, P) by kind of features; what samples hold by `key`; checksums of pixels.
+    def embed(
+        self, dataset: Dataset, describe: Callable[[dict[str, Any]], Iterable[Any]]
+    ) -> tuple[dict[str, Tensor], list[Any]]:
+        """Embeddings (M, P) by kind of features, and what `describe` says of every image.
 
         Several processes share the work, and all get all.
         """
         total: int = len(dataset)  # type: ignore[arg-type]  # every source of ours has a length
         shares = batch_indices(total, self.config.batch_size)
-        progress = progress_of_main(f"zero-shot, images by {key}")
-        parts: list[dict[str, Any]] = []
+        progress = progress_of_main("zero-shot")
+        parts: list[tuple[list[Tensor], list[Any]]] = []
         loader = DataLoader(dataset, batch_sampler=shares, num_workers=self.config.num_workers)
         for done, batch in enumerate(loader, start=1):
             images = batch["image"].to(self.model.device).float() / 255
             continuous = self.model.encode_features(images)
             quantized = self.model.features_of(self.model.choose_codes(continuous))
-            pixels = [checksum(image.numpy().tobytes()) for image in batch["image"]]
-            part: dict[str, Any] = {"values": list(batch[key]), "pixels": pixels}
-            for kind, features in zip(KINDS, (continuous, quantized), strict=True):
-                part[kind] = self.side.embed_images(features).cpu()
-            parts.append(part)
+            embeddings = [self.side.embed_images(part).cpu() for part in (continuous, quantized)]
+            parts.append((embeddings, list(describe(batch))))
             progress(done, len(shares))
-        gathered = gather(parts)
-        embedded = {}
-        for kind in KINDS:
-            embedded[kind] = torch.cat([part[kind] for part in gathered])
-        values = list(chain.from_iterable(part["values"] for part in gathered))
-        pixels = list(chain.from_iterable(part["pixels"] for part in gathered))
-        return embedded, values, pixels
+        by_batch, described = zip(*gather(parts), strict=True)
+        columns = zip(*by_batch, strict=True)
+        embedded = {kind: torch.cat(column) for kind, column in zip(KINDS, columns, strict=True)}
+        return embedded, list(chain.from_iterable(described))
 
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Embeddings (texts, P) on the CPU."""
@@ -130,71 +134,74 @@ class Judge:
         return embed_all(self.side, texts).cpu()
 
 
-def classify(judge: Judge, labelled: Labelled) -> dict[str, Scores]:
-    """Top-1 and top-5 accuracy by kind of features and task, with the chance of a guess."""
-    images, labels = judge.embed(labelled.dataset, "label")[:2]
+def classify(judge: Judge, labelled: Labelled) -> Scores:
+    """Top-1 and top-5 accuracy."""
+    images, labels = judge.embed(labelled.dataset, lambda batch: batch["label"])
     texts = judge.embed_texts(labelled.texts)
     table = texts.view(labelled.rows, -1, texts.shape[-1])
-    scores: dict[str, Scores] = {kind: {} for kind in KINDS}
-    for task, kind in labelled.asked.items():
-        classes = class_vectors(prompts_of(table, kind))
-        asked = labels_of(torch.stack(labels), labelled.columns, kind)
+    scores: Scores = {kind: {} for kind in KINDS}
+    for task, part in labelled.asked.items():
+        classes = class_vectors(prompts_of(table, part))
+        asked = labels_of(torch.stack(labels), labelled.columns, part)
         right = asked[:, None] == torch.arange(len(classes))
-        for features in KINDS:
-            found = recalls(ranks(images[features], classes, right), "top", 1, 5)
-            scores[features][task] = {**found, "chance": 1 / len(classes), "count": len(right)}
+        judge.tasks[task] = {"chance": 1 / len(classes), "count": len(asked)}
+        for kind in KINDS:
+            scores[kind][task] = recalls(ranks(images[kind], classes, right), "top", 1, 5)
     return scores
 
 
-def retrieve(judge: Judge, dataset: Dataset) -> dict[str, Scores]:
-    """Recall at 1, 5 and 10 by kind of features and direction.
+def caption_and_pixels(batch: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The caption of every image, and a hash of its pixels."""
+    for caption, image in zip(batch["caption"], batch["image"], strict=True):
+        yield caption, hashlib.md5(image.numpy().tobytes()).hexdigest()
+
+
+def retrieve(judge: Judge, dataset: Dataset) -> Scores:
+    """Recall at 1, 5 and 10 in both directions.
 
     Equal captions are one, and equal images: all their partners are right.
     """
-    images, captions, pixels = judge.embed(dataset, "caption")
-    first: dict[str, int] = {}
-    for place, image in enumerate(pixels):
-        first.setdefault(image, place)
-    rows = {image: row for row, image in enumerate(first)}
-    columns = {caption: column for column, caption in enumerate(dict.fromkeys(captions))}
+    images, pairs = judge.embed(dataset, caption_and_pixels)
+    columns: dict[str, int] = {}
+    rows: dict[str, int] = {}
+    first: list[int] = []  # the place of each image that is not equal to one before
+    for place, (caption, pixels) in enumerate(pairs):
+        columns.setdefault(caption, len(columns))
+        if pixels not in rows:
+            rows[pixels] = len(rows)
+            first.append(place)
     right = torch.zeros(len(rows), len(columns), dtype=torch.bool)
-    for image, caption in zip(pixels, captions, strict=True):
-        right[rows[image], columns[caption]] = True
+    for caption, pixels in pairs:
+        right[rows[pixels], columns[caption]] = True
     texts = judge.embed_texts(list(columns))
-    scores: dict[str, Scores] = {kind: {} for kind in KINDS}
-    for features in KINDS:
-        unique = images[features][list(first.values())]
-        for name, queries, keys, truth in (
-            ("image_to_text", unique, texts, right),
-            ("text_to_image", texts, unique, right.T),
-        ):
-            found = recalls(ranks(queries, keys, truth), "r", 1, 5, 10)
-            chance = truth.double().mean().item()
-            scores[features][name] = {**found, "chance": chance, "count": len(queries)}
+    chance = right.double().mean().item()
+    judge.tasks["image_to_text"] = {"chance": chance, "count": len(rows)}
+    judge.tasks["text_to_image"] = {"chance": chance, "count": len(columns)}
+    scores: Scores = {}
+    for kind in KINDS:
+        unique = images[kind][first]
+        scores[kind] = {
+            "image_to_text": recalls(ranks(unique, texts, right), "r", 1, 5, 10),
+            "text_to_image": recalls(ranks(texts, unique, right.T), "r", 1, 5, 10),
+        }
     return scores
 
 
-def evaluate(judge: Judge) -> dict[str, Scores]:
-    """All scores by kind of features.
-
-    Raises:
-        ValueError: for a source with neither classes nor captions.
-    """
-    config = judge.config
-    size = judge.model.config.image_size
+def evaluate(judge: Judge) -> Scores:
+    """All scores of a tokenizer."""
+    config, size = judge.config, judge.model.config.image_size
     split: FileSplit = "validation" if config.split == "validation" else "all"
-    is_embedded = source_kind(config.data) in ("scenes", "emoji")
     count = config.num_images
-    if is_embedded:
+    if source_kind(config.data) in ("scenes", "emoji"):
         split, count = "validation", count or SCENES
-    labelled = open_labelled(config.data, size, count, config.class_names)
-    captioned = open_captions(config.data, size, count, split)
-    scores: dict[str, Scores] = {kind: {} for kind in KINDS}
-    parts = [classify(judge, labelled)] if labelled is not None else []
-    parts += [retrieve(judge, captioned)] if captioned is not None else []
-    for part in parts:
-        for kind in KINDS:
-            scores[kind] |= part[kind]
+    parts = []
+    if (labelled := open_labelled(config.data, size, count, config.class_names)) is not None:
+        parts.append(classify(judge, labelled))
+    if (captioned := open_captions(config.data, size, count, split)) is not None:
+        parts.append(retrieve(judge, captioned))
+    scores: Scores = {}
+    for kind in KINDS:
+        scores[kind] = dict(chain.from_iterable(part[kind].items() for part in parts))
     return scores
 
 
@@ -203,19 +210,17 @@ def evaluate(judge: Judge) -> dict[str, Scores]:
 
 def zero_shot_table(values: dict[str, Any]) -> str:
     """One row for each stage and kind of features, one column for each measure."""
-    stages = values["stages"]
-    tasks = next(iter(stages.values()))["continuous"]
-    header = ["stage", "features"]
-    for task, found in tasks.items():
-        header += [f"{task} {measure}" for measure in found if measure not in ("chance", "count")]
+    header: list[str] = []
     rows = []
-    for stage, scores in stages.items():
+    for stage, scores in values["stages"].items():
         for kind in KINDS:
-            row = [stage, kind]
-            for found in scores[kind].values():
-                row += [f"{v:.1%}" for m, v in found.items() if m not in ("chance", "count")]
+            header, row = ["stage", "features"], [stage, kind]
+            for task, found in scores[kind].items():
+                header += [f"{task} {measure}" for measure in found]
+                row += [f"{value:.1%}" for value in found.values()]
             rows.append(row)
-    chances = [f"{task} {found['chance']:.1%} of {found['count']}" for task, found in tasks.items()]
+    tasks = values["tasks"].items()
+    chances = [f"{task} {asked['chance']:.1%} of {asked['count']}" for task, asked in tasks]
     lines = ["# Zero-shot", "", *markdown_table(header, rows), ""]
     notes = [f"A guess: {', '.join(chances)}.", f"Text side: {values['text_side']}."]
     return "\n".join([*lines, *notes, *values["notes"]]) + "\n"
@@ -249,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
             return {
                 "benchmark": "zero-shot",
                 "stages": stages,
+                "tasks": judge.tasks,
                 "text_side": text_model or "the tokenizer's own",
                 "notes": sorted(set(judge.notes)),
                 "data": settings["data"],

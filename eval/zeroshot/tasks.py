@@ -39,7 +39,7 @@ class Labelled:
     """The prompts, row by row of a table."""
     rows: int
     columns: int
-    """Columns that labels tell apart; 1: they name the row alone."""
+    """Of the labels; 1: they name the row alone."""
     asked: dict[str, str]
     """Names of the questions, and what a class is: `row`, `column` or `cell`."""
 

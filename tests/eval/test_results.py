@@ -34,8 +34,9 @@ def dpg(
 def zero_shot(task: str) -> dict[str, Any]:
     stage: dict[str, Any] = {"tokenizer": "t"}
     for kind, share in (("continuous", 0.75), ("quantized", 0.5)):
-        stage[kind] = {task: {"top1": share, "top5": 1.0, "count": 50_000}}
-    about = {"data": "val", "text_side": "own", "packages": {}}
+        stage[kind] = {task: {"top1": share, "top5": 1.0}}
+    about: dict[str, Any] = {"tasks": {task: {"count": 50_000}}, "data": "val"}
+    about |= {"text_side": "own", "packages": {}}
     return {"benchmark": "zero-shot", "stages": {"stage1": {}, "stage2": stage}, **about}
 
 

@@ -165,8 +165,8 @@ def test_the_command_scores_both_kinds_of_features(unitok_folder: Path, tmp_path
             found += max(texts, key=lambda text: float(texts[text] @ image)) == caption
         scores = values["stages"]["model"][kind]
         assert scores["image_to_text"]["r1"] == pytest.approx(found / 30)
-        assert scores["object"]["chance"] == 1 / 80
-        assert scores["text_to_image"]["count"] == len(texts)
+    assert values["tasks"]["object"] == {"chance": 1 / 80, "count": 30}
+    assert values["tasks"]["text_to_image"]["count"] == len(texts)
     assert "| model | quantized |" in (tmp_path / "z.md").read_text()
 
 
