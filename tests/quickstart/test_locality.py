@@ -18,7 +18,8 @@ from vqrae.quickstart.locality import conditional_entropy, object_knowledge, pla
 class Codes:
     """A tokenizer of 8 x 8 codes that tell each patch's colour, or its object too."""
 
-    config, device = SimpleNamespace(grid_size=8, image_size=64), torch.device("cpu")
+    config = SimpleNamespace(grid_size=8, image_size=64, num_codebooks=1)
+    device = torch.device("cpu")
 
     def __init__(self, scenes: SceneDataset, *, know_names: bool) -> None:
         self.scenes, self.know_names, self.next = scenes, know_names, 0
