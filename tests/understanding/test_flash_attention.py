@@ -11,14 +11,18 @@ from vqrae.understanding.conversation import ConversationCollator
 from vqrae.understanding.packing import PackingCollator
 
 
-@pytest.mark.parametrize("encoder", ["siglip", "internvit"])
+@pytest.mark.parametrize(
+    ("encoder", "features"),
+    [("siglip", "continuous"), ("internvit", "quantized"), ("unitok", "quantized")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_llava_is_built_and_keeps_exact_positions(
-    dtype, encoder, flash_attention, make_tokenizer, llm_folder, tmp_path
+    dtype, encoder, features, flash_attention, make_tokenizer, llm_folder, tmp_path
 ):
     make_tokenizer(encoder).save_pretrained(tmp_path)
-    model, _ = build_llava(tmp_path, llm_folder, flash_attention, dtype=dtype)
-    for part in (model.model.vision_tower, model.model.language_model):
+    model, _ = build_llava(tmp_path, llm_folder, flash_attention, features=features, dtype=dtype)
+    tower = model.model.vision_tower
+    for part in (tower, getattr(tower, "encoder", tower), model.model.language_model):
         assert part.config._attn_implementation == flash_attention
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
@@ -45,7 +49,8 @@ def test_the_loss_is_that_of_plain_attention(packed, flash_attention, fresh_llav
 
 @pytest.mark.parametrize("batching", ["random", "packed"])
 def test_both_stages_and_chat_on_their_fp32_folder(batching, flash_attention, launch, tmp_path):
-    launch("run", 1, f"batching={batching}", attn_implementation=flash_attention)
+    features = "features=quantized" if batching == "packed" else "features=continuous"
+    launch("run", 1, f"batching={batching}", features, attn_implementation=flash_attention)
     options = {"attn_implementation": flash_attention, "device": "cpu"}
     chat = Chat.from_pretrained(tmp_path / "run", max_new_tokens=2, **options)
     assert chat.model.dtype == torch.bfloat16
