@@ -59,31 +59,46 @@ def build_model(
         chat_template=config.chat_template,
         aspect_ratio=config.aspect_ratio,
     )
-    llm.config.eos_token_id = text_tokenizer.convert_tokens_to_ids(
-        end_token(text_tokenizer, config.chat_template)
-    )
-    llm.config.pad_token_id = text_tokenizer.pad_token_id
-    begin, end = text_tokenizer.convert_tokens_to_ids(list(config.image_tokens))
+    values = unified_config(config, tokenizer, processor, llm.config)
+    model = UnifiedModel._from_config(values, llm=llm, **options)
+    model.embedding.start_from(tokenizer.code_vectors(), tokenizer.out_proj)
+    return model, processor
+
+
+def unified_config(
+    config: MLLMConfig,
+    tokenizer: VQRAEModel,
+    processor: LlavaProcessor,
+    llm_config: PreTrainedConfig,
+) -> UnifiedConfig:
+    """What a model's `config.json` holds, but for the place of its tokenizer."""
+    text_tokenizer = processor.tokenizer
+    end = end_token(text_tokenizer, config.chat_template)
+    llm_config.eos_token_id = text_tokenizer.convert_tokens_to_ids(end)
+    llm_config.pad_token_id = text_tokenizer.pad_token_id
+    boi, eoi = text_tokenizer.convert_tokens_to_ids(list(config.image_tokens))
     vocabulary = ImageVocabulary(
-        offset=begin,
+        offset=boi,
         codebook_size=tokenizer.config.codebook_size,
         num_codes=tokenizer.config.grid_size**2,
         num_codebooks=tokenizer.config.num_codebooks,
     )
+    left_out = ("architectures", "dtype", "transformers_version")
+    llm_values = llm_config.to_diff_dict()
     values = UnifiedConfig(
         image_token_id=processor.image_token_id,
-        end_of_image=end,
+        end_of_image=eoi,
         visual_vocabulary=asdict(vocabulary),
         max_caption_tokens=config.max_caption_tokens,
         num_codebooks=vocabulary.num_codebooks,
         codebook_size=vocabulary.codebook_size,
         projection=projection_of(tokenizer),
         head=asdict(config.depth),
-        llm_config=values_of(llm.config),
+        llm_config={key: value for key, value in llm_values.items() if key not in left_out},
     )
-    model = UnifiedModel._from_config(values, llm=llm, **options)
-    model.embedding.start_from(tokenizer.code_vectors(), tokenizer.out_proj)
-    return model, processor
+    # What inference needs to know.
+    values.caption_dropout, values.sampling = config.caption_dropout, asdict(config.sampling)
+    return values
 
 
 def image_prompt(config: UnifiedConfig, text_tokenizer: PreTrainedTokenizerBase) -> ImagePrompt:
@@ -118,10 +133,3 @@ def add_image_tokens(text_tokenizer: PreTrainedTokenizerBase, image_tokens: Sequ
     missing = [token for token in image_tokens if token not in text_tokenizer.get_vocab()]
     added = [AddedToken(token, special=True, normalized=False) for token in missing]
     text_tokenizer.add_tokens(added, special_tokens=True)
-
-
-def values_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """The values of a language model's configuration that describe its shape."""
-    left_out = ("architectures", "dtype", "transformers_version")
-    values = config.to_diff_dict()
-    return {key: value for key, value in values.items() if key not in left_out}

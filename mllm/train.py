@@ -11,7 +11,6 @@ process; with one of both it is the same.) The same command resumes, and does no
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +95,6 @@ def train(config: MLLMConfig) -> Path:
     set_seed(config.seed)  # the depth head's first weights
     attention = attention_implementation(config.attn_implementation, half=optimization.bf16)
     model, processor = build_model(config, tokenizer, texts, attention=attention)
-    # What inference needs to know.
-    model.config.caption_dropout = config.caption_dropout
-    model.config.sampling = asdict(config.sampling)
     model.config.vqrae_tokenizer = portable_path(config.tokenizer, output / "model")
     model.config.vqrae_tokenizer_fingerprint = fingerprint
     prompt = image_prompt(model.config, processor.tokenizer)

@@ -6,12 +6,12 @@ Its codes are (B, n, N) in UniTok's code, (B, N, n) here.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.initialization import no_init_weights
 
@@ -129,26 +129,43 @@ def published_config(args: Mapping[str, Any]) -> VQRAEConfig:
 
 
 def load_published(model: VQRAEModel, state: Mapping[str, Tensor], source: str) -> None:
-    """Load published weights, all of them and nothing else.
+    """Load published weights, all of them and nothing else; errors: see `load_converted`."""
+    # Not in the checkpoint: the statistics of feature_norm=standardize, which UniTok has not.
+    own = {"feature_mean", "feature_std"}
+    load_converted(model, convert_published(state), source, "models/unitok.py", own=own)
+
+
+def load_converted(
+    model: nn.Module,
+    converted: Mapping[str, Tensor],
+    source: str,
+    published: str,
+    *,
+    own: Collection[str] = (),
+) -> None:
+    """Load weights under our names, all of them and nothing else.
+
+    Args:
+        source: where they are from.
+        published: the file of UniTok's class that has them.
+        own: what the model has and they do not.
 
     Raises:
         ValueError: for tensors that are unknown, missing, of another shape or not finite.
     """
-    converted = convert_published(state)
-    own = model.state_dict()
-    # Not in the checkpoint: the statistics of feature_norm=standardize, which UniTok has not.
-    expected = own.keys() - {"feature_mean", "feature_std"}
-    shapes = {key for key in expected & converted.keys() if own[key].shape != converted[key].shape}
+    state = model.state_dict()
+    expected = state.keys() - set(own)
+    both = expected & converted.keys()
     wrong = {
         "unknown": converted.keys() - expected,
         "missing": expected - converted.keys(),
-        "of another shape": shapes,
+        "of another shape": {key for key in both if state[key].shape != converted[key].shape},
     }
     for what, keys in wrong.items():
         if keys:
             raise ValueError(
                 f"{source}: {len(keys)} tensors are {what}, such as {min(keys)}: expected the "
-                "weights of UniTok's class (FoundationVision/UniTok, models/unitok.py)"
+                f"weights of UniTok's class (FoundationVision/UniTok, {published})"
             )
     model.load_state_dict(converted, strict=False)
     require_finite(model, source)

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from transformers.utils import logging
 
+from vqrae.common.checkpoints import count_parameters
 from vqrae.common.config import check_range
+from vqrae.mllm.unitok_checkpoint import import_mllm
 from vqrae.planning.plan import GPU_COUNTS, plan, render
 from vqrae.tokenizer.unitok_checkpoint import import_unitok
 from vqrae.understanding.graft import graft
@@ -30,17 +32,24 @@ class Graft:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportUniTok:
-    """Turn UniTok's published checkpoint into a tokenizer folder."""
+    """Turn UniTok's published tokenizer, or its language model, into a folder of this package."""
 
     file: str
-    """`unitok_tokenizer.pth` of FoundationVision/unitok_tokenizer."""
+    """`unitok_tokenizer.pth` of FoundationVision/unitok_tokenizer; with `tokenizer`, the folder or
+    hub id of the language model FoundationVision/unitok_mllm."""
     out: str
-    """Folder for the tokenizer, which must not exist."""
+    """Folder for the result, which must not exist."""
+    tokenizer: str | None = None
+    """Of the language model: the folder with its imported tokenizer."""
     text_tokenizer: str | None = "openai/clip-vit-large-patch14"
     """Folder or hub id of CLIP's, which goes into the folder; empty: none, texts are not read."""
 
     def run(self) -> None:
         logging.disable_progress_bar()
+        if self.tokenizer:
+            total, _ = count_parameters(import_mllm(self.file, self.out, self.tokenizer))
+            print(f"{self.out}: a unified model of {total:,} parameters")
+            return
         config = import_unitok(self.file, self.out, self.text_tokenizer).config
         codes = " x ".join(map(str, config.code_shape))
         print(f"{self.out}: {codes} codes an image of {config.image_size} px")

@@ -1,4 +1,5 @@
-"""Rows and labels of UniTok's own collator: writes `unitok_rows.json`, which the tests read.
+"""Rows and labels of UniTok's own collator, and the names of its model's weights: writes
+`unitok_rows.json`, which the tests read.
 
     python tests/mllm/golden/unitok_rows.py UNITOK
 
@@ -20,11 +21,14 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from llama_tokenizer import train_llama_tokenizer
+from unitok_weights import CODEBOOK_SIZE, LLAMA, NUM_CODEBOOKS
 
 IMAGE_TOKEN_INDEX, IGNORE_INDEX = -200, -100
+VOCABULARY = 330  # of the tests' Llama tokenizer
 CODES = torch.arange(2 * 4).view(2, 4)  # two codebooks, four places
 CAPTION = "a photo of a red circle"
 TURNS = ["<image>\nwhat color is the star ?", "red circle", "and the circle ?", "two"]
@@ -39,10 +43,7 @@ SAMPLES = {
 def published(unitok: Path) -> dict[str, Any]:
     """The names of UniTok's collator, tokenization and expansion of images."""
     liquid = unitok / "eval" / "liquid"
-    spec: Any = importlib.util.spec_from_file_location("conversation", liquid / "conversation.py")
-    conversation = importlib.util.module_from_spec(spec)
-    sys.modules["conversation"] = conversation
-    spec.loader.exec_module(conversation)
+    conversation = load(liquid / "conversation.py")
     scope: dict[str, Any] = {"torch": torch, "transformers": transformers, "json": json, "np": np}
     scope |= {"conversation_lib": conversation, "DEFAULT_IMAGE_TOKEN": "<image>"}
     scope |= {"IGNORE_INDEX": IGNORE_INDEX, "IMAGE_TOKEN_INDEX": IMAGE_TOKEN_INDEX}
@@ -77,6 +78,33 @@ def expand(scope: dict[str, Any], batch: dict[str, Any]) -> tuple[Any, ...]:
     return outputs[4][..., 0].long(), outputs[5], outputs[8]
 
 
+def weights(liquid: Path) -> dict[str, list[int]]:
+    """Names and shapes of a model like the published one, with smaller sizes."""
+    config = transformers.LlamaConfig(**LLAMA, num_hidden_layers=2, vocab_size=VOCABULARY)
+    quant, arhead = (load(liquid / "model" / f"{name}.py") for name in ("quant", "arhead"))
+    total, width = NUM_CODEBOOKS * CODEBOOK_SIZE, config.hidden_size
+    mlp = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, width), nn.GELU(), nn.Linear(width, width))
+    parts = {
+        "": transformers.LlamaForCausalLM(config),
+        "model.multi_embedder.quantizer.": quant.VectorQuantizerM(total, 16, 0.25, False, 0.01, 4),
+        "model.multi_embedder.attn_projection.": quant.AttnProjection(16, 32, 4),
+        "model.multi_embedder.mm_projector.": mlp,
+        "ar_head.": arhead.AR_head(config, total, NUM_CODEBOOKS),
+    }
+    names = {}
+    for prefix, part in parts.items():
+        names |= {prefix + name: list(t.shape) for name, t in part.state_dict().items()}
+    return names
+
+
+def load(path: Path) -> Any:
+    """A module of the checkout, without its package."""
+    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main(unitok: Path) -> None:
     scope, golden = published(unitok), {}
     arguments = types.SimpleNamespace(t2i_prompt_type=None, vqconversion=False)
@@ -103,7 +131,7 @@ def main(unitok: Path) -> None:
             marks = ["*" * (label != IGNORE_INDEX) for label in labels[0].tolist()]
             tokens = [mark + word for mark, word in zip(marks, words, strict=True)]
             cases[name] = {"tokens": tokens, "generated": [list(map(int, p)) for p in places]}
-    golden["caption"], golden["turns"] = CAPTION, TURNS
+    golden |= {"caption": CAPTION, "turns": TURNS, "weights": weights(unitok / "eval" / "liquid")}
     text = json.dumps(golden, ensure_ascii=False) + "\n"
     Path(__file__).with_suffix(".json").write_text(text, encoding="utf-8")
 
