@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,36 @@ ANY_PROCESSES = [
     "stage2.bypass_steps=0",
 ]
 SHORT = ["stage=1", "stage1.max_steps=3", "stage1.revival_interval=0"]
+# UniTok with everything, in one stage; its discriminator starts in the second step.
+UNITOK = [
+    "unitok_tiny",
+    "model.encoder_config.hidden_size=32",
+    "model.encoder_config.num_hidden_layers=2",
+    "model.encoder_config.num_attention_heads=2",
+    "model.encoder_config.stem_widths=[8, 16]",
+    "model.codebook_size=16",
+    "model.codebook_dim=32",
+    "model.num_codebooks=4",
+    "model.decoder=conv",
+    "model.text_config.hidden_size=32",
+    "model.text_config.num_attention_heads=2",
+    "log_steps=1",
+    "save_steps=2",
+    "bf16=false",
+    "stage1.optimizer=adamw",
+    *(f"stage1.{pair}" for pair in SHAPE),
+    "stage1.l1_weight=0.4",
+    "stage1.adversarial_weight=0.4",
+    "stage1.adaptive_weight=[0.015, 1e4]",
+    "stage1.discriminator=dinov2",
+    "stage1.discriminator_start=1",
+    "stage1.discriminator_lr=1e-3",
+    "stage1.discriminator_weight=2",
+    "stage1.discriminator_augment=true",
+    "stage1.discriminator_blur_steps=2",
+    "stage1.consistency_weight=4",
+    "stage1.lecam_weight=0",
+]
 # A small one of the architecture that UniTok's discriminator looks through.
 DINOV2 = {"hidden_size": 128, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
 Weights = dict[str, Tensor]
@@ -88,15 +118,21 @@ def pictures(count: int, size: int) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def train(output: Path, *more: str) -> Weights:
+def train(output: Path, *more: str, system: Sequence[str] = EVERYTHING) -> Weights:
     """Train with everything in this process; the weights of the result."""
-    tokenizer_train.main([*EVERYTHING, f"output_dir={output}", *more])
+    tokenizer_train.main([*system, f"output_dir={output}", *more])
     return weights(output / "model")
 
 
-def launch(output: Path, *more: str, count: int = 2, bad_step: int = -1) -> Weights:
+def launch(
+    output: Path,
+    *more: str,
+    count: int = 2,
+    bad_step: int = -1,
+    system: Sequence[str] = EVERYTHING,
+) -> Weights:
     """Train with everything in processes of their own; the weights of the result."""
-    arguments = [str(bad_step), *EVERYTHING, f"output_dir={output}", *more]
+    arguments = [str(bad_step), *system, f"output_dir={output}", *more]
     processes.launch(__name__, arguments, processes=count, function="train_badly")
     return weights(output / "model")
 
