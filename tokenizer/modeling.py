@@ -222,11 +222,11 @@ class VQRAEModel(PreTrainedModel):
         self.text_projection = nn.Linear(config.hidden_size, common, bias=False)
         self.fc_norm = nn.LayerNorm(width, eps=1e-6)
         self.image_projection = nn.Linear(width, common)
-        # The starts of CLIP and of SigLIP.
+        # The starts of CLIP and of SigLIP; not scalars, which DeepSpeed cannot broadcast.
         is_sigmoid = self.config.contrastive == "sigmoid"
-        self.logit_scale = nn.Parameter(torch.tensor(10 if is_sigmoid else 1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor([10 if is_sigmoid else 1 / 0.07]).log())
         if is_sigmoid:
-            self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+            self.logit_bias = nn.Parameter(torch.tensor([-10.0]))
 
     def text_side(self) -> nn.ModuleList:
         """All that only embeddings are made with."""

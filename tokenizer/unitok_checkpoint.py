@@ -195,7 +195,7 @@ def convert_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             ours, rules = PARTS[prefix]
             converted[ours + rename(key.removeprefix(prefix), rules)] = tensor
         else:
-            converted[key] = tensor
+            converted[key] = tensor.flatten() if key == "logit_scale" else tensor
     if codebooks:
         tables = [codebooks[i] for i in sorted(codebooks)]
         converted["quantizer.codebook"] = torch.stack(tables)
