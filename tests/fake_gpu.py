@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from vqrae.planning import fake_gpu as planning
 
 ROOT = str(Path(__file__).parents[1])
+TESTS = str(Path(__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
 
 
@@ -47,7 +48,9 @@ class WatchedGPU(planning.FakeGPU):
         hidden = (__file__, planning.__file__, "<")
         hidden += (f"{TORCH}/_", f"{TORCH}/utils/_", f"{TORCH}/overrides")
         frames = [f for f in traceback.extract_stack() if not f.filename.startswith(hidden)]
-        ours = [f for f in frames if f.filename.startswith(ROOT) and "/tests/" not in f.filename]
+        ours = [
+            f for f in frames if f.filename.startswith(ROOT) and not f.filename.startswith(TESTS)
+        ]
         places = dict.fromkeys(
             f"{frame.filename.removeprefix(ROOT)}:{frame.lineno}"
             for frame in (ours[-1:] + frames[-1:])
