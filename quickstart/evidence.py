@@ -32,6 +32,7 @@ STEPS = (
     "encoder",
     "tokenizer",
     "eval_reconstruction",
+    "eval_zeroshot",
     "llm",
     "understanding",
     "eval_understanding",
@@ -39,6 +40,8 @@ STEPS = (
     "generation",
     "eval_generation",
 )
+# Of a unified model alone.
+UNIFIED_STEPS = ("mllm", "eval_mllm_questions", "eval_mllm_generation")
 BUDGETS = (12, 90)  # minutes of the default run and of the long one, which expectations are for
 
 
@@ -54,6 +57,9 @@ class Evidence:
     reconstruction: dict[str, Any] | None
     questions: dict[str, Any] | None
     generation: dict[str, Any] | None
+    zero_shot: dict[str, Any] | None
+    unified: dict[str, dict[str, Any]]
+    """Scores of the unified model: `questions` and `generation`."""
     manifests: dict[str, dict[str, Any]]
     """Manifest of every training run, by the name of its folder."""
 
@@ -92,7 +98,7 @@ def read_evidence(directory: str | Path) -> Evidence:
         return read_json(path) if path.exists() else None
 
     seconds = {}
-    for name in STEPS:
+    for name in STEPS + UNIFIED_STEPS:
         if (step := read(f"steps/{name}.json")) and step["done"]:
             seconds[name] = step["seconds"]
     manifests = {}
@@ -100,6 +106,10 @@ def read_evidence(directory: str | Path) -> Evidence:
     for folder in dict.fromkeys(["encoder", "tokenizer", *folders]):
         if manifest := read(f"{folder}/manifest.json"):
             manifests[folder] = manifest
+    unified = {}
+    for name in ("questions", "generation"):
+        if found := read(f"evaluation/mllm/{name}.json"):
+            unified[name] = found
     plan = read("plan.json") or {}
     if not (plan or seconds):
         raise ValueError(
@@ -112,6 +122,8 @@ def read_evidence(directory: str | Path) -> Evidence:
         reconstruction=read("evaluation/reconstruction.json"),
         questions=read("evaluation/questions.json"),
         generation=read("evaluation/generation.json"),
+        zero_shot=read("evaluation/zeroshot.json"),
+        unified=unified,
         manifests=manifests,
     )
 
@@ -126,6 +138,9 @@ def report_values(evidence: Evidence) -> dict[str, Any]:
         "tokenizer": evidence.reconstruction,
         "understanding": evidence.questions,
         "generation": evidence.generation,
+        "zero_shot": evidence.zero_shot,
+        "unified_understanding": evidence.unified.get("questions"),
+        "unified_generation": evidence.unified.get("generation"),
     }
     for name, found in scores.items():
         if found:
@@ -174,8 +189,8 @@ def figure_rows(
     rows = _figure_rows(values, budget)
     if not other:
         return rows
-    compared = [row.value for row in _figure_rows(other, None)]
-    return [replace(row, compared=value) for row, value in zip(rows, compared, strict=True)]
+    compared = {row.label: row.value for row in _figure_rows(other, None)}
+    return [replace(row, compared=compared.get(row.label, "—")) for row in rows]
 
 
 def _figure_rows(values: dict[str, Any], budget: int | None) -> list[FigureRow]:
@@ -202,7 +217,7 @@ def _figure_rows(values: dict[str, Any], budget: int | None) -> list[FigureRow]:
         text = "—" if value is None else form.format(value)
         return FigureRow(label, text, bounds or ("",) * len(BUDGETS), met, note, tile)
 
-    return [
+    rows = [
         row(
             "Reconstruction, PSNR",
             tokenizer.get("psnr"),
@@ -255,6 +270,19 @@ def _figure_rows(values: dict[str, Any], budget: int | None) -> list[FigureRow]:
             "true scenes as they are",
         ),
     ]
+    stages = list(values.get("zero_shot", {}).get("stages", {}).values())
+    for kind in ("continuous", "quantized"):
+        if stages:
+            named = stages[-1][kind]["object"]["top1"]
+            note = "colour and shape of one thing, among all; no training for it"
+            rows.append(row(f"Named zero-shot, {kind}", named, "{:.1%}", note))
+    for job, measure, label in (
+        ("understanding", "accuracy", "Unified model, questions"),
+        ("generation", "overall", "Unified model, prompts"),
+    ):
+        if found := values.get(f"unified_{job}"):
+            rows.append(row(label, found[measure], "{:.1%}", "one model does both"))
+    return rows
 
 
 # ---- examples

@@ -148,6 +148,7 @@ def pipeline(
         "num_images=1000",
         f"output={scores}/reconstruction.json",
     ]
+    zero_shot = [f"model={output}/tokenizer", f"data={source}", f"output={scores}/zeroshot.json"]
     llm = ["tiny_llm", f"output_dir={output}/llm", f"optimization.max_steps={steps['llm']}"]
     understanding = [
         "tiny",
@@ -189,6 +190,7 @@ def pipeline(
     trunk += [
         Step("tokenizer", "tokenizer.train", tokenizer, 330, longest),
         Step("eval_reconstruction", "eval.reconstruction.evaluate", reconstruction, 10),
+        Step("eval_zeroshot", "eval.zeroshot.evaluate", zero_shot, 20),
     ]
     left = [
         Step("llm", "quickstart.train_llm", llm, 150, "llm"),
@@ -203,7 +205,27 @@ def pipeline(
     (other,) = [other for other in SYSTEMS.values() if other is not system]
     compared = [f"directory={output}", f"compare={other.directory}"]
     report = Step("report", "quickstart.report", compared, 10)
-    return [[trunk], [left, right], [[report]]]
+    unified = unified_model(output, steps, sprites) if system.unified else []
+    return [[trunk], [left, right], [[*unified, report]]]
+
+
+def unified_model(output: Path, steps: dict[str, int], sprites: str) -> list[Step]:
+    """Training and scores of the unified model: it answers and generates as the two models do."""
+    folder, scores = output / "mllm", output / "evaluation" / "mllm"
+    source = "scenes" if sprites == "shapes" else f"scenes:{sprites}"
+    training = ["tiny", f"output_dir={folder}"]
+    training += [f"tokenizer={output}/tokenizer", f"llm={output}/llm"]
+    training += [f"{task}.data={source}" for task in ("generation", "captioning", "instructions")]
+    training.append(f"optimization.max_steps={steps['mllm']}")
+    training.append(f"optimization.{save_every(steps['mllm'])}")
+    scored = [f"model={folder}", f"sprites={sprites}"]
+    questions = [*scored, f"output={scores}/questions.json"]
+    geneval = [*scored, f"tokenizer={output}/tokenizer", f"output={scores}/generation.json"]
+    return [
+        Step("mllm", "mllm.train", training, 1000, "mllm"),
+        Step("eval_mllm_questions", "quickstart.scene_questions", questions, 60),
+        Step("eval_mllm_generation", "eval.geneval.evaluate", geneval, 120),
+    ]
 
 
 class Clock:

@@ -69,12 +69,14 @@ class System:
     tokenizer: str
     """Its configuration in tokenizer/configs."""
     steps: dict[str, int]
-    """Optimizer steps at the reference minutes of its encoder, where one is pretrained, and of the
-    tokenizer's stages."""
+    """Optimizer steps at the reference minutes of its encoder, where one is pretrained, of the
+    tokenizer's stages, and of the unified model."""
     bypass: str = ""
     """The stage with a continuous warm-up, if any."""
     features: Literal["continuous", "quantized"]
     """What understanding reads."""
+    unified: bool
+    """Whether a unified model is trained too."""
     curves: tuple[Curve, ...]
     """What its report shows of the trainings."""
 
@@ -89,6 +91,7 @@ SYSTEMS = {
         steps={"encoder": 500, "tokenizer.stage1": 50, "tokenizer.stage2": 700},
         bypass="stage2",
         features="continuous",
+        unified=False,
         curves=VQRAE_CURVES + CURVES,
     ),
     "unitok": System(
@@ -97,8 +100,9 @@ SYSTEMS = {
         "arXiv 2502.20321",
         directory="runs/quickstart_unitok",
         tokenizer="unitok_tiny",
-        steps={"tokenizer.stage1": 700},
+        steps={"tokenizer.stage1": 700, "mllm": 1200},
         features="quantized",
+        unified=True,
         curves=UNITOK_CURVES + CURVES,
     ),
 }
