@@ -74,9 +74,9 @@ def test_a_plan_is_kept(
     monkeypatch.setattr(quickstart, "run", pretend)
     with pytest.raises(SystemExit):
         quickstart.main(["--output", str(tmp_path)])
-    assert ran[:3] == ["encoder", "tokenizer", "eval_reconstruction"]
+    assert ran[:4] == ["encoder", "tokenizer", "eval_reconstruction", "eval_zeroshot"]
     # The other branch came to its end.
-    assert sorted(ran[3:]) == ["codes", "eval_generation", "generation", "llm"]
+    assert sorted(ran[4:]) == ["codes", "eval_generation", "generation", "llm"]
     ran.clear()
     broken.clear()
     quickstart.main(["--output", str(tmp_path)])
