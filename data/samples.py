@@ -20,7 +20,7 @@ from vqrae.common.images import image_to_uint8, open_image, resize_and_crop, sto
 from vqrae.data.stream import Draw
 
 FileSplit = Literal["train", "validation", "all"]
-Crop = Literal["center", "random", "zoom"]
+Crop = Literal["center", "random", "zoom", "resized"]
 VALIDATION_SHARE = 0.05  # another share would move samples between splits
 BROKEN_SHARE = 0.05  # with more than this the source itself is at fault
 BROKEN_WINDOW = 100  # samples that the share refers to at least: one broken of three stops nothing
@@ -233,7 +233,8 @@ class EncodedImages(TolerantDataset):
         self.split, self.size = split, size
         self.crop, self.seed = crop, seed
         # A zoom cuts out less than the whole edge, so more of it must be decoded.
-        self.draft = math.ceil(image_size / (ZOOM if crop == "zoom" else 1)) if draft else 0
+        part = ZOOM if crop in ("zoom", "resized") else 1
+        self.draft = math.ceil(image_size / part) if draft else 0
         self.min_edge, self.max_aspect = min_edge, max_aspect
 
     def chosen(self, hashes: np.ndarray | list[int]) -> np.ndarray:
@@ -278,16 +279,37 @@ def fit_image(
     """RGB image -> uint8 (3, size, size): resize (bicubic, antialiased) and cut out a square.
 
     `center`; `random`: anywhere along the longer edge (paper, Table 7); `zoom`: a square of 80 to
-    100 % of the shorter edge, anywhere. The last two need `rng`. Mirroring is left to the training
-    loop, where it costs nothing.
+    100 % of the shorter edge, anywhere; `resized`: see `resized_box`. All but the first need `rng`.
+    Mirroring is left to the training loop, where it costs nothing.
     """
     if crop == "center":
-        image = resize_and_crop(image, size)
+        return image_to_uint8(resize_and_crop(image, size))
+    assert rng is not None, "a random crop needs a generator"
+    if crop == "resized":
+        box = resized_box(image.size, rng)
     else:
-        assert rng is not None, "a random crop needs a generator"
         scale = rng.uniform(ZOOM, 1) if crop == "zoom" else 1.0
         edge = max(1, round(min(image.size) * scale))
         left, top = (int(rng.integers(extent - edge + 1)) for extent in image.size)
         box = (left, top, left + edge, top + edge)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return image_to_uint8(image)
+
+
+def resized_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A box of 90 to 100 % of the area with an aspect of 3:4 to 4:3, which becomes a square.
+
+    So CLIP and UniTok crop (torchvision's `RandomResizedCrop`). Of an image in which none is found
+    it is the centre, as large as that aspect allows.
+    """
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(0.9, 1)
+        aspect = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            left, top = int(rng.integers(width - across + 1)), int(rng.integers(height - down + 1))
+            return left, top, left + across, top + down
+    across, down = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - across) // 2, (height - down) // 2
+    return left, top, left + across, top + down

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from vqrae.common.config import check_range
 from vqrae.common.optim import warmup_cosine
+from vqrae.data.samples import Crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,9 @@ class DataConfig:
     cutmix: float = 0.0
     """Share of training images with a rectangle of another image (CutMix), so that a code says what
     its patch shows and less what usually surrounds it."""
-    crop: Literal["center", "random", "zoom"] = "center"
-    """Of training images; the paper has `random` (Table 7), `zoom` cuts out 80 to 100 %."""
+    crop: Crop = "center"
+    """Of training images, see `vqrae.data.samples.fit_image`; VQRAE has `random` (Table 7), UniTok
+    `resized`."""
     draft: bool = False
     """Decode JPEGs at the smallest eighth of their size that the crop needs: faster if large."""
     min_edge: int = 0

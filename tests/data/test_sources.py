@@ -14,6 +14,7 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
 from vqrae.common.images import open_image
 from vqrae.data import image_files
@@ -23,6 +24,7 @@ from vqrae.data.samples import (
     TooManyBrokenSamples,
     fit_image,
     name_hash,
+    resized_box,
     split_indices,
 )
 from vqrae.data.scenes.dataset import SceneDataset
@@ -228,6 +230,24 @@ def test_draft_decoding_shows_the_same_image(tmp_path: Path, crop: str) -> None:
     assert difference.mean() < 2
     assert draft.draft == (80 if crop == "zoom" else 64)  # a zoom keeps 80 % of the edge
     assert min(open_image(tmp_path / "0.jpg", draft=draft.draft).size) == 125
+
+
+@pytest.mark.parametrize("size", [(64, 48), (50, 50), (100, 20)])
+def test_resized_crops_are_as_large_as_torchvisions(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array([resized_box(size, rng) for _ in range(500)])
+    shape = (3, size[1], size[0])
+    torch.manual_seed(0)
+    crops = [
+        RandomResizedCrop.get_params(torch.empty(shape), [0.9, 1.0], [3 / 4, 4 / 3])
+        for _ in range(500)
+    ]
+    theirs = np.array(crops)  # top, left, height, width
+    assert (boxes >= 0).all()
+    assert (boxes[:, 2:] <= size).all()
+    extents = boxes[:, 2:] - boxes[:, :2]
+    np.testing.assert_allclose(extents.mean(0), theirs[:, :1:-1].mean(0), atol=0.5)
+    np.testing.assert_allclose(boxes[:, :2].mean(0), theirs[:, 1::-1].mean(0), atol=0.5)
 
 
 # ---- caption files

@@ -9,6 +9,8 @@ from PIL import Image
 from tokenizer_trainings import read
 from torch import Tensor
 
+from vqrae.data.scenes.language import vocabulary_texts
+from vqrae.data.word_tokenizer import END, fit_word_tokenizer
 from vqrae.tokenizer.config import DataConfig
 from vqrae.tokenizer.data import StageImages, cutmix
 
@@ -39,6 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(path)
     return root
+
+
+STAGE = read("tiny", "stage1.global_batch_size=8", "stage1.micro_batch_size=8").stage1
+ALONE: dict[str, Any] = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
 
 
 def open_stage(
@@ -103,3 +109,21 @@ def test_a_validation_source_leaves_all_images_for_training(folder: Path) -> Non
     scenes = sizes("scenes", None)  # which have no end, but a split that is for validation
     assert sizes(files, "scenes") == [40, scenes[1]]
     assert sizes("scenes", files) == [scenes[0], 40]
+
+
+def test_captions_come_with_the_images_that_they_are_true_of(folder: Path) -> None:
+    text_tokenizer = fit_word_tokenizer([], vocabulary_texts(("circle",)), size=99, end_with=END)
+    source = f"scenes*0.5+{folder}*0.5"
+    batches = []
+    for cutmix_share in (0.0, 1.0):
+        config = DataConfig(train=source, random_flip=False, cutmix=cutmix_share)
+        images = StageImages(config, STAGE, text_tokenizer, size=8, seed=0, number=1, **ALONE)
+        batches.append(next(images.micro_batches(0)))
+    plain, mixed = batches
+    lengths = plain.tokens["attention_mask"].sum(1)
+    assert torch.equal(plain.captioned, lengths > 1)  # an empty caption is its end alone
+    assert 0 < plain.captioned.sum() < len(plain.images) == 8
+    assert not mixed.captioned.any()
+    ends = plain.tokens["input_ids"].gather(1, lengths[:, None] - 1)
+    assert (ends == text_tokenizer.eos_token_id).all()
+    assert open_stage(config).text_tokenizer is None
