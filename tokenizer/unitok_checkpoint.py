@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.initialization import no_init_weights
 
-from vqrae.common.checkpoints import require_finite, resolve_model
+from vqrae.common.checkpoints import require_finite
 from vqrae.common.files import atomic_path
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -72,18 +72,27 @@ def import_unitok(
         ValueError: for another kind of file, or tensors that are unknown, missing, of another shape
             or not finite.
         FileExistsError: when `out` exists.
+        FileNotFoundError: when there is no such text tokenizer.
     """
     if Path(out).exists():
         raise FileExistsError(f"{out} exists: give another folder")
     args, state = read_checkpoint(file)
-    words = text_tokenizer and AutoTokenizer.from_pretrained(resolve_model(text_tokenizer))
+    words = None
+    if text_tokenizer is not None:
+        try:
+            words = AutoTokenizer.from_pretrained(text_tokenizer)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise FileNotFoundError(
+                f"text_tokenizer {text_tokenizer}: {reason} Give a folder, or an empty one for none"
+            ) from error
+        words.model_max_length = args["text_context_length"]
     with no_init_weights():  # all of them are loaded
         model = VQRAEModel(published_config(args)).eval()
+    model.text_tokenizer = words
     load_published(model, state, str(file))
     with atomic_path(Path(out)) as temporary:
         model.save_pretrained(temporary)
-        if words:
-            words.save_pretrained(temporary)
     return model
 
 

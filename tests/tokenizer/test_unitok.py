@@ -15,7 +15,9 @@ import timm
 import torch
 from tokenizer_trainings import read
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from vqrae.data.word_tokenizer import END, fit_word_tokenizer
 from vqrae.tokenizer import open_clip
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import ModelConfig
@@ -80,7 +82,11 @@ def imported(golden: Golden, script: Any, tmp_path_factory: pytest.TempPathFacto
     torch.save({"args": args, "trainer": {"unitok": state}}, folder / "unitok_tokenizer.pth")
     small = {"base": (32, 3, 2, (16, 24))}
     with mock.patch.dict(open_clip.VITAMIN_SIZES, small):
-        import_unitok(folder / "unitok_tokenizer.pth", folder / "model")
+        words = fit_word_tokenizer([], ["a red circle"], size=9, end_with=END)
+        words.save_pretrained(folder / "words")
+        checkpoint, text_tokenizer = folder / "unitok_tokenizer.pth", str(folder / "words")
+        import_unitok(checkpoint, folder / "model", text_tokenizer)
+    assert AutoTokenizer.from_pretrained(folder / "model").model_max_length == 9
     return folder
 
 
@@ -141,6 +147,8 @@ def test_a_checkpoint_that_is_not_unitoks_is_refused(imported: Path, tmp_path: P
             load_published(model, changed, "u.pth")
     with pytest.raises(FileExistsError, match=r"model exists: give another folder"):
         import_unitok(file, imported / "model")
+    with pytest.raises(FileNotFoundError, match=r"text_tokenizer nowhere: .* Give a folder, or"):
+        import_unitok(file, tmp_path / "model", "nowhere")
     torch.save({"model": state}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth: got no 'args', expected unitok_tokenizer"):
         import_unitok(tmp_path / "other.pth", tmp_path / "model")
