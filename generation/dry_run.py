@@ -93,11 +93,12 @@ def write_random_codes(folder: Path, tokenizer: Path, caption_tokens: int, size:
     manifest = CodeManifest(
         tokenizer_fingerprint=weights_fingerprint(tokenizer),
         codebook_size=config.codebook_size,
+        num_codebooks=config.num_codebooks,
         grid_size=config.grid_size,
         source="random",
         num_images=size,
         shard_size=size,
     )
-    shape = (size, config.grid_size**2)
+    shape = (size, *config.code_shape)
     codes = np.random.default_rng(0).integers(config.codebook_size, size=shape)
     CodeWriter(folder, manifest).write(0, codes, [["a " * caption_tokens]] * size)
