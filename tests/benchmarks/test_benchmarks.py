@@ -18,7 +18,7 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 HEADS = {**TINY, "num_key_value_heads": 1, "head_dim": 16}
 ENCODER = {**extract.ENCODER, **TINY, "num_hidden_layers": 1, "image_size": 32}
 SMALL: dict[str, dict[str, Any]] = {
-    "quantizer": {"sizes": (300, 200, 16)},
+    "quantizer": {"sizes": (300, 200, 16), "several": (300, 2, 50, 8)},
     "frechet": {"width": 64, "images": 64, "distance_width": 16},
     "packing": {"count": 4, "micro_batch_size": 2},
     "sampler": {
@@ -39,7 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }
 UNITS = {
-    "quantizer": ["s", "MiB", "s", "MiB", "s"],
+    "quantizer": ["s", "MiB", "s", "MiB", "s", "s", "s"],
     "frechet": ["s", "s"],
     "packing": ["tokens/s"],
     "sampler": ["images/s", "MiB"],

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vqrae.common.files import weights_fingerprint
 from vqrae.scripts.cli import main
+from vqrae.tokenizer.modeling import VQRAEModel
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -85,14 +86,23 @@ def test_reconstruct_takes_every_kind_of_image_and_counts_broken_ones(
     assert json.loads((again / "metrics.json").read_text())["broken"] == ["alpha.png"]
 
 
+@pytest.mark.parametrize("several", [(), (4,)])
 def test_encode_then_decode_equals_the_model(
-    images: Path, tokenizer_folder: Path, tmp_path: Path, vqrae: Run
+    several: tuple[int, ...],
+    images: Path,
+    make_tokenizer: Callable[..., VQRAEModel],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    vqrae: Run,
 ) -> None:
     codes, out, copies = tmp_path / "codes.npz", tmp_path / "decoded", tmp_path / "copies"
     model = {"model": tokenizer_folder}
+    if several:
+        model = {"model": tmp_path / "model"}
+        make_tokenizer(quantizer="mcq", num_codebooks=4).save_pretrained(model["model"])
     assert vqrae("encode", images=images, out=codes, **model)[0] == 0
     stored = np.load(codes)
-    assert stored["codes"].shape == (7, 64)
+    assert stored["codes"].shape == (7, 64, *several)
     assert stored["codes"].dtype == np.uint16
     assert vqrae("decode", codes=codes, out=out, **model)[0] == 0
     assert len(list(out.rglob("*.png"))) == 7

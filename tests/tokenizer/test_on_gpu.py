@@ -121,8 +121,11 @@ DINO = (
 )
 
 
+MCQ = ("model.quantizer=mcq", "model.num_codebooks=4", "stage2.revival_interval=3")
+
+
 @pytest.mark.parametrize(
-    "options", [PIXELS, (SEARCH_BF16, *ADAMW), ("model.quantizer=ema_vq",), DINO]
+    "options", [PIXELS, (SEARCH_BF16, *ADAMW), ("model.quantizer=ema_vq",), DINO, MCQ]
 )
 def test_a_stage_runs_saves_and_resumes(
     options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -24,8 +24,8 @@ Precision = Literal["bf16", "fp32"]
 # 12 MiB in bf16, whose scores exist a second time in fp32, and whose table is a copy. Larger blocks
 # are hardly faster, smaller ones slower.
 BLOCK_SCORES = {"fp32": 3 * 2**22, "bf16": 2**21}
-# Of several tables, whose rows are narrow: all that is done with a block happens in the cache.
-BLOCK_SCORES_OF_TABLES = 2**20
+# 8 MiB, of several tables: their rows are narrow, so what takes time is reading scores again.
+BLOCK_SCORES_OF_TABLES = 2**21
 # 256 MiB: the host waits for a GPU in every block, where candidates are listed. Not measured.
 GPU_BLOCK_SCORES = 2**26
 # Features with more candidates than this are searched again in the next precision.
