@@ -102,12 +102,16 @@ class TokenizerEmbedding(nn.Module):
 
     def forward(self, codes: Tensor, cache: Cache | None = None) -> Tensor:
         options = {} if cache is None else {"cache": cache}
-        return self.mlp(self.projection(self.quantized(codes), **options))
+        # DeepSpeed trains weights of 16 bits, and leaves buffers as they are.
+        quantized_BNE = self.quantized(codes).to(self.mlp[0].weight.dtype)
+        return self.mlp(self.projection(quantized_BNE, **options))
 
     @torch.no_grad()
     def start_from(self, code_vectors: Tensor, projection: nn.Module) -> None:
         """Take codebooks (n, K, …), or (K, E), and output projection of a tokenizer."""
-        self.code_vectors.copy_(code_vectors.view_as(self.code_vectors))
+        own = self.code_vectors
+        # Replaced, not copied into: DeepSpeed makes it in 16 bits.
+        self.code_vectors = code_vectors.float().view_as(own).to(own.device, copy=True)
         weights = dict(projection.named_parameters())
         for name, weight in self.projection.named_parameters():
             with gathered(weight):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,19 +21,28 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2}
 LLM = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}
 ENCODER = {**SIZES, "model_type": "siglip_vision_model", "vision_use_head": False}
-PROJECTION = {"kind": "attention", "code_dim": 4, "in_dim": 12, "out_dim": 32, "num_heads": 4}
+PROJECTION = {"kind": "attention", "code_dim": 4, "in_dim": 16, "out_dim": 32, "num_heads": 4}
 ENCODER |= {"image_size": 32, "patch_size": 8}
 
 
 @pytest.fixture(scope="session")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two tokenizers with different weights: 16 codes out of 64."""
+def num_codebooks(request: pytest.FixtureRequest) -> int:
+    """Codes of a position: one, but in the second turn of tests marked `BOTH_SYSTEMS`."""
+    return getattr(request, "param", None) or 1
+
+
+@pytest.fixture(scope="session")
+def tokenizers(num_codebooks: int, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two tokenizers with different weights: 16 positions of codes out of 64."""
+    sizes: dict[str, Any] = {"codebook_size": 64, "codebook_dim": 32}
+    if num_codebooks > 1:
+        sizes |= {"quantizer": "mcq", "num_codebooks": num_codebooks}
+        sizes |= {"projection": "attention", "projection_heads": 4, "codebook_dim": 16}
     folders = []
     for seed in range(2):
         torch.manual_seed(seed)
-        config = VQRAEConfig(encoder_config=ENCODER, codebook_size=64, codebook_dim=32)
         folders.append(tmp_path_factory.mktemp("tokenizer"))
-        VQRAEModel(config).save_pretrained(folders[-1])
+        VQRAEModel(VQRAEConfig(encoder_config=ENCODER, **sizes)).save_pretrained(folders[-1])
     return folders[0], folders[1]
 
 
@@ -80,12 +90,6 @@ def train_arguments(tokenizer_path: Path, codes_path: Path) -> list[str]:
     steps += ["logging_steps=1", "save_total_limit=2"]
     optimization = [f"optimization.{step}" for step in steps]
     return ["tiny", f"tokenizer={tokenizer_path}", f"data={codes_path}", *model, *optimization]
-
-
-@pytest.fixture
-def num_codebooks() -> int:
-    """Codes of a position; tests of both systems override it."""
-    return 1
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from both_systems import BOTH_SYSTEMS
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import (
@@ -34,11 +35,6 @@ UNCONDITIONAL = [3]
 SAMPLED = SamplingConfig(guidance_scale=3.0, top_k=40, top_p=0.95, min_p=0.01, temperature=0.9)
 GREEDY = SamplingConfig(guidance_scale=3.0, temperature=0)
 guidance = functools.partial(SamplingConfig, guidance_scale=3.0)
-
-
-@pytest.fixture(params=[1, 3], ids=["one_code", "several_codes"])
-def num_codebooks(request: pytest.FixtureRequest) -> int:
-    return request.param
 
 
 @pytest.fixture
@@ -87,6 +83,7 @@ def next_logits(
     return functools.partial(model.head, hidden)
 
 
+@BOTH_SYSTEMS
 @pytest.mark.parametrize(
     "config",
     [
@@ -113,6 +110,7 @@ def test_cached_equals_uncached(
     assert torch.equal(cached, torch.stack(plain))
 
 
+@BOTH_SYSTEMS
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED])
 def test_an_image_does_not_depend_on_its_batch(
     sample: Callable[..., Tensor], config: SamplingConfig
@@ -123,6 +121,7 @@ def test_an_image_does_not_depend_on_its_batch(
     assert torch.equal(together.flip(0), sample(config, [5, 4, 3, 2, 1, 0]))
 
 
+@BOTH_SYSTEMS
 def test_prompts_are_computed_once_and_guidance_in_the_same_pass(
     sample: Callable[..., Tensor], model: PreTrainedModel, vocabulary: VisualVocabulary
 ) -> None:
@@ -140,7 +139,6 @@ def test_prompts_are_computed_once_and_guidance_in_the_same_pass(
     assert seen == [(2, 3)] + steps * [(2, 1)]
 
 
-@pytest.mark.parametrize("num_codebooks", [1])
 def test_only_the_rows_of_the_codes_become_logits(
     sample: Callable[..., Tensor], model: PreTrainedModel, vocabulary: VisualVocabulary
 ) -> None:
@@ -164,6 +162,7 @@ def test_guidance_scales() -> None:
     assert guidance_scales(SamplingConfig(guidance_scale=1), 2) == [1, 1]
 
 
+@BOTH_SYSTEMS
 def test_a_compiled_pass_samples_the_same(
     sample: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +175,7 @@ def test_a_compiled_pass_samples_the_same(
     assert torch.equal(plain, sample(SAMPLED, [0, 1, 2], compile=True))
 
 
+@BOTH_SYSTEMS
 def test_attention_takes_a_mask_or_is_refused(
     sample: Callable[..., Tensor], model: PreTrainedModel, vocabulary: VisualVocabulary
 ) -> None:
@@ -188,6 +188,7 @@ def test_attention_takes_a_mask_or_is_refused(
         sample(SAMPLED, [0])
 
 
+@BOTH_SYSTEMS
 def test_what_cannot_be_sampled_is_refused(
     model: PreTrainedModel, vocabulary: VisualVocabulary
 ) -> None:
@@ -271,7 +272,6 @@ def test_seeds_have_64_bits(seed: int) -> None:
         image_uniforms([seed], 4)
 
 
-@pytest.mark.parametrize("num_codebooks", [1])
 def test_recommendations_of_older_generators_are_read(model: PreTrainedModel) -> None:
     model.config.sampling = {"guidance_scale": 2.0, "window": 0}
     assert read_sampling(model.config) == SamplingConfig(guidance_scale=2.0)

@@ -1,5 +1,6 @@
 """Training: loss on codes only, exact resume, shards = images, a plain folder, processes."""
 
+import functools
 import math
 import os
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from both_systems import BOTH_SYSTEMS
 from processes import launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
@@ -21,8 +23,9 @@ from vqrae.generation.data import GenerationCollator, TrainingStream
 from vqrae.generation.generator import Generator, find_tokenizer
 from vqrae.generation.heads import SingleCodeHead
 from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
+from vqrae.generation.multi_code import MultiCodeModel
 from vqrae.generation.sampling import SamplingConfig
-from vqrae.generation.train import visual_loss
+from vqrae.generation.train import Loss, multi_code_loss, visual_loss
 
 
 def require_equal_models(ours: Path, theirs: Path) -> None:
@@ -93,6 +96,7 @@ def test_visual_loss_is_that_of_transformers_over_its_rows(
 # ---- runs
 
 
+@BOTH_SYSTEMS
 def test_resume_equals_uninterrupted(run: Path, train_arguments: list[str], tmp_path: Path) -> None:
     """The state after a crash at step 3: checkpoint-2 exists, the steps after it are lost."""
     shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
@@ -102,6 +106,7 @@ def test_resume_equals_uninterrupted(run: Path, train_arguments: list[str], tmp_
     assert [row["loss"] for row in read_metrics(tmp_path)] == losses[2:]
 
 
+@BOTH_SYSTEMS
 def test_images_train_like_their_codes_and_resume(
     train_arguments: list[str], tokenizer_path: Path, pairs: Path, tmp_path: Path
 ) -> None:
@@ -166,6 +171,7 @@ def test_flash_attention_trains_and_extracts_but_not_in_fp32(
         train.main([*command, "optimization.bf16=false", f"output_dir={tmp_path / 'fp32'}"])
 
 
+@BOTH_SYSTEMS
 @pytest.mark.slow
 def test_two_processes_under_zero3_compute_the_visual_loss(
     train_arguments: list[str], codes_path: Path, tmp_path: Path
@@ -178,15 +184,26 @@ def test_two_processes_under_zero3_compute_the_visual_loss(
     launch(train.__name__, given, processes=2)
     generator = Generator.from_pretrained(tmp_path)
     model, vocabulary = generator.model, generator.encode_prompt.vocabulary
-    model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)
+    compute_loss: Loss = multi_code_loss
+    if isinstance(model, MultiCodeModel):
+        expected = generator.tokenizer.out_proj.qkv.weight  # the start of its copy, in 16 bits
+        torch.testing.assert_close(
+            model.embedding.projection.qkv.weight, expected, atol=1e-3, rtol=0.01
+        )
+        assert torch.equal(model.embedding.code_vectors, generator.tokenizer.code_vectors())
+    else:
+        model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)
+        compute_loss = functools.partial(visual_loss, vocabulary=vocabulary)
     stream = TrainingStream(CodeDataset(codes_path), 16, caption_dropout=0.1)
     collate = GenerationCollator(generator.encode_prompt)
     for step, logged in enumerate(read_metrics(tmp_path)):
         model.zero_grad()
         batch = collate([stream[i] for i in range(8 * step, 8 * step + 8)])
-        loss = visual_loss(model, batch, vocabulary)
+        loss = compute_loss(model, batch)
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
         assert logged["loss"] == pytest.approx(loss.item(), rel=0.02)
         assert logged["grad_norm"] == pytest.approx(norm.item(), rel=0.05)
         assert abs(loss.item() - math.log(64)) > 0.1  # not the loss of a uniform guess
@@ -209,6 +226,7 @@ def test_folder_loads_in_plain_transformers(run: Path) -> None:
     assert not list((run / "model").glob("*.bin"))
 
 
+@BOTH_SYSTEMS
 def test_generator_makes_images(run: Path) -> None:
     generator = Generator.from_pretrained(run)
     steps: list[tuple[int, int]] = []
