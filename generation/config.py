@@ -66,8 +66,11 @@ class DepthConfig:
 class GeneratorModelConfig:
     """The language model, its vocabulary, its prompts."""
 
-    offset: int
+    offset: int = 0
     """First visual id: 151936 for Qwen3-0.6B; room for the words of a small model."""
+    condition: Literal["text", "class"] = "text"
+    """What an image is drawn from: its caption in `prompt_template`, or its caption as the name of
+    a class, which is one id."""
     llm: str | None = None
     """Folder or hub id of a pretrained Qwen3; null builds `llm_config` with random weights and a
     tokenizer of the most frequent words of the data."""
@@ -89,6 +92,12 @@ class GeneratorModelConfig:
     (LlamaGen)."""
     depth: DepthConfig = field(default_factory=DepthConfig)
     """The head for several codes a position."""
+    positions: Literal["sequence", "grid"] = "sequence"
+    """RoPE of the language model, or LlamaGen's in two dimensions, for several codes a position and
+    prompts of one id."""
+    dropout: float = 0.0
+    """Share of input vectors, and of what every layer adds to them, that is dropped, with several
+    codes a position."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How to sample from the trained model unless asked otherwise; written to its `config.json`."""
     attention: str = "auto"
@@ -98,6 +107,12 @@ class GeneratorModelConfig:
         check_range(self, "offset", low=0)
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout: got {self.caption_dropout}, expected 0 <= p < 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout}, expected 0 <= p < 1")
+        if self.positions == "grid" and self.condition != "class":
+            raise ValueError(
+                "positions: got grid, but prompts of text have several ids: set condition=class"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from vqrae.data.stream import draw_at
-from vqrae.generation.modeling import PromptEncoder, pad_left
+from vqrae.generation.modeling import Prompts, pad_left
 from vqrae.tokenizer.modeling import VQRAEModel
 
 _DROPOUT_STREAM = 1  # a separate random stream: dropping a caption never changes the order
@@ -53,7 +53,7 @@ class GenerationCollator:
         `fill_codes` has yet to fill in.
     """
 
-    def __init__(self, encode_prompt: PromptEncoder) -> None:
+    def __init__(self, encode_prompt: Prompts) -> None:
         self.encode_prompt = encode_prompt
         self.to_come = torch.zeros(encode_prompt.vocabulary.code_shape, dtype=torch.int64)
 

@@ -16,7 +16,7 @@ from transformers import (
 from vqrae.common.checkpoints import load_model, local_model, require_kind, resolve_model
 from vqrae.common.distributed import choose_device
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
-from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
+from vqrae.generation.modeling import ClassEncoder, PromptEncoder, Prompts, VisualVocabulary
 from vqrae.generation.multi_code import GENERATORS
 from vqrae.generation.sampling import SamplingConfig, read_sampling, sample_codes
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -41,7 +41,7 @@ class Generator:
     def __init__(
         self,
         model: PreTrainedModel,
-        text_tokenizer: PreTrainedTokenizerBase,
+        text_tokenizer: PreTrainedTokenizerBase | None,
         tokenizer: VQRAEModel,
         *,
         compile: bool = False,
@@ -53,12 +53,15 @@ class Generator:
 
     @staticmethod
     def prompt_encoder(
-        config: PreTrainedConfig, text_tokenizer: PreTrainedTokenizerBase
-    ) -> PromptEncoder:
+        config: PreTrainedConfig, text_tokenizer: PreTrainedTokenizerBase | None
+    ) -> Prompts:
         """How a model of that configuration is asked for an image."""
+        vocabulary = VisualVocabulary(**config.visual_vocabulary)
+        if text_tokenizer is None:
+            return ClassEncoder(config.classes, vocabulary)
         return PromptEncoder(
             text_tokenizer,
-            VisualVocabulary(**config.visual_vocabulary),
+            vocabulary,
             template=config.prompt_template,
             max_caption_tokens=config.max_caption_tokens,
         )
@@ -98,7 +101,7 @@ class Generator:
         model = load_model(kind, folder, dtype=dtype, attn_implementation="sdpa")
         return cls(
             model.to(device),
-            AutoTokenizer.from_pretrained(folder),
+            None if "classes" in values else AutoTokenizer.from_pretrained(folder),
             VQRAEModel.from_pretrained(visual, dtype=torch.float32).to(device),
             compile=compile,
         )
@@ -116,7 +119,7 @@ class Generator:
         """One image per prompt, float (B, 3, H, W) in [0, 1] on the CPU.
 
         Args:
-            prompts: captions; the empty one asks for any image.
+            prompts: captions, or classes; the empty one asks for any image.
             seeds: the same prompt and seed give the same image.
             sampling: how codes are sampled; None: as the model's `config.json` recommends.
             batch_size: images sampled at once; guidance doubles the rows.

@@ -11,6 +11,7 @@ Shapes: V text rows, K codes, N codes of an image, D width of the model, E width
 """
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,9 +123,9 @@ class PromptEncoder:
             )
         self.text_tokenizer, self.vocabulary = text_tokenizer, vocabulary
         self.max_caption_tokens = max_caption_tokens
-        before, after = template.split("{caption}")
-        self._before = self._ids(before)
-        self._after = [*self._ids(after), vocabulary.begin_of_image]
+        self.before, self.after = template.split("{caption}")
+        self._before = self._ids(self.before)
+        self._after = [*self._ids(self.after), vocabulary.begin_of_image]
 
     def _ids(self, text: str, **options: bool) -> list[int]:
         options["add_special_tokens"] = False
@@ -153,6 +154,13 @@ class PromptEncoder:
             )
         return found
 
+    def values(self) -> dict[str, Any]:
+        """For `config.json`."""
+        return {
+            "prompt_template": "{caption}".join([self.before, self.after]),
+            "max_caption_tokens": self.max_caption_tokens,
+        }
+
     @property
     def template_length(self) -> int:
         """Ids of a prompt that are not the caption's, BOI among them."""
@@ -162,6 +170,50 @@ class PromptEncoder:
     def unconditional(self) -> list[int]:
         """The prompt of the empty caption."""
         return self("")
+
+
+class ClassEncoder:
+    """Name of a class -> its id, which is the whole prompt; the empty name is that of none.
+
+    Args:
+        classes: names in the order of their ids.
+    """
+
+    def __init__(self, classes: Sequence[str], vocabulary: VisualVocabulary) -> None:
+        self.classes = {name: number for number, name in enumerate(classes)}
+        self.vocabulary = vocabulary
+
+    def __call__(self, caption: str) -> list[int]:
+        """Ids of one prompt.
+
+        Raises:
+            ValueError: for a class that is not known, with the nearest one that is.
+        """
+        if not caption:
+            return self.unconditional
+        if caption not in self.classes:
+            close = difflib.get_close_matches(caption, self.classes, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"as in {next(iter(self.classes))!r}"
+            raise ValueError(
+                f"got {caption!r}, expected one of {len(self.classes)} classes: {hint}"
+            )
+        return [self.classes[caption]]
+
+    def losses(self, caption: str) -> list[str]:
+        """Nothing: a class is known as a whole or refused."""
+        return []
+
+    def values(self) -> dict[str, Any]:
+        """For `config.json`."""
+        return {"classes": list(self.classes)}
+
+    @property
+    def unconditional(self) -> list[int]:
+        """The prompt of no class."""
+        return [len(self.classes)]
+
+
+Prompts = PromptEncoder | ClassEncoder
 
 
 def pad_left(rows: Sequence[Sequence[int]], fill: int) -> list[list[int]]:

@@ -228,13 +228,15 @@ def build_multi_code(
     *,
     embedding: str,
     head: dict[str, Any],
+    grid_size: int = 0,
+    dropout: float = 0.0,
     **llm: Any,
 ) -> MultiCodeModel:
     """A model for the codes of a tokenizer.
 
     Args:
         embedding: `tokenizer`, which starts from its codebooks and output projection, or `tables`.
-        head: arguments of `DepthHead`.
+        head, grid_size, dropout: see `MultiCodeConfig`.
         llm: see `build_llm`.
     """
     model = build_llm(AutoModelForCausalLM, vocabulary, **llm)
@@ -245,6 +247,8 @@ def build_multi_code(
         codebook_size=visual.codebook_size,
         projection=projection_of(tokenizer) if embedding == "tokenizer" else None,
         head=head,
+        grid_size=grid_size,
+        dropout=dropout,
     )
     config.visual_vocabulary = vocabulary.values()
     built = MultiCodeModel._from_config(

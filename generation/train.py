@@ -52,7 +52,9 @@ from vqrae.generation.data import (
 from vqrae.generation.dry_run import dry_run
 from vqrae.generation.heads import SingleCodeHead
 from vqrae.generation.modeling import (
+    ClassEncoder,
     PromptEncoder,
+    Prompts,
     VisualVocabulary,
     build_generator,
     start_from_codebook,
@@ -96,19 +98,8 @@ def train(config: TrainingConfig) -> Path:
         caption_dropout=config.model.caption_dropout,
         seed=config.seed,
     )
-    if config.model.llm is not None:
-        text_tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model.llm))
-    else:
-        text_tokenizer = fit_word_tokenizer(
-            words_of(config.data), texts_of(samples), size=config.model.offset
-        )
-    vocabulary = VisualVocabulary(
-        offset=config.model.offset,
-        codebook_size=visual.codebook_size,
-        num_codes=visual.grid_size**2,
-        num_codebooks=visual.num_codebooks,
-    )
-    encode_prompt = fit_prompts(config.model, text_tokenizer, vocabulary)
+    encode_prompt, save_prompts = build_prompts(config, samples, visual)
+    vocabulary = encode_prompt.vocabulary
 
     # ---- models
     # The tokenizer before the arguments: under ZeRO-3 these decide how later models are built.
@@ -119,8 +110,8 @@ def train(config: TrainingConfig) -> Path:
     torch.manual_seed(config.seed)
     model, model_loss = build_model(config, vocabulary, tokenizer)
     # What sampling needs to know.
-    model.config.prompt_template = config.model.prompt_template
-    model.config.max_caption_tokens = encode_prompt.max_caption_tokens
+    for name, value in encode_prompt.values().items():
+        setattr(model.config, name, value)
     model.config.caption_dropout = config.model.caption_dropout
     model.config.sampling = dataclasses.asdict(config.model.sampling)
     model.config.vqrae_tokenizer = portable_path(config.tokenizer, output / "model")
@@ -146,8 +137,34 @@ def train(config: TrainingConfig) -> Path:
         callbacks=[InstrumentCallback(run, "generator")],
     )
     run_trainer(trainer)
-    save_model(trainer, output / "model", text_tokenizer.save_pretrained)
+    save_model(trainer, output / "model", save_prompts)
     return output / "model"
+
+
+def build_prompts(
+    config: TrainingConfig, samples: Samples, visual: VQRAEConfig
+) -> tuple[Prompts, Callable[[Path], Any] | None]:
+    """How captions become ids, and what writes the text tokenizer to a model's folder."""
+    model = config.model
+    sizes = {
+        "codebook_size": visual.codebook_size,
+        "num_codes": visual.grid_size**2,
+        "num_codebooks": visual.num_codebooks,
+    }
+    if model.condition == "class":
+        classes = classes_of(samples)
+        vocabulary = VisualVocabulary(
+            offset=len(classes) + 1, num_classes=len(classes), **sizes
+        )
+        return ClassEncoder(classes, vocabulary), None
+    if model.llm is not None:
+        text_tokenizer = AutoTokenizer.from_pretrained(resolve_model(model.llm))
+    else:
+        text_tokenizer = fit_word_tokenizer(
+            words_of(config.data), texts_of(samples), size=model.offset
+        )
+    vocabulary = VisualVocabulary(offset=model.offset, **sizes)
+    return fit_prompts(model, text_tokenizer, vocabulary), text_tokenizer.save_pretrained
 
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
@@ -160,7 +177,7 @@ def build_model(
     """The generator and its loss: for one code a position a plain Qwen3.
 
     Raises:
-        ValueError: for a loss over the whole vocabulary where codes have no ids.
+        ValueError: for an option that the other kind has.
     """
     options: dict[str, Any] = {
         "llm": config.model.llm,
@@ -176,9 +193,16 @@ def build_model(
                 f"got full_vocabulary_loss with {vocabulary.num_codebooks} codes a position, which "
                 "have no ids: set full_vocabulary_loss=false"
             )
-        head = dataclasses.asdict(config.model.depth)
-        options |= {"embedding": config.model.code_embedding, "head": head}
+        options |= {"embedding": config.model.code_embedding, "dropout": config.model.dropout}
+        options["head"] = dataclasses.asdict(config.model.depth)
+        if config.model.positions == "grid":
+            options["grid_size"] = tokenizer.config.grid_size
         return build_multi_code(vocabulary, tokenizer, **options), multi_code_loss
+    if config.model.dropout or config.model.positions == "grid":
+        raise ValueError(
+            "got dropout or positions=grid with one code a position, which is a plain Qwen3: set "
+            "dropout=0 and positions=sequence"
+        )
     model = build_generator(vocabulary, **options)
     if config.model.embedding_init == "codebook":
         start_from_codebook(model, vocabulary, tokenizer.code_vectors())
