@@ -26,12 +26,13 @@ class Muon(timm.optim.muon.Muon):
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters of a language model: matrices for Muon, the rest for AdamW.
 
-    The rest are vectors, embeddings and the head.
+    The rest are vectors, embeddings and heads.
     """
     outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is not None:
-        outer.add(id(head.weight))
+    for module in model.modules():  # a model may hold a language model, and heads of its own
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            outer.add(id(head.weight))
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trainable if p.ndim == 2 and id(p) not in outer]
     rest = [p for p in trainable if p.ndim != 2 or id(p) in outer]

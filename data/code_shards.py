@@ -19,6 +19,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -309,6 +310,14 @@ class CodeDataset(Dataset):
         """All captions of an image."""
         shard, row = self._locate(index)
         return shard.captions(row)
+
+    def distinct_captions(self) -> set[str]:
+        """All captions, each once: classes are few, however many images have them."""
+        lines: set[bytes] = set()
+        for shard in range(self.manifest.num_shards):
+            text = open_shard(self.folder, shard, self.manifest).text
+            lines.update(text.tobytes().splitlines())
+        return set(chain.from_iterable(map(json.loads, lines)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard, row = self._locate(index)

@@ -68,11 +68,23 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 class ImageFolder(EncodedImages):
-    """Images below a folder; see `EncodedImages` for the options."""
+    """Images below a folder; see `EncodedImages` for the options.
+
+    Where captions are needed they are classes, the sub-folders of the folder.
+
+    Raises:
+        ValueError: when an image that needs a caption is in no sub-folder.
+    """
 
     def __init__(self, folder: str | Path, **options: Any) -> None:
         super().__init__(str(folder), **options)
         found = list_images(folder)
+        self.has_classes = self.captions and not self.optional
+        if self.has_classes and any(path.parent == Path(folder) for path in found):
+            raise ValueError(
+                f"{folder} has no captions: give scenes, emoji, a .jsonl of image and caption, "
+                "a .tar of KEY.jpg and KEY.txt, a folder of FOLDER/CLASS/image, or hf:NAME"
+            )
         hashes = [name_hash(path.relative_to(folder).as_posix()) for path in found]
         self.paths = [found[i] for i in self.chosen(hashes)]
 
@@ -81,7 +93,11 @@ class ImageFolder(EncodedImages):
 
     def encoded(self, draw: Draw) -> Encoded:
         path = self.paths[draw]
-        return Encoded(str(path), read_bytes(path))
+        return Encoded(str(path), read_bytes(path), next(iter(self.texts(draw)), None))
+
+    def texts(self, index: int) -> list[str]:
+        place = self.paths[index].relative_to(self.source)
+        return [place.parts[0]] if self.has_classes else []
 
     @staticmethod
     def fingerprint(source: str | Path) -> str:

@@ -14,17 +14,23 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import ten_crop
 
 from vqrae.common.files import printable
 from vqrae.common.images import image_to_uint8, open_image, resize_and_crop, stored_size
 from vqrae.data.stream import Draw
 
 FileSplit = Literal["train", "validation", "all"]
-Crop = Literal["center", "random", "zoom", "resized"]
+Crop = Literal["center", "random", "zoom", "resized", "ten"]
 VALIDATION_SHARE = 0.05  # another share would move samples between splits
 BROKEN_SHARE = 0.05  # with more than this the source itself is at fault
 BROKEN_WINDOW = 100  # samples that the share refers to at least: one broken of three stops nothing
+TEN_CROP = 1.1  # LlamaGen cuts its ten crops of 256 pixels out of 281
 ZOOM = 0.8  # smallest part of the shorter edge that a zoom keeps
+
+
+# By what an image must be decoded larger, since the crop is less than its whole edge.
+CUTS_OUT = {"zoom": 1 / ZOOM, "resized": 1 / ZOOM, "ten": TEN_CROP}
 
 
 # ---- names, splits and lists
@@ -232,9 +238,7 @@ class EncodedImages(TolerantDataset):
         self.optional = optional
         self.split, self.size = split, size
         self.crop, self.seed = crop, seed
-        # A zoom cuts out less than the whole edge, so more of it must be decoded.
-        part = ZOOM if crop in ("zoom", "resized") else 1
-        self.draft = math.ceil(image_size / part) if draft else 0
+        self.draft = math.ceil(image_size * CUTS_OUT.get(crop, 1)) if draft else 0
         self.min_edge, self.max_aspect = min_edge, max_aspect
 
     def chosen(self, hashes: np.ndarray | list[int]) -> np.ndarray:
@@ -269,21 +273,31 @@ class EncodedImages(TolerantDataset):
         rng = None
         if self.crop != "center":
             rng = np.random.default_rng([self.seed, draw.epoch, draw])
-        image = fit_image(self.image(sample, draw), self.image_size, self.crop, rng)
+        whole = self.image(sample, draw)
+        image = fit_image(whole, self.image_size, self.crop, rng, number=draw.epoch)
         return {"image": image, "caption": caption} if self.captions else {"image": image}
 
 
 def fit_image(
-    image: Image.Image, size: int, crop: Crop = "center", rng: np.random.Generator | None = None
+    image: Image.Image,
+    size: int,
+    crop: Crop = "center",
+    rng: np.random.Generator | None = None,
+    number: int = 0,
 ) -> Tensor:
     """RGB image -> uint8 (3, size, size): resize (bicubic, antialiased) and cut out a square.
 
     `center`; `random`: anywhere along the longer edge (paper, Table 7); `zoom`: a square of 80 to
-    100 % of the shorter edge, anywhere; `resized`: see `resized_box`. All but the first need `rng`.
-    Mirroring is left to the training loop, where it costs nothing.
+    100 % of the shorter edge, anywhere; `resized`: see `resized_box`. These three need `rng`.
+    `ten`: LlamaGen's ten crops, of which `number` takes one: corners and centre of a square that is
+    a tenth larger, then their mirror images. Other mirroring is left to the training loop, where it
+    costs nothing.
     """
     if crop == "center":
         return image_to_uint8(resize_and_crop(image, size))
+    if crop == "ten":
+        larger = resize_and_crop(image, int(size * TEN_CROP))
+        return image_to_uint8(ten_crop(larger, [size, size])[number % 10])
     assert rng is not None, "a random crop needs a generator"
     if crop == "resized":
         box = resized_box(image.size, rng)

@@ -2,7 +2,7 @@
 
     scenes, scenes:emoji      the embedded scenes, of plain shapes or of Twemoji artwork
     emoji                     the embedded real images, 4,009 named emoji
-    FOLDER                    images below a folder
+    FOLDER                    images below a folder; as captions, the names of FOLDER/CLASS
     FILE.jsonl                lines {"image": path, "caption": text}, or a conversation each
     FILE.tar                  WebDataset tars, KEY.jpg with KEY.txt or KEY.json; also a glob, a
                               range shard-{000..012}.tar, s3://, https:// or hf://datasets/…
@@ -37,6 +37,7 @@ from vqrae.data.stream import Mixture, parse_mixture
 from vqrae.data.tars import TarDataset, is_tar
 
 Samples = SceneDataset | TolerantDataset | CodeDataset | Mixture  # all map-style, with a length
+MAX_CLASSES = 1 << 16
 DEFAULT_SCENES = {"train": 1_000_000, "validation": 1_000}  # rendered on the fly, without an end
 FORMS = "scenes, emoji, a folder, a .jsonl, .tar or .json file, or hf:NAME"
 
@@ -169,11 +170,6 @@ def _open(
         held = "conversations" if kind == "json" else "codes"
         raise ValueError(f"{source} holds {held}; for images give {FORMS}")
     optional = item == "captioned_image"
-    if kind == "folder" and item != "image" and not optional:
-        raise ValueError(
-            f"{source} has no captions: give scenes, emoji, a .jsonl of image and caption, "
-            "a .tar of KEY.jpg and KEY.txt, or hf:NAME"
-        )
     options |= {"size": size, "split": split, "seed": seed, "optional": optional}
     return READERS[kind](source, image_size=image_size, captions=item != "image", **options)
 
@@ -210,6 +206,28 @@ def texts_of(samples: Samples, limit: int = 20_000) -> list[str]:
         # Only the remote tars that training reads first.
         indices = [own_order(place, 0) for place in range(len(indices))]
     return list(chain.from_iterable(map(samples.texts, indices)))
+
+
+def classes_of(samples: Samples) -> list[str]:
+    """The different captions of all samples, sorted.
+
+    Raises:
+        ValueError: when they are too many for classes, or scenes, which have sentences.
+    """
+    if isinstance(samples, Mixture):
+        return sorted(set(chain.from_iterable(map(classes_of, samples.parts))))
+    if isinstance(samples, CodeDataset):
+        found = samples.distinct_captions()
+    elif isinstance(samples, SceneDataset):
+        raise ValueError("scenes have captions, no classes: give a folder of FOLDER/CLASS/image")
+    else:
+        found = set(chain.from_iterable(map(samples.texts, range(len(samples)))))
+    if len(found) > MAX_CLASSES:
+        raise ValueError(
+            f"{len(found)} different captions, expected names of at most {MAX_CLASSES} classes: "
+            "set condition=text"
+        )
+    return sorted(found)
 
 
 def texts_in(source: str) -> list[str]:

@@ -24,9 +24,9 @@ class ExtractionConfig:
     captions_per_image: int = 1
     """Wordings of each scene; any other source has one caption for each image."""
     crop: Crop = "center"
-    """Square that is cut out of an image: center (Table 9), random or zoom."""
+    """Square that is cut out of an image: center (Table 9), random, zoom or ten (LlamaGen)."""
     crops_per_image: int = 1
-    """Crops of each image with random or zoom, each an entry of its own."""
+    """Crops of each image with random, zoom or ten, each an entry of its own."""
     shard_size: int = 8192
     """Images of one shard, the unit of resuming and of sharing among processes."""
     batch_size: int = 64
@@ -40,7 +40,7 @@ class ExtractionConfig:
         if self.crops_per_image < 1 or (self.crops_per_image > 1 and self.crop == "center"):
             raise ValueError(
                 f"got crops_per_image {self.crops_per_image} with crop {self.crop}, "
-                "expected 1 with center: set crop=random or zoom for several"
+                "expected 1 with center: set crop=random, zoom or ten for several"
             )
 
 

@@ -103,7 +103,7 @@ class TokenizerEmbedding(nn.Module):
     def forward(self, codes: Tensor, cache: Cache | None = None) -> Tensor:
         options = {} if cache is None else {"cache": cache}
         # DeepSpeed trains weights of 16 bits, and leaves buffers as they are.
-        quantized_BNE = self.quantized(codes).to(self.mlp[0].weight.dtype)
+        quantized_BNE = self.quantized(codes).to(next(self.mlp.parameters()).dtype)
         return self.mlp(self.projection(quantized_BNE, **options))
 
     @torch.no_grad()

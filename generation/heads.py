@@ -76,7 +76,7 @@ class DepthHead(nn.Module):
         positions: RoPE positions 0 … n - 1; off, as LlamaGen's form has it, order is known by the
             code embeddings and the causal mask alone.
         z_loss: weight of the mean squared largest logit, which keeps logits from drifting.
-        zero_start: the classifier starts at zero; whoever holds the head sees to it.
+        zero_start: the classifier's weight starts at zero.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class DepthHead(nn.Module):
     ) -> None:
         super().__init__()
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
-        self.positions, self.z_loss, self.zero_start = positions, z_loss, zero_start
+        self.positions, self.z_loss = positions, z_loss
         # Eight positions gain nothing from flash attention, which takes no mask of ours.
         attention = "eager" if config._attn_implementation == "eager" else "sdpa"
         self.decoder = AutoModel.from_config(
@@ -105,6 +105,9 @@ class DepthHead(nn.Module):
             # One table for E1 … E(n-1): one lookup.
             self.embedding = nn.Embedding((num_codebooks - 1) * codebook_size, width)
         self.classifier = nn.Linear(width, codebook_size)
+        if zero_start:
+            self.classifier.starts_at_zero = True  # for `_init_weights` of the model
+            nn.init.zeros_(self.classifier.weight)
 
     def loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Mean cross entropy of codes (M, n) given states (M, D), and the z-loss."""

@@ -123,6 +123,10 @@ class MultiCodeModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The classifier of codes, which Muon leaves to AdamW as any head."""
+        return self.head.classifier
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, codes: Tensor
     ) -> MultiCodeOutput:
@@ -150,14 +154,13 @@ class MultiCodeModel(PreTrainedModel):
         """Embedding and head as the language model, whose own rules its parts follow."""
         std = getattr(self.llm.config, "initializer_range", 0.02)
         if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=std)
+            # Said by the layer: transformers passes over modules without weights of their own.
+            init.normal_(module.weight, std=0.0 if hasattr(module, "starts_at_zero") else std)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, DepthHead) and module.zero_start:
-            init.zeros_(module.classifier.weight)
 
 
 def build_embedding(config: MultiCodeConfig, width: int) -> TableEmbedding | TokenizerEmbedding:

@@ -37,8 +37,8 @@ from vqrae.common.trainer import (
     save_model,
     training_arguments,
 )
+from vqrae.data.sources import Samples, classes_of, is_encoded, open_pairs, texts_of
 from vqrae.data.sources import fingerprint as data_fingerprint
-from vqrae.data.sources import is_encoded, open_pairs, texts_of
 from vqrae.data.sources import vocabulary as words_of
 from vqrae.data.word_tokenizer import fit_word_tokenizer
 from vqrae.generation.config import GeneratorConfig, GeneratorModelConfig, TrainingConfig
@@ -153,9 +153,7 @@ def build_prompts(
     }
     if model.condition == "class":
         classes = classes_of(samples)
-        vocabulary = VisualVocabulary(
-            offset=len(classes) + 1, num_classes=len(classes), **sizes
-        )
+        vocabulary = VisualVocabulary(offset=len(classes) + 1, num_classes=len(classes), **sizes)
         return ClassEncoder(classes, vocabulary), None
     if model.llm is not None:
         text_tokenizer = AutoTokenizer.from_pretrained(resolve_model(model.llm))

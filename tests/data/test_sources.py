@@ -64,7 +64,7 @@ def numbers(dataset: Any, count: int = COUNT) -> list[int]:
         ("no/such.tar", FileNotFoundError, "no such file"),
         (__file__, ValueError, "unknown kind"),
         ("s3://bucket/pairs.jsonl", ValueError, "only tars are read from URLs"),
-        (str(Path(__file__).parent), ValueError, "has no captions"),
+        (str(Path(__file__).parent), FileNotFoundError, "holds no image"),
         ("hf:x,imag=y", ValueError, "Did you mean 'image'"),
     ],
 )

@@ -79,6 +79,15 @@ def test_the_depth_head_is_that_of_unitok(head: DepthHead, golden: dict[str, Ten
     assert not torch.allclose(head(given["hidden"], given["codes"]), logits, atol=0.1)
 
 
+def test_a_classifier_may_start_at_zero() -> None:
+    llm = {**LLAMA, "model_type": "llama", "vocab_size": 8, "num_hidden_layers": 1}
+    for zero_start in (False, True):
+        head = {"num_layers": 1, "zero_start": zero_start}
+        model = MultiCodeModel(MultiCodeConfig(llm_config=llm, head=head, codebook_size=16))
+        assert model.head.classifier.weight.any() == (not zero_start)
+        assert model.head.embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("positions", [True, False])
 def test_cached_sub_steps_equal_those_at_once(head: DepthHead, positions: bool) -> None:
