@@ -67,6 +67,10 @@ class SingleCodeHead(nn.Linear):
         return None
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer whose weight starts at zero, by the rules of the model that holds it."""
+
+
 class DepthHead(nn.Module):
     """A small decoder over the n codes of one position: state, E1(code 1), … E(n-1)(code n-1).
 
@@ -104,10 +108,7 @@ class DepthHead(nn.Module):
         if num_codebooks > 1:
             # One table for E1 … E(n-1): one lookup.
             self.embedding = nn.Embedding((num_codebooks - 1) * codebook_size, width)
-        self.classifier = nn.Linear(width, codebook_size)
-        if zero_start:
-            self.classifier.starts_at_zero = True  # for `_init_weights` of the model
-            nn.init.zeros_(self.classifier.weight)
+        self.classifier = (ZeroLinear if zero_start else nn.Linear)(width, codebook_size)
 
     def loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
         """Mean cross entropy of codes (M, n) given states (M, D), and the z-loss."""

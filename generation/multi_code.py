@@ -32,7 +32,7 @@ from vqrae.generation.embedding import (
     TokenEmbedding,
     TokenizerEmbedding,
 )
-from vqrae.generation.heads import DepthHead, SingleCodeHead, VisualHead
+from vqrae.generation.heads import DepthHead, SingleCodeHead, VisualHead, ZeroLinear
 from vqrae.generation.modeling import VisualVocabulary, build_llm
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.projections import AttentionProjection
@@ -154,8 +154,8 @@ class MultiCodeModel(PreTrainedModel):
         """Embedding and head as the language model, whose own rules its parts follow."""
         std = getattr(self.llm.config, "initializer_range", 0.02)
         if isinstance(module, nn.Linear | nn.Embedding):
-            # Said by the layer: transformers passes over modules without weights of their own.
-            init.normal_(module.weight, std=0.0 if hasattr(module, "starts_at_zero") else std)
+            # By its class: transformers passes over modules without weights of their own.
+            init.normal_(module.weight, std=0.0 if isinstance(module, ZeroLinear) else std)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
