@@ -1,4 +1,4 @@
-"""Sweep codebook dimension and size, quantizer and training strategy: the paper's Tables 5 and 6.
+"""Sweep codebooks, quantizers and training strategy: VQRAE's Tables 5 and 6, UniTok's 7 and 8.
 
     python -m vqrae.eval.ablations.evaluate suite=table5 seeds=2
     python -m vqrae.eval.ablations.evaluate suite=my.yaml data=imagenet/train nproc=8 \
@@ -44,11 +44,12 @@ class AblationConfig:
     """Train and score every row of a suite, and write its table."""
 
     suite: str = "all"
-    """table5, table6, quantizers, locality, all of them, or a YAML file of your own."""
+    """table5, table6, quantizers, locality, codebooks, residual, all of them, or a YAML file."""
     output: str = "runs/ablations"
     """Folder of the runs and of the tables."""
     encoder: str = "runs/encoder"
-    """Pretrained encoder of all runs: run directory, checkpoint folder or hub id."""
+    """Pretrained encoder of all runs: run directory, checkpoint folder or hub id. Suites whose
+    configuration has none train their own."""
     data: str = "scenes"
     """Source of images, see docs/data.md; reconstructions are scored on its validation split."""
     labelled_data: str | None = None
@@ -119,17 +120,25 @@ def plan_trials(
         results.append({"recipe": recipe.name, "row": row.name, **labels, "runs": []})
     trials = []
     base = shipped_config("vqrae.tokenizer", suite.config)
+    pretrained = starts_from_encoder(suite)
     for seed in range(config.seeds):
         for result, (recipe, row) in zip(results, suite.trials(), strict=True):
             arguments = [*suite.overrides, *recipe.overrides, *row.overrides]
-            arguments += [f"model.encoder={config.encoder}", f"data.train={config.data}"]
-            arguments += [f"seed={seed}", *config.overrides]
+            if pretrained:
+                arguments.append(f"model.encoder={config.encoder}")
+            arguments += [f"data.train={config.data}", f"seed={seed}", *config.overrides]
             folder = Path(config.output) / name / recipe.name / row.name / f"seed-{seed}"
             resolved = load_config(TokenizerTrainConfig, base, [*arguments, f"output_dir={folder}"])
             check_quantizer(resolved)
             overrides = dict(argument.split("=", 1) for argument in arguments)
             trials.append(Trial(result, seed, folder, overrides, resolved))
     return results, trials
+
+
+def starts_from_encoder(suite: Suite) -> bool:
+    """Whether the suite's configuration has a pretrained encoder."""
+    base = shipped_config("vqrae.tokenizer", suite.config)
+    return load_config(TokenizerTrainConfig, base).model.encoder is not None
 
 
 def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
@@ -143,12 +152,14 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
     original = Path(config.output) / name / "original" / "model"
     set_seed(0)  # its weights are its identity
     build_tokenizer(trials[0].config.model, "eager").save_pretrained(original)
-    probes = score_features(original, original, config) if suite.needs("features") else {}
-    encoder = weights_fingerprint(local_model(config.encoder))
+    pretrained = starts_from_encoder(suite)
+    is_probed = suite.needs("features") and pretrained
+    probes = score_features(original, original, config) if is_probed else {}
+    encoder = weights_fingerprint(local_model(config.encoder)) if pretrained else "from scratch"
 
     def finish(trial: Trial) -> dict[str, Any]:
         settings: dict[str, Any] = dict(trial.overrides)
-        del settings["model.encoder"]  # it may move; its weights decide
+        settings.pop("model.encoder", None)  # it may move; its weights decide
         settings |= {"encoder": encoder, "num_images": config.num_images, "frechet": config.frechet}
         if suite.needs("features"):
             keys = ("labelled_data", "num_train", "num_test")
@@ -187,7 +198,9 @@ def train_and_score(
         overrides = [f"{key}={value}" for key, value in trial.overrides.items()]
         arguments = [suite.config, *overrides, f"output_dir={trial.folder}"]
         run_module(train, arguments, config.nproc)
-    metrics = score_reconstruction(model, original, config)
+    # A distance of features says nothing where the original encoder is random.
+    frechet = (config.frechet,) if starts_from_encoder(suite) else ()
+    metrics = score_reconstruction(model, original, config, frechet)
     if suite.needs("features"):
         metrics |= score_features(model, original, config)
     if suite.needs("codes"):
@@ -205,7 +218,9 @@ def run_evaluation(module: ModuleType, model: Path, name: str, *arguments: str) 
     return read_json(output)
 
 
-def score_reconstruction(model: Path, original: Path, config: AblationConfig) -> dict[str, Any]:
+def score_reconstruction(
+    model: Path, original: Path, config: AblationConfig, frechet: tuple[str, ...]
+) -> dict[str, Any]:
     """Scores of images that were not trained on; a grid of examples is written next to the run."""
     values = run_evaluation(
         reconstruction,
@@ -214,13 +229,14 @@ def score_reconstruction(model: Path, original: Path, config: AblationConfig) ->
         f"data={config.data}",
         "split=validation",
         f"num_images={config.num_images}",
-        f"frechet=[{config.frechet}]",
+        f"frechet=[{', '.join(frechet)}]",
         "lpips=[]",
         f"original_encoder={original}",
         f"reference={original.parents[1] / 'references'}",
     )
-    names = ("psnr", "ssim", "codebook_usage", "perplexity")
-    return {name: values[name] for name in names} | {"frechet": values[config.frechet_key]}
+    names = ("psnr", "ssim", "codebook_usage", "codebook_usage_min", "perplexity")
+    metrics = {name: values[name] for name in names if name in values}
+    return metrics | ({"frechet": values[config.frechet_key]} if frechet else {})
 
 
 def score_features(model: Path, original: Path, config: AblationConfig) -> dict[str, Any]:
@@ -265,9 +281,10 @@ def summarize(
         f"{config.seeds} seed{'s' if config.seeds > 1 else ''}, mean ± half range, of "
         f"{config.num_images} images of `{config.data}` that were not trained on; encoder "
         f"`{encoder[:16]}`.",
-        f"`{config.frechet_key}` replaces the paper's rFID.",
     ]
-    if config.frechet == "encoder":
+    if starts_from_encoder(suite):
+        notes.append(f"`{config.frechet_key}` replaces the paper's rFID.")
+    if starts_from_encoder(suite) and config.frechet == "encoder":
         notes[-1] += " It uses the encoder that training started from: not an independent judge."
     shown = {name: probes[name] for name in ("linear_continuous", "linear_chance") if probes}
     if shown:

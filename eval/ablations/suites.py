@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from vqrae.common.config import did_you_mean, load_config, shipped_config
 
-SUITES = ("table5", "table6", "quantizers", "locality")
+SUITES = ("table5", "table6", "quantizers", "locality", "codebooks", "residual")
 
 
 class Metric(NamedTuple):
@@ -26,6 +26,7 @@ METRICS = {
     "ssim": Metric("SSIM", ".3f"),
     "frechet": Metric("Fréchet", ".1f"),  # the table has the distance's own name, with its network
     "codebook_usage": Metric("usage", ".1%"),
+    "codebook_usage_min": Metric("usage of the least used codebook", ".1%"),
     "perplexity": Metric("perplexity", ".0f"),
     "teacher_cosine": Metric("cosine to the original features", ".3f", "features"),
     "linear_continuous": Metric("linear probe, continuous", ".1%", "features"),
