@@ -79,6 +79,7 @@ UNITOK = [
     "model.codebook_dim=32",
     "model.num_codebooks=4",
     "model.decoder=conv",
+    "model.output_basis=pixels",
     "model.text_config.hidden_size=32",
     "model.text_config.num_attention_heads=2",
     "log_steps=1",
