@@ -131,7 +131,33 @@ def test_mistakes_are_named(
     assert not list(tmp_path.glob("*/*"))
 
 
-# ---- the discriminator's schedule
+# ---- the published objective
+
+
+def test_the_published_objective() -> None:
+    config = trainings.read("unitok")
+    stage, steps = config.stage1, config.stage1.max_steps
+    assert (config.stages, config.data.crop, config.data.random_flip) == ((1,), "resized", False)
+    # Pixels in [-1, 1] give 4 times the squared and twice the absolute error of those in [0, 1].
+    assert (stage.reconstruction_weight / 4, stage.l1_weight / 2) == (1.0, 0.2)
+    assert (stage.perceptual_network, stage.perceptual_weight) == ("lpips", 1.0)
+    assert (stage.codebook_weight, stage.commitment_weight) == (1.0, 0.25)
+    assert (stage.contrastive_weight, config.model.contrastive) == (1.0, "softmax")
+    assert (stage.adversarial_weight, stage.adaptive_weight) == (0.4, (0.015, 1e4))
+    assert (stage.discriminator_weight, stage.consistency_weight, stage.lecam_weight) == (2, 4, 0)
+    assert (stage.adam_betas, stage.adam_eps, stage.weight_decay) == ((0.9, 0.95), 1e-6, 0.02)
+    assert (stage.discriminator_adam_betas, stage.discriminator_weight_decay) == ((0.5, 0.9), 0.2)
+    assert (stage.max_grad_norm, stage.end_lr / stage.decoder_lr) == (10, pytest.approx(0.1))
+    assert steps == 1_280_000_000 // stage.global_batch_size
+    shares = {
+        stage.warmup_steps: 0.01,
+        stage.discriminator_start: 0.375,
+        stage.discriminator_ramp: 0.03,
+        stage.discriminator_warmup_steps: 0.03,
+        stage.discriminator_blur_steps: 0.06,
+    }
+    for count, share in shares.items():
+        assert count == pytest.approx(share * steps, abs=1)
 
 
 def test_the_blur_fades_from_the_start_of_the_discriminator() -> None:
