@@ -69,7 +69,7 @@ def test_several_crops_are_entries_of_their_own(
     assert [codes.texts(i) for i in range(11)] == [codes.texts(i) for i in range(11, 22)]
     assert len(codes.texts(0)) == 1
     assert sum(torch.equal(codes[i]["codes"], codes[i + 11]["codes"]) for i in range(11)) < 6
-    with pytest.raises(ValueError, match="set crop=random or zoom"):
+    with pytest.raises(ValueError, match="set crop=random, zoom or ten"):
         extract_codes.main(["tiny", "crops_per_image=2"])
     with pytest.raises(ValueError, match="scenes are square"):
         extract_codes.ImagesToEncode(open_pairs("scenes", image_size=32, size=4), 1, 2)
