@@ -3,6 +3,9 @@
 Eight images of eight prompts of different lengths, greedy, so that both must find the same codes.
 The codes are compared in float32 and the time in bfloat16, where transformers takes the
 unconditional log-probabilities in bfloat16 too, which turns near ties around.
+
+The depth head's eight codes of a position: ours keeps keys and values, the reference computes all
+codes before each one again, as UniTok's own sampling does.
 """
 
 from collections.abc import Callable
@@ -10,15 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, Qwen3ForCausalLM
+from transformers import LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.harness import Row, memory_row, time_row
+from vqrae.generation.heads import DepthHead
 from vqrae.generation.modeling import VisualVocabulary, build_generator, pad_left
 from vqrae.generation.sampling import SamplingConfig, sample_codes
 
 QWEN3_0_6B = {"num_hidden_layers": 28, "hidden_size": 1024, "intermediate_size": 3072}
 QWEN3_0_6B |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 PUBLISHED = VisualVocabulary(offset=151_936, codebook_size=16_384, num_codes=64)
+DEPTH_CODES = 8
 GREEDY = SamplingConfig(guidance_scale=4.5, temperature=0)
 
 
@@ -83,6 +88,32 @@ def sampler(
     return ours if way == "ours" else reference
 
 
+def depth_sampler(way: str, shape: dict[str, Any], rows: int) -> Callable[[], Tensor]:
+    """Greedy codes (R, 8) of one position of a random depth head of three layers, in float32."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**{"initializer_range": 0.1, **shape}, attn_implementation="sdpa")
+    head = DepthHead(config, DEPTH_CODES, codebook_size=4096).eval()
+    hidden_RD = torch.randn(rows, config.hidden_size)
+    steps = head.start(rows)
+
+    @torch.inference_mode()
+    def ours() -> Tensor:
+        return head.sample(hidden_RD, lambda book, logits: logits.argmax(-1), steps)
+
+    @torch.inference_mode()
+    def reference() -> Tensor:
+        inputs, codes = hidden_RD[:, None], []
+        for book in range(DEPTH_CODES):
+            states = head.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            codes.append(head.classifier(states[:, -1]).argmax(-1))
+            if book < DEPTH_CODES - 1:
+                following = head.embedding(codes[-1] + book * head.codebook_size)
+                inputs = torch.cat([inputs, following[:, None]], dim=1)
+        return torch.stack(codes, dim=1)
+
+    return ours if way == "ours" else reference
+
+
 def run(
     vocabulary: VisualVocabulary = PUBLISHED,
     shape: dict[str, Any] = QWEN3_0_6B,
@@ -97,4 +128,9 @@ def run(
     rows = [time_row(case, *work, repeats=repeats, work=batch, unit="images/s")]
     del work  # and the models, before other processes make them again
     both = ("ours", *fast), ("reference", *fast)
-    return [*rows, memory_row(f"{case}, beyond the weights", sampler, *both)]
+    rows.append(memory_row(f"{case}, beyond the weights", sampler, *both))
+    # With guidance there are two rows for each image.
+    depth = [depth_sampler(way, shape, 2 * batch) for way in ("ours", "reference")]
+    assert torch.equal(depth[0](), depth[1]()), "cached and uncached depth find different codes"
+    name = f"depth head, {DEPTH_CODES} codes of a position"
+    return [*rows, time_row(name, *depth, repeats=repeats, work=batch, unit="positions/s")]

@@ -225,6 +225,13 @@ def drop_residuals(decoder: PreTrainedModel, share: float) -> None:
         layer.mlp.down_proj.register_forward_hook(drop)
 
 
+def values_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of a language model's configuration that describe its shape."""
+    left_out = ("_name_or_path", "architectures", "dtype", "transformers_version")
+    values = config.to_diff_dict()
+    return {key: value for key, value in values.items() if key not in left_out}
+
+
 def build_multi_code(
     vocabulary: VisualVocabulary,
     tokenizer: VQRAEModel,
@@ -245,7 +252,7 @@ def build_multi_code(
     model = build_llm(AutoModelForCausalLM, vocabulary, **llm)
     visual = tokenizer.config
     config = MultiCodeConfig(
-        llm_config=model.config.to_dict(),
+        llm_config=values_of(model.config),
         num_codebooks=visual.num_codebooks,
         codebook_size=visual.codebook_size,
         projection=projection_of(tokenizer) if embedding == "tokenizer" else None,

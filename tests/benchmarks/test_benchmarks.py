@@ -42,7 +42,7 @@ UNITS = {
     "quantizer": ["s", "MiB", "s", "MiB", "s", "s", "s"],
     "frechet": ["s", "s"],
     "packing": ["tokens/s"],
-    "sampler": ["images/s", "MiB"],
+    "sampler": ["images/s", "MiB", "positions/s"],
     "loss": ["MiB", "MiB", "s", "s"],
     "extract": ["images/s", "bytes"],
 }

@@ -94,7 +94,9 @@ def train_arguments(tokenizer_path: Path, codes_path: Path) -> list[str]:
 
 @pytest.fixture
 def vocabulary(num_codebooks: int) -> VisualVocabulary:
-    return VisualVocabulary(offset=100, codebook_size=64, num_codes=16, num_codebooks=num_codebooks)
+    count = 16 if num_codebooks == 1 else 5  # of n codes each, one after the other
+    sizes = {"codebook_size": 64, "num_codes": count, "num_codebooks": num_codebooks}
+    return VisualVocabulary(offset=100, **sizes)
 
 
 @pytest.fixture

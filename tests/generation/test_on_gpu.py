@@ -12,7 +12,11 @@ from vqrae.generation.sampling import SamplingConfig, sample_codes
 from vqrae.generation.train import GeneratorTrainer
 
 
-@pytest.mark.parametrize("data", ["codes", "scenes"])
+@pytest.mark.parametrize(
+    ("num_codebooks", "data"),
+    [(None, "codes"), (None, "scenes"), (4, "codes")],
+    indirect=["num_codebooks"],
+)
 def test_the_host_waits_for_no_step(
     data: str, train_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -31,12 +35,14 @@ def test_the_host_waits_for_no_step(
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("num_codebooks", "options"),
     [
-        {"guidance_scale": 1.0},
-        {"top_k": 5, "top_p": 0.9, "min_p": 0.05, "guidance_schedule": "cosine"},
-        {"temperature": 0.0, "guidance_start": 0.25, "guidance_end": 0.5},
+        (None, {"guidance_scale": 1.0}),
+        (None, {"top_k": 5, "top_p": 0.9, "min_p": 0.05, "guidance_schedule": "cosine"}),
+        (None, {"temperature": 0.0, "guidance_start": 0.25, "guidance_end": 0.5}),
+        (4, {"top_k": 5, "top_p": 0.9, "min_p": 0.05, "guidance_schedule": "cosine"}),
     ],
+    indirect=["num_codebooks"],
 )
 def test_sampling_waits_for_the_codes_alone(
     options: dict, model: PreTrainedModel, vocabulary: VisualVocabulary
@@ -55,6 +61,6 @@ def test_sampling_waits_for_the_codes_alone(
 
         config = SamplingConfig(**options)
         codes = sample_codes(model, prompts, [boi], vocabulary, config, [0, 1, 2], progress=watch)
-    assert codes.shape == (3, vocabulary.num_codes)
+    assert codes.shape == (3, *vocabulary.code_shape)
     assert codes.device.type == "cpu"
     assert steps[-1] == vocabulary.num_codes
