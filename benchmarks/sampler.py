@@ -93,6 +93,8 @@ def depth_sampler(way: str, shape: dict[str, Any], rows: int) -> Callable[[], Te
     torch.manual_seed(0)
     config = Qwen3Config(**{"initializer_range": 0.1, **shape}, attn_implementation="sdpa")
     head = DepthHead(config, DEPTH_CODES, codebook_size=4096).eval()
+    embedding = head.embedding
+    assert embedding is not None, "a head of several codes embeds all but the last"
     hidden_RD = torch.randn(rows, config.hidden_size)
     steps = head.start(rows)
 
@@ -107,7 +109,7 @@ def depth_sampler(way: str, shape: dict[str, Any], rows: int) -> Callable[[], Te
             states = head.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
             codes.append(head.classifier(states[:, -1]).argmax(-1))
             if book < DEPTH_CODES - 1:
-                following = head.embedding(codes[-1] + book * head.codebook_size)
+                following = embedding(codes[-1] + book * head.codebook_size)
                 inputs = torch.cat([inputs, following[:, None]], dim=1)
         return torch.stack(codes, dim=1)
 
