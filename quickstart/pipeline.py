@@ -148,7 +148,12 @@ def pipeline(
         "num_images=1000",
         f"output={scores}/reconstruction.json",
     ]
-    zero_shot = [f"model={output}/tokenizer", f"data={source}", f"output={scores}/zeroshot.json"]
+    zero_shot = [
+        f"model={output}/tokenizer",
+        f"data={source}",
+        "num_images=400",
+        f"output={scores}/zeroshot.json",
+    ]
     llm = ["tiny_llm", f"output_dir={output}/llm", f"optimization.max_steps={steps['llm']}"]
     understanding = [
         "tiny",
