@@ -23,6 +23,7 @@ from vqrae.planning import fake_gpu as planning
 ROOT = str(Path(__file__).parents[1])
 TESTS = str(Path(__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
+PACKAGES = str(Path(torch.__file__).parents[1])  # an environment may be a folder of the repository
 
 
 class WatchedGPU(planning.FakeGPU):
@@ -48,8 +49,9 @@ class WatchedGPU(planning.FakeGPU):
         hidden = (__file__, planning.__file__, "<")
         hidden += (f"{TORCH}/_", f"{TORCH}/utils/_", f"{TORCH}/overrides")
         frames = [f for f in traceback.extract_stack() if not f.filename.startswith(hidden)]
+        theirs = (TESTS, PACKAGES)
         ours = [
-            f for f in frames if f.filename.startswith(ROOT) and not f.filename.startswith(TESTS)
+            f for f in frames if f.filename.startswith(ROOT) and not f.filename.startswith(theirs)
         ]
         places = dict.fromkeys(
             f"{frame.filename.removeprefix(ROOT)}:{frame.lineno}"
