@@ -22,13 +22,14 @@ def run_backward(
 ) -> list[Tensor | None]:
     """Gradients of `inputs` (then nothing is accumulated), or into `.grad` of all leaves."""
     wanted = {_edge(tensor): place for place, tensor in enumerate(inputs)}
+    needed = _leading_to([node for node, _ in wanted], roots)
     results: list[Tensor | None] = [None] * len(wanted)
     arrived: dict[Any, dict[int, Tensor]] = {}
     order = itertools.count()
     waiting: list[tuple[int, int, Any]] = []
 
     def send(node: Any, place: int, gradient: Tensor | None) -> None:
-        if node is None or gradient is None:
+        if node is None or gradient is None or (wanted and node not in needed):
             return
         meta = node._input_metadata[place]
         assert gradient.device.type == meta.device.type, (
@@ -38,7 +39,8 @@ def run_backward(
         if gradient.shape != tuple(meta.shape):  # of a tensor that was broadcast
             gradient = gradient.sum_to_size(tuple(meta.shape))
         if (node, place) in wanted:
-            results[wanted[node, place]] = gradient
+            earlier = results[wanted[node, place]]
+            results[wanted[node, place]] = gradient if earlier is None else earlier + gradient
         if node not in arrived:
             arrived[node] = {}
             # Nodes that were made later come first; AccumulateGrad has the largest number of all.
@@ -52,7 +54,7 @@ def run_backward(
     while waiting:
         _, _, node = heapq.heappop(waiting)
         known = arrived.pop(node)
-        if wanted and not node.next_functions:
+        if wanted and not any(following in needed for following, _ in node.next_functions):
             continue
         values = []
         for place, meta in enumerate(node._input_metadata):
@@ -68,6 +70,27 @@ def run_backward(
     return results
 
 
+def _leading_to(wanted: Sequence[Any], roots: Sequence[Tensor]) -> set[Any]:
+    """The nodes between the roots and the wanted ones, both included."""
+    before: dict[Any, list[Any]] = {_edge(root)[0]: [] for root in roots}
+    waiting = list(before) if wanted else []
+    while waiting:
+        node = waiting.pop()
+        for following, _ in node.next_functions:
+            if following is not None and following not in before:
+                before[following] = []
+                waiting.append(following)
+            if following is not None:
+                before[following].append(node)
+    needed, waiting = set(wanted), list(wanted)
+    while waiting:
+        for node in before.get(waiting.pop(), ()):
+            if node not in needed:
+                needed.add(node)
+                waiting.append(node)
+    return needed
+
+
 def _edge(tensor: Tensor) -> tuple[Any, int]:
     edge = torch.autograd.graph.get_gradient_edge(tensor)
     return edge.node, edge.output_nr
@@ -77,10 +100,15 @@ def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
+def _graph_task() -> Any:
+    """By its number a checkpointed block knows what it has computed again already."""
+    number = next(_GRAPH_TASKS)
+    return mock.patch.object(torch._C, "_current_graph_task_id", return_value=number)
+
+
 def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **options: Any) -> None:
     roots = _listed(tensors)
-    # By this number a checkpointed block knows what it has computed again already.
-    with mock.patch.object(torch._C, "_current_graph_task_id", return_value=next(_GRAPH_TASKS)):
+    with _graph_task():
         run_backward(roots, _listed(grad_tensors or [None] * len(roots)))
 
 
@@ -89,4 +117,5 @@ def grad(
 ) -> tuple[Tensor | None, ...]:
     roots = _listed(outputs)
     gradients = _listed([None] * len(roots) if grad_outputs is None else grad_outputs)
-    return tuple(run_backward(roots, gradients, _listed(inputs)))
+    with _graph_task():
+        return tuple(run_backward(roots, gradients, _listed(inputs)))

@@ -1,9 +1,13 @@
 """Plans: the real trainings on a fake GPU, and what fits on how many real ones."""
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.dry_run import GIB, KNOWN_MODELS, Report, known_config
+from vqrae.planning.backward import grad
 from vqrae.planning.plan import plan, render
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.quickstart.train_llm import TinyLLMConfig
@@ -83,3 +87,24 @@ def test_what_fits_keeps_the_global_batch() -> None:
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_gradient_goes_no_further_than_it_is_asked_for() -> None:
+    runs = []
+
+    def block(x: Tensor, weight: Tensor) -> Tensor:
+        runs.append(1)
+        return torch.tanh(x @ weight).square()
+
+    first, second, last = (torch.randn(4, 4, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(
+        (block(block(first, first), second) @ last).square().mean(), (last, second, first)
+    )
+    hidden = checkpoint(block, first, first, use_reentrant=False)
+    hidden = checkpoint(block, hidden, second, use_reentrant=False)
+    loss = (hidden @ last).square().mean()
+    for asked, gradient, repeated in zip((last, second, first), expected, (0, 1, 2), strict=True):
+        runs.clear()
+        [found] = grad(loss, asked)
+        assert len(runs) == repeated
+        torch.testing.assert_close(found, gradient)
