@@ -12,18 +12,15 @@ from vqrae.common.checkpoints import local_model
 from vqrae.common.distributed import is_main_process
 from vqrae.common.dry_run import (
     Report,
-    known_config,
     rehearse,
     scratch_folder,
     shorten,
-    stand_in,
     trainer_report,
 )
-from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation.dry_run import write_random_codes
 from vqrae.mllm.config import MLLMConfig, TaskConfig
 from vqrae.tokenizer.configuration import VQRAEConfig
-from vqrae.tokenizer.dry_run import stand_in_tokenizer
+from vqrae.tokenizer.dry_run import stand_in_llm, stand_in_tokenizer
 
 
 def dry_run(config: MLLMConfig, train: Callable[[MLLMConfig], Any]) -> list[Report]:
@@ -52,11 +49,6 @@ def rehearsal(config: MLLMConfig, folder: Path) -> MLLMConfig:
         folder: where what is not on this machine is put, and the run.
     """
     tokenizer = local_model(stand_in_tokenizer(config.tokenizer, folder / "tokenizer"))
-    llm = config.llm
-    if not Path(llm).is_dir():
-        text_tokenizer = build_word_tokenizer(["a"])
-        llm = stand_in(folder / "llm", known_config(config.llm))
-        text_tokenizer.save_pretrained(llm)
     optimization = shorten(config.optimization, config.dry_run)
     if is_main_process():
         size = max(64, optimization.global_batch_size)
@@ -64,7 +56,7 @@ def rehearsal(config: MLLMConfig, folder: Path) -> MLLMConfig:
     return dataclasses.replace(
         config,
         tokenizer=str(tokenizer),
-        llm=llm,
+        llm=stand_in_llm(config.llm, folder / "llm", "a"),
         output_dir=str(folder / "run"),
         generation=TaskConfig(data=str(folder / "codes")),
         captioning=TaskConfig(weight=0),

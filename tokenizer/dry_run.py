@@ -25,12 +25,14 @@ from vqrae.common.dry_run import (
     Report,
     Watch,
     is_here,
+    known_config,
     rehearse,
     scratch_folder,
     stand_in,
 )
 from vqrae.common.run import open as open_run
 from vqrae.data.sources import open_images
+from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.tokenizer.build import build_tokenizer, first_model
 from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
 from vqrae.tokenizer.configuration import FEATURE_TAPS, VQRAEConfig
@@ -211,3 +213,16 @@ def stand_in_tokenizer(name: str, folder: Path) -> str:
         return name
     config: PreTrainedConfig = tokenizer_config(name)
     return stand_in(folder, config)
+
+
+def stand_in_llm(name: str, folder: Path, word: str) -> str:
+    """A language model's folder, or one without its weights where it is not on this machine.
+
+    Args:
+        word: the only one that its text tokenizer knows, which the dry run's texts repeat.
+    """
+    if Path(name).is_dir():
+        return name
+    llm = stand_in(folder, known_config(name))
+    build_word_tokenizer([word]).save_pretrained(llm)
+    return llm

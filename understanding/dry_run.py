@@ -10,16 +10,13 @@ from PIL import Image
 from vqrae.common.distributed import is_main_process
 from vqrae.common.dry_run import (
     Report,
-    known_config,
     rehearse,
     scratch_folder,
     shorten,
-    stand_in,
     trainer_report,
 )
 from vqrae.common.files import write_json
-from vqrae.data.word_tokenizer import build_word_tokenizer
-from vqrae.tokenizer.dry_run import stand_in_tokenizer
+from vqrae.tokenizer.dry_run import stand_in_llm, stand_in_tokenizer
 
 if TYPE_CHECKING:
     from vqrae.understanding.train import TrainConfig
@@ -51,17 +48,12 @@ def rehearsal(config: "TrainConfig", folder: Path) -> "TrainConfig":
     Args:
         folder: where what is not on this machine is put, and the run.
     """
-    llm = config.llm
-    if not Path(llm).is_dir():
-        text_tokenizer = build_word_tokenizer(["word"])
-        llm = stand_in(folder / "llm", known_config(config.llm))
-        text_tokenizer.save_pretrained(llm)
     if is_main_process():
         write_dialogues(folder, config.max_length)
     return dataclasses.replace(
         config,
         tokenizer=stand_in_tokenizer(config.tokenizer, folder / "tokenizer"),
-        llm=llm,
+        llm=stand_in_llm(config.llm, folder / "llm", "word"),
         output_dir=str(folder / "run"),
         data=str(folder / "dialogues.json"),
         pretrain_data=None,
