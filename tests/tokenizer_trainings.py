@@ -114,7 +114,7 @@ def filled(module: nn.Module) -> Any:
     return module.eval()
 
 
-def pictures(count: int, size: int) -> Tensor:
+def random_images(count: int, size: int) -> Tensor:
     """Random images (count, 3, size, size) in [0, 1], the same everywhere."""
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 

@@ -149,7 +149,7 @@ class VQRAEModel(PreTrainedModel):
 
         Args:
             bypass: decode the unquantized features, as an autoencoder (to warm up a training).
-            decoded: reconstruct only so many of the images, the first ones.
+            decoded: the number of images, the first ones, that are reconstructed; None: all.
         """
         features_BND = self.encode_features(images)
         projected_BNE = self.project(features_BND)

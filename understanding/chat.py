@@ -361,7 +361,7 @@ def count_answers(out: Path, records: Sequence[dict[str, Any]]) -> int:
     """How many answers `out` holds; a last line that a crash cut short is removed.
 
     Raises:
-        ValueError: when a line is no answer to its record.
+        ValueError: when a line does not answer its record.
     """
     if not out.exists():
         return 0

@@ -70,7 +70,7 @@ class ZeroShotConfig:
     """Images to ask about; None: 1000 scenes, or all."""
     class_names: str | None = None
     """Of a folder: a file with a name a line, in the order of the sub-folders, or .json of
-    {sub-folder: name}; None: the sub-folders are called by the names."""
+    {sub-folder: name}; None: the sub-folders carry the names."""
     text_model: str | None = None
     """SigLIP of the encoder, for a tokenizer without a text side; None: that of the run."""
     batch_size: int = 64

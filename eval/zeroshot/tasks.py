@@ -143,7 +143,7 @@ def read_names(file: str | None, folders: Sequence[str]) -> list[str]:
 
     Args:
         file: a name a line, in the order of the folders, or a .json file of {folder: name}; None:
-            the folders are called by the names.
+            the folders carry the names.
 
     Raises:
         ValueError: when the file does not name every folder.

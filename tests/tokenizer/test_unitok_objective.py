@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizer_trainings import DINOV2, filled, pictures
+from tokenizer_trainings import DINOV2, filled, random_images
 from torch.nn import functional as F
 from transformers import AutoModel, Dinov2Config
 
@@ -23,13 +23,13 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "unitok_objective.json")
 
 
 def pairs(rows: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    features = pictures(2 * rows, 4).flatten(1)[:, :5] - 0.5
+    features = random_images(2 * rows, 4).flatten(1)[:, :5] - 0.5
     images, texts = F.normalize(features, dim=-1).chunk(2)
     return images.clone().requires_grad_(), texts.clone().requires_grad_()
 
 
 def test_clip_loss_is_unitoks() -> None:
-    images, texts = F.normalize(pictures(2, 8).flatten(2).transpose(0, 1), dim=-1)[:2, :, :5]
+    images, texts = F.normalize(random_images(2, 8).flatten(2).transpose(0, 1), dim=-1)[:2, :, :5]
     everyone = torch.ones(len(images), dtype=torch.bool)
     loss = pair_loss("softmax", images, texts, everyone, torch.tensor(7.0).log())
     assert loss.item() == pytest.approx(GOLDEN["contrastive"][0], rel=1e-5)
@@ -71,7 +71,7 @@ def test_unitoks_discriminator_has_its_logits() -> None:
     weight = discriminator.heads[0][0].weight.detach()
     assert weight.std() == pytest.approx(0.5 * (2 / 256) ** 0.5, rel=0.05)  # Xavier, gain 0.5
     with torch.no_grad():
-        logits = filled(discriminator)(pictures(2, 28))
+        logits = filled(discriminator)(random_images(2, 28))
     torch.testing.assert_close(logits.flatten(), torch.tensor(GOLDEN["logits"]), atol=2e-5, rtol=0)
     with torch.device("meta"):
         published = build_discriminator("dinov2", channels=(), random_backbone=True)
@@ -80,7 +80,7 @@ def test_unitoks_discriminator_has_its_logits() -> None:
 
 
 def test_discriminators_see_what_unitoks_does() -> None:
-    images = pictures(2, 20)
+    images = random_images(2, 20)
     torch.manual_seed(0)
     torch.rand(3)
     augmented = 2 * diff_augment(images, torch.rand(7, 2, 1, 1).view(7, 2).T) - 1
@@ -95,7 +95,7 @@ def test_discriminators_see_what_unitoks_does() -> None:
 
 
 def test_a_crop_is_decided_by_the_numbers_of_its_image() -> None:
-    images = pictures(3, 16).requires_grad_()
+    images = random_images(3, 16).requires_grad_()
     random_B3 = torch.tensor([[0.2, 0.0, 0.99], [0.4, 0.5, 0.5], [0.9, 0.1, 0.1]])
     cropped = random_crop(images, random_B3, 7)
     assert cropped.shape == (3, 3, 14, 14)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tokenizer_trainings import DINOV2, filled, pictures
+from tokenizer_trainings import DINOV2, filled, random_images
 from transformers import AutoModel, Dinov2Config
 
 from vqrae.tokenizer.discriminator import DinoV2Discriminator
@@ -78,7 +78,7 @@ def logits(unitok: Path) -> list[float]:
     )
     theirs.load_state_dict(head_weights(ours.state_dict()), strict=False)
     with torch.no_grad():
-        return theirs(2 * pictures(2, 28) - 1)
+        return theirs(2 * random_images(2, 28) - 1)
 
 
 def main(unitok: Path) -> None:
@@ -91,10 +91,10 @@ def main(unitok: Path) -> None:
     from open_clip.loss import ClipLoss
     from utils.diffaug import DiffAug
 
-    augmenter, images = DiffAug(prob=1.0, cutout=0.2), 2 * pictures(2, 20) - 1
+    augmenter, images = DiffAug(prob=1.0, cutout=0.2), 2 * random_images(2, 20) - 1
     torch.manual_seed(0)
     augmented = augmenter.aug(images)
-    features = F.normalize(pictures(2, 8).flatten(2).transpose(0, 1), dim=-1)[:2, :, :5]
+    features = F.normalize(random_images(2, 8).flatten(2).transpose(0, 1), dim=-1)[:2, :, :5]
     golden = {
         "logits": logits(unitok),
         "augmented": augmented[..., ::3, ::3],
