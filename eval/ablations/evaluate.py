@@ -32,6 +32,7 @@ from vqrae.eval.ablations.tables import Result, ablation_table, judge
 from vqrae.eval.features import evaluate as features
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.sharding import run_module
+from vqrae.eval.zeroshot import evaluate as zeroshot
 from vqrae.tokenizer import train
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
@@ -44,7 +45,7 @@ class AblationConfig:
     """Train and score every row of a suite, and write its table."""
 
     suite: str = "all"
-    """table5, table6, quantizers, locality, codebooks, residual, all of them, or a YAML file."""
+    """A shipped one (`vqrae.eval.ablations.suites.SUITES`), all of them, or a YAML file."""
     output: str = "runs/ablations"
     """Folder of the runs and of the tables."""
     encoder: str = "runs/encoder"
@@ -87,8 +88,10 @@ class Trial:
     """Where its metrics go."""
     seed: int
     folder: Path
+    base: str
+    """Name or YAML file of the tokenizer's configuration."""
     overrides: dict[str, str]
-    """Of the tokenizer's configuration, by key."""
+    """Of it, by key."""
     config: TokenizerTrainConfig
 
 
@@ -119,26 +122,29 @@ def plan_trials(
         labels = {"labels": row.labels, "paper": row.paper}
         results.append({"recipe": recipe.name, "row": row.name, **labels, "runs": []})
     trials = []
-    base = shipped_config("vqrae.tokenizer", suite.config)
-    pretrained = starts_from_encoder(suite)
     for seed in range(config.seeds):
         for result, (recipe, row) in zip(results, suite.trials(), strict=True):
             arguments = [*suite.overrides, *recipe.overrides, *row.overrides]
-            if pretrained:
+            base = row.config or suite.config
+            if has_encoder(base):
                 arguments.append(f"model.encoder={config.encoder}")
             arguments += [f"data.train={config.data}", f"seed={seed}", *config.overrides]
             folder = Path(config.output) / name / recipe.name / row.name / f"seed-{seed}"
-            resolved = load_config(TokenizerTrainConfig, base, [*arguments, f"output_dir={folder}"])
+            resolved = tokenizer_config(base, [*arguments, f"output_dir={folder}"])
             check_quantizer(resolved)
             overrides = dict(argument.split("=", 1) for argument in arguments)
-            trials.append(Trial(result, seed, folder, overrides, resolved))
+            trials.append(Trial(result, seed, folder, base, overrides, resolved))
     return results, trials
 
 
-def starts_from_encoder(suite: Suite) -> bool:
-    """Whether the suite's configuration has a pretrained encoder."""
-    base = shipped_config("vqrae.tokenizer", suite.config)
-    return load_config(TokenizerTrainConfig, base).model.encoder is not None
+def tokenizer_config(base: str, overrides: list[str]) -> TokenizerTrainConfig:
+    """The configuration of a shipped name or of a YAML file."""
+    return load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", base), overrides)
+
+
+def has_encoder(base: str) -> bool:
+    """Whether trainings of a configuration start from a pretrained encoder."""
+    return tokenizer_config(base, []).model.encoder is not None
 
 
 def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
@@ -152,7 +158,7 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
     original = Path(config.output) / name / "original" / "model"
     set_seed(0)  # its weights are its identity
     build_tokenizer(trials[0].config.model, "eager").save_pretrained(original)
-    pretrained = starts_from_encoder(suite)
+    pretrained = has_encoder(suite.config)
     is_probed = suite.needs("features") and pretrained
     probes = score_features(original, original, config) if is_probed else {}
     encoder = weights_fingerprint(local_model(config.encoder)) if pretrained else "from scratch"
@@ -160,6 +166,8 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
     def finish(trial: Trial) -> dict[str, Any]:
         settings: dict[str, Any] = dict(trial.overrides)
         settings.pop("model.encoder", None)  # it may move; its weights decide
+        if trial.base != suite.config:
+            settings["config"] = trial.base
         settings |= {"encoder": encoder, "num_images": config.num_images, "frechet": config.frechet}
         if suite.needs("features"):
             keys = ("labelled_data", "num_train", "num_test")
@@ -196,13 +204,15 @@ def train_and_score(
     model = trial.folder / "model"
     if not model.is_dir():
         overrides = [f"{key}={value}" for key, value in trial.overrides.items()]
-        arguments = [suite.config, *overrides, f"output_dir={trial.folder}"]
+        arguments = [trial.base, *overrides, f"output_dir={trial.folder}"]
         run_module(train, arguments, config.nproc)
     # A distance of features says nothing where the original encoder is random.
-    frechet = (config.frechet,) if starts_from_encoder(suite) else ()
+    frechet = (config.frechet,) if has_encoder(suite.config) else ()
     metrics = score_reconstruction(model, original, config, frechet)
     if suite.needs("features"):
         metrics |= score_features(model, original, config)
+    if suite.needs("zeroshot") and trial.config.model.text_config is not None:
+        metrics |= score_zeroshot(model, config)
     if suite.needs("codes"):
         sprites = f"sprites={config.data.partition(':')[2] or 'shapes'}"
         evaluator = importlib.import_module(suite.codes_evaluator)
@@ -260,6 +270,18 @@ def score_features(model: Path, original: Path, config: AblationConfig) -> dict[
     }
 
 
+def score_zeroshot(model: Path, config: AblationConfig) -> dict[str, Any]:
+    """Naming of objects and retrieval of captions by the quantized features."""
+    count = f"num_images={config.num_images}"
+    values = run_evaluation(zeroshot, model, "zeroshot", f"data={config.data}", count)
+    [stage] = values["stages"].values()
+    found = stage["quantized"]
+    return {
+        "object_quantized": found["object"]["top1"],
+        "caption_quantized": found["image_to_text"]["r1"],
+    }
+
+
 def summarize(
     suite: Suite,
     config: AblationConfig,
@@ -282,9 +304,9 @@ def summarize(
         f"{config.num_images} images of `{config.data}` that were not trained on; encoder "
         f"`{encoder[:16]}`.",
     ]
-    if starts_from_encoder(suite):
+    if has_encoder(suite.config):
         notes.append(f"`{config.frechet_key}` replaces the paper's rFID.")
-    if starts_from_encoder(suite) and config.frechet == "encoder":
+    if has_encoder(suite.config) and config.frechet == "encoder":
         notes[-1] += " It uses the encoder that training started from: not an independent judge."
     shown = {name: probes[name] for name in ("linear_continuous", "linear_chance") if probes}
     if shown:

@@ -10,7 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 from vqrae.common.config import did_you_mean, load_config, shipped_config
 
-SUITES = ("table5", "table6", "quantizers", "locality", "codebooks", "residual")
+SUITES = ("table5", "table6", "quantizers", "locality")
+SUITES += ("codebooks", "residual", "objectives", "systems")  # UniTok
+
+
+Evaluator = Literal["reconstruction", "features", "zeroshot", "codes"]
 
 
 class Metric(NamedTuple):
@@ -18,7 +22,7 @@ class Metric(NamedTuple):
 
     heading: str
     format: str
-    evaluator: Literal["reconstruction", "features", "codes"] = "reconstruction"
+    evaluator: Evaluator = "reconstruction"
 
 
 METRICS = {
@@ -31,6 +35,8 @@ METRICS = {
     "teacher_cosine": Metric("cosine to the original features", ".3f", "features"),
     "linear_continuous": Metric("linear probe, continuous", ".1%", "features"),
     "linear_quantized": Metric("linear probe, code vectors", ".1%", "features"),
+    "object_quantized": Metric("zero-shot objects, quantized", ".1%", "zeroshot"),
+    "caption_quantized": Metric("captions found, quantized", ".1%", "zeroshot"),
     "known_share": Metric("what codes know of the thing", ".1%", "codes"),
     "seen": Metric("GenEval's rules, seen combinations", ".1%", "codes"),
     "held_out": Metric("GenEval's rules, unseen combinations", ".1%", "codes"),
@@ -54,6 +60,8 @@ class TableRow:
     name: str
     labels: dict[str, Any]
     """What tells it from the others, by the heading of its column."""
+    config: str = ""
+    """Name or YAML file of its tokenizer's configuration, where it is not the suite's."""
     overrides: tuple[str, ...] = ()
     paper: str = ""
     """What the paper reports for it."""
@@ -105,7 +113,7 @@ class Suite:
             _require_known("row", claim.higher, rows)
             _require_known("row", claim.lower, rows)
 
-    def needs(self, evaluator: Literal["features", "codes"]) -> bool:
+    def needs(self, evaluator: Evaluator) -> bool:
         """Whether any column is measured by this evaluator."""
         return any(METRICS[name].evaluator == evaluator for name in self.columns)
 
