@@ -20,6 +20,7 @@ MPLUG = [
     "modelscope>=1.40",
     "addict",
 ]  # its model code imports addict, which modelscope itself does not ask for
+TRACKING = ["wandb>=0.22", "trackio>=0.30"]
 
 packages = [
     f"vqrae.{name}"
@@ -76,6 +77,7 @@ setup(
         "eval": ["lmms-eval==0.7.3", "filelock<4"],  # it imports a module that filelock 4 has not
         "mplug": MPLUG,
         "demo": ["gradio>=6"],
+        "tracking": TRACKING,
         "flash": ["flash-attn"],
         "dev": [
             "pytest>=8",
@@ -88,6 +90,7 @@ setup(
             "lpips>=0.1.4",
             "scikit-image>=0.25",
             *MPLUG,
+            *TRACKING,
         ],
     },
     entry_points={

@@ -265,6 +265,8 @@ def _kind(annotation: Any) -> str:
         return "section"
     if annotation is types.NoneType:
         return "null"
+    if arguments[1:] == (...,):
+        return f"list of {_kind(arguments[0])}"
     name = getattr(annotation, "__name__", str(annotation))
     return str(annotation).replace("typing.", "") if arguments else name
 

@@ -125,10 +125,15 @@ class Argument:
     text: str
 
     def read(self, annotation: Any, where: str) -> Any:
-        """Text as it is for a field of type `str`, else the value that it is as YAML."""
+        """Text as it is for a field of type `str`, else the value that it is as YAML.
+
+        One name is a list of it, as `--key name` is.
+        """
         kinds = union_members(annotation)
         if kinds - {types.NoneType} != {str}:
-            return parse_yaml(self.text, source=f"{where}={self.text}")
+            value = parse_yaml(self.text, source=f"{where}={self.text}")
+            is_list = all(get_origin(kind) in (list, tuple) for kind in kinds - {types.NoneType})
+            return [value] if is_list and isinstance(value, str) else value
         return None if self.text == "null" and types.NoneType in kinds else self.text
 
 

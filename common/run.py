@@ -1,4 +1,4 @@
-"""A run directory: resolved config, manifest, metrics (JSON lines and TensorBoard), checkpoints.
+"""A run directory: resolved config, manifest, metrics (JSON lines and trackers), checkpoints.
 
 It belongs to one launch at a time, and to the settings that its contents were made with: a relaunch
 resumes with the same settings and is refused with others. So `config.yaml` and `manifest.json`
@@ -19,6 +19,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+from PIL import Image
+
 from vqrae.common.checkpoints import numbered
 from vqrae.common.config import parse_yaml, to_yaml
 from vqrae.common.distributed import is_main_process
@@ -31,6 +34,7 @@ from vqrae.common.files import (
     write_json,
     write_text,
 )
+from vqrae.common.tracking import Tracker, TrackerName, require_trackers, start_trackers
 
 # Fields of any configuration that may change between the launches of one run: they decide how it is
 # computed and what it reports, not the result. The tokenizer may move; its fingerprint is compared.
@@ -39,7 +43,7 @@ FREE_SETTINGS |= {"micro_batch_size", "attention", "attn_implementation", "compi
 FREE_SETTINGS |= {"activation_checkpointing", "gradient_checkpointing", "perceptual_weights"}
 FREE_SETTINGS |= {"num_workers", "dataloader_num_workers", "max_nonfinite_steps"}
 FREE_SETTINGS |= {"save_steps", "save_total_limit", "keep_checkpoints"}
-FREE_SETTINGS |= {"log_steps", "logging_steps", "sample_steps"}
+FREE_SETTINGS |= {"log_steps", "logging_steps", "sample_steps", "previews", "report_to"}
 # The work that a run keeps, in its folder or in that of a stage.
 _RESULTS = ("model", "checkpoint-*", "step-*", "*/model", "*/checkpoint-*", "*/step-*")
 _PACKAGES = ["torch", "torchvision", "transformers", "accelerate", "deepspeed", "numpy"]
@@ -49,19 +53,25 @@ _locks: dict[Path, IO[str]] = {}  # open as long as the process lives
 
 
 def open(
-    path: str | Path, settings: Any = None, *, seed: int = 0, ignore: Collection[str] = ()
+    path: str | Path,
+    settings: Any = None,
+    *,
+    seed: int = 0,
+    ignore: Collection[str] = (),
+    report_to: Sequence[TrackerName] = ("tensorboard",),
 ) -> "Run":
     """Take the folder of a run, to begin it, to resume it, or to find it finished.
 
     What killed processes left in it is removed. Nothing is recorded before `Run.begin`, so a
     finished run stays as it is. `settings` is the resolved configuration, None where another
-    folder's decides; fields in `ignore` decide nothing here.
+    folder's decides; fields in `ignore` decide nothing here. `report_to` names the trackers.
 
-    Raises ValueError when another process works in the folder, or when it holds results of other
-    settings, naming the differences.
+    Raises ValueError when another process works in the folder, when it holds results of other
+    settings, naming the differences, or when the package of a tracker is not installed.
     """
     quiet_libraries()
-    run = Run(Path(path), settings, seed)
+    require_trackers(report_to)
+    run = Run(Path(path), settings, seed, report_to)
     hold_folder(run.path)
     if is_main_process():
         remove_leftovers(run.path, exclusive=True)
@@ -73,10 +83,13 @@ def open(
 class Run:
     """The folder of one run, see `open`. Only the main process writes."""
 
-    def __init__(self, path: Path, settings: Any, seed: int) -> None:
+    def __init__(
+        self, path: Path, settings: Any, seed: int, report_to: Sequence[TrackerName] = ()
+    ) -> None:
         self.path, self.settings = path, settings
-        self.seed = seed
-        self._events: Any = None
+        self.seed, self.report_to = seed, report_to
+        self._trackers: list[Tracker] | None = None
+        self._reported = 0  # the trackers have these steps from an earlier launch
 
     def has_results(self) -> bool:
         """Whether the folder holds anything that took training time."""
@@ -106,6 +119,7 @@ class Run:
             print(f"----- {self.path} -----\n{text}-----", flush=True)
             write_text(self.path / "config.yaml", text)
         write_json(file, manifest)
+        self._trackers = start_trackers(self.report_to, self.path)  # a refused login costs no step
 
     def finished(self, steps: int, model: str | Path = "model") -> bool:
         """Whether the folder `model` was trained for this number of steps; prints if so."""
@@ -119,21 +133,36 @@ class Run:
         """Forget metrics after `step`: a resume computes these steps again."""
         if not is_main_process():
             return
-        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        rows = read_metrics(self.path)
+        self._reported = max((row["step"] for row in rows), default=0)
+        rows = [row for row in rows if row["step"] <= step]
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one line to `metrics.jsonl` and the same numbers to TensorBoard."""
+        """Append one line to `metrics.jsonl`, and give the same numbers to the trackers."""
         if not is_main_process():
             return
         with (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
-        if self._events is None:  # a run that logs nothing leaves no empty file
-            from torch.utils.tensorboard import SummaryWriter
+        for tracker in self._trackers_at(step):
+            tracker.numbers(step, values)
 
-            self._events = SummaryWriter(str(self.path / "events"))
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+    def log_images(self, step: int, images: dict[str, Image.Image]) -> None:
+        """Give images to the trackers, by name."""
+        for tracker in self._trackers_at(step):
+            tracker.images(step, images)
+
+    def log_histograms(self, step: int, samples: dict[str, np.ndarray]) -> None:
+        """Give the trackers numbers to show the distribution of, by name."""
+        for tracker in self._trackers_at(step):
+            tracker.histograms(step, samples)
+
+    def _trackers_at(self, step: int) -> list[Tracker]:
+        if not is_main_process() or step <= self._reported:
+            return []
+        if self._trackers is None:
+            self._trackers = start_trackers(self.report_to, self.path)
+        return self._trackers
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints `step-N`, oldest first."""

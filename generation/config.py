@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vqrae.common.config import check_range
+from vqrae.common.tracking import TrackerName
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.data.samples import Crop
 from vqrae.generation.sampling import SamplingConfig
@@ -132,10 +133,14 @@ class TrainingConfig:
     dry_run: int = 0
     """Take that many steps of the longest sequences with random codes, keep nothing, and report
     parameters, memory and time."""
+    previews: int = 8
+    """Images generated next to each checkpoint, for people; none under ZeRO-3."""
+    report_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range(self, "dry_run", low=0)
+        check_range(self, "dry_run", "previews", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)

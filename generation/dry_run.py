@@ -66,6 +66,7 @@ def rehearsal(config: TrainingConfig, folder: Path) -> TrainingConfig:
         output_dir=str(folder / "run"),
         model=without_download(config.model),
         optimization=optimization,
+        previews=0,
         dry_run=0,
     )
 

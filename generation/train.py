@@ -60,6 +60,7 @@ from vqrae.generation.modeling import (
     start_from_codebook,
 )
 from vqrae.generation.multi_code import build_multi_code
+from vqrae.generation.preview import PreviewCallback
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
@@ -79,7 +80,7 @@ def train(config: TrainingConfig) -> Path:
     tokenizer_folder = local_model(config.tokenizer)
     fingerprint = weights_fingerprint(tokenizer_folder)
     require_own_tokenizer(output, fingerprint)
-    run = runs.open(output, config, seed=config.seed)
+    run = runs.open(output, config, seed=config.seed, report_to=config.report_to)
     if run.finished(optimization.max_steps):
         return output / "model"
     check_launch(optimization, output)
@@ -127,6 +128,13 @@ def train(config: TrainingConfig) -> Path:
         return model_loss(model, batch if encode is None else fill_codes(batch, encode))
 
     # ---- train, save
+    count = 0 if optimization.zero == 3 else config.previews
+    preview = PreviewCallback(
+        run,
+        getattr(encode_prompt, "text_tokenizer", None),
+        tokenizer_folder,
+        captions=[samples[i]["caption"] for i in range(min(count, len(samples)))],
+    )
     trainer = GeneratorTrainer(
         loss=loss,
         model=model,
@@ -134,7 +142,7 @@ def train(config: TrainingConfig) -> Path:
         train_dataset=stream,
         data_collator=GenerationCollator(encode_prompt),
         optimizers=build_optimizers(optimization, model),
-        callbacks=[InstrumentCallback(run, "generator")],
+        callbacks=[InstrumentCallback(run, "generator"), preview],
     )
     run_trainer(trainer)
     save_model(trainer, output / "model", save_prompts)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqrae.common.config import check_range
+from vqrae.common.tracking import TrackerName
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.generation.config import DepthConfig
 from vqrae.generation.sampling import SamplingConfig
@@ -62,11 +63,15 @@ class MLLMConfig:
     dry_run: int = 0
     """Take this many steps of the longest sequences with random codes, keep nothing, and report
     parameters, memory and time."""
+    previews: int = 8
+    """Images generated next to each checkpoint, for people; none under ZeRO-3."""
+    report_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_range(self, "max_caption_tokens", "max_length", low=1)
-        check_range(self, "caption_dropout", "dry_run", low=0)
+        check_range(self, "caption_dropout", "dry_run", "previews", low=0)
         if not any(task.weight for task in self.tasks.values()):
             raise ValueError(f"weight: got 0 for all of {', '.join(TASKS)}, expected a task")
 

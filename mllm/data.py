@@ -52,3 +52,11 @@ def open_tasks(config: MLLMConfig, *, image_size: int, tokenizer_fingerprint: st
         parts.append(TaskSamples(samples, task))
         weights.append(settings.weight)
     return Mixture(parts, weights, seed=config.seed)
+
+
+def captions_of(samples: Mixture, count: int) -> list[str]:
+    """The first captions that images are generated from, at most `count`."""
+    for part in samples.parts:
+        if part.task == "generation":
+            return [part[i]["caption"] for i in range(min(count, len(part)))]
+    return []

@@ -63,5 +63,6 @@ def rehearsal(config: MLLMConfig, folder: Path) -> MLLMConfig:
         instructions=TaskConfig(weight=0),
         caption_dropout=0.0,
         optimization=optimization,
+        previews=0,
         dry_run=0,
     )

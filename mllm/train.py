@@ -42,11 +42,13 @@ from vqrae.data.sources import fingerprint as data_fingerprint
 from vqrae.data.sources import is_encoded, texts_of
 from vqrae.data.word_tokenizer import describe_unknown
 from vqrae.generation.data import TrainingStream, encode_images, load_encoder
+from vqrae.generation.preview import PreviewCallback
 from vqrae.generation.train import portable_path, require_own_tokenizer
 from vqrae.mllm.build import build_model, image_prompt
 from vqrae.mllm.config import MLLMConfig
-from vqrae.mllm.data import open_tasks
+from vqrae.mllm.data import captions_of, open_tasks
 from vqrae.mllm.dry_run import dry_run
+from vqrae.mllm.inference import UnifiedGenerator
 from vqrae.mllm.sequences import SequenceEncoder, UnifiedCollator, fill_codes
 
 
@@ -66,7 +68,7 @@ def train(config: MLLMConfig) -> Path:
     tokenizer_folder = local_model(config.tokenizer)
     fingerprint = weights_fingerprint(tokenizer_folder)
     require_own_tokenizer(output, fingerprint)
-    run = runs.open(output, config, seed=config.seed)
+    run = runs.open(output, config, seed=config.seed, report_to=config.report_to)
     if run.finished(optimization.max_steps):
         return output / "model"
     check_launch(optimization, output)
@@ -106,6 +108,14 @@ def train(config: MLLMConfig) -> Path:
     # ---- train, save
     if not all(is_encoded(part.samples) for part in samples.parts):
         tokenizer.to(arguments.device)
+    count = 0 if optimization.zero == 3 else config.previews
+    preview = PreviewCallback(
+        run,
+        processor.tokenizer,
+        tokenizer_folder,
+        captions=captions_of(samples, count),
+        kind=UnifiedGenerator,
+    )
     trainer = UnifiedTrainer(
         encode=functools.partial(encode_images, tokenizer),
         model=model,
@@ -113,7 +123,7 @@ def train(config: MLLMConfig) -> Path:
         train_dataset=stream,
         data_collator=UnifiedCollator(encode, tokenizer.config.code_shape),
         optimizers=build_optimizers(optimization, model),
-        callbacks=[InstrumentCallback(run, "mllm")],
+        callbacks=[InstrumentCallback(run, "mllm"), preview],
     )
     run_trainer(trainer)
     save_model(trainer, output / "model", processor.save_pretrained)

@@ -28,6 +28,7 @@ from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path
+from vqrae.common.tracking import TrackerName
 from vqrae.common.trainer import (
     InstrumentCallback,
     OptimizationConfig,
@@ -60,6 +61,8 @@ class EncoderPretrainingConfig:
     """Of the sigmoid loss between patches and phrases."""
     sprites: str = "shapes"
     attention: str = "auto"
+    report_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -179,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(EncoderPretrainingConfig, argv, package="vqrae.quickstart")
     optimization, output = config.optimization, Path(config.output_dir)
     max_steps, checkpoints = optimization.max_steps, output / "checkpoints"
-    run = runs.open(output, config, seed=config.seed)
+    run = runs.open(output, config, seed=config.seed, report_to=config.report_to)
     if run.finished(max_steps):
         return
     check_launch(optimization, checkpoints)

@@ -23,6 +23,7 @@ from vqrae.common import run as runs
 from vqrae.common.cli import parse
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
+from vqrae.common.tracking import TrackerName
 from vqrae.common.trainer import (
     IGNORE_INDEX,
     InstrumentCallback,
@@ -55,6 +56,8 @@ class TinyLLMConfig:
     sprites: list[str] = field(default_factory=lambda: list(SPRITE_SETS))
     """Sprites whose words the model knows."""
     attn_implementation: str = "auto"
+    report_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
     seed: int = 0
 
 
@@ -123,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: CONFIG [key.path=value …]."""
     config = parse(TinyLLMConfig, argv, package="vqrae.quickstart")
     optimization, output = config.optimization, Path(config.output_dir)
-    run = runs.open(output, config, seed=config.seed)
+    run = runs.open(output, config, seed=config.seed, report_to=config.report_to)
     if run.finished(optimization.max_steps):
         return
     check_launch(optimization, output)

@@ -4,6 +4,7 @@ Shapes: B batch, H W pixels, N visual tokens, E codebook width, n codebooks of K
 of width w, M sampled images or features.
 """
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -156,6 +157,13 @@ class CodeUsage:
         if len(usages) > 1:
             row["codebook_usage_min"] = usages.min().item()
         return row | {"codebook_perplexity": self.entropies().exp().mean().item()}
+
+    def shares(self) -> dict[str, np.ndarray]:
+        """How often each code (K,) of each codebook was chosen; 1 is equal use."""
+        counts = self.counts.double()
+        relative = counts / counts.mean(-1, keepdim=True).clamp(min=1e-12)
+        names = [f"code_use_{i}" if len(counts) > 1 else "code_use" for i in range(len(counts))]
+        return dict(zip(names, relative.cpu().numpy(), strict=True))
 
     def entropies(self) -> Tensor:
         """Of the codes of each codebook (n,), in nats."""

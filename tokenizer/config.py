@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from vqrae.common.config import check_range
 from vqrae.common.optim import warmup_cosine
+from vqrae.common.tracking import TrackerName
 from vqrae.data.samples import Crop
 
 
@@ -282,6 +283,8 @@ class TokenizerTrainConfig:
     save_steps: int = 200
     keep_checkpoints: int = 1
     sample_steps: int = 100
+    report_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
     """Steps between image grids of validation reconstructions."""
 
     def __post_init__(self) -> None:

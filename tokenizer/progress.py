@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vqrae.common.checkpoints import count_parameters
@@ -56,8 +57,8 @@ def print_step(
 
 
 @torch.no_grad()
-def save_previews(model: VQRAEModel, images: Tensor, file: Path, *, bf16: bool) -> None:
-    """Write a grid of images (M, 3, H, W) in [0, 1] above their reconstructions.
+def save_previews(model: VQRAEModel, images: Tensor, file: Path, *, bf16: bool) -> Image.Image:
+    """Write a grid of images (M, 3, H, W) in [0, 1] above their reconstructions, and return it.
 
     The model is left in evaluation mode.
     """
@@ -66,4 +67,6 @@ def save_previews(model: VQRAEModel, images: Tensor, file: Path, *, bf16: bool) 
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         reconstruction = model(resize(images, config.image_size)).reconstruction
     rows = [list(resize(images, config.output_size)), list(reconstruction)]
-    save_image(image_grid(rows), file)
+    grid = image_grid(rows)
+    save_image(grid, file)
+    return grid

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         set_seed(config.seed)
         model = initial_model(config, number, attention)
-        run = open_run(folder, seed=config.seed)
+        run = open_run(folder, seed=config.seed, report_to=config.report_to)
         run.begin()
         for _ in train_stage(config, number, model, run):
             pass
@@ -443,8 +443,9 @@ def train_stage(
                 if d_skipped.total > 0:
                     row["discriminator_skipped_steps"] = d_skipped.total.item()
                 window.reset()
-                usage.clear()
                 run.log(done, row)
+                run.log_histograms(done, usage.shares())
+                usage.clear()
                 if engine.is_main_process:
                     print_step(number, stage, done, row, seconds)
                 stuck = bool(in_a_row(skips) >= min(config.max_nonfinite_steps, stage.max_steps))
@@ -464,7 +465,8 @@ def train_stage(
                 state.save(run, done, zero=config.zero, keep=config.keep_checkpoints)
             if engine.is_main_process and (done % config.sample_steps == 0 or last):
                 file = run.path / "samples" / f"step-{done}.png"
-                save_previews(model, previews, file, bf16=config.bf16)
+                grid = save_previews(model, previews, file, bf16=config.bf16)
+                run.log_images(done, {"reconstructions": grid})
                 set_mode(wrapped, model, stage)
             yield done
 

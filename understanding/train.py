@@ -37,6 +37,7 @@ from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.dry_run import print_reports
 from vqrae.common.errors import require_package, run_main
 from vqrae.common.files import atomic_path, printable, remove_leftovers
+from vqrae.common.tracking import TrackerName
 from vqrae.common.trainer import (
     InstrumentCallback,
     OptimizationConfig,
@@ -133,6 +134,8 @@ class TrainConfig:
     attn_implementation: str = "auto"
     dry_run: int = 0
     """Take this many steps of the longest dialogues, keep nothing, and report what they took."""
+    report_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -173,7 +176,8 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
                 others = {f.name for f in dataclasses.fields(config)} - BUILT_BY_PRETRAIN
                 folder = pretrained.parent
                 runs.refuse_changes(folder, runs.changed_settings(folder, config, others))
-    run = runs.open(output / stage, config, seed=config.seed, ignore=unread)
+    options: dict[str, Any] = {"ignore": unread, "report_to": config.report_to}
+    run = runs.open(output / stage, config, seed=config.seed, **options)
     if run.finished(optimization.max_steps, final.absolute()):
         return
 

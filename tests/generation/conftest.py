@@ -89,6 +89,7 @@ def train_arguments(tokenizer_path: Path, codes_path: Path) -> list[str]:
     steps = ["max_steps=4", "global_batch_size=8", "micro_batch_size=4", "save_steps=2"]
     steps += ["logging_steps=1", "save_total_limit=2"]
     optimization = [f"optimization.{step}" for step in steps]
+    model.append("previews=0")
     return ["tiny", f"tokenizer={tokenizer_path}", f"data={codes_path}", *model, *optimization]
 
 

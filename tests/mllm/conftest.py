@@ -73,7 +73,7 @@ def arguments(llm_path: Path, world: Path) -> list[str]:
     """Command line of four steps of two micro-batches, without tokenizer and output."""
     steps = ["max_steps=4", "global_batch_size=8", "micro_batch_size=4", "save_steps=2"]
     steps += ["logging_steps=1", "save_total_limit=2", "optimizer=adamw"]
-    given = ["tiny", f"llm={llm_path}", "depth.num_layers=1"]
+    given = ["tiny", f"llm={llm_path}", "depth.num_layers=1", "previews=0"]
     given += [f"{task}.data={world / 'pairs.jsonl'}" for task in ("generation", "captioning")]
     given += [f"instructions.data={world / 'asked.json'}"]
     return [*given, *(f"optimization.{step}" for step in steps)]

@@ -134,7 +134,8 @@ def test_resume_equals_uninterrupted(
     run: Path, arguments_of_eight: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
-    train.main([*arguments_of_eight, f"output_dir={tmp_path}"])
+    train.main([*arguments_of_eight, "previews=2", f"output_dir={tmp_path}"])
+    assert (tmp_path / "samples" / "step-4.png").is_file()
     found, expected = (load_file(each / "model/model.safetensors") for each in (tmp_path, run))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

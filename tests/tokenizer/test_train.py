@@ -12,6 +12,7 @@ import processes
 import pytest
 import tokenizer_trainings as trainings
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizer_trainings import SHORT, bad_images, launch, metrics, train, weights
 
 from vqrae.common.config import ConfigError
@@ -32,6 +33,9 @@ def test_both_stages_leave_a_run_directory(finished: Path) -> None:
     }
     for file in ("stage2/samples/step-4.png", "config.yaml", "manifest.json"):
         assert (finished / file).exists()
+    events = EventAccumulator(str(finished / "stage2" / "events")).Reload()
+    assert events.Tags()["images"] == ["reconstructions"]
+    assert events.Tags()["histograms"] == ["code_use"]
     assert [folder.name for folder in (finished / "stage2").glob("step-*")] == ["step-2"]
     average = VQRAEModel.from_pretrained(finished / "model_ema").config
     # Not updated in the step that bypasses the quantizer.
