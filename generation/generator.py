@@ -1,6 +1,6 @@
 """From prompts to images: the trained generator, its text tokenizer and its visual tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +18,12 @@ from vqrae.common.distributed import choose_device
 from vqrae.common.files import require_same_tokenizer, weights_fingerprint
 from vqrae.generation.modeling import ClassEncoder, PromptEncoder, Prompts, VisualVocabulary
 from vqrae.generation.multi_code import GENERATORS
-from vqrae.generation.sampling import SamplingConfig, read_sampling, sample_codes
+from vqrae.generation.sampling import (
+    SamplingConfig,
+    codes_in_turn,
+    read_sampling,
+    sample_codes,
+)
 from vqrae.tokenizer.modeling import VQRAEModel
 
 
@@ -154,6 +159,28 @@ class Generator:
             )
             images[batch] = self.tokenizer.decode(codes.to(self.tokenizer.device))
         return images
+
+    def codes_in_turn(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        sampling: SamplingConfig | None = None,
+    ) -> Iterator[Tensor]:
+        """The codes (B,), or (B, n), of one position after the other; arguments as of `images`.
+
+        Raises:
+            ValueError: with the first position, as `images`.
+        """
+        return codes_in_turn(
+            self.model,
+            [self.encode_prompt(prompt) for prompt in prompts],
+            self.encode_prompt.unconditional,
+            self.encode_prompt.vocabulary,
+            sampling or self.sampling,
+            seeds,
+            compile=self.compile,
+        )
 
 
 def own_tokenizer(folder: str, values: dict[str, Any], given: str | Path | None) -> Path:

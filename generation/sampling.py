@@ -10,7 +10,7 @@ image, n codes of a position, K codes of a codebook.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,12 +88,40 @@ def sample_codes(
     """Codes (B, N), or (B, N, n), in [0, K), on the CPU: one image per prompt.
 
     Args:
+        progress: called after every step with (positions done, N).
+        model, prompts, unconditional, vocabulary, seeds, compile: as of `codes_in_turn`, whose
+            errors are these.
+    """
+    codes: list[Tensor] = []
+    steps = codes_in_turn(
+        model, prompts, unconditional, vocabulary, config, seeds, compile=compile
+    )
+    for step in steps:
+        codes.append(step)
+        if progress is not None:
+            progress(len(codes), vocabulary.num_codes)
+    return torch.stack(codes, dim=1).cpu()
+
+
+@torch.inference_mode()
+def codes_in_turn(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    unconditional: Sequence[int],
+    vocabulary: VisualVocabulary,
+    config: SamplingConfig,
+    seeds: Sequence[int],
+    *,
+    compile: bool = False,
+) -> Iterator[Tensor]:
+    """The codes (B,), or (B, n), of one position after the other, on the model's device.
+
+    Args:
         model: a generator, see `generator_parts`.
         prompts: ids of each prompt, ending in BOI; lengths may differ.
         unconditional: ids of the prompt without caption, for guidance.
         seeds: one per image.
         compile: compile the forward pass; for CUDA, where it is recorded as a graph.
-        progress: called after every step with (positions done, N).
 
     Raises:
         ValueError: when prompts and seeds differ in number, a prompt does not end in BOI, or
@@ -119,7 +147,6 @@ def sample_codes(
     ends = [prompt[-1] for prompt in prompts] + [unconditional[-1]] * len(prompts)
     ends_R = torch.tensor(ends[: len(sequences)], device=model.device)
     inputs_RD = decoder.get_input_embeddings()(ends_R)
-    codes: list[Tensor] = []
     for place, scale in enumerate(scales):
         hidden_RD = rows.feed(inputs_RD)
 
@@ -130,13 +157,11 @@ def sample_codes(
                 logits_BK = other[0] + scale * (conditional_BK - other[0])
             return draw_codes(logits_BK, uniforms_BNn[:, place, book], config)
 
-        codes.append(head.sample(hidden_RD, draw, depth_steps))
-        if len(codes) < vocabulary.num_codes:
-            inputs_BD = embedding(codes[-1][:, None], codes_cache)[:, 0]
+        codes = head.sample(hidden_RD, draw, depth_steps)
+        yield codes
+        if place + 1 < vocabulary.num_codes:
+            inputs_BD = embedding(codes[:, None], codes_cache)[:, 0]
             inputs_RD = inputs_BD.repeat(2, 1) if guided else inputs_BD
-        if progress is not None:
-            progress(len(codes), vocabulary.num_codes)
-    return torch.stack(codes, dim=1).cpu()
 
 
 def check_request(
