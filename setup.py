@@ -14,6 +14,7 @@ FOLDERS = (
     "eval",
     "planning",
     "quickstart",
+    "demo",
     "scripts",
 )
 MPLUG = [
@@ -21,6 +22,7 @@ MPLUG = [
     "addict",
 ]  # its model code imports addict, which modelscope itself does not ask for
 TRACKING = ["wandb>=0.22", "trackio>=0.30"]
+DEMO = ["gradio>=6", "starlette"]
 
 packages = [
     f"vqrae.{name}"
@@ -41,7 +43,15 @@ setup(
     packages=packages,
     package_dir={f"vqrae.{folder}": folder for folder in FOLDERS},
     package_data={
-        package: ["*.yaml", "configs/*.yaml", "deepspeed/*.json", "*.jinja", "py.typed"]
+        package: [
+            "*.yaml",
+            "configs/*.yaml",
+            "deepspeed/*.json",
+            "*.jinja",
+            "*.css",
+            "*.js",
+            "py.typed",
+        ]
         for package in packages
     },
     install_requires=[
@@ -76,7 +86,7 @@ setup(
         "smollm2": ["gguf>=0.17"],
         "eval": ["lmms-eval==0.7.3", "filelock<4"],  # it imports a module that filelock 4 has not
         "mplug": MPLUG,
-        "demo": ["gradio>=6"],
+"demo": DEMO,
         "tracking": TRACKING,
         "flash": ["flash-attn"],
         "dev": [
@@ -89,6 +99,8 @@ setup(
             "webdataset>=1.0",
             "lpips>=0.1.4",
             "scikit-image>=0.25",
+            "playwright>=1.50",  # drives a chromium that is on PATH
+            *DEMO,
             *MPLUG,
             *TRACKING,
         ],

@@ -1,5 +1,6 @@
 """Images of any kind: reading them robustly, tensors, and grids."""
 
+import base64
 import io
 import struct
 from collections.abc import Sequence
@@ -60,9 +61,7 @@ def open_image(
                 _scale_transparency(image, bit_depth=data[24])  # a byte of its header
             return to_rgb(_upright(image))
     except Exception as error:  # decoders raise anything: struct.error, TypeError, KeyError, …
-        # Pillow's own message holds the address of the stream, which differs from run to run.
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{name}: not a readable image ({reason})") from error
+        raise ValueError(f"{name}: not a readable image ({_reason(error)})") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = others
 
@@ -73,7 +72,12 @@ def stored_size(source: IO[bytes], *, name: str) -> tuple[int, int]:
         with Image.open(source) as image:
             return image.size
     except Exception as error:
-        raise ValueError(f"{name}: not a readable image ({error})") from error
+        raise ValueError(f"{name}: not a readable image ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> object:
+    """What went wrong; Pillow's own message holds an address, which differs from run to run."""
+    return "unknown format" if isinstance(error, UnidentifiedImageError) else error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -149,6 +153,15 @@ def tensor_to_uint8(images: Tensor) -> Tensor:
 def tensor_to_image(image: Tensor) -> Image.Image:
     """Image tensor (3, H, W) in [0, 1] -> RGB image."""
     return Image.fromarray(tensor_to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def data_uri(image: Image.Image | Tensor) -> str:
+    """An image, or an image tensor (3, H, W) in [0, 1], as a PNG that a page can hold."""
+    if isinstance(image, Tensor):
+        image = tensor_to_image(image)
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:

@@ -1,16 +1,11 @@
-"""Figures of pages: SVG charts in the page's colours, images as data URIs."""
+"""Figures of pages: SVG charts in the page's colours."""
 
-import base64
 import io
 import re
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
-
-from vqrae.common.images import tensor_to_image
 
 INK = "#22262b"
 SOFT = "#646b73"
@@ -42,15 +37,6 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vqrae",  # the same figure gives the same file
 }
-
-
-def data_uri(image: Image.Image | Tensor) -> str:
-    """An image, or an image tensor (3, H, W) in [0, 1], as a PNG that a page can hold."""
-    if isinstance(image, Tensor):
-        image = tensor_to_image(image)
-    stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def inline_svg(figure: Figure, name: str) -> str:

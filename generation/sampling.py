@@ -93,9 +93,7 @@ def sample_codes(
             errors are these.
     """
     codes: list[Tensor] = []
-    steps = codes_in_turn(
-        model, prompts, unconditional, vocabulary, config, seeds, compile=compile
-    )
+    steps = codes_in_turn(model, prompts, unconditional, vocabulary, config, seeds, compile=compile)
     for step in steps:
         codes.append(step)
         if progress is not None:

@@ -19,10 +19,9 @@ from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json, write_text
-from vqrae.common.images import save_image
+from vqrae.common.images import data_uri, save_image
 from vqrae.common.run import format_duration, quiet_libraries
 from vqrae.data.scenes.scene import is_held_out
-from vqrae.eval.figures import data_uri
 from vqrae.quickstart.evidence import (
     BUDGETS,
     Evidence,
@@ -113,7 +112,9 @@ def render_page(
         steps, history = evidence.curve(curve)
         if steps:
             charts.append((curve, history[-1], curve_svg(f"curve{i}", steps, history)))
+    look = resources.files("vqrae.eval") / "look.css"
     return environment.from_string(template.read_text(encoding="utf-8")).render(
+        look=look.read_text(encoding="utf-8"),
         plan={"minutes": BUDGETS[0], "sprites": "shapes", "system": "vqrae", **evidence.plan},
         system=evidence.system,
         other=SYSTEMS[other["plan"].get("system", "vqrae")] if other else None,

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "codebook": ("images", "Codebook", "show what each code means, and how it is used", ()),
     "chat": ("chat", "Ask", "ask about images", ()),
     "generate": ("generate", "Generate", "generate images from prompts", ()),
+    "demo": ("demo", "Demo", "show a page on which to try all of it", ("model",)),
     "check-data": ("data", "CheckData", "read a whole source before training on it", ("source",)),
     "inspect-batch": ("data", "InspectBatch", "print a training batch", ()),
     "graft": ("models", "Graft", "put a tokenizer's encoder into InternVL3", ()),

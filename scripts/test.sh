@@ -9,7 +9,7 @@ install dev deepspeed
 "$PYTHON" -m ruff format --check .
 # mypy cannot follow the import hook of an editable install; a folder of links shows it the same packages.
 mkdir -p build/types/vqrae
-packages=(common data tokenizer understanding generation mllm eval planning quickstart scripts)
+packages=(common data tokenizer understanding generation mllm eval planning quickstart demo scripts)
 for package in "${packages[@]}"; do ln -sfn "$PWD/$package" "build/types/vqrae/$package"; done
 MYPYPATH=build/types:. "$PYTHON" -m mypy "${packages[@]/#/--package=vqrae.}" --package=benchmarks
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --durations=5 "$@"

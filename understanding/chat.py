@@ -210,11 +210,18 @@ class Session:
         self.messages: Messages = []
 
     def ask(
-        self, question: str, images: ImageInputs = None, *, streamer: BaseStreamer | None = None
+        self,
+        question: str,
+        images: ImageInputs = None,
+        *,
+        sampling: Mapping[str, Any] | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> str:
-        """Ask the next question, with or without images. A turn that fails is forgotten."""
+        """Ask the next question, with or without images; `sampling` and `streamer` as of
+        `Chat.generate`. A turn that fails is forgotten.
+        """
         asked = [*self.messages, user_message(question, images)]
-        [answer] = self.chat.generate([asked], streamer=streamer)
+        [answer] = self.chat.generate([asked], sampling=sampling, streamer=streamer)
         content = [{"type": "text", "text": answer}]
         self.messages = [*asked, {"role": "assistant", "content": content}]
         return answer

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from vqrae.common.images import tensor_to_uint8
+from vqrae.common.images import data_uri, tensor_to_uint8
 from vqrae.eval.codebook.evaluate import BINS, EXAMPLES, CodebookStatistics
-from vqrae.eval.figures import ACCENT, INK, SECOND, SOFT, STYLE, data_uri, draw_usage, inline_svg
+from vqrae.eval.figures import ACCENT, INK, SECOND, SOFT, STYLE, draw_usage, inline_svg
 from vqrae.tokenizer.modeling import VQRAEModel
 
 # Codes that are shown: the most frequent ones, from a third of the ranking on, from two thirds on.
@@ -51,7 +51,9 @@ def codebook_page(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    look = resources.files("vqrae.eval") / "look.css"
     return environment.from_string(template.read_text(encoding="utf-8")).render(
+        look=look.read_text(encoding="utf-8"),
         subtitle=f"tokenizer {summary['tokenizer'][:12]}, {summary['num_images']:,} images, "
         f"{summary['tokens']:,} tokens",
         source=summary["source"],

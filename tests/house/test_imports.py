@@ -1,7 +1,7 @@
 """Imports point one way, name what they use where it is defined, and are declared in setup.py.
 
 common <- data <- tokenizer <- {understanding, generation} <- mllm <- eval <- planning
-<- quickstart <- scripts
+<- quickstart <- demo <- scripts
 """
 
 import ast
@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ["common", "data", "tokenizer", "understanding", "generation"]
-ROOMS += ["mllm", "eval", "planning", "quickstart", "scripts"]
+ROOMS += ["mllm", "eval", "planning", "quickstart", "demo", "scripts"]
 MAY_IMPORT = {room: set(ROOMS[: place + 1]) for place, room in enumerate(ROOMS)}
 MAY_IMPORT["generation"] -= {"understanding"}
 # Not installed: run from the repository, where they are imported by their own names.

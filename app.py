@@ -1,0 +1,12 @@
+"""A Hugging Face Space of `vqrae demo`: its variable MODEL names hub ids, with spaces between them.
+
+requirements.txt of the Space: vqrae[demo] @ git+https://… (docs/demo.md)
+"""
+
+import os
+
+from vqrae.demo.models import open_models
+from vqrae.demo.page import build_page
+from vqrae.demo.server import serve
+
+serve(build_page(open_models(os.environ["MODEL"].split())), address=None)

@@ -1,0 +1,1 @@
+"""`vqrae demo`: a page on which people try what was trained."""
