@@ -86,7 +86,7 @@ setup(
         "smollm2": ["gguf>=0.17"],
         "eval": ["lmms-eval==0.7.3", "filelock<4"],  # it imports a module that filelock 4 has not
         "mplug": MPLUG,
-"demo": DEMO,
+        "demo": DEMO,
         "tracking": TRACKING,
         "flash": ["flash-attn"],
         "dev": [

@@ -179,7 +179,7 @@ def understand_tab(page: gr.Blocks, chat: Chat) -> None:
         upload = pressable(figures.uploader("Choose images, or drop some here", several=True))
         another = gr.Button("Add a scene")
     with gr.Row(equal_height=True):
-        example = "what color is the star ?"
+        example = "how many things are there ?"
         question = gr.Textbox(placeholder=example, label="Question", scale=4)
         send = gr.Button("Ask", variant="primary", scale=1)
         clear = gr.Button("New conversation", scale=1)
@@ -218,14 +218,12 @@ def generate_tab(page: gr.Blocks, generator: Generator) -> None:
         stop = gr.Button("Stop", scale=1)
     with gr.Row():
         seed = gr.Number(0, label="First seed", precision=0)
-        count = gr.Slider(1, MAX_IMAGES, value=4, step=1, label="Images, a seed each")
+        count = gr.Slider(1, MAX_IMAGES, value=4, step=1, label="Images")
         highest = max(10.0, advised.guidance_scale)
         guidance = gr.Slider(
-            1, highest, value=advised.guidance_scale, step=0.1, label="Guidance scale (1: none)"
+            1, highest, value=advised.guidance_scale, step=0.1, label="Guidance scale"
         )
-        temperature = gr.Slider(
-            0, 2, value=advised.temperature, step=0.05, label="Temperature (0: the likeliest)"
-        )
+        temperature = gr.Slider(0, 2, value=advised.temperature, step=0.05, label="Temperature")
     note, view = gr.HTML(), gr.HTML()
     given = [prompt, seed, count, guidance, temperature]
     running = [
