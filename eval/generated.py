@@ -54,10 +54,15 @@ class ImagesConfig:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.images is None):
             raise ValueError("give either model= to generate images with, or images= to score")
-        if self.images is not None and not Path(self.images).is_dir():
-            raise ValueError(f"images={self.images} is not a folder")
+        if self.images is not None:
+            self.require_images(Path(self.images))
         if self.batch_size < 1:
             raise ValueError(f"got batch_size={self.batch_size}, expected a positive number")
+
+    def require_images(self, images: Path) -> None:
+        """Refuse, with ValueError, what cannot be scored."""
+        if not images.is_dir():
+            raise ValueError(f"images={images} is not a folder")
 
     def load_generator(self, device: str) -> "Generator":
         """The generator that `model` names."""

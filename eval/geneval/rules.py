@@ -216,7 +216,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def wilson_interval(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(correct: float, total: float, z: float = 1.96) -> tuple[float, float]:
     """Bounds of a share from `correct` of `total` independent trials (Wilson 1927); 95 %."""
     share, spread = correct / total, z * z / total
     center = (share + spread / 2) / (1 + spread)

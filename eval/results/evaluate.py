@@ -88,7 +88,7 @@ def read_score(path: str | Path) -> Score:
     try:
         if "dpg" in stored:
             return _dpg(stored)
-        if str(stored.get("benchmark", "")).startswith("GenEval"):
+        if str(stored.get("benchmark", "")).split("-")[0] == "GenEval":
             return _geneval(stored)
         if "psnr" in stored and "protocol" in stored:
             return _reconstruction(stored)

@@ -1,27 +1,27 @@
 """DPG-Bench: scores by hand, the published script's faults, tables, judges, the command."""
 
-import http.server
 import json
 import re
 import runpy
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_server import Server
 from PIL import Image
 from processes import launch
 
 from vqrae.common.files import read_json
 from vqrae.common.images import image_to_tensor, tile
 from vqrae.eval.dpg_bench import evaluate
-from vqrae.eval.dpg_bench.evaluate import find_images, split_grid
-from vqrae.eval.dpg_bench.judges import EndpointJudge, JudgeError, build_judge
+from vqrae.eval.dpg_bench.evaluate import DPGConfig, find_images, split_grid
 from vqrae.eval.dpg_bench.questions import Item, Question, read_questions, write_questions
-from vqrae.eval.dpg_bench.scenes import SceneJudge, scene_items, true_images
+from vqrae.eval.dpg_bench.scenes import scene_items, true_images
 from vqrae.eval.dpg_bench.scores import first_word, image_score, summarize
+from vqrae.eval.judges.judge import EndpointJudge, JudgeError, build_judge
+from vqrae.eval.judges.scenes import SceneJudge
 from vqrae.generation.generator import Generator
 
 CAR = Item(
@@ -186,34 +186,10 @@ def test_true_scenes_answer_every_question_with_yes_and_others_do_not(sprites: s
         judge.answer([(images[0], "Is the mood sombre?")])
 
 
-class Server:
-    """A chat server that answers what `replies` say, and remembers what it was sent."""
-
-    def __init__(self, *replies: tuple[int, Any]) -> None:
-        self.replies, self.received = list(replies), []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.received.append((self.path, self.headers.get("Authorization"), body))
-                status, reply = outer.replies.pop(0) if len(outer.replies) > 1 else outer.replies[0]
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(json.dumps(reply).encode())
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
 def test_an_endpoint_is_asked_again_and_given_up_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vqrae.eval.dpg_bench.judges.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("vqrae.eval.judges.judge.time.sleep", lambda seconds: None)
     pairs = [(Image.new("RGB", (4, 4), "red"), "Is it red?")]
     said = {"choices": [{"message": {"content": "Yes."}}]}
     server = Server((503, {}), (200, {"no": "choices"}), (200, said))
@@ -263,7 +239,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     judge = Recorder()
-    monkeypatch.setattr(evaluate, "build_judge", lambda *arguments, **options: judge)
+    monkeypatch.setattr(DPGConfig, "load_judge", lambda self, device: judge)
     return judge
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqrae.eval.dpg_bench.judges import build_judge
-from vqrae.eval.dpg_bench.mplug import MPlug, _model_code
+from vqrae.eval.judges.judge import build_judge
+from vqrae.eval.judges.mplug import MPlug, _model_code
 
 GOLDEN = Path(__file__).parent / "golden" / "mplug.json"
 HELPERS = runpy.run_path(str(GOLDEN.with_suffix(".py")))

@@ -1,0 +1,1 @@
+"""GenEval 2: compositional prompts, judged atom by atom."""
