@@ -141,7 +141,9 @@ def judge_folder(
     items: Sequence[Item], folder: Path, judge: Judge, config: DPGConfig
 ) -> tuple[dict[str, Answers], dict[str, str]]:
     """Answers by item, and the reason for each item that has none; processes share the work."""
-    texts = {item.id: [question.text for question in item.questions] for item in items}
+    texts: dict[str, list[str]] = {}
+    for item in items:
+        texts[item.id] = [question.text for question in item.questions]
     settings = {
         "judge": judge.name,
         "identity": judge.identity,

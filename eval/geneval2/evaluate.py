@@ -140,7 +140,9 @@ def score_images(
 ) -> dict[str, Any]:
     """Scores of image files, those of every atom, and the reason for each prompt without any."""
     items = {item.id: item for item in config.items}
-    asked: list[Any] = [[item.id, [atom.question for atom in item.atoms]] for item in config.items]
+    asked: dict[str, list[str]] = {}
+    for item in config.items:
+        asked[item.id] = [atom.question for atom in item.atoms]
     settings = {"judge": judge.name, "identity": judge.identity, "questions": asked}
     folder = Path(config.output) / "answers"
     claim_folder(folder, settings, "output")

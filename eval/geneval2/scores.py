@@ -40,9 +40,10 @@ def summarize(items: Sequence[Item], scores: Mapping[str, Sequence[float]]) -> d
     for count in sorted({item.atom_count for item in scored}):
         alike = [geometric[item.id] for item in scored if item.atom_count == count]
         atom_counts[str(count)] = _mean(alike)
+    intervals = {name: value["interval"] for name, value in overall.items()}
     return {
         **{name: value["score"] for name, value in overall.items()},
-        "intervals": {name: value["interval"] for name, value in overall.items()},
+        "intervals": intervals,
         "interval_method": INTERVAL_METHOD,
         "skills": skills,
         "atom_counts": atom_counts,
