@@ -21,12 +21,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -140,7 +138,7 @@ class Chat:
             ValueError: for a chat of more tokens than the model has positions, or with control
                 tokens that cannot be read as text.
         """
-        inputs = self._inputs(chats)
+        inputs = self.inputs(chats)
         length = inputs["input_ids"].shape[1]
         generated = self.model.generate(
             **inputs,
@@ -151,29 +149,7 @@ class Chat:
         texts = self.processor.batch_decode(generated[:, length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    @torch.inference_mode()
-    def first_token_probabilities(self, chats: Sequence[Messages]) -> Tensor:
-        """How likely each token is to begin the next answer of each chat: float (B, V), on the CPU.
-
-        Raises:
-            ValueError: as `generate`.
-        """
-        seen: list[Tensor] = []
-
-        def keep(input_ids: Tensor, scores: Tensor) -> Tensor:
-            seen.append(scores)
-            return scores
-
-        # `generate` and no plain forward pass: it makes the positions of padded rows.
-        self.model.generate(
-            **self._inputs(chats),
-            do_sample=False,
-            max_new_tokens=1,
-            logits_processor=LogitsProcessorList([keep]),
-        )
-        return seen[0].float().softmax(-1).cpu()
-
-    def _inputs(self, chats: Sequence[Messages]) -> BatchFeature:
+    def inputs(self, chats: Sequence[Messages]) -> BatchFeature:
         """Chats as the model takes them, padded on the left."""
         try:
             inputs = self.processor.apply_chat_template(

@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
+import torch
 from PIL import Image
+from torch import Tensor
+from transformers import LogitsProcessorList
 
 from vqrae.common.checkpoints import model_fingerprint
 from vqrae.eval.generated import ImagesConfig
-from vqrae.understanding.chat import Chat, user_message
+from vqrae.understanding.chat import Chat, Messages, user_message
 
 JudgeName = Literal["mplug", "chat", "endpoint", "scenes"]
 Pairs = Sequence[tuple[Image.Image, str]]
@@ -76,10 +79,28 @@ class ChatJudge:
         for start in range(0, len(expected), self.batch_size):
             batch = expected[start : start + self.batch_size]
             chats = [[user_message(f"{text} {ONE_WORD}", image)] for image, text, _ in batch]
-            chances_BV = self.chat.first_token_probabilities(chats)
+            chances_BV = self.first_token_probabilities(chats)
             for chances_V, (_, _, ways) in zip(chances_BV, batch, strict=True):
                 found.append(float(chances_V[self._first_tokens(ways)].sum()))
         return found
+
+    @torch.inference_mode()
+    def first_token_probabilities(self, chats: Sequence[Messages]) -> Tensor:
+        """How likely each token begins the next answer of each chat: float (B, V), on the CPU."""
+        seen: list[Tensor] = []
+
+        def keep(input_ids: Tensor, scores: Tensor) -> Tensor:
+            seen.append(scores)
+            return scores
+
+        # `generate` and no plain forward pass: it makes the positions of padded rows.
+        self.chat.model.generate(
+            **self.chat.inputs(chats),
+            do_sample=False,
+            max_new_tokens=1,
+            logits_processor=LogitsProcessorList([keep]),
+        )
+        return seen[0].float().softmax(-1).cpu()
 
     def _first_tokens(self, ways: Sequence[str]) -> list[int]:
         """The different first tokens of some texts."""

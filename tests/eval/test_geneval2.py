@@ -206,7 +206,7 @@ def test_a_qwen3_vl_says_how_sure_it_is(qwen3_vl: Path) -> None:
     assert len({round(value, 6) for value in together}) == 4
     # The plain forward pass of one unpadded row, and the four tokens Yes, yes, " Yes" and " ".
     chat = judge.chat
-    inputs = chat._inputs([[user_message("is it ? Answer in one word.", images[0])]])
+    inputs = chat.inputs([[user_message("is it ? Answer in one word.", images[0])]])
     with torch.inference_mode():
         chances = chat.model(**inputs).logits[0, -1].softmax(-1)
     ids = chat.text_tokenizer.convert_tokens_to_ids(["Yes", "yes", "ĠYes", "Ġ"])

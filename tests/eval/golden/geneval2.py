@@ -90,8 +90,8 @@ def ours(items: list[Item], logits: Logits) -> Any:
 
     judge = ChatJudge.__new__(ChatJudge)
     judge.name, judge.batch_size = "golden", 4
-    parts = {"text_tokenizer": Tokenizer(), "first_token_probabilities": probabilities}
-    judge.chat = types.SimpleNamespace(**parts)  # type: ignore[assignment]
+    judge.chat = types.SimpleNamespace(text_tokenizer=Tokenizer())  # type: ignore[assignment]
+    judge.first_token_probabilities = probabilities  # type: ignore[method-assign]
     scores = {}
     for number, item in enumerate(items):
         image = Image.new("RGB", (1, 1), (number, 0, 0))
