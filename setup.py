@@ -101,6 +101,7 @@ setup(
             "scikit-image>=0.25",
             "playwright>=1.50",  # drives a chromium that is on PATH
             *DEMO,
+            "openai>=1.98",  # what transformers[serving] asks for on top of gradio
             *MPLUG,
             *TRACKING,
         ],

@@ -150,9 +150,7 @@ def codes_in_turn(
 
         def draw(book: int, logits_RK: Tensor, scale: float = scale, place: int = place) -> Tensor:
             conditional_BK, *other = logits_RK.split(len(prompts))
-            logits_BK = conditional_BK
-            if scale != 1:
-                logits_BK = other[0] + scale * (conditional_BK - other[0])
+            logits_BK = guide(conditional_BK, other[0], scale) if other else conditional_BK
             return draw_codes(logits_BK, uniforms_BNn[:, place, book], config)
 
         codes = head.sample(hidden_RD, draw, depth_steps)
@@ -207,6 +205,11 @@ def guidance_scales(config: SamplingConfig, num_codes: int) -> list[float]:
         share = (place - first) / max(last - first - 1, 1)
         scales[place] += (config.guidance_scale - 1) * shapes[config.guidance_schedule](share)
     return scales
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Guided logits u + s (c - u), any shape; exactly the conditional ones for a scale of 1."""
+    return conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
 
 
 def draw_codes(logits: Tensor, uniforms: Tensor, config: SamplingConfig) -> Tensor:

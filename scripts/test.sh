@@ -11,5 +11,5 @@ install dev deepspeed
 mkdir -p build/types/vqrae
 packages=(common data tokenizer understanding generation mllm eval planning quickstart demo scripts)
 for package in "${packages[@]}"; do ln -sfn "$PWD/$package" "build/types/vqrae/$package"; done
-MYPYPATH=build/types:. "$PYTHON" -m mypy "${packages[@]/#/--package=vqrae.}" --package=benchmarks
+MYPYPATH=build/types:.:serving/vllm_omni "$PYTHON" -m mypy "${packages[@]/#/-pvqrae.}" -p benchmarks -p vqrae_vllm_omni
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -q -n 2 --dist loadfile --durations=5 "$@"

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ["common", "data", "tokenizer", "understanding", "generation", "mllm", "eval"]
 FOLDERS += ["planning", "quickstart", "demo", "scripts", "benchmarks"]
+FOLDERS += ["serving"]
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr, ast.Assert, ast.Raise)
 # Longer for a reason: the loop that is read from top to bottom.
