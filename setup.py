@@ -39,7 +39,7 @@ setup(
     author="The vqrae authors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=packages,
     package_dir={f"vqrae.{folder}": folder for folder in FOLDERS},
     package_data={

@@ -82,9 +82,11 @@ install_venv() {
   if command -v uv >/dev/null; then
     follow_pip
     installer=(uv pip install --python "$PYTHON")
-    venv=(uv venv --quiet --clear --seed --python ">=3.10")
+    venv=(uv venv --quiet --clear --seed --python ">=3.11")
   fi
   if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+    [ "${venv[0]}" = uv ] || python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      fail "$(python3 -V) is too old, 3.11 or later is needed: activate a later one, or put uv on PATH, which brings its own"
     echo "making .venv"
     "${venv[@]}" .venv || fail "no environment could be made: python3-venv is missing, or activate an environment"
   fi
