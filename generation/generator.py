@@ -101,6 +101,7 @@ class Generator:
             raise ValueError(
                 f"{folder} is not a generator: its config.json has no visual_vocabulary"
             )
+        folder = str(local_model(folder))  # of a hub id: its tokenizer is a folder inside
         visual = own_tokenizer(folder, values, tokenizer)
         kind = cls.kinds[values["model_type"]]
         model = load_model(kind, folder, dtype=dtype, attn_implementation="sdpa")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 
-from vqrae.common.checkpoints import load_model, require_kind, resolve_model
+from vqrae.common.checkpoints import load_model, local_model, require_kind, resolve_model
 from vqrae.common.distributed import choose_device
 from vqrae.generation.data import encode_images, load_encoder
 from vqrae.generation.generator import Generator, own_tokenizer
@@ -55,6 +55,7 @@ class UnifiedChat(Chat):
         """
         folder, device = resolve_model(name), choose_device(device)
         values = require_kind(folder, (UnifiedConfig.model_type,), "a unified model")
+        folder = str(local_model(folder))  # of a hub id: its tokenizer is a folder inside
         encoder = load_encoder(own_tokenizer(folder, values, tokenizer)).to(device)
         options = precision(values, dtype, attn_implementation, device)
         model = load_model(UnifiedModel, folder, **options).to(device)

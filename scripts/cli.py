@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "inspect-batch": ("data", "InspectBatch", "print a training batch", ()),
     "graft": ("models", "Graft", "put a tokenizer's encoder into InternVL3", ()),
     "import-unitok": ("models", "ImportUniTok", "read UniTok's checkpoint", ("file", "out")),
+    "publish": ("publish", "Publish", "put a trained model on the hub", ("model", "repo")),
     "plan": ("models", "Plan", "say what a training needs, before it starts", ("config",)),
 }
 

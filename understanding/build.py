@@ -102,6 +102,7 @@ def build_llava(
     if not is_plain:
         options = {"config": vision_config, "attn_implementation": exact}
         tower = VQRAEFeatures.from_pretrained(folder, **options)
+        tower.config._name_or_path = ""
     config = llava_config(tokenizer.config, llm.config, processor.image_token_id, tower.config)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)

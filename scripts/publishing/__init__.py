@@ -1,0 +1,1 @@
+"""Complete hub folders of trained models: files, model card, what was measured, examples."""
