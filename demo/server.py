@@ -13,6 +13,26 @@ MAX_BODY = 2 * MAX_BYTES
 """Bytes of a request: images are sent as base64, which is a third longer."""
 QUEUE = 16  # visitors who wait; further ones are told to come back
 VISITORS = 100  # whose state is kept
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
+COLORS = {
+    "body_background_fill": "var(--paper)",
+    "body_text_color": "var(--ink)",
+    "body_text_color_subdued": "var(--soft)",
+    "block_background_fill": "var(--card)",
+    "block_info_text_color": "var(--soft)",
+    "block_label_text_color": "var(--soft)",
+    "block_title_text_color": "var(--soft)",
+    "border_color_primary": "var(--line)",
+    "button_primary_background_fill": "var(--accent)",
+    "button_primary_background_fill_hover": "var(--ink)",
+    "button_primary_text_color": "var(--paper)",
+    "button_secondary_background_fill": "var(--wash)",
+    "button_secondary_background_fill_hover": "var(--line)",
+    "button_secondary_text_color": "var(--ink)",
+    "input_background_fill": "var(--card)",
+    "slider_color": "var(--accent)",
+}
+"""Of gradio's theme, from look.css."""
 
 
 def serve(
@@ -31,25 +51,18 @@ def serve(
         share: also a public address, through gradio's servers, for a week.
         wait: until Ctrl-C.
     """
-    files = (resources.files("vqrae.eval") / "look.css", resources.files("vqrae.demo") / "page.css")
-    fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
-    colors = {"body_background_fill": "var(--paper)", "body_text_color": "var(--ink)"}
-    colors |= {"block_background_fill": "var(--card)", "border_color_primary": "var(--line)"}
-    colors |= {"body_text_color_subdued": "var(--soft)", "input_background_fill": "var(--card)"}
-    colors |= {"button_primary_background_fill": "var(--accent)", "color_accent": "var(--accent)"}
-    colors |= {"slider_color": "var(--accent)", "block_label_text_color": "var(--soft)"}
-    colors |= {"button_secondary_background_fill": "var(--wash)"}
-    colors |= {"button_primary_background_fill_hover": "var(--ink)"}
-    colors |= {"button_secondary_background_fill_hover": "var(--line)"}
-    dark = {f"{name}_dark": value for name, value in colors.items()}
-    accepted = gr.themes.Base(font=fonts, font_mono=("ui-monospace", "Menlo", "monospace"))
-    known = {name: value for name, value in (colors | dark).items() if hasattr(accepted, name)}
+    look = (resources.files("vqrae.eval") / "look.css").read_text(encoding="utf-8")
+    own = (resources.files("vqrae.demo") / "page.css").read_text(encoding="utf-8")
+    theme = gr.themes.Base(font=FONTS, font_mono=("ui-monospace", "Menlo", "monospace"))
+    on_dark = {f"{name}_dark": color for name, color in COLORS.items()}
     _, local, public = page.queue(max_size=QUEUE).launch(
         server_name=address,
         server_port=port,
         share=share,
-        theme=accepted.set(**known),
-        css="\n".join(file.read_text(encoding="utf-8") for file in files),
+        theme=theme.set(color_accent="var(--accent)", **COLORS, **on_dark),
+        # In the head: gradio rewrites `css`, and loses what is for dark screens.
+        head=f"<style>{look}</style>",
+        css=own,
         app_kwargs={"middleware": [Middleware(Bounded)]},
         state_session_capacity=VISITORS,
         footer_links=[],
