@@ -1,6 +1,6 @@
 """A Hugging Face Space of `vqrae demo`: its variable MODEL names hub ids, with spaces between them.
 
-requirements.txt of the Space: vqrae[demo] @ git+https://… (docs/demo.md)
+What the Space installs, and how it is made: docs/demo.md.
 """
 
 import os
