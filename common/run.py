@@ -74,7 +74,8 @@ def open(
     run = Run(Path(path), settings, seed, report_to)
     hold_folder(run.path)
     if is_main_process():
-        remove_leftovers(run.path, exclusive=True)
+        for folder in (run.path, *run.path.glob("**/samples")):
+            remove_leftovers(folder, exclusive=True)
         if settings is not None and run.has_results():
             refuse_changes(run.path, changed_settings(run.path, settings, ignore))
     return run

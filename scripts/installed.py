@@ -19,7 +19,7 @@ from vqrae.common.errors import run_main
 from vqrae.scripts.launch import JOBS
 
 ROOMS = ["common", "data", "tokenizer", "understanding", "generation", "mllm", "eval"]
-ROOMS += ["planning", "quickstart", "scripts"]
+ROOMS += ["planning", "quickstart", "demo", "scripts"]
 
 
 def requirements(extra: str | None) -> set[str]:

@@ -95,8 +95,10 @@ def test_what_killed_processes_left_is_removed(run: Path) -> None:
     (run / ".model.123@00000000.tmp").mkdir()
     (run / ".model.123@00000000.tmp" / "model.safetensors").touch()
     (run / ".config.yaml.9@00000000.tmp").touch()
+    (run / "samples").mkdir()
+    (run / "samples" / ".step-2.png.9@00000000.tmp").touch()
     runs.open(run, Settings()).begin()
-    assert [path.name for path in run.glob(".*")] == [".lock"]
+    assert [path.name for path in run.rglob(".*")] == [".lock"]
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
