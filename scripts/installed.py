@@ -29,8 +29,13 @@ def requirements(extra: str | None) -> set[str]:
         name, marker = re.split(r"[^\w.-]", line, maxsplit=1)[0], line.partition(";")[2]
         asked = re.search(r"extra == .([\w-]+)", marker)
         if asked and extra in (None, asked[1]):
-            found.add(name)
+            found.add(canonical(name))
     return found
+
+
+def canonical(name: str) -> str:
+    """The one spelling of a distribution's name: packages may write `lmms_eval` for `lmms-eval`."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def modules() -> Iterator[str]:
@@ -65,7 +70,7 @@ def import_lazy(extra: str) -> list[str]:
     """Carry out every import of the extra's packages, wherever it stands; returns the files."""
     wanted, tops = requirements(extra), set()
     for top, providers in importlib.metadata.packages_distributions().items():
-        if wanted & set(providers) and not top.startswith(("_", "test")):
+        if wanted & set(map(canonical, providers)) and not top.startswith(("_", "test")):
             tops.add(top)
             importlib.import_module(top)
     files = {}

@@ -13,7 +13,7 @@ from vqrae.scripts import check_install, installed
 from vqrae.scripts.check_install import build_wheel
 
 ROOT = Path(__file__).parents[2]
-SUFFIXES = {".py", ".yaml", ".json", ".jinja"}
+SUFFIXES = {".py", ".yaml", ".json", ".jinja", ".css", ".js"}
 
 
 @pytest.fixture(scope="module")
