@@ -126,8 +126,21 @@ def generate_missing(
     progress: Callable[[int, int], None],
 ) -> None:
     """Generate the images that do not exist yet; processes share the work, then wait for all."""
-    mine = stride(requests)
-    missing = [request for request in mine if not request.path.exists()]
+    options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
+    make_images(generator, stride(requests), progress=progress, **options)
+    gather([])
+
+
+def make_images(
+    generator: "Generator",
+    requests: Sequence[ImageRequest],
+    *,
+    sampling: SamplingConfig | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Generate the images that do not exist yet, in this process alone."""
+    missing = [request for request in requests if not request.path.exists()]
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         prompts = [request.prompt for request in batch]
@@ -135,5 +148,4 @@ def generate_missing(
         images = generator.images(prompts, seeds=seeds, sampling=sampling, batch_size=batch_size)
         for request, image in zip(batch, images, strict=True):
             save_image(tensor_to_image(image), request.path)
-        progress(len(mine) - len(missing) + start + len(batch), len(mine))
-    gather([])
+        progress(len(requests) - len(missing) + start + len(batch), len(requests))

@@ -6,7 +6,7 @@ answer."""
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lmms_eval.protocol import ChatMessages
 
 from vqrae.common.cli import progress_line
 from vqrae.mllm.inference import open_chat
-from vqrae.understanding.chat import Messages
+from vqrae.understanding.chat import Chat, Messages
 
 DEFAULT_MAX_NEW_TOKENS = 1024  # of lmms-eval's wrappers, where a task says nothing
 SAMPLING = ("temperature", "top_p", "top_k", "num_beams")
@@ -29,7 +29,7 @@ class LMMSEvalModel(lmms):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None,
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str = "auto",
@@ -42,24 +42,43 @@ class LMMSEvalModel(lmms):
         shared = self._world_size > 1 or device is None
         self.device = self.accelerator.device if shared else torch.device(str(device))
         self.batch_size = int(batch_size)
-        self.chat = open_chat(
-            pretrained, device=self.device, dtype=dtype, attn_implementation=attn_implementation
-        )
+        self.chat: Chat | None = None
+        if pretrained is not None:
+            options = {"dtype": dtype, "attn_implementation": attn_implementation}
+            self.chat = open_chat(pretrained, device=self.device, **options)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """One answer to each request, in their order."""
+        options = [request.args[2] for request in requests]
+        texts = [str(request.args[0]) for request in requests]
+        return self.answers(options, texts, lambda index: self._messages(requests[index].args))
+
+    def answers(
+        self,
+        options: Sequence[dict[str, Any]],
+        texts: Sequence[str],
+        messages: Callable[[int], Messages],
+    ) -> list[str]:
+        """One answer to each question, in their order.
+
+        Args:
+            options: a task's `generation_kwargs` for each.
+            texts: what tells their lengths.
+            messages: the chat of the question with an index.
+        """
+        assert self.chat is not None
         answers: dict[int, str] = {}
         progress = progress_line("questions")
-        for options, indices in alike(requests):
-            stops = options.pop("until")
+        for chosen, indices in alike(options, texts):
+            stops = chosen.pop("until")
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
-                chats = [self._messages(requests[index].args) for index in batch]
-                for index, text in zip(batch, self.chat.generate(chats, **options), strict=True):
+                chats = [messages(index) for index in batch]
+                for index, text in zip(batch, self.chat.generate(chats, **chosen), strict=True):
                     answers[index] = cut(text, stops)
                 if self._rank == 0:
-                    progress(len(answers), len(requests))
-        return [answers[index] for index in range(len(requests))]
+                    progress(len(answers), len(texts))
+        return [answers[index] for index in range(len(texts))]
 
     def _messages(self, arguments: tuple[Any, ...]) -> Messages:
         """The chat of a request, which has six fields in lmms-eval 0.7.3; its guide names five."""
@@ -81,13 +100,15 @@ class LMMSEvalModel(lmms):
         raise NotImplementedError("vqrae answers one question at a time, not several rounds")
 
 
-def alike(requests: Sequence[Any]) -> list[tuple[dict[str, Any], list[int]]]:
-    """Requests that may share a batch: same generation options, sorted by length."""
+def alike(
+    options: Sequence[dict[str, Any]], texts: Sequence[str]
+) -> list[tuple[dict[str, Any], list[int]]]:
+    """Questions that may share a batch: same generation options, sorted by length."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
-    for index, request in enumerate(requests):
-        groups[json.dumps(chat_options(request.args[2]), sort_keys=True)].append(index)
+    for index, given in enumerate(options):
+        groups[json.dumps(chat_options(given), sort_keys=True)].append(index)
     for indices in groups.values():
-        indices.sort(key=lambda index: -len(str(requests[index].args[0])))
+        indices.sort(key=lambda index: -len(texts[index]))
     return [(json.loads(options), indices) for options, indices in groups.items()]
 
 

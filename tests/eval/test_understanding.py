@@ -319,5 +319,7 @@ def test_lmms_eval_finds_the_model() -> None:
     from vqrae.eval.understanding.lmms_eval_plugin import manifest
 
     registry = ModelRegistryV2()
-    registry.register_manifest(manifest())
+    for found in manifest():
+        registry.register_manifest(found)
     assert registry.get_model_class("vqrae").__name__ == "LMMSEvalModel"
+    assert registry.get_model_class("vqrae_generator").__name__ == "LMMSEvalGenerator"
