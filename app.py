@@ -1,7 +1,4 @@
-"""A Hugging Face Space of `vqrae demo`: its variable MODEL names hub ids, with spaces between them.
-
-What the Space installs, and how it is made: docs/demo.md.
-"""
+"""A Hugging Face Space of `vqrae demo` (docs/demo.md): MODEL names hub ids, spaces between them."""
 
 import os
 

@@ -17,6 +17,7 @@ from vqrae.mllm.modeling import UnifiedConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.chat import Chat
 
+QUICKSTART = "bash scripts/quickstart.sh makes all three in runs/quickstart"
 ROLES = {
     "tokenizer": ("tokenizer", "bash scripts/train_tokenizer.sh"),
     "chat": ("understanding model", "bash scripts/train_llava.sh"),
@@ -85,16 +86,15 @@ def find_models(names: Sequence[str | Path]) -> list[tuple[str, tuple[str, ...]]
         folder = Path(name)
         try:
             paths = [resolve_model(name)]
-        except FileNotFoundError:
+        except FileNotFoundError as error:
             if not folder.is_dir():
-                raise
+                raise FileNotFoundError(f"{error}; {QUICKSTART}") from error
             paths = runs_in(folder)
         several = [(path, roles_of(path)) for path in paths]
         usable = [(path, roles) for path, roles in several if roles]
         if not usable:
             raise FileNotFoundError(
-                f"{name} holds no tokenizer, no understanding model and no generator: "
-                "`bash scripts/quickstart.sh` makes all three"
+                f"{name} holds no tokenizer, no understanding model and no generator; {QUICKSTART}"
             )
         found += usable
     return found

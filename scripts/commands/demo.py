@@ -1,10 +1,12 @@
 """Show a page on which people try the models."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from vqrae.common.config import check_range
 from vqrae.common.errors import require_package
-from vqrae.common.run import quiet_libraries
+
+QUICKSTART = ("runs/quickstart",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +16,7 @@ class Demo:
     It works with what is there, and says which command makes what is missing.
     """
 
-    model: tuple[str, ...] = ("runs/quickstart",)
+    model: tuple[str, ...] = QUICKSTART
     """Run directories, a folder of some such as the quickstart's, model folders or hub ids."""
     device: str = "cpu"
     """cpu, cuda, ..."""
@@ -28,6 +30,13 @@ class Demo:
 
     def run(self) -> None:
         require_package("gradio", "vqrae demo")
+        if self.model == QUICKSTART and not Path(QUICKSTART[0]).is_dir():
+            raise FileNotFoundError(
+                f"there is no {QUICKSTART[0]}: bash scripts/quickstart.sh makes it; or give a run "
+                "directory, a model folder or a hub id"
+            )
+        # From here on it takes seconds.
+        from vqrae.common.run import quiet_libraries
         from vqrae.demo.models import open_models
         from vqrae.demo.page import build_page
         from vqrae.demo.server import serve

@@ -15,6 +15,7 @@ from vqrae.demo import figures, talk
 from vqrae.demo.models import open_models
 from vqrae.demo.server import MAX_BODY, Bounded
 from vqrae.generation.generator import Generator
+from vqrae.scripts import cli
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.understanding.chat import Chat
 
@@ -148,8 +149,16 @@ def test_it_shows_what_is_there_and_says_what_makes_the_rest(
     assert "the weights of damaged are damaged" in models.missing("generator")
     assert str(tmp_path) not in models.missing("generator")
     for nothing in (llm_folder, tmp_path / "runs" / "codes", tmp_path / "none"):
-        with pytest.raises(FileNotFoundError, match=r"quickstart.sh|does not exist"):
+        with pytest.raises(FileNotFoundError, match=r"scripts/quickstart.sh makes all"):
             open_models([nothing])
+
+
+def test_without_a_run_it_says_at_once_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo"]) == 2
+    assert "bash scripts/quickstart.sh makes it; or give a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
