@@ -74,7 +74,10 @@ def serve(
     reached = public if share and public else local
     if wait:
         print(f"the demo is at {reached} (Ctrl-C ends it)", flush=True)
-        page.block_thread()
+        try:
+            page.block_thread()
+        finally:  # threads of an open server would keep the process alive after SIGTERM
+            page.close()
     return reached
 
 
