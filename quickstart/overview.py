@@ -16,9 +16,8 @@ from torch import Tensor
 from vqrae.common.cli import parse
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_text
-from vqrae.common.images import tensor_to_image
+from vqrae.common.images import data_uri, tensor_to_image
 from vqrae.common.run import quiet_libraries
-from vqrae.eval.figures import data_uri
 from vqrae.generation.generator import Generator
 from vqrae.generation.sampling import sample_codes
 from vqrae.quickstart.evidence import read_evidence

@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 from vqrae.common.config import did_you_mean, load_config, shipped_config
 
-SUITES = ("table5", "table6", "quantizers", "locality")
-SUITES += ("codebooks", "residual", "objectives", "systems")  # UniTok
+VQRAE_SUITES = ("table5", "table6", "quantizers", "locality")
+UNITOK_SUITES = ("codebooks", "residual", "objectives", "systems")
+SUITES = VQRAE_SUITES + UNITOK_SUITES
 
 
 Evaluator = Literal["reconstruction", "features", "zeroshot", "codes"]
