@@ -1,6 +1,6 @@
 """What the page does with the codes of one image: read, compare, edit, generate, decode.
 
-Shapes: N places of an image, n codebooks of K codes with vectors of width w, B images, P side of a
+Shapes: N patches of an image, n codebooks of K codes with vectors of width w, B images, P side of a
 patch. Codes are (N,) of one codebook, (N, n) of several.
 """
 
@@ -19,7 +19,7 @@ from vqrae.generation.generator import Generator
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.tokenizer.modeling import VQRAEModel
 
-NEIGHBORS = 8  # decoded for a place, of all its codebooks together
+NEIGHBORS = 8  # decoded for a patch, of all its codebooks together
 BLANK = 0.93  # grey of what has no code yet
 FRAME_SECONDS = 0.03  # between frames of an image that appears: no screen shows more
 
@@ -42,14 +42,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A code of one codebook, and the place with it instead of its own."""
+    """A code of one codebook, and the patch with it instead of its own."""
 
     codebook: int
     code: int
     distance: float
     """Between the vectors of the two codes; 0: its own code."""
     image: Tensor
-    """The place and its eight neighbours, (3, 3 P, 3 P) or less at a border."""
+    """The patch and its eight neighbours, (3, 3 P, 3 P) or less at a border."""
 
 
 @torch.inference_mode()
@@ -74,16 +74,16 @@ def decode(model: VQRAEModel, codes: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def neighbors(model: VQRAEModel, codes: Tensor, place: int) -> list[Neighbor]:
-    """The code of each codebook at a place, then the nearest others of that codebook by distance.
+def neighbors(model: VQRAEModel, codes: Tensor, patch: int) -> list[Neighbor]:
+    """The code of each codebook at a patch, then the nearest others of that codebook by distance.
 
     Raises:
-        ValueError: for a place outside the image.
+        ValueError: for a patch outside the image.
     """
-    check_places(codes, [place])
+    check_patches(codes, [patch])
     number, size = model.config.num_codebooks, model.config.codebook_size
     tables_nKw = model.code_vectors().reshape(number, size, -1).float()
-    own_n = codes.view(len(codes), number)[place].to(model.device)
+    own_n = codes.view(len(codes), number)[patch].to(model.device)
     found: list[tuple[int, int, float]] = []
     variants = []
     for codebook, (table_Kw, own) in enumerate(zip(tables_nKw, own_n, strict=True)):
@@ -94,17 +94,17 @@ def neighbors(model: VQRAEModel, codes: Tensor, place: int) -> list[Neighbor]:
         for code, distance in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True):
             found.append((codebook, code, max(distance, 0.0)))
             changed = codes.clone()
-            changed.view(len(codes), number)[place, codebook] = code
+            changed.view(len(codes), number)[patch, codebook] = code
             variants.append(changed)
     images = model.decode(torch.stack(variants).to(model.device)).cpu()
-    crops = around(images, place, model.config.grid_size)
+    crops = around(images, patch, model.config.grid_size)
     return [Neighbor(*each, crop) for each, crop in zip(found, crops, strict=True)]
 
 
-def around(images: Tensor, place: int, grid_size: int) -> Tensor:
-    """A place and its eight neighbours, cut out of images (B, 3, H, W)."""
+def around(images: Tensor, patch: int, grid_size: int) -> Tensor:
+    """A patch and its eight neighbours, cut out of images (B, 3, H, W)."""
     patch = images.shape[-1] // grid_size
-    row, column = divmod(place, grid_size)
+    row, column = divmod(patch, grid_size)
     rows = slice(max(row - 1, 0) * patch, (row + 2) * patch)
     columns = slice(max(column - 1, 0) * patch, (column + 2) * patch)
     return images[..., rows, columns]
@@ -113,33 +113,33 @@ def around(images: Tensor, place: int, grid_size: int) -> Tensor:
 # ---- editing
 
 
-def paint(codes: Tensor, places: Sequence[int], brush: Sequence[int]) -> Tensor:
-    """The codes with those of the brush, one of each codebook, at all of these places."""
-    check_places(codes, places)
+def paint(codes: Tensor, patches: Sequence[int], brush: Sequence[int]) -> Tensor:
+    """The codes with those of the brush, one of each codebook, at all of these patches."""
+    check_patches(codes, patches)
     painted = codes.clone()
-    painted.view(len(codes), -1)[list(places)] = torch.tensor(brush)
+    painted.view(len(codes), -1)[list(patches)] = torch.tensor(brush)
     return painted
 
 
 def swap(codes: Tensor, first: int, second: int) -> Tensor:
-    """The codes with two places exchanged."""
-    check_places(codes, [first, second])
+    """The codes with two patches exchanged."""
+    check_patches(codes, [first, second])
     swapped = codes.clone()
     swapped[[first, second]] = codes[[second, first]]
     return swapped
 
 
-def codes_at(codes: Tensor, place: int) -> list[int]:
-    """The code of each codebook at a place."""
-    check_places(codes, [place])
-    return codes.view(len(codes), -1)[place].tolist()
+def codes_at(codes: Tensor, patch: int) -> list[int]:
+    """The code of each codebook at a patch."""
+    check_patches(codes, [patch])
+    return codes.view(len(codes), -1)[patch].tolist()
 
 
-def check_places(codes: Tensor, places: Sequence[int]) -> None:
-    """Refuse, with ValueError, places that the image has not."""
-    for place in places:
-        if not (isinstance(place, int) and 0 <= place < len(codes)):
-            raise ValueError(f"got place {place!r}, expected 0 to {len(codes) - 1}")
+def check_patches(codes: Tensor, patches: Sequence[int]) -> None:
+    """Refuse, with ValueError, patches that the image does not have."""
+    for patch in patches:
+        if not (isinstance(patch, int) and 0 <= patch < len(codes)):
+            raise ValueError(f"got patch {patch!r}, expected 0 to {len(codes) - 1}")
 
 
 def read_brush(text: str, model: VQRAEModel) -> list[int]:
@@ -201,7 +201,7 @@ def generate(
 
 @torch.inference_mode()
 def decode_part(model: VQRAEModel, codes: Sequence[Tensor], total: int) -> Tensor:
-    """Images (B, 3, H, W) of the first codes (B,) or (B, n), grey in the places without one."""
+    """Images (B, 3, H, W) of the first codes (B,) or (B, n), grey in the patches without one."""
     # What is decoded where there is no code yet also shines through to its surroundings: the
     # newest code disturbs least.
     filled = [*codes, *[codes[-1]] * (total - len(codes))]

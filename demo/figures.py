@@ -1,6 +1,6 @@
 """Pieces of the page as HTML. Images are in it, so that no file is written or served.
 
-Shapes: N places of an image, n codebooks. Codes are (N,) of one codebook, (N, n) of several.
+Shapes: N patches of an image, n codebooks. Codes are (N,) of one codebook, (N, n) of several.
 """
 
 import html
@@ -19,7 +19,7 @@ from vqrae.demo.visitors import MAX_BYTES
 from vqrae.understanding.chat import Chat
 
 Figure = tuple[str, str]
-"""HTML of a picture, and its caption."""
+"""HTML of an image, and its caption."""
 
 
 def safe(text: str) -> str:
@@ -27,13 +27,13 @@ def safe(text: str) -> str:
     return html.escape(printable(text))
 
 
-def picture(image: Tensor | Image.Image, alt: str, overlay: str = "") -> str:
-    """An image, with what lies on it."""
-    return f'<div class="picture"><img src="{data_uri(image)}" alt="{safe(alt)}">{overlay}</div>'
+def image_tag(image: Tensor | Image.Image, alt: str, overlay: str = "") -> str:
+    """An image with an overlay."""
+    return f'<div class="framed"><img src="{data_uri(image)}" alt="{safe(alt)}">{overlay}</div>'
 
 
 def figures(*each: Figure, kind: str = "figures") -> str:
-    """Pictures in a row, with captions."""
+    """Images in a row, with captions."""
     parts = [f"<figure>{image}<figcaption>{text}</figcaption></figure>" for image, text in each]
     return f'<div class="{kind}">{"".join(parts)}</div>'
 
@@ -44,7 +44,7 @@ def message(text: str) -> str:
 
 
 def remark(text: str) -> str:
-    """A line that is no fault; what stands between backticks is set as code."""
+    """A line that is not an error; text between backticks is set as code."""
     marked = re.sub("`([^`]+)`", r"<code>\1</code>", safe(text))
     return f'<p class="missing">{marked}</p>'
 
@@ -65,54 +65,54 @@ def uploader(label: str, *, several: bool = False) -> str:
 
 
 def cells(codes: Tensor, marked: Collection[int] = ()) -> str:
-    """A grid over an image: each place knows its codes, which the pointer shows."""
+    """A grid over an image: each patch knows its codes, which the pointer shows."""
     side = math.isqrt(len(codes))
     parts = []
-    for place, own in enumerate(codes.view(len(codes), -1).tolist()):
+    for patch, own in enumerate(codes.view(len(codes), -1).tolist()):
         words = " ".join(map(str, own))
-        mark = ' class="marked"' if place in marked else ""
-        row, column = divmod(place, side)
+        mark = ' class="marked"' if patch in marked else ""
+        row, column = divmod(patch, side)
         title = f"row {row + 1}, column {column + 1}: {'code' if len(own) == 1 else 'codes'}"
-        parts.append(f'<i data-place="{place}"{mark} title="{title} {words}"></i>')
+        parts.append(f'<i data-patch="{patch}"{mark} title="{title} {words}"></i>')
     return f'<div class="cells" style="--side: {side}">{"".join(parts)}</div>'
 
 
-def reading(found: Reading, place: int | None = None) -> str:
-    """Original, reconstruction and difference; places of the original can be chosen."""
-    marked = [] if place is None else [place]
+def reading(found: Reading, patch: int | None = None) -> str:
+    """Original, reconstruction and difference; patches of the original can be chosen."""
+    marked = [] if patch is None else [patch]
     size = found.original.shape[-1]
-    number = f"{len(found.codes):,} places, {found.codes.numel():,} codes"
+    number = f"{len(found.codes):,} patches, {found.codes.numel():,} codes"
     return figures(
-        (picture(found.original, "original", cells(found.codes, marked)), f"original, {size} px"),
-        (picture(found.reconstruction, "reconstruction"), f"reconstruction from {number}"),
-        (picture(found.difference, "difference"), f"difference x 4; PSNR {found.psnr:.1f} dB"),
+        (image_tag(found.original, "original", cells(found.codes, marked)), f"original, {size} px"),
+        (image_tag(found.reconstruction, "reconstruction"), f"reconstruction from {number}"),
+        (image_tag(found.difference, "difference"), f"difference x 4; PSNR {found.psnr:.1f} dB"),
     )
 
 
-def neighborhood(found: Sequence[Neighbor], place: int, side: int) -> str:
-    """The codes of a place, and what it would look like with their neighbours."""
-    row, column = divmod(place, side)
+def neighborhood(found: Sequence[Neighbor], patch: int, side: int) -> str:
+    """The codes of a patch, and what it would look like with their neighbours."""
+    row, column = divmod(patch, side)
     parts = [f"<h3>Row {row + 1}, column {column + 1}</h3>"]
     several = found[-1].codebook > 0
     for codebook in range(found[-1].codebook + 1):
         own, *others = [each for each in found if each.codebook == codebook]
         title = f"code {own.code}" + (f" of codebook {codebook + 1}" if several else "")
-        shown = [(picture(own.image, title), f"<b>{own.code}</b><br>its own")]
+        shown = [(image_tag(own.image, title), f"<b>{own.code}</b><br>this patch")]
         for other in others:
-            text = f"<b>{other.code}</b><br>{other.distance:.2f} away"
-            shown.append((picture(other.image, f"code {other.code}"), text))
+            text = f"<b>{other.code}</b><br>distance {other.distance:.2f}"
+            shown.append((image_tag(other.image, f"code {other.code}"), text))
         parts += [f"<h4>{title}</h4>" if several else "", figures(*shown, kind="figures small")]
-    note = "Each image is the same place and its surroundings, decoded with that code instead."
+    note = "Each image shows the patch and its surroundings, decoded with that code instead."
     return "".join([*parts, f'<p class="note">{note}</p>'])
 
 
 def edited(start: Tensor, image: Tensor, codes: Tensor, changed: int, held: int | None) -> str:
     """What the codes decode to now, and before they were edited."""
     marked = [] if held is None else [held]
-    text = f"{changed} of {len(codes)} places changed"
+    text = f"{changed} of {len(codes)} patches changed"
     return figures(
-        (picture(image, "edited", cells(codes, marked)), text),
-        (picture(start, "before"), "before"),
+        (image_tag(image, "edited", cells(codes, marked)), text),
+        (image_tag(start, "before"), "before"),
     )
 
 
@@ -120,7 +120,7 @@ def frame(images: Frame, seeds: Sequence[int]) -> str:
     """Generated images with their seeds, and how far they are."""
     shown = []
     for image, seed in zip(images.images, seeds, strict=True):
-        shown.append((picture(image, f"seed {seed}"), f"seed {seed}"))
+        shown.append((image_tag(image, f"seed {seed}"), f"seed {seed}"))
     share = f"{images.done} of {images.total} codes"
     width = 100 * images.done / images.total
     bar = f'<span class="bar"><i style="width: {width:.0f}%"></i></span>'
@@ -134,7 +134,8 @@ def gallery(images: Sequence[Image.Image]) -> str:
     small = [image.copy() for image in images]
     for image in small:
         image.thumbnail((192, 192))
-    shown = [(picture(image, f"image {i + 1}"), f"image {i + 1}") for i, image in enumerate(small)]
+    names = [f"image {number}" for number in range(1, len(images) + 1)]
+    shown = [(image_tag(*pair), pair[1]) for pair in zip(small, names, strict=True)]
     return figures(*shown, kind="figures small")
 
 

@@ -1,4 +1,4 @@
-// Runs once for each HTML element of the page that people press or send files with; `element` and `trigger` are gradio's.
+// Runs once for each HTML element of the page that people click or send files with; `element` and `trigger` are gradio's.
 
 // Files: read here and sent as data URLs, so that nothing is stored. The server checks all of it again.
 const dataURL = (file) => new Promise((resolve, reject) => {
@@ -21,26 +21,26 @@ element.addEventListener("change", async (event) => {
   trigger("upload", { files });
 });
 
-// Places: a press or a stroke over the grid names them in order.
+// Places: a click or a drag over the grid names them in order.
 let stroke = null;
 
 const extend = (event) => {
-  const cell = document.elementFromPoint(event.clientX, event.clientY)?.closest("[data-place]");
+  const cell = document.elementFromPoint(event.clientX, event.clientY)?.closest("[data-patch]");
   if (!cell || !element.contains(cell)) return;
-  const place = Number(cell.dataset.place);
-  if (stroke.includes(place)) return;
-  stroke.push(place);
+  const patch = Number(cell.dataset.patch);
+  if (stroke.includes(patch)) return;
+  stroke.push(patch);
   cell.classList.add("marked");
 };
 
 element.addEventListener("pointerdown", (event) => {
-  if (!event.target.closest("[data-place]")) return;
+  if (!event.target.closest("[data-patch]")) return;
   event.preventDefault();
   stroke = [];
   extend(event);
 });
 element.addEventListener("pointermove", (event) => { if (stroke) extend(event); });
 window.addEventListener("pointerup", () => {
-  if (stroke?.length) trigger("select", { places: stroke });
+  if (stroke?.length) trigger("select", { patches: stroke });
   stroke = null;
 });

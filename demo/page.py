@@ -86,8 +86,8 @@ def listen(
     return event(told, list(inputs), [*outputs, note], **options)
 
 
-def pressable(value: str = "") -> gr.HTML:
-    """HTML that sends `upload` with files, and `select` with places."""
+def clickable(value: str = "") -> gr.HTML:
+    """HTML that sends `upload` with files, and `select` with patches."""
     script = (resources.files("vqrae.demo") / "page.js").read_text(encoding="utf-8")
     return gr.HTML(value, js_on_load=script)
 
@@ -108,12 +108,14 @@ def scene(index: int, size: int) -> Image.Image:
 
 
 def reconstruct_tab(page: gr.Blocks, model: VQRAEModel) -> None:
-    """Original, reconstruction, difference; a place that is pressed shows its code's neighbours."""
+    """Original, reconstruction, difference; a click on a patch shows its codes."""
     config = model.config
 
     def read(image: Image.Image) -> tuple:
         found = coding.read_image(model, image)
-        hint = figures.remark("Press a place of the original: its code and the nearest others.")
+        hint = figures.remark(
+            "Click a patch of the original to see its code and the nearest ones in the codebook."
+        )
         return found, figures.reading(found), hint
 
     def show_scene(index: int) -> Iterator[tuple]:
@@ -123,24 +125,24 @@ def reconstruct_tab(page: gr.Blocks, model: VQRAEModel) -> None:
         for image in read_uploads(event.files)[:1]:
             yield read(image)
 
-    def show_place(found: coding.Reading, event: gr.EventData) -> Iterator[tuple]:
-        place = event.places[-1]
-        near = coding.neighbors(model, found.codes, place)
-        text = figures.neighborhood(near, place, config.grid_size)
-        yield figures.reading(found, place), text
+    def show_patch(found: coding.Reading, event: gr.EventData) -> Iterator[tuple]:
+        patch = event.patches[-1]
+        near = coding.neighbors(model, found.codes, patch)
+        text = figures.neighborhood(near, patch, config.grid_size)
+        yield figures.reading(found, patch), text
 
     with gr.Row(equal_height=True):
-        upload = pressable(figures.uploader("Choose an image, or drop one here"))
+        upload = clickable(figures.uploader("Choose an image, or drop one here"))
         another = gr.Button("Another scene")
     note = gr.HTML()
-    view = pressable()
+    view = clickable()
     near_view = gr.HTML()
     found, index = state(), state(0)
     shown = [found, view, near_view]
     listen(page.load, show_scene, [index], [index, *shown], note)
     listen(another.click, show_scene, [index], [index, *shown], note)
     listen(upload.upload, show_upload, [], shown, note)
-    listen(view.select, show_place, [found], [view, near_view], note)
+    listen(view.select, show_patch, [found], [view, near_view], note)
 
 
 def understand_tab(page: gr.Blocks, chat: Chat) -> None:
@@ -176,7 +178,7 @@ def understand_tab(page: gr.Blocks, chat: Chat) -> None:
     note, view = gr.HTML(), gr.HTML(autoscroll=True, max_height=460)
     gallery = gr.HTML()
     with gr.Row(equal_height=True):
-        upload = pressable(figures.uploader("Choose images, or drop some here", several=True))
+        upload = clickable(figures.uploader("Choose images, or drop some here", several=True))
         another = gr.Button("Add a scene")
     with gr.Row(equal_height=True):
         example = "how many things are there ?"
@@ -256,7 +258,7 @@ def edit_tab(page: gr.Blocks, model: VQRAEModel) -> None:
     def undo(start: coding.Reading) -> Iterator[tuple]:
         yield show(start, start.codes)
 
-    def press(
+    def edit(
         tool: str,
         brush: str,
         start: coding.Reading,
@@ -264,33 +266,33 @@ def edit_tab(page: gr.Blocks, model: VQRAEModel) -> None:
         held: int | None,
         event: gr.EventData,
     ) -> Iterator[tuple]:
-        places = event.places
+        patches = event.patches
         if tool == "Paint":
-            codes = coding.paint(codes, places, coding.read_brush(brush, model))
+            codes = coding.paint(codes, patches, coding.read_brush(brush, model))
         elif tool == "Pick up":
-            brush = " ".join(map(str, coding.codes_at(codes, places[-1])))
-        elif held is None and len(places) == 1:
-            coding.check_places(codes, places)
-            yield *show(start, codes, places[0]), brush
+            brush = " ".join(map(str, coding.codes_at(codes, patches[-1])))
+        elif held is None and len(patches) == 1:
+            coding.check_patches(codes, patches)
+            yield *show(start, codes, patches[0]), brush
             return
         else:
-            codes = coding.swap(codes, places[0] if held is None else held, places[-1])
+            codes = coding.swap(codes, patches[0] if held is None else held, patches[-1])
         yield *show(start, codes), brush
 
     with gr.Row(equal_height=True):
-        upload = pressable(figures.uploader("Choose an image, or drop one here"))
+        upload = clickable(figures.uploader("Choose an image, or drop one here"))
         another = gr.Button("Another scene")
         reset = gr.Button("Undo all")
     with gr.Row(equal_height=True):
-        tool = gr.Radio(["Pick up", "Paint", "Swap"], value="Pick up", label="A press or a stroke")
+        tool = gr.Radio(["Pick up", "Paint", "Swap"], value="Pick up", label="Click or drag to")
         number = model.config.num_codebooks
         label = "Code to paint with" if number == 1 else f"{number} codes to paint with"
         brush = gr.Textbox(label=label)
-    note, view = gr.HTML(), pressable()
+    note, view = gr.HTML(), clickable()
     start, codes, held, index = state(), state(), state(), state(1)
     shown = [codes, held, view]
     listen(page.load, show_scene, [index], [index, start, *shown, brush], note)
     listen(another.click, show_scene, [index], [index, start, *shown, brush], note)
     listen(upload.upload, show_upload, [], [start, *shown, brush], note)
     listen(reset.click, undo, [start], shown, note)
-    listen(view.select, press, [tool, brush, start, codes, held], [*shown, brush], note)
+    listen(view.select, edit, [tool, brush, start, codes, held], [*shown, brush], note)

@@ -35,7 +35,7 @@ def visit(browser: api.Browser, folders: list[Path], closing: list) -> tuple[api
     address = serve(page, port=None, wait=False)
     closing.append(page)
     visitor = browser.new_page()
-    visitor.set_default_timeout(60_000)
+    visitor.set_default_timeout(180_000)  # of a busy machine
     visitor.goto(address)
     return visitor, address
 
@@ -62,10 +62,10 @@ def test_each_tab_is_used(
     faults: list[str] = []
     visitor.on("pageerror", lambda error: faults.append(str(error)))
 
-    # Reconstruct: a scene is there at once; a place shows its neighbours; own images, also bad ones
+    # Reconstruct: a scene is there at once; a patch shows its neighbours; own images, also bad ones
     original = visitor.locator("img[alt=original]")
     original.wait_for()
-    visitor.locator("[data-place='10']:visible").click()
+    visitor.locator("[data-patch='10']:visible").click()
     visitor.get_by_text("Row 2, column 3").wait_for()
     assert visitor.locator("figure:visible").count() == 3 + 9
     upload = visitor.locator("input[type=file]:visible")
@@ -110,7 +110,7 @@ def test_each_tab_is_used(
     visitor.get_by_text("words have no id").wait_for()
     assert visitor.locator("img[alt^=seed]:visible").count() == 4
 
-    # Edit codes: pick one up, paint a stroke, exchange two places, undo
+    # Edit codes: pick one up, paint a stroke, exchange two patches, undo
     visitor.get_by_role("tab", name="Edit codes").click()
     edit(visitor)
 
@@ -125,19 +125,19 @@ def test_each_tab_is_used(
 
 def edit(visitor: api.Page) -> None:
     """Use the tools of the last tab."""
-    grid = visitor.locator(".picture:has(img[alt=edited])")
-    grid.locator("[data-place='63']").click()
-    code = grid.locator("[data-place='63']").get_attribute("title").rpartition(" ")[2]
+    grid = visitor.locator(".framed:has(img[alt=edited])")
+    grid.locator("[data-patch='63']").click()
+    code = grid.locator("[data-patch='63']").get_attribute("title").rpartition(" ")[2]
     api.expect(visitor.get_by_label("to paint with")).to_have_value(code)
     visitor.get_by_label("Paint", exact=True).check()
-    first, last = (grid.locator(f"[data-place='{place}']").bounding_box() for place in (0, 3))
+    first, last = (grid.locator(f"[data-patch='{patch}']").bounding_box() for patch in (0, 3))
     visitor.mouse.move(first["x"] + 5, first["y"] + 5)
     visitor.mouse.down()
     visitor.mouse.move(last["x"] + 5, last["y"] + 5, steps=12)
     visitor.mouse.up()
-    visitor.get_by_text("of 64 places changed").filter(has_text="4 of").wait_for()
+    visitor.get_by_text("of 64 patches changed").filter(has_text="4 of").wait_for()
     visitor.get_by_role("button", name="Undo all").click()
-    visitor.get_by_text("0 of 64 places changed").wait_for()
+    visitor.get_by_text("0 of 64 patches changed").wait_for()
 
 
 def test_several_codebooks_and_a_missing_model(
@@ -149,13 +149,13 @@ def test_several_codebooks_and_a_missing_model(
     ).wait_for()
     assert visitor.get_by_role("tab", name="Understand").is_disabled()
     assert visitor.get_by_role("tab", name="Generate").is_disabled()
-    visitor.locator("[data-place='10']:visible").click()
+    visitor.locator("[data-patch='10']:visible").click()
     visitor.get_by_text("of codebook 4").wait_for()
     visitor.get_by_role("tab", name="Edit codes").click()
     visitor.get_by_label("Paint", exact=True).check()
     visitor.get_by_label("4 codes to paint with").fill("1 2 3")
-    visitor.locator("[data-place='10']:visible").click()
+    visitor.locator("[data-patch='10']:visible").click()
     visitor.get_by_text("got '1 2 3', expected 4 codes from 0 to 63").wait_for()
     visitor.get_by_label("4 codes to paint with").fill("1 2 3 4")
-    visitor.locator("[data-place='10']:visible").click()
-    visitor.get_by_text("1 of 16 places changed").wait_for()
+    visitor.locator("[data-patch='10']:visible").click()
+    visitor.get_by_text("1 of 16 patches changed").wait_for()

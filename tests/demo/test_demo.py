@@ -39,7 +39,7 @@ def test_an_image_is_read_as_the_tokenizer_reads_it(model: VQRAEModel, scene: Im
     assert torch.equal(found.reconstruction, output.reconstruction[0])
     error = (found.original - found.reconstruction).square().mean()
     assert found.psnr == pytest.approx(-10 * error.log10().item(), abs=1e-3)
-    assert figures.reading(found, 5).count("data-place") == len(found.codes)
+    assert figures.reading(found, 5).count("data-patch") == len(found.codes)
 
 
 def test_neighbors_are_the_nearest_codes_decoded_in_place(
@@ -47,10 +47,10 @@ def test_neighbors_are_the_nearest_codes_decoded_in_place(
 ) -> None:
     found = coding.read_image(model, scene)
     number, grid = model.config.num_codebooks, model.config.grid_size
-    place, size = grid + 1, 3 * 64 // grid
-    near = coding.neighbors(model, found.codes, place)
+    patch, size = grid + 1, 3 * 64 // grid
+    near = coding.neighbors(model, found.codes, patch)
     tables = model.code_vectors().view(number, model.config.codebook_size, -1)
-    own = coding.codes_at(found.codes, place)
+    own = coding.codes_at(found.codes, patch)
     for codebook in range(number):
         each = [one for one in near if one.codebook == codebook]
         assert each[0].code == own[codebook]
@@ -60,10 +60,10 @@ def test_neighbors_are_the_nearest_codes_decoded_in_place(
         assert torch.allclose(distances, expected[: len(each)], atol=1e-5)
         brush = [*own]
         brush[codebook] = each[-1].code
-        image = coding.decode(model, coding.paint(found.codes, [place], brush))
+        image = coding.decode(model, coding.paint(found.codes, [patch], brush))
         assert torch.allclose(each[-1].image, image[:, :size, :size], atol=1e-5)
-    assert all(str(code) in figures.neighborhood(near, place, grid) for code in own)
-    with pytest.raises(ValueError, match="got place 64, expected 0 to "):
+    assert all(str(code) in figures.neighborhood(near, patch, grid) for code in own)
+    with pytest.raises(ValueError, match="got patch 64, expected 0 to "):
         coding.neighbors(model, found.codes, 64)
 
 
@@ -81,9 +81,9 @@ def test_codes_are_painted_and_exchanged(model: VQRAEModel, scene: Image.Image) 
     for text in ("", "x", "-1", "64", "1.5", "9" * 5000, "1 " * 9):
         with pytest.raises(ValueError, match=r"expected (a code|4 codes) from 0 to 63"):
             coding.read_brush(text, model)
-    for places in (["0"], [None], [-1]):
+    for patches in (["0"], [None], [-1]):
         with pytest.raises(ValueError, match="expected 0 to "):
-            coding.paint(codes, places, brush)
+            coding.paint(codes, patches, brush)
 
 
 def test_an_image_appears_code_by_code(generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:

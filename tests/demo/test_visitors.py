@@ -45,7 +45,7 @@ def sent(data: bytes, name: str = "image.png") -> dict[str, object]:
 PNG, JPEG = encoded("PNG"), encoded("JPEG")
 BAD_FILES = {
     "empty": (sent(b""), "got an empty file"),
-    "text": (sent(b"hello, I am a picture\n" * 50), "unknown format"),
+    "text": (sent(b"hello, I am an image\n" * 50), "unknown format"),
     "truncated png": (sent(PNG[: len(PNG) // 2]), "not a readable image"),
     "truncated jpeg": (sent(JPEG[: len(JPEG) // 2]), "not a readable image"),
     "truncated webp": (sent(encoded("WEBP")[:300]), "not a readable image"),
