@@ -103,10 +103,10 @@ def neighbors(model: VQRAEModel, codes: Tensor, patch: int) -> list[Neighbor]:
 
 def around(images: Tensor, patch: int, grid_size: int) -> Tensor:
     """A patch and its eight neighbours, cut out of images (B, 3, H, W)."""
-    patch = images.shape[-1] // grid_size
+    side = images.shape[-1] // grid_size
     row, column = divmod(patch, grid_size)
-    rows = slice(max(row - 1, 0) * patch, (row + 2) * patch)
-    columns = slice(max(column - 1, 0) * patch, (column + 2) * patch)
+    rows = slice(max(row - 1, 0) * side, (row + 2) * side)
+    columns = slice(max(column - 1, 0) * side, (column + 2) * side)
     return images[..., rows, columns]
 
 
