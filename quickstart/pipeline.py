@@ -93,7 +93,7 @@ class Step:
 
 def training_steps(system: System) -> dict[str, int]:
     """Optimizer steps of every training at the reference minutes."""
-    return system.steps | TRAINING_STEPS
+    return TRAINING_STEPS | system.steps
 
 
 def plan(minutes: float, system: System = SYSTEMS["vqrae"]) -> dict[str, int]:

@@ -70,7 +70,7 @@ class System:
     """Its configuration in tokenizer/configs."""
     steps: dict[str, int]
     """Optimizer steps at the reference minutes of its encoder, where one is pretrained, of the
-    tokenizer's stages, and of the unified model."""
+    tokenizer's stages, and of the unified model; others replace those that both systems share."""
     bypass: str = ""
     """The stage with a continuous warm-up, if any."""
     features: Literal["continuous", "quantized"]
@@ -100,7 +100,8 @@ SYSTEMS = {
         "arXiv 2502.20321",
         directory="runs/quickstart_unitok",
         tokenizer="unitok_tiny",
-        steps={"tokenizer.stage1": 700, "mllm": 1200},
+        # A step of the generator with a depth head takes five times as long as one without.
+        steps={"tokenizer.stage1": 700, "mllm": 1200, "generation": 500},
         features="quantized",
         unified=True,
         curves=UNITOK_CURVES + CURVES,
