@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[2]
 # Variables of whoever runs the tests that would choose an environment.
 FOREIGN = ("VIRTUAL_ENV", "CONDA_", "PYTHON", "UV_", "PIP_", "SLURM_", "MASTER_", "CUDA_")
 
+SYSTEM = Path("/usr/bin")
+
 
 class Repository:
     """A copy of the shell files, and an active environment whose `python` records its calls."""
@@ -27,7 +29,10 @@ class Repository:
         self.tools = folder / "tools"
         self.tools.mkdir()
         clean = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
-        tools = {"CALLS": str(self.log), "PATH": f"{self.tools}:{os.environ['PATH']}"}
+        # The scripts prefer uv: a test that wants one makes it.
+        folders = map(Path, os.get_exec_path())
+        others = [str(path) for path in folders if not (path / "uv").exists() or path == SYSTEM]
+        tools = {"CALLS": str(self.log), "PATH": os.pathsep.join([str(self.tools), *others])}
         self.environment = {**clean, "VIRTUAL_ENV": str(folder / "env"), **tools}
 
     def make_python(self, environment: Path) -> Path:
