@@ -1,4 +1,4 @@
-"""Where a training's numbers, images and histograms go besides `metrics.jsonl`.
+"""Where a training's numbers, images and histograms go in addition to `metrics.jsonl`.
 
 wandb and trackio continue the run that an earlier launch began. (accelerate's trackers would start
 the process group before a training says how, and know neither histograms nor trackio's images.)

@@ -180,7 +180,7 @@ def generate(
     """Images of a prompt, code by code: frames as fast as they can be shown, then the result.
 
     Frames take at most half of the time. Raises ValueError for a request that the generator
-    refuses, and after so many seconds.
+    refuses, and after `seconds`.
     """
     started = time.monotonic()
     codes: list[Tensor] = []
@@ -202,8 +202,7 @@ def generate(
 @torch.inference_mode()
 def decode_part(model: VQRAEModel, codes: Sequence[Tensor], total: int) -> Tensor:
     """Images (B, 3, H, W) of the first codes (B,) or (B, n), grey in the patches without one."""
-    # What is decoded where there is no code yet also shines through to its surroundings: the
-    # newest code disturbs least.
+    # What fills the missing codes also changes the patches around it: the newest code does least.
     filled = [*codes, *[codes[-1]] * (total - len(codes))]
     images = model.decode(torch.stack(filled, dim=1).to(model.device)).cpu()
     grid = model.config.grid_size

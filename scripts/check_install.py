@@ -34,7 +34,7 @@ class CheckInstallConfig:
     """Install the wheel with each extra alone and import everything that the extra is for."""
 
     extras: str = "all"
-    """Names joined by commas, or all; `base` is no extra."""
+    """Names joined by commas, or all; `base` means none."""
     python: str = sys.executable
     """Executables joined by commas."""
     constraints: bool = True
@@ -44,7 +44,7 @@ class CheckInstallConfig:
 
 
 def build_wheel(folder: Path, root: Path = ROOT) -> Path:
-    """Build the wheel of the sources in `root`, from a copy: a build leaves files behind.
+    """Build the wheel of the sources in `root`, from a copy: a build leaves files there.
 
     Raises:
         RuntimeError: when setuptools fails, with the end of what it says.

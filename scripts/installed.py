@@ -67,7 +67,7 @@ def import_all(extra: str) -> tuple[int, list[str]]:
 
 
 def import_lazy(extra: str) -> list[str]:
-    """Carry out every import of the extra's packages, wherever it stands; returns the files."""
+    """Carry out every import of the extra's packages, wherever it is; returns the files."""
     wanted, tops = requirements(extra), set()
     for top, providers in importlib.metadata.packages_distributions().items():
         if wanted & set(map(canonical, providers)) and not top.startswith(("_", "test")):

@@ -220,7 +220,7 @@ def evaluate(config: GenEval2Config, judge: SoftJudge, device: str) -> dict[str,
 
 
 def score_table(values: dict[str, Any]) -> str:
-    """Markdown: overall, by skill, by number of atoms; true scenes and reconstructions beside."""
+    """Markdown: overall, by skill, by number of atoms; scenes and reconstructions alongside."""
     columns = [values, *values.get("ceiling", {}).values()]
     header = ["", "score", "95 % interval", "over", *values.get("ceiling", {})]
     rows = []

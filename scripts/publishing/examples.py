@@ -98,7 +98,8 @@ def components(folder: Path, example: Example) -> str:
     features = features_BND.flatten(0, 1)
     centred = features - features.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
-    colours = (centred @ axes.T / (4 * (centred @ axes.T).std(0)) + 0.5).clamp(0, 1)
+    projected = centred @ axes.T
+    colours = (projected / (4 * projected.std(0)) + 0.5).clamp(0, 1)
     side = size // model.config.patch_size
     maps = colours.view(len(sources), side, side, 3).permute(0, 3, 1, 2)
     shown = torch.nn.functional.interpolate(maps, size=(size, size))

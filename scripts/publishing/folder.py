@@ -41,7 +41,7 @@ def write_folder(
         license: of the weights; None where only embedded data and no other model are in them.
         tokenizer: hub id of the published visual tokenizer, which is then named, not copied; or
             the folder of one that has moved.
-        evaluations: folders of scores besides `evaluation` in and next to the run.
+        evaluations: folders of scores in addition to `evaluation` in and next to the run.
         example: what is shown to the model for the card; None: nothing.
 
     Returns:
@@ -60,13 +60,13 @@ def write_folder(
     folders += [Path(name) for name in evaluations]
     found, others = find_evaluations(folders, manifest["weights"])
     found += retrieval(origin.run, manifest["weights"]) if kind is ENCODER else []
-    pictures = copy_pictures(found, folder)
+    images = copy_images(found, folder)
     write_json(folder / "manifest.json", manifest)
     if origin.settings:
         text = yaml.safe_dump(origin.settings, sort_keys=False, width=120)
         write_text(folder / "training_config.yaml", text)
     data = origin.data()
-    measured = [{**vars(each), "picture": pictures.get(each.title)} for each in found]
+    measured = [{**vars(each), "image": images.get(each.title)} for each in found]
     card = ModelCard.from_template(
         card_data(kind, origin, repo, license, base_model, found),
         template_str=(resources.files(__package__) / "card.md.jinja").read_text(encoding="utf-8"),
@@ -148,13 +148,13 @@ def copy_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=copy, ignore=LEFT_OUT, dirs_exist_ok=True)
 
 
-def copy_pictures(evaluations: Sequence[Evaluation], folder: Path) -> dict[str, str]:
-    """Copy the pictures of evaluations; their names by title."""
+def copy_images(evaluations: Sequence[Evaluation], folder: Path) -> dict[str, str]:
+    """Copy the images of evaluations; their names by title."""
     names = {}
     for evaluation in evaluations:
-        if evaluation.picture is not None:
+        if evaluation.image is not None:
             names[evaluation.title] = f"{evaluation.title.lower().replace(' ', '_')}.png"
-            shutil.copyfile(evaluation.picture, folder / names[evaluation.title])
+            shutil.copyfile(evaluation.image, folder / names[evaluation.title])
     return names
 
 

@@ -1,7 +1,7 @@
 """The kinds of models that are published: what a card says of each, and how it is opened."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -92,18 +92,12 @@ LLAVA = Kind(
     evaluations=EVAL_CHAT,
     base="llm",
 )
-OWN_TOWER = Kind(
-    title="understanding model",
+OWN_TOWER = replace(
+    LLAVA,
     sentence="LLaVA-1.5 on features of a visual tokenizer that no encoder of transformers gives: "
     "its vision tower is a class of `vqrae`.",
-    use="import vqrae.understanding.vision_tower\n"
-    f"from transformers import AutoModelForImageTextToText, AutoProcessor\n\n{CHAT_USE}",
+    use=f"import vqrae.understanding.vision_tower\n{LLAVA.use}",
     library="vqrae",
-    task="image-text-to-text",
-    tags=("llava",),
-    commands=ASK,
-    evaluations=EVAL_CHAT,
-    base="llm",
 )
 GENERATOR = Kind(
     title="image generator",

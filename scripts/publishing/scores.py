@@ -28,7 +28,7 @@ class Evaluation:
     task: str
     """Of the hub, `task type` of a result."""
     notes: list[str] = field(default_factory=list)
-    picture: Path | None = None
+    image: Path | None = None
 
 
 def find_evaluations(folders: list[Path], fingerprint: str) -> tuple[list[Evaluation], list[Path]]:
@@ -67,7 +67,7 @@ def reconstruction(stored: dict[str, Any], path: Path) -> Iterator[Evaluation]:
     """PSNR, rFID, … of a tokenizer."""
     if "psnr" in stored and "protocol" in stored:
         protocol, images = stored["protocol"], stored["num_images"]
-        picture = path.with_suffix(".png")
+        image = path.with_suffix(".png")
         yield Evaluation(
             title="Reconstruction",
             data=f"{images} images of {stored['data']}, {stored['split']}",
@@ -79,7 +79,7 @@ def reconstruction(stored: dict[str, Any], path: Path) -> Iterator[Evaluation]:
                 f"protocol {protocol['name']}, {stored['image_size']} px, SSIM "
                 f"{stored['ssim_variant']}"
             ],
-            picture=picture if picture.is_file() else None,
+            image=image if image.is_file() else None,
         )
 
 
