@@ -2,9 +2,7 @@
 
 import base64
 import json
-import socket
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,19 +29,14 @@ def server(llava: Path) -> Iterator[str]:
     """The address of chat completions."""
     from transformers.cli.serve import Serve
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    serve = Serve(str(llava), device="cpu", host="localhost", port=port, non_blocking=True)
-    address = f"http://localhost:{port}"
+    # Port 0: the system chooses, so that no other process takes it in between.
+    serve = Serve(str(llava), device="cpu", host="127.0.0.1", port=0, non_blocking=True)
     try:
-        for _ in range(100):
-            try:
-                urllib.request.urlopen(f"{address}/health")
-                break
-            except urllib.error.URLError:
-                time.sleep(0.1)
-        yield f"{address}/v1/chat/completions"
+        while not serve.server.started:
+            assert serve._thread.is_alive(), "the server ended before it listened"
+            time.sleep(0.1)
+        port = serve.server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}/v1/chat/completions"
     finally:
         serve.kill_server()
 
