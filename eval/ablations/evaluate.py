@@ -28,10 +28,11 @@ from vqrae.common.files import read_json, weights_fingerprint, write_json, write
 from vqrae.common.run import format_duration, quiet_libraries, run_manifest
 from vqrae.data.sources import fingerprint, source_kind
 from vqrae.eval.ablations.suites import SUITES, Suite, load_suite
-from vqrae.eval.ablations.tables import Result, ablation_table, judge
+from vqrae.eval.ablations.tables import Result, ablation_table, measurements
 from vqrae.eval.features import evaluate as features
 from vqrae.eval.reconstruction import evaluate as reconstruction
 from vqrae.eval.sharding import run_module
+from vqrae.eval.verdicts import effect
 from vqrae.eval.zeroshot import evaluate as zeroshot
 from vqrae.tokenizer import train
 from vqrae.tokenizer.build import build_tokenizer, check_quantizer
@@ -296,9 +297,10 @@ def summarize(
         encoder: its fingerprint.
     """
     claims = []
+    numbers = {recipe.name: measurements(results, recipe.name) for recipe in suite.recipes}
     for claim in suite.claims:
-        verdicts = {recipe.name: judge(claim, results, recipe.name) for recipe in suite.recipes}
-        claims.append({**dataclasses.asdict(claim), "verdicts": verdicts})
+        effects = {name: effect(claim, rows) for name, rows in numbers.items()}
+        claims.append({**dataclasses.asdict(claim), "effects": effects})
     notes = [
         f"{config.seeds} seed{'s' if config.seeds > 1 else ''}, mean ± half range, of "
         f"{config.num_images} images of `{config.data}` that were not trained on; encoder "

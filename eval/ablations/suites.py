@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from vqrae.common.config import did_you_mean, load_config, shipped_config
+from vqrae.eval.verdicts import Claim
 
 VQRAE_SUITES = ("table5", "table6", "quantizers", "locality")
 UNITOK_SUITES = ("codebooks", "residual", "objectives", "systems")
@@ -68,17 +69,6 @@ class TableRow:
     """What the paper reports for it."""
     recipes: tuple[str, ...] | None = None
     """None: all of the suite's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """Something that the paper found, as an order of two rows."""
-
-    text: str
-    metric: str
-    higher: str
-    """Name of the row whose metric is the larger number."""
-    lower: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""The table of a suite: mean and half range over seeds, and what became of the paper's claims."""
+"""The table of a suite: mean and half range over seeds, and verdicts on claims."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from vqrae.common.files import markdown_table
-from vqrae.eval.ablations.suites import METRICS, Claim, Suite
+from vqrae.eval.ablations.suites import METRICS, Suite
+from vqrae.eval.verdicts import Effect, Measurements
 
 Result = dict[str, Any]
 """One row in one recipe: recipe, row, labels, paper, and runs of seed and metrics."""
@@ -24,38 +25,13 @@ def half_range(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / 2
 
 
-def verdict(higher: Sequence[float], lower: Sequence[float], noise: float) -> str:
-    """Whether a claim's order is what all seeds show.
-
-    Args:
-        higher, lower: the seeds' numbers of the two rows in the order that is claimed.
-        noise: the metric's half range over seeds, mean over all rows of the suite. Two seeds may
-            agree by chance, so rows count as different only when their ranges are further apart.
-    """
-    if min(len(higher), len(lower)) >= 2:
-        if min(higher) - max(lower) > noise:
-            return "confirmed"
-        if min(lower) - max(higher) > noise:
-            return "refuted"
-    return "not separable"
-
-
-def judge(claim: Claim, results: Sequence[Result], recipe: str) -> str:
-    """The verdict on a claim in a recipe with both means; empty where one row was not run."""
-    found: dict[str, list[float]] = {}
-    spreads = []
+def measurements(results: Sequence[Result], recipe: str) -> Measurements:
+    """The numbers of a recipe's rows, by row and metric."""
+    rows: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        values = numbers(result, claim.metric)
-        if values:
-            spreads.append(half_range(values))
-            if result["recipe"] == recipe:
-                found[result["row"]] = values
-    if claim.higher not in found or claim.lower not in found:
-        return ""
-    higher, lower = found[claim.higher], found[claim.lower]
-    spec = METRICS[claim.metric].format
-    means = f"{mean(higher):{spec}} : {mean(lower):{spec}}"
-    return f"{verdict(higher, lower, mean(spreads))} ({means})"
+        if result["recipe"] == recipe:
+            rows[result["row"]] = {metric: numbers(result, metric) for metric in METRICS}
+    return rows
 
 
 def cell(result: Result, metric: str) -> str:
@@ -82,12 +58,14 @@ def ablation_table(values: dict[str, Any], suite: Suite) -> str:
     lines += [f"- {note}" for note in values["notes"]]
     lines += [f"- `{recipe.name}`: {recipe.note}" for recipe in suite.recipes]
     if suite.claims:
-        header = ["what the paper finds", "compared by"]
+        header = ["claim", "compared by"]
         header += [f"in `{recipe.name}`" for recipe in suite.recipes]
         rows = []
         for claim in values["claims"]:
-            heading = METRICS[claim["metric"]].heading
-            rows.append([claim["text"], heading, *claim["verdicts"].values()])
+            metric = METRICS[claim["metric"]]
+            effects = [found and Effect(**found) for found in claim["effects"].values()]
+            cells = [effect.text(metric.format) if effect else "" for effect in effects]
+            rows.append([claim["text"], metric.heading, *cells])
         lines += ["", *markdown_table(header, rows)]
     return "\n".join(lines) + "\n"
 
