@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+import timm.optim.muon
 import torch
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -43,6 +44,26 @@ def test_updates_of_matrices_are_orthogonal_and_sized_like_those_of_adamw() -> N
     assert singular.max() / singular.min() < 3
     # AdamW's updates have a root mean square of 0.2 to 0.4 rates.
     assert 0.1 < update.square().mean().sqrt() / 0.01 < 0.4
+
+
+def test_matrices_of_one_shape_step_together_as_they_would_alone() -> None:
+    model = nn.ModuleList([tiny_llm(tied=True), nn.Conv2d(3, 16, 4), nn.Conv2d(3, 16, 4)])
+    alone = copy.deepcopy(model)
+    optimizers = []
+    for kind, each in ((Muon, model), (timm.optim.muon.Muon, alone)):
+        groups = muon_groups(each, weight_decay=0.1)
+        groups[0]["params"] += [each[1].weight, each[2].weight]
+        groups[1]["params"] = [p for p in groups[1]["params"] if p.ndim != 4]
+        optimizers.append(kind(groups, lr=0.01, nesterov=True))
+    for _ in range(3):
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(model.state_dict(), alone.state_dict(), rtol=0, atol=0)
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_a_step_that_is_told_to_skip_changes_nothing() -> None:
