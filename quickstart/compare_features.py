@@ -1,6 +1,7 @@
 """The paper's central claim on scenes: which features should the language model read?
 
     python -m vqrae.quickstart.compare_features tokenizer=RUN llm=RUN output=runs/feature_quality
+    … kinds=[distilled,quantized] seeds=[0,1,2]     claim C5 alone
 
 One LLaVA on each of four kinds of features, all else equal (arXiv 2511.23386, Table 6, section
 3.4):
@@ -17,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from vqrae.common.cli import parse
 from vqrae.common.config import check_range
@@ -37,7 +38,8 @@ from vqrae.quickstart import scene_questions
 from vqrae.tokenizer import train as tokenizer_training
 from vqrae.understanding import train as llava_training
 
-KINDS = ("original", "distilled", "undistilled", "quantized")
+Kind = Literal["original", "distilled", "undistilled", "quantized"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class FeatureQualityConfig:
     """Folder of all runs, scores.json and scores.md."""
     config: str = "tiny"
     """LLaVA's configuration: a name in understanding/configs, or a YAML file."""
+    kinds: list[Kind] = field(default_factory=lambda: list(KINDS))
+    """Which to compare; without `undistilled` no tokenizer is trained."""
     training: list[str] = field(default_factory=list)
     """Changes to it, such as [sft.max_steps=1000]."""
     tokenizer_training: list[str] = field(default_factory=list)
@@ -67,8 +71,9 @@ class FeatureQualityConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "num_images", "nproc", low=1)
-        if not self.seeds:
-            raise ValueError("seeds: got none, expected at least one")
+        for name in ("kinds", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: got none, expected at least one")
 
     @property
     def data(self) -> str:
@@ -85,10 +90,8 @@ def compare(config: FeatureQualityConfig) -> dict[str, Any]:
     tokenizers = find_tokenizers(config)
     kinds: dict[str, Any] = {}
     for kind, folder in tokenizers.items():
-        # Quantized features come from the distilled tokenizer, whose PSNR is known by then.
-        psnr = (
-            kinds["distilled"]["psnr"] if kind == "quantized" else score_psnr(config, kind, folder)
-        )
+        # Quantized features come from the distilled tokenizer.
+        psnr = score_psnr(config, "distilled" if kind == "quantized" else kind, folder)
         kinds[kind] = {"tokenizer": weights_fingerprint(folder), "psnr": psnr}
     for kind, folder in tokenizers.items():
         scores = {str(seed): score_llava(config, kind, folder, seed) for seed in config.seeds}
@@ -100,7 +103,7 @@ def compare(config: FeatureQualityConfig) -> dict[str, Any]:
 
 
 def find_tokenizers(config: FeatureQualityConfig) -> dict[str, Path]:
-    """The tokenizer of each kind; the one without distillation is trained if it is missing."""
+    """The tokenizer of each kind that is asked for; trains that of `undistilled` if missing."""
     run = Path(config.tokenizer)
     for part in ("config.yaml", "stage1/model/config.json", "stage2/model/config.json"):
         if not (run / part).is_file():
@@ -108,7 +111,16 @@ def find_tokenizers(config: FeatureQualityConfig) -> dict[str, Path]:
                 f"{run / part} does not exist: give the run directory of a tokenizer with "
                 "both stages"
             )
-    undistilled = Path(config.output) / "tokenizer_undistilled"
+    folders = {"original": run / "stage1" / "model", "distilled": run / "stage2" / "model"}
+    folders["quantized"] = folders["distilled"]
+    if "undistilled" in config.kinds:
+        folders["undistilled"] = train_undistilled(config)
+    return {kind: folders[kind] for kind in KINDS if kind in config.kinds}
+
+
+def train_undistilled(config: FeatureQualityConfig) -> Path:
+    """The tokenizer whose stage 2 starts from the same stage 1 but has no distillation."""
+    run, undistilled = Path(config.tokenizer), Path(config.output) / "tokenizer_undistilled"
     if not (undistilled / "stage1").is_dir():
         unneeded = shutil.ignore_patterns("step-*", "events", "samples")
         with atomic_path(undistilled / "stage1") as temporary:
@@ -121,13 +133,7 @@ def find_tokenizers(config: FeatureQualityConfig) -> dict[str, Path]:
         *config.tokenizer_training,
     ]
     run_module(tokenizer_training, arguments, config.nproc)
-    distilled = run / "stage2" / "model"
-    return {
-        "original": run / "stage1" / "model",
-        "distilled": distilled,
-        "undistilled": undistilled / "stage2" / "model",
-        "quantized": distilled,
-    }
+    return undistilled / "stage2" / "model"
 
 
 def score_psnr(config: FeatureQualityConfig, kind: str, tokenizer: Path) -> float:
@@ -180,7 +186,7 @@ def score_llava(
 
 def comparison_table(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """One row for each kind of features: mean over seeds, and the range of several."""
-    seeds = list(kinds["original"]["seeds"].values())
+    seeds = list(next(iter(kinds.values()))["seeds"].values())
     names = list(seeds[0]["kinds"])
     questions = [name.replace("_", "/") for name in names]
     header = ["features", "PSNR of the tokenizer", "right", "of held-out scenes", *questions]

@@ -60,6 +60,23 @@ def test_all_four_kinds_in_one_command(
     assert "questions" not in capsys.readouterr().err  # nothing was asked again
 
 
+def test_only_the_kinds_that_are_asked_for(
+    tokenizer_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tokenizer is trained, and quantized features have the distilled tokenizer's PSNR."""
+    monkeypatch.setattr(feature_quality, "score_llava", lambda *args: {"accuracy": 0.5})
+    common = {"tokenizer": str(tokenizer_run), "llm": "l", "output": str(tmp_path)}
+    config = feature_quality.FeatureQualityConfig(
+        **common, kinds=["quantized", "distilled"], num_images=2
+    )
+    kinds = feature_quality.compare(config)["kinds"]
+    assert list(kinds) == ["distilled", "quantized"]
+    assert kinds["distilled"]["psnr"] == kinds["quantized"]["psnr"]
+    assert not (tmp_path / "tokenizer_undistilled").exists()
+    with pytest.raises(ValueError, match="kinds: got none, expected at least one"):
+        feature_quality.FeatureQualityConfig(**common, kinds=[])
+
+
 def test_a_run_without_both_stages_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"config.yaml does not exist: give the run directory"
