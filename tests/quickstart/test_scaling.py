@@ -1,0 +1,107 @@
+"""The scaling of the generator: sizes, their compute, the fit, and runs that are not repeated."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from vqrae.common.files import read_json
+from vqrae.generation import extract_codes
+from vqrae.generation.heads import SingleCodeHead
+from vqrae.generation.modeling import VisualVocabulary, build_generator
+from vqrae.generation.train import visual_loss
+from vqrae.quickstart import scaling
+from vqrae.quickstart.scaling import ScalingConfig, fit_power_law, frontier, training_flops
+
+
+@pytest.fixture(scope="module")
+def command(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two sizes in six steps of two images, on a code set of sixteen."""
+    codes = tmp_path_factory.mktemp("codes") / "set"
+    source = ["tiny", f"tokenizer={tokenizer_folder}", "size=16", "shard_size=16"]
+    extract_codes.main([*source, f"output_dir={codes}"])
+    sizes = ["sizes=[1x8,2x16]", "seeds=[0]", "steps=6", "batch=2", "num_images=4"]
+    return [f"codes={codes}", f"tokenizer={tokenizer_folder}", *sizes]
+
+
+def test_a_curve_for_each_size_that_is_not_measured_again(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling.main([*command, f"output={tmp_path}"])
+    result = read_json(tmp_path / "scaling.json")
+    small, large = result["sizes"]["1x8"], result["sizes"]["2x16"]
+    # A layer: three projections D x D (keys and values of half the heads), an MLP of 9 D D, four
+    # norms, two of which are of heads.
+    assert small["parameters"] == 12 * 8**2 + 2 * 8 + 2 * 2 + 8
+    assert large["parameters"] == 2 * (12 * 16**2 + 2 * 16 + 2 * 4) + 16
+    assert [compute / (2 * large["flops"]) for compute, _ in large["curves"][0]] == [*range(1, 7)]
+    assert result["rows"]["2x16"]["loss"] == [large["curves"][0][-1][1]]
+    assert len(result["rows"]["frontier"]["exponent"]) == 1
+    assert "| 2x16 | 0.01 M |" in (tmp_path / "scaling.md").read_text()
+    assert Image.open(tmp_path / "scaling.png").width > 800
+    assert len([*tmp_path.glob("*/checkpoint-*")]) == 2  # the last of each run
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    capsys.readouterr()
+    scaling.main([*command, f"output={tmp_path}"])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == written
+    assert capsys.readouterr().out.count("is finished (6 steps)") == 2
+    assert read_json(tmp_path / "scaling.json")["sizes"] == result["sizes"]
+
+
+def test_held_out_images_are_not_trained_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"holds 16 images, expected 12 to train on and 5 held"):
+        scaling.main([*command, "num_images=5", f"output={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("steps=7", "steps: got 7, expected a multiple of 6"),
+        ("sizes=[4x192]", "1 sizes, expected a seed or more and 2 to 4 sizes"),
+        ("seeds=[]", "got 0 seeds"),
+        ("sizes=[4x192,6x]", "got '6x', expected LAYERSxWIDTH such as 4x192"),
+        ("sizes=[4x192,6x100]", "a multiple of 8"),
+    ],
+)
+def test_refusals(argument: str, message: str, command: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        scaling.main([*command, argument, f"output={tmp_path}"])
+
+
+def test_compute_is_what_torch_counts() -> None:
+    config = ScalingConfig(codes="c", tokenizer="t", output="o")
+    options = dict(option.split("=", 1) for option in config.arguments("3x64", 0) if "=" in option)
+    prefix = "model.llm_config."
+    sizes = {k.removeprefix(prefix): int(v) for k, v in options.items() if k.startswith(prefix)}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    vocabulary = VisualVocabulary(offset=40, codebook_size=200, num_codes=24)
+    model = build_generator(vocabulary, llm_config=sizes, attention="eager")
+    expected = training_flops(model, 32)
+    model.lm_head = SingleCodeHead(model.lm_head, vocabulary.code_rows)
+    batch = {"input_ids": torch.zeros(1, 8, dtype=torch.long), "codes": torch.arange(24)[None]}
+    batch["attention_mask"] = torch.ones(1, 32, dtype=torch.long)
+    batch["position_ids"] = torch.arange(32)[None]
+    with FlopCounterMode(display=False) as counter:
+        visual_loss(model, batch, vocabulary).backward()
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.005)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1.2])
+def test_the_fit_recovers_a_known_law(floor: float) -> None:
+    compute = np.geomspace(1e11, 1e14, 9)
+    curve = [(float(c), floor + 2.0 * (float(c) / 1e12) ** -0.21) for c in compute]
+    worse = [(c * 1.1, loss + 0.01) for c, loss in curve]
+    assert frontier([*worse, *curve][::-1]) == curve
+    found = fit_power_law(curve)
+    assert found["exponent"] == pytest.approx(0.21, abs=1e-3)
+    assert found["floor"] == pytest.approx(floor, abs=1e-2)
+    rising = [(c, loss) for (c, _), (_, loss) in zip(curve, reversed(curve), strict=True)]
+    assert fit_power_law(rising)["exponent"] < 0
+    with pytest.raises(ValueError, match="got 3 points of a power law, expected 4 or more"):
+        fit_power_law([*itertools.islice(curve, 3)])
