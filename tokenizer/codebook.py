@@ -178,6 +178,32 @@ class CodeUsage:
 
 
 @torch.no_grad()
+def code_space(model: VQRAEModel, features: Tensor) -> dict[str, float]:
+    """Figures for the log on where codes are and where features (B, N, D) are: codes far from all
+    features, or all on one line, are not chosen. Empty where there is not one table of vectors.
+
+    Returns:
+        code_spread: root mean square distance of the codes from their mean, by that of features.
+        code_offset: distance of both means, by the spread of features.
+        code_rank: dimensions that the codes extend in, (sum of variances)^2 / sum of squares.
+        feature_rank: those of the features.
+    """
+    if not isinstance(model.quantizer, CodebookQuantizer) or model.quantizer.num_codebooks > 1:
+        return {}
+    means, spreads, ranks = [], [], []
+    features_ME = model.project(features).flatten(0, 1)
+    for points in (model.quantizer.code_vectors(), model.quantizer.to_code_space(features_ME)):
+        means.append(points.mean(0))
+        centred = points - means[-1]
+        covariance = centred.T @ centred / len(points)
+        spreads.append(covariance.trace().sqrt())
+        ranks.append(covariance.trace().square() / covariance.square().sum())
+    figures = [spreads[0] / spreads[1], (means[0] - means[1]).norm() / spreads[1], *ranks]
+    names = ("code_spread", "code_offset", "code_rank", "feature_rank")
+    return dict(zip(names, torch.stack(figures).tolist(), strict=True))
+
+
+@torch.no_grad()
 def reinitialize_unused_codes(
     model: VQRAEModel, output: VQRAEOutput, usage: CodeUsage, engine: Accelerator, *, seed: int
 ) -> int:

@@ -41,6 +41,7 @@ from vqrae.tokenizer.augment import seen
 from vqrae.tokenizer.build import check_quantizer, initial_model
 from vqrae.tokenizer.codebook import (
     CodeUsage,
+    code_space,
     initialize_codebook,
     measure_in_pixels,
     reinitialize_unused_codes,
@@ -433,7 +434,7 @@ def train_stage(
                 row = window.means() | {
                     "grad_norm": float(grad_norm),
                     "learning_rate": optimizer.param_groups[-1]["lr"],
-                    **usage.summary(),
+                    **(usage.summary() | code_space(model, output.features)),
                     "images_per_second": stage.global_batch_size / seconds,
                 }
                 if stage.contrastive_weight:
