@@ -1,6 +1,6 @@
 """Sweep codebooks, quantizers and training strategy: VQRAE's Tables 5 and 6, UniTok's 7 and 8.
 
-    python -m vqrae.eval.ablations.evaluate suite=table5 seeds=2
+    python -m vqrae.eval.ablations.evaluate suite=size seeds=3
     python -m vqrae.eval.ablations.evaluate suite=my.yaml data=imagenet/train nproc=8 \
         overrides=[stage2.max_steps=5000]
 
@@ -11,6 +11,7 @@ not repeated. `output/SUITE.json` and `.md` are written after every run.
 
 import dataclasses
 import importlib
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ class AblationConfig:
     """Images that probes are asked about."""
     nproc: int = 1
     """Processes of each training, by torchrun; 1 trains in this one."""
+    minutes: float = math.inf
+    """No run begins after this time."""
 
     def __post_init__(self) -> None:
         check_range(self, "seeds", "num_images", "num_train", "num_test", "nproc", low=1)
@@ -154,6 +157,7 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
     Raises:
         ValueError: when a finished run has other settings, before anything is trained.
     """
+    begin = time.monotonic()
     results, trials = plan_trials(name, suite, config)
     # An untrained tokenizer has the encoder that features and distances are compared with.
     original = Path(config.output) / name / "original" / "model"
@@ -180,11 +184,13 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
     # Finished runs come first: where one has other settings, nothing is trained.
     waiting = [trial for trial in trials if not (trial.folder / RECORD).exists()]
     finished = [trial for trial in trials if trial not in waiting]
-    begin = time.monotonic()
     for number, trial in enumerate([*finished, *waiting], start=-len(finished)):
         if number >= 0:
             seconds = (time.monotonic() - begin) * (len(waiting) - number) / max(number, 1)
             left = f", {format_duration(seconds)} left" if number else ""
+            if time.monotonic() - begin > 60 * config.minutes:
+                print(f"{len(waiting) - number} runs of {name} are left to a later launch")
+                break
             place = f"run {number + 1} of {len(waiting)}{left}: {trial.folder}"
             print(f"===== {name}, {place} =====", flush=True)
         try:
