@@ -8,6 +8,7 @@ from vqrae.common.config import ConfigError, load_config
 from vqrae.eval.ablations.suites import SUITES, Suite
 from vqrae.generation.config import GeneratorConfig
 from vqrae.mllm.config import MLLMConfig
+from vqrae.quickstart.claims import ClaimList
 from vqrae.quickstart.pretrain_encoder import EncoderPretrainingConfig
 from vqrae.quickstart.train_llm import TinyLLMConfig
 from vqrae.tokenizer.config import TokenizerTrainConfig
@@ -20,7 +21,7 @@ READERS: dict[str, list[type]] = {
     "generation": [GeneratorConfig],
     "mllm": [MLLMConfig],
     "ablations": [Suite],
-    "quickstart": [EncoderPretrainingConfig, TinyLLMConfig],
+    "quickstart": [EncoderPretrainingConfig, TinyLLMConfig, ClaimList],
 }
 CONFIGS = sorted(
     path for path in ROOT.glob("[a-z]*/**/configs/*.yaml") if "build" not in path.parts

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 from vqrae.common.images import image_to_tensor, resize_and_crop, tensor_to_image
-from vqrae.tokenizer.codebook import initialize_codebook, measure_in_pixels
+from vqrae.tokenizer.codebook import code_space, initialize_codebook, measure_in_pixels
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.quantizers.registry import QUANTIZERS
 from vqrae.tokenizer.vit_decoder import DCTBasis
@@ -148,6 +148,25 @@ def test_image_processor_prepares_images_as_the_package_does(
         # Where sides do not divide, half a pixel of shift.
         difference = (found - model.normalize(image_to_tensor(cropped))) * model.image_std
         assert difference.abs().mean() < 0.03
+
+
+@torch.no_grad()
+def test_the_log_says_where_the_codes_are(make_tokenizer: Callable[..., VQRAEModel]) -> None:
+    model = make_tokenizer(quantizer="vq")
+    features = model.encode_features(images_for(model, 16)).flatten(0, 1)[None, :64]
+    points = model.project(features)[0]
+    model.quantizer.codebook.copy_(points.mean(0) + 2 * (points - points.mean(0)))
+    spread = (points - points.mean(0)).norm(dim=1).square().mean().sqrt()
+    variances = torch.linalg.svdvals(points - points.mean(0)).square()
+    rank = variances.sum().square() / variances.square().sum()
+    figures = code_space(model, features)
+    assert figures["code_rank"] == pytest.approx(rank.item(), rel=1e-3)
+    assert figures["feature_rank"] == pytest.approx(rank.item(), rel=1e-3)
+    assert figures["code_spread"] == pytest.approx(2, rel=1e-4)
+    assert figures["code_offset"] == pytest.approx(0, abs=1e-3)
+    model.quantizer.codebook += 3 * spread / points.shape[1] ** 0.5
+    assert code_space(model, features)["code_offset"] == pytest.approx(3, rel=1e-3)
+    assert code_space(make_tokenizer(**CONFIGURATIONS["mcq"]), features) == {}
 
 
 @torch.no_grad()

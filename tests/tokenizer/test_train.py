@@ -206,6 +206,7 @@ def test_every_quantizer_trains_through_both_stages(name: str, tmp_path: Path) -
     row = metrics(tmp_path, 1)[-1]
     assert {key for key in row if key.endswith("_loss")} == expected
     assert ("codebook_usage_min" in row) == (name in ("mcq", "rvq"))
+    assert ("code_spread" in row) == (name not in ("mcq", "rvq", "fsq"))
     first, second = (VQRAEModel.from_pretrained(tmp_path / f"stage{n}" / "model") for n in (1, 2))
     moved = not torch.equal(first.code_vectors(), second.code_vectors())
     assert moved == (name != "fsq")
