@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
-from vqrae.tokenizer.configuration import VQRAEConfig
+from vqrae.tokenizer.configuration import VQRAEConfig, layer_numbers
 from vqrae.tokenizer.encoders import load_encoder, load_text_side
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.quantizers.base import CodebookQuantizer
@@ -38,6 +38,9 @@ def first_model(config: TokenizerTrainConfig, attention: str) -> VQRAEModel:
     if text_tokenizer is not None:
         model_config = with_text_ids(model_config, text_tokenizer)
     model = build_tokenizer(model_config, attention)
+    for number in config.all_stages:  # refused now rather than after stage 1
+        aligned = config.stage_config(number).alignment_layers
+        layer_numbers(aligned, model.encoder.config.num_hidden_layers)
     model.text_tokenizer = text_tokenizer
     return model
 
@@ -68,6 +71,7 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
     tokenizer_config = VQRAEConfig(
         encoder_config=encoder_config,
         feature_tap=config.feature_tap,
+        fused_layers=config.fused_layers,
         feature_norm=config.feature_norm,
         quantizer=config.quantizer,
         quantizer_options=config.quantizer_options,

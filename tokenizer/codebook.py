@@ -42,7 +42,7 @@ def require_images_for_codebook(config: VQRAEConfig, count: int) -> None:
 @torch.no_grad()
 def standardize_features(model: VQRAEModel, images: Tensor, batch_size: int = 64) -> None:
     """Measure the channel statistics of the features of images (M, 3, H, W) in [0, 1]."""
-    batches = [model.encode_features(batch).float() for batch in images.split(batch_size)]
+    batches = [model.encode_fused(batch).float() for batch in images.split(batch_size)]
     features = torch.cat(batches).flatten(0, 1)
     model.feature_mean.copy_(features.mean(0))
     model.feature_std.copy_(features.std(0).clamp(min=1e-6))
@@ -65,7 +65,7 @@ def initialize_codebook(model: VQRAEModel, images: Tensor, batch_size: int = 64)
             f"quantizer {model.config.quantizer} has no codebook that could start from features"
         )
     require_images_for_codebook(model.config, len(images))
-    batches = [model.project(model.encode_features(batch)) for batch in images.split(batch_size)]
+    batches = [model.project(model.encode_fused(batch)) for batch in images.split(batch_size)]
     with torch.autocast(images.device.type, enabled=False):
         quantizer.initialize_from(torch.cat(batches).flatten(0, 1))
 
@@ -93,7 +93,7 @@ def measure_in_pixels(
     metric_EE = torch.zeros(width, width, device=device)
     scatter_EE = torch.zeros(width, width, device=device)
     for batch in images.split(batch_size):
-        projected_BNE = model.project(model.encode_features(batch)).detach().requires_grad_()
+        projected_BNE = model.project(model.encode_fused(batch)).detach().requires_grad_()
         with full_precision:
             hidden = out_proj(projected_BNE)
         decoded = model.decode_pixels(hidden)
@@ -223,7 +223,7 @@ def reinitialize_unused_codes(
     numbers = (usage.counts == 0).sum(-1).tolist()
     usage.clear()
     if len(unused) > 0:
-        features = model.project(output.features).flatten(0, 1)
+        features = model.project(output.fused).flatten(0, 1)
         targets_nMw, errors_nM = quantizer.targets(features, output.codes.flatten(0, 1))
         generator = torch.Generator(features.device).manual_seed(seed)
         vectors = []

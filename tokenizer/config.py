@@ -23,6 +23,9 @@ class ModelConfig:
     """The encoder's normalisation of images: 0.5 for SigLIP2, ImageNet's for InternViT."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     feature_tap: str = "hidden_states[-1]"
+    fused_layers: tuple[int, ...] = ()
+    """Hidden states that the quantizer reads next to the features; 0: the embeddings. The features
+    that a language model reads stay those of the tap (docs/beyond.md)."""
     feature_norm: str = "none"
     quantizer: str = "simvq"
     quantizer_options: dict[str, Any] = field(default_factory=dict)
@@ -132,6 +135,10 @@ class StageConfig:
     perceptual_mix: tuple[float, ...] = ()
     """One weight for each of several networks; their weighted mean is the loss."""
     distillation_weight: float = 0.0
+    alignment_weight: float = 0.0
+    """Of the error of linear maps from quantized features to the teacher's `alignment_layers`."""
+    alignment_layers: tuple[int, ...] = ()
+    """Hidden states of the teacher, 0 to its number of blocks, or from -1; see docs/beyond.md."""
     adversarial_weight: float = 0.0
     adaptive_weight: tuple[float, float] | None = None
     """Smallest and largest factor on it, which makes its pull at the decoder's last layer that of
@@ -184,6 +191,11 @@ class StageConfig:
             raise ValueError("discriminator_lr: got 0 with adversarial_weight, set a positive rate")
         if not self.freeze_encoder and not self.encoder_lr:
             raise ValueError("encoder_lr: got 0, set a positive rate or freeze_encoder=true")
+        if (self.alignment_weight > 0) != bool(self.alignment_layers):
+            raise ValueError(
+                f"got alignment_weight {self.alignment_weight} and alignment_layers "
+                f"{list(self.alignment_layers)}: give both or none of them"
+            )
         networks = self.perceptual_network.split("+")
         if len(self.perceptual_mix) != (len(networks) if len(networks) > 1 else 0):
             raise ValueError(
@@ -197,7 +209,7 @@ class StageConfig:
         """Whether a loss compares with the frozen original encoder."""
         if self.perceptual_weight and "encoder" in self.perceptual_network.split("+"):
             return True
-        return self.distillation_weight > 0
+        return self.distillation_weight > 0 or self.alignment_weight > 0
 
     def rate_factor(self, step: int) -> float:
         """Factor on the learning rates of the tokenizer: warm-up, then cosine."""

@@ -1,5 +1,6 @@
 """Configuration of the tokenizer, stored as `config.json` in its folder."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -21,6 +22,8 @@ class VQRAEConfig(PreTrainedConfig):
         feature_tap: what "the features" are, for quantizer, teacher and LLM alike.
             `hidden_states[-1]` is what LLaVA's select layer -1 reads; for SigLIP it is before
             `post_layernorm`, `last_hidden_state` after it.
+        fused_layers: hidden states that the quantizer reads next to the features, which stay those
+            of the tap: 0 is the embeddings, -2 the last layer but one. None in the paper.
         feature_norm: what precedes the quantizer's projection: nothing (the paper says nothing),
             `layernorm` without affine (RAE), or `standardize` by channel statistics measured once
             on data (tames outlier channels).
@@ -46,6 +49,7 @@ class VQRAEConfig(PreTrainedConfig):
         self,
         encoder_config: dict[str, Any] | None = None,
         feature_tap: str = "hidden_states[-1]",
+        fused_layers: Sequence[int] = (),
         feature_norm: str = "none",
         quantizer: str = "simvq",
         quantizer_options: dict[str, Any] | None = None,
@@ -73,6 +77,7 @@ class VQRAEConfig(PreTrainedConfig):
         siglip = {"model_type": "siglip_vision_model", "vision_use_head": False}
         self.encoder_config = dict(encoder_config or siglip)
         self.feature_tap = feature_tap
+        self.fused_layers = tuple(fused_layers)
         self.feature_norm = feature_norm
         self.quantizer = quantizer
         self.quantizer_options = dict(quantizer_options or {})
@@ -88,6 +93,13 @@ class VQRAEConfig(PreTrainedConfig):
         self.contrastive = contrastive
         self.image_mean = tuple(image_mean)
         self.image_std = tuple(image_std)
+        if self.fused_layers:
+            depth = self.build_encoder_config().num_hidden_layers
+            if depth in layer_numbers(self.fused_layers, depth):
+                raise ValueError(
+                    f"fused_layers: got {list(self.fused_layers)}, expected layers before the "
+                    f"last, which the quantizer reads by feature_tap: 0 to {depth - 1}"
+                )
         super().__init__(**kwargs)
 
     def build_encoder_config(self) -> PreTrainedConfig:
@@ -133,6 +145,11 @@ class VQRAEConfig(PreTrainedConfig):
         """D, the width of the continuous features."""
         return self.build_encoder_config().hidden_size
 
+    @property
+    def fused_dim(self) -> int:
+        """Width of what the quantizer's projection reads: D, and D of each fused layer."""
+        return self.feature_dim * (1 + len(self.fused_layers))
+
 
 class ViTaminConfig(PreTrainedConfig):
     """Convolutions at three resolutions, then a ViT; the defaults are ViTamin-L at 256 px.
@@ -173,6 +190,21 @@ class ViTaminConfig(PreTrainedConfig):
         self.drop_path = drop_path
         self.layer_norm_eps = 1e-6  # timm's
         super().__init__(**kwargs)
+
+
+def layer_numbers(layers: Sequence[int], depth: int) -> list[int]:
+    """Hidden states of an encoder counted from 0, its embeddings, to its number of blocks.
+
+    Raises:
+        ValueError: for layers that it does not have, or one that is named twice.
+    """
+    numbers = [layer if layer >= 0 else depth + 1 + layer for layer in layers]
+    if len(set(numbers)) < len(numbers) or any(not 0 <= number <= depth for number in numbers):
+        raise ValueError(
+            f"layers: got {list(layers)}, expected different ones from 0, the embeddings, to "
+            f"{depth}, the last of this encoder (or -1)"
+        )
+    return numbers
 
 
 def _require(name: str, value: str | int, known: tuple[str | int, ...]) -> None:

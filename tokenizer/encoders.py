@@ -3,7 +3,7 @@
 Shapes: B batch, H W pixels, N visual tokens, D feature width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from vqrae.common.checkpoints import load_model, local_model, require_finite, resolve_model
-from vqrae.tokenizer.configuration import ViTaminConfig
+from vqrae.tokenizer.configuration import ViTaminConfig, layer_numbers
 from vqrae.tokenizer.open_clip import (
     VITAMIN_CLIP,
     rename,
@@ -79,13 +79,32 @@ def load_text_side(source: str) -> dict[str, Tensor]:
     return vitamin_clip_weights(source)[1] if is_clip else {}
 
 
-def encoder_features(encoder: PreTrainedModel, pixel_values: Tensor, feature_tap: str) -> Tensor:
-    """Features (B, N, D) of a Hugging Face vision encoder at a tap, without a class token."""
-    # Its parts are called directly: `output_hidden_states=True` would keep those of all layers.
-    hidden = encoder.encoder(encoder.embeddings(pixel_values)).last_hidden_state
+def encoder_features(
+    encoder: PreTrainedModel, pixel_values: Tensor, feature_tap: str, layers: Sequence[int] = ()
+) -> Tensor:
+    """Features (B, N, D) of a Hugging Face vision encoder at a tap, without a class token.
+
+    Args:
+        layers: more hidden states (see `layer_numbers`), appended in this order: (B, N, D * (1 +
+            layers)).
+    """
+    numbers = layer_numbers(layers, encoder.config.num_hidden_layers)
+    has_class_token = isinstance(encoder, InternVLVisionModel)
+    blocks = encoder.encoder.layer if has_class_token else encoder.encoder.layers
+    no_mask = (None,) if isinstance(encoder, SiglipVisionModel) else ()
+    # Block by block: `output_hidden_states=True` would keep all states, and drop their gradients
+    # under activation checkpointing.
+    hidden = encoder.embeddings(pixel_values)
+    states = {0: hidden} if 0 in numbers else {}
+    for number, block in enumerate(blocks, start=1):
+        hidden = block(hidden, *no_mask)
+        if number in numbers:
+            states[number] = hidden
     if feature_tap == "last_hidden_state":
         hidden = final_norm(encoder)(hidden)
-    return hidden[:, 1:] if isinstance(encoder, InternVLVisionModel) else hidden
+    if layers:
+        hidden = torch.cat([hidden, *(states[number] for number in numbers)], -1)
+    return hidden[:, 1:] if has_class_token else hidden
 
 
 def final_norm(encoder: PreTrainedModel) -> nn.Module:

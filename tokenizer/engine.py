@@ -80,10 +80,31 @@ def build_accelerators(
     return first, Accelerator()
 
 
+class WithHeads(nn.Module):
+    """A network with heads that its engine also trains, saves and shares; called like it."""
+
+    def __init__(self, network: nn.Module, heads: nn.Module) -> None:
+        super().__init__()
+        self.network, self.heads = network, heads
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.network(*arguments, **options)
+
+
 def prepare(
-    accelerator: Accelerator, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator,
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    heads: nn.Module | None = None,
 ) -> tuple[Any, Any]:
-    """Wrap a network and its optimizer for the engine `name`."""
+    """Wrap a network and its optimizer for the engine `name`.
+
+    Args:
+        heads: trained with the network but no part of it; without parameters they are left out.
+    """
+    if heads is not None and any(True for _ in heads.parameters()):
+        model = WithHeads(model, heads)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.select_deepspeed_plugin(name)
     return accelerator.prepare(model, optimizer)

@@ -6,6 +6,7 @@ Shapes: B batch, N visual tokens, D feature width.
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +20,59 @@ from vqrae.common.distributed import is_main_process, sum_over_processes, world_
 from vqrae.common.files import atomic_path
 from vqrae.tokenizer.config import StageConfig, TokenizerTrainConfig
 from vqrae.tokenizer.discriminator import build_discriminator
-from vqrae.tokenizer.modeling import VQRAEModel
+from vqrae.tokenizer.encoders import encoder_features
+from vqrae.tokenizer.modeling import VQRAEModel, VQRAEOutput
 from vqrae.tokenizer.perceptual import build_perceptual
 
 
 def distillation_loss(features_BND: Tensor, teacher_features_BND: Tensor) -> Tensor:
     """Mean squared error to the features of the frozen original encoder (VQRAE Eq. 5)."""
     return F.mse_loss(features_BND.float(), teacher_features_BND.float())
+
+
+class AlignmentHeads(nn.ModuleList):
+    """Linear maps from quantized features to layers of the teacher; of no use after training.
+
+    A map that could do more would find in the codes what nothing else finds there.
+
+    Args:
+        layers: one map for each; none: no parameters.
+    """
+
+    def __init__(self, layers: Sequence[int], width: int) -> None:
+        super().__init__(nn.Linear(width, width) for _ in layers)
+
+    def forward(self, quantized_BND: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """Mean squared error to the layer-normalised features (B, N, D) of each layer, their mean.
+
+        Without the normalisation the layer with the largest features would be all that counts.
+        """
+        losses = []
+        for head, target_BND in zip(self, targets, strict=True):
+            target_BND = F.layer_norm(target_BND.float(), target_BND.shape[-1:])
+            losses.append(F.mse_loss(head(quantized_BND).float(), target_BND))
+        return torch.stack(losses).mean()
+
+
+def teacher_losses(
+    stage: StageConfig,
+    model: VQRAEModel,
+    teacher: PreTrainedModel,
+    alignment: AlignmentHeads,
+    images: Tensor,
+    output: VQRAEOutput,
+) -> dict[str, Tensor]:
+    """What compares with features of the original encoder, by name, from one pass through it."""
+    tap, layers = model.config.feature_tap, stage.alignment_layers
+    with torch.no_grad():
+        features = encoder_features(teacher, model.normalize(images), tap, layers)
+    target_BND, *targets = features.split(model.config.feature_dim, dim=-1)
+    losses = {}
+    if stage.distillation_weight:
+        losses["distillation_loss"] = distillation_loss(output.features, target_BND)
+    if layers:
+        losses["alignment_loss"] = alignment(output.quantized_features, targets)
+    return losses
 
 
 # -------------------------------------------------------------------------------------- adversarial

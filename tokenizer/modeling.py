@@ -10,6 +10,7 @@ Shapes: B batch, H W pixels, N = G * G visual tokens, D feature width, E codeboo
 each of n codebooks. Codes are (B, N) of one codebook, (B, N, n) of several.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class VQRAEOutput:
     """Attributes:
     reconstruction: (B, 3, H', W'), clamped to [0, 1] in evaluation alone: losses need the excess.
     features: (B, N, D) continuous encoder output.
+    fused: these and the `fused_layers`, side by side: what the quantizer's projection reads.
     codes: (B, N) or (B, N, n), int64.
     losses: unweighted losses of the quantizer by name.
     quantized_features: (B, N, D), what the decoder reads.
@@ -50,6 +52,7 @@ class VQRAEOutput:
 
     reconstruction: Tensor
     features: Tensor
+    fused: Tensor
     codes: Tensor
     losses: dict[str, Tensor]
     quantized_features: Tensor
@@ -81,7 +84,7 @@ class VQRAEModel(PreTrainedModel):
             config.build_encoder_config(), attn_implementation=config._attn_implementation
         )
         width = config.feature_dim
-        self.in_proj = build_projection(config, width, config.codebook_dim)
+        self.in_proj = build_projection(config, config.fused_dim, config.codebook_dim)
         self.quantizer: Quantizer = build_quantizer(
             config.quantizer,
             config.codebook_size,
@@ -98,8 +101,8 @@ class VQRAEModel(PreTrainedModel):
         image_std = torch.tensor(config.image_std, dtype=torch.float32).view(3, 1, 1)
         self.register_buffer("image_mean", image_mean, persistent=False)
         self.register_buffer("image_std", image_std, persistent=False)
-        self.register_buffer("feature_mean", torch.zeros(width))
-        self.register_buffer("feature_std", torch.ones(width))
+        self.register_buffer("feature_mean", torch.zeros(config.fused_dim))
+        self.register_buffer("feature_std", torch.ones(config.fused_dim))
         self.post_init()
 
     # ---- the four calls that everything else builds on
@@ -113,13 +116,20 @@ class VQRAEModel(PreTrainedModel):
         Raises:
             ValueError: for another size, integers, or values outside [0, 1].
         """
+        return self._encode(images, (), check)
+
+    def encode_fused(self, images: Tensor, *, check: bool = True) -> Tensor:
+        """Images (B, 3, H, W) -> features, then those of `fused_layers`: (B, N, D * (1 + L))."""
+        return self._encode(images, self.config.fused_layers, check)
+
+    def _encode(self, images: Tensor, layers: Sequence[int], check: bool) -> Tensor:
         check_images(images, self.config.image_size, values=check and not self.training)
         pixel_values = self.normalize(images.float()).to(self.encoder.dtype)
-        return encoder_features(self.encoder, pixel_values, self.config.feature_tap)
+        return encoder_features(self.encoder, pixel_values, self.config.feature_tap, layers)
 
     def encode(self, images: Tensor, *, check: bool = True) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> codes, int64; see `encode_features`."""
-        return self.choose_codes(self.encode_features(images, check=check))
+        return self.choose_codes(self.encode_fused(images, check=check))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes -> images (B, 3, H', W') in [0, 1], equal to `forward`'s reconstruction.
@@ -151,8 +161,9 @@ class VQRAEModel(PreTrainedModel):
             bypass: decode the unquantized features, as an autoencoder (to warm up a training).
             decoded: the number of images, the first ones, that are reconstructed; None: all.
         """
-        features_BND = self.encode_features(images)
-        projected_BNE = self.project(features_BND)
+        fused = self.encode_fused(images)
+        features_BND = fused[..., : self.config.feature_dim]
+        projected_BNE = self.project(fused)
         with torch.autocast(images.device.type, enabled=False):
             output = self.quantizer(projected_BNE)
             decoded_BNE = output.quantized
@@ -162,7 +173,9 @@ class VQRAEModel(PreTrainedModel):
         reconstruction = self.decode_pixels(hidden_BND[:decoded])
         if not self.training:
             reconstruction = reconstruction.clamp(0, 1)
-        return VQRAEOutput(reconstruction, features_BND, output.codes, output.losses, hidden_BND)
+        return VQRAEOutput(
+            reconstruction, features_BND, fused, output.codes, output.losses, hidden_BND
+        )
 
     # ---- their parts
 
@@ -171,16 +184,17 @@ class VQRAEModel(PreTrainedModel):
         return (images - self.image_mean) / self.image_std
 
     def choose_codes(self, features: Tensor) -> Tensor:
-        """Features (B, N, D) -> codes, int64."""
+        """What `encode_fused` gives -> codes, int64."""
         projected_BNE = self.project(features)
         with torch.autocast(features.device.type, enabled=False):
             return self.quantizer(projected_BNE).codes
 
     def project(self, features: Tensor) -> Tensor:
-        """Features (B, N, D) -> what the quantizer searches with (B, N, E), in fp32.
+        """What `encode_fused` gives -> what the quantizer searches with (B, N, E), in fp32.
 
         Raises:
-            ValueError: for a model whose projection was cast to half precision.
+            ValueError: for features without the fused layers, or a model whose projection was cast
+                to half precision.
         """
         dtype = next(iter(self.in_proj.state_dict().values())).dtype
         if dtype != torch.float32:
@@ -189,10 +203,16 @@ class VQRAEModel(PreTrainedModel):
                 "Load the folder with from_pretrained(dtype=torch.bfloat16), which leaves it in "
                 "fp32, instead of casting the whole model"
             )
+        if features.shape[-1] != self.config.fused_dim:
+            raise ValueError(
+                f"got features of width {features.shape[-1]}, expected {self.config.fused_dim}: "
+                "those of encode_fused, which has the fused layers"
+            )
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             if self.config.feature_norm == "layernorm":
-                features = nn.functional.layer_norm(features, features.shape[-1:])
+                layers = features.unflatten(-1, (-1, self.config.feature_dim))
+                features = nn.functional.layer_norm(layers, layers.shape[-1:]).flatten(-2)
             elif self.config.feature_norm == "standardize":
                 features = (features - self.feature_mean) / self.feature_std
             return self.in_proj(features)

@@ -54,7 +54,7 @@ from vqrae.tokenizer.contrastive import contrastive_loss
 from vqrae.tokenizer.data import StageImages, resize
 from vqrae.tokenizer.discriminator import frozen
 from vqrae.tokenizer.dry_run import dry_run, rehearse_checkpoints
-from vqrae.tokenizer.encoders import encoder_features, final_norm
+from vqrae.tokenizer.encoders import final_norm
 from vqrae.tokenizer.engine import (
     allow_tf32,
     build_accelerators,
@@ -66,14 +66,15 @@ from vqrae.tokenizer.engine import (
     share_from_main,
 )
 from vqrae.tokenizer.losses import (
+    AlignmentHeads,
     LeCam,
     adaptive_weight,
     build_loss_networks,
     consistency_loss,
     discriminator_hinge_loss,
-    distillation_loss,
     generator_hinge_loss,
     keep_original_encoder,
+    teacher_losses,
 )
 from vqrae.tokenizer.modeling import VQRAEModel
 from vqrae.tokenizer.progress import print_start, print_step, save_previews
@@ -159,10 +160,9 @@ def train_stage(
     # ------------------------------------------------------------------------------------- networks
 
     image_size, output_size = model.config.image_size, model.config.output_size
-    feature_tap = model.config.feature_tap
     model.to(device)
     model.encoder.requires_grad_(not stage.freeze_encoder)
-    if feature_tap == "hidden_states[-1]":
+    if model.config.feature_tap == "hidden_states[-1]":
         final_norm(model.encoder).requires_grad_(False)  # follows the tap: it gets no gradient
     text_side = nn.ModuleList()
     if model.config.text_config is not None:
@@ -178,6 +178,7 @@ def train_stage(
         keep_original_encoder(model.encoder, original, tuned=tuned)
         engine.wait_for_everyone()
     teacher, perceptual, discriminator = build_loss_networks(config, stage, model, original, device)
+    alignment = AlignmentHeads(stage.alignment_layers, model.config.feature_dim).to(device)
     lecam = LeCam().to(device)
     multiple = 1 if discriminator is None else discriminator.multiple
     see = partial(seen, augment=stage.discriminator_augment, multiple=multiple)
@@ -221,7 +222,7 @@ def train_stage(
 
     # ----------------------------------------------------------------------------------- optimizers
 
-    decoder = nn.ModuleList([model.in_proj, model.out_proj, model.decoder])
+    decoder = nn.ModuleList([model.in_proj, model.out_proj, model.decoder, alignment])
     modules = {
         "encoder": (model.encoder, stage.encoder_lr),
         "quantizer": (model.quantizer, stage.quantizer_lr or stage.decoder_lr),
@@ -231,7 +232,7 @@ def train_stage(
     # ZeRO cuts matrices into pieces, which Muon could not orthogonalise.
     optimizer = build_optimizer(modules, stage, "adamw" if config.zero else stage.optimizer)
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    wrapped, optimizer = prepare(engine, "tokenizer", model, optimizer)
+    wrapped, optimizer = prepare(engine, "tokenizer", model, optimizer, alignment)
     d_wrapped: Any = None
     d_optimizer: Any = None
     engines = {"tokenizer": engine}
@@ -323,11 +324,10 @@ def train_stage(
                             "reconstruction_loss": F.mse_loss(output.reconstruction, targets),
                             **output.losses,  # Eq. 3, by the quantizer
                         }
-                        if stage.distillation_weight:
-                            with torch.no_grad():
-                                pixel_values = model.normalize(inputs)
-                                target = encoder_features(teacher, pixel_values, feature_tap)
-                            losses["distillation_loss"] = distillation_loss(output.features, target)
+                        if stage.distillation_weight or stage.alignment_weight:
+                            losses |= teacher_losses(
+                                stage, model, teacher, alignment, inputs, output
+                            )
                         if stage.l1_weight:
                             losses["l1_loss"] = F.l1_loss(output.reconstruction, targets)
                         if stage.contrastive_weight:
@@ -365,6 +365,7 @@ def train_stage(
                             + stage.entropy_weight * losses.get("entropy_loss", 0.0)
                         )
                         + stage.distillation_weight * losses.get("distillation_loss", 0.0)
+                        + stage.alignment_weight * losses.get("alignment_loss", 0.0)
                         + stage.contrastive_weight * losses.get("contrastive_loss", 0.0)
                         + adversarial_weight
                         * losses.get("adversarial_factor", 1.0)
@@ -373,7 +374,7 @@ def train_stage(
                     # Outside of autocast, whose bf16 copies of all weights are freed by now.
                     engine.backward(loss)
                     if engine.sync_gradients:
-                        grad_norm = clip_gradients(engine, optimizer, model, max_norm)
+                        grad_norm = clip_gradients(engine, optimizer, wrapped, max_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 usage.update(output.codes)

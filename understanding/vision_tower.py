@@ -84,8 +84,10 @@ class VQRAEFeatures(VQRAEModel):
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:  # type: ignore[override]
         """Normalised images (B, 3, H, W) -> `hidden_states[-1]` (B, N, D), in their precision."""
         pixel_values = pixel_values.to(self.encoder.dtype)
-        features_BND = encoder_features(self.encoder, pixel_values, self.config.feature_tap)
-        if self.config.features == "quantized":
+        is_quantized, tap = self.config.features == "quantized", self.config.feature_tap
+        fused = self.config.fused_layers if is_quantized else ()
+        features_BND = encoder_features(self.encoder, pixel_values, tap, fused)
+        if is_quantized:
             quantized_BND = self.features_of(self.choose_codes(features_BND))
             features_BND = quantized_BND.to(features_BND.dtype)
         return BaseModelOutput(last_hidden_state=features_BND, hidden_states=(features_BND,))

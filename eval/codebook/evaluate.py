@@ -60,7 +60,7 @@ def measure_codebooks(model: VQRAEModel, batches: Iterable[Tensor]) -> list["Cod
     statistics = [CodebookStatistics(table, patch_size) for table in tables]
     for images in batches:
         images = images.to(model.device)
-        features = model.project(model.encode_features(images)).flatten(0, 1)
+        features = model.project(model.encode_fused(images)).flatten(0, 1)
         codes = model.quantizer(features[None]).codes[0]
         targets, _ = model.quantizer.targets(features, codes)
         by_codebook = codes.view(len(codes), number).T

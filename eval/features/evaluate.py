@@ -145,8 +145,9 @@ def extract(
     batches = batch_indices(total, config.batch_size)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for images, labels in read_batches(dataset, batches, config.num_workers, model.device):
-        continuous = model.encode_features(images).float()
-        quantized = model.quantizer(model.project(continuous)).quantized
+        fused = model.encode_fused(images).float()
+        continuous = fused[..., : model.config.feature_dim]
+        quantized = model.quantizer(model.project(fused)).quantized
         chosen = labels >= 0
         if labels.ndim == 2:
             continuous, quantized = continuous[chosen], quantized[chosen]

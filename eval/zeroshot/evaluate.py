@@ -117,8 +117,9 @@ class Judge:
         loader = DataLoader(dataset, batch_sampler=shares, num_workers=self.config.num_workers)
         for done, batch in enumerate(loader, start=1):
             images = batch["image"].to(self.model.device).float() / 255
-            continuous = self.model.encode_features(images)
-            quantized = self.model.features_of(self.model.choose_codes(continuous))
+            fused = self.model.encode_fused(images)
+            continuous = fused[..., : self.model.config.feature_dim]
+            quantized = self.model.features_of(self.model.choose_codes(fused))
             embeddings = [self.side.embed_images(part).cpu() for part in (continuous, quantized)]
             parts.append((embeddings, list(describe(batch))))
             progress(done, len(shares))
