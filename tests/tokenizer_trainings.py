@@ -51,6 +51,8 @@ EVERYTHING = [
     *(f"stage2.{pair}" for pair in (*SHAPE, "revival_interval=1", "bypass_steps=1")),
     "stage2.perceptual_weight=0.1",
     "stage2.distillation_weight=1.0",
+    "stage2.alignment_weight=0.1",
+    "stage2.alignment_layers=[0, -1]",
     *ADVERSARIAL,
 ]
 # Settings of which the number of processes is independent. Muon is not among them: it gives the

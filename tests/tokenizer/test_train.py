@@ -29,7 +29,7 @@ def test_both_stages_leave_a_run_directory(finished: Path) -> None:
     assert "discriminator_loss" not in first  # not run before its start
     losses = {name.removesuffix("_loss") for name in last if name.endswith("_loss")}
     assert losses == {"reconstruction", "codebook", "commitment"} | {
-        *("perceptual", "distillation", "adversarial", "discriminator")
+        *("perceptual", "distillation", "alignment", "adversarial", "discriminator")
     }
     for file in ("stage2/samples/step-4.png", "config.yaml", "manifest.json"):
         assert (finished / file).exists()
