@@ -97,9 +97,18 @@ def compare(config: FeatureQualityConfig) -> dict[str, Any]:
         scores = {str(seed): score_llava(config, kind, folder, seed) for seed in config.seeds}
         kinds[kind]["seeds"] = scores
     fingerprints = {kind: values["tokenizer"] for kind, values in kinds.items()}
-    result = {"kinds": kinds, "manifest": run_manifest(fingerprints=fingerprints)}
+    rows = {kind: numbers_of(list(values["seeds"].values())) for kind, values in kinds.items()}
+    manifest = run_manifest(fingerprints=fingerprints)
+    result = {"rows": rows, "kinds": kinds, "manifest": manifest}
     write_json(Path(config.output) / "scores.json", result)
     return result
+
+
+def numbers_of(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """A number of each seed for each score, those of the kinds of questions among them."""
+    found = {name: [score[name] for score in scores] for name in ("accuracy", "held_out")}
+    kinds = scores[0]["kinds"]
+    return found | {kind: [score["kinds"][kind] for score in scores] for kind in kinds}
 
 
 def find_tokenizers(config: FeatureQualityConfig) -> dict[str, Path]:
@@ -192,11 +201,8 @@ def comparison_table(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["features", "PSNR of the tokenizer", "right", "of held-out scenes", *questions]
     rows = []
     for kind, values in kinds.items():
-        scores = list(values["seeds"].values())
-        row = [kind, f"{values['psnr']:.2f} dB"]
-        columns = [[score[name] for score in scores] for name in ("accuracy", "held_out")]
-        columns += [[score["kinds"][name] for score in scores] for name in names]
-        rows.append([*row, *map(spread, columns)])
+        numbers = numbers_of(list(values["seeds"].values()))
+        rows.append([kind, f"{values['psnr']:.2f} dB", *map(spread, numbers.values())])
     count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds (mean and range)"
     asked = (
         f"{seeds[0]['num_questions']} questions about {seeds[0]['num_images']} validation scenes"

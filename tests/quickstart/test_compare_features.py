@@ -64,12 +64,16 @@ def test_only_the_kinds_that_are_asked_for(
     tokenizer_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No tokenizer is trained, and quantized features have the distilled tokenizer's PSNR."""
-    monkeypatch.setattr(feature_quality, "score_llava", lambda *args: {"accuracy": 0.5})
+    scores = {"accuracy": 0.5, "held_out": 0.25, "kinds": {"color": 0.75}}
+    monkeypatch.setattr(feature_quality, "score_llava", lambda *args: scores)
     common = {"tokenizer": str(tokenizer_run), "llm": "l", "output": str(tmp_path)}
     config = feature_quality.FeatureQualityConfig(
-        **common, kinds=["quantized", "distilled"], num_images=2
+        **common, kinds=["quantized", "distilled"], num_images=2, seeds=[0, 1]
     )
-    kinds = feature_quality.compare(config)["kinds"]
+    result = feature_quality.compare(config)
+    expected = {"accuracy": [0.5, 0.5], "held_out": [0.25, 0.25], "color": [0.75, 0.75]}
+    assert result["rows"]["quantized"] == expected
+    kinds = result["kinds"]
     assert list(kinds) == ["distilled", "quantized"]
     assert kinds["distilled"]["psnr"] == kinds["quantized"]["psnr"]
     assert not (tmp_path / "tokenizer_undistilled").exists()
