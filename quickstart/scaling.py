@@ -248,8 +248,7 @@ def fit_power_law(points: Points) -> dict[str, float]:
 
 def scaling_table(result: dict[str, Any]) -> str:
     """Sizes with their losses, and the fits."""
-    settings, fits = result["settings"], result["fits"]
-    rows = []
+    settings, rows = result["settings"], []
     for size, values in result["sizes"].items():
         losses = result["rows"][size]["loss"]
         spread = f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
@@ -257,11 +256,11 @@ def scaling_table(result: dict[str, Any]) -> str:
         rows.append([size, f"{values['parameters'] / 1e6:.2f} M", f"{compute:.2e}", spread])
     header = ["layers x width", "parameters", "training FLOPs", "held-out loss"]
     note = (
-        f"{settings['steps']} steps of {settings['batch']} images; nats per code of "
-        f"{settings['num_images']} held-out images, mean and range over {len(fits)} seeds; "
-        "parameters without embeddings. On the frontier of each seed loss(C) = E + a C^-b:"
+        f"{settings['steps']} steps of {settings['batch']} images; nats a code of "
+        f"{settings['num_images']} held-out images, mean and range of {len(settings['seeds'])} "
+        "seeds; parameters without embeddings. The frontier of each seed as E + a C^-b:"
     )
-    found = [f"- E = {fit['floor']:.2f}, b = {fit['exponent']:.3f}" for fit in fits]
+    found = [f"- E = {fit['floor']:.2f}, b = {fit['exponent']:.3f}" for fit in result["fits"]]
     lines = ["# Scaling of the generator", "", *markdown_table(header, rows), "", note, "", *found]
     return "\n".join(lines) + "\n"
 

@@ -52,9 +52,7 @@ def test_a_curve_for_each_size_that_is_not_measured_again(
     assert read_json(tmp_path / "scaling.json")["sizes"] == result["sizes"]
 
 
-def test_held_out_images_are_not_trained_on(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_code_set_must_hold_images_out(command: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds 16 images, expected 12 to train on and 5 held"):
         scaling.main([*command, "num_images=5", f"output={tmp_path}"])
 
