@@ -32,7 +32,7 @@ from vqrae.eval.ablations import evaluate as ablations
 from vqrae.eval.ablations.suites import METRICS, Metric
 from vqrae.eval.ablations.tables import measurements
 from vqrae.eval.figures import ACCENT, INK, PAPER, RIGHT, SECOND, SOFT, STYLE, WRONG
-from vqrae.eval.verdicts import Claim, Effect, Measurements, all_hold, effect
+from vqrae.eval.verdicts import Claim, Effect, Measurements, Verdict, all_hold, effect
 
 ALL_METRICS = METRICS | {
     "accuracy": Metric("questions answered", ".1%"),
@@ -162,7 +162,7 @@ def verdict(claim: PublishedClaim, rows: Measurements, config: ClaimsConfig) -> 
             if count < config.seeds:
                 missing[name] = f"{name} has {count} of {config.seeds} seeds"
     effects = [each["effect"] for each in compared if each["decides"]]
-    decided = [found["verdict"] if found else "undecided" for found in effects]
+    decided: list[Verdict] = [found["verdict"] if found else "undecided" for found in effects]
     return {
         "title": claim.title,
         "paper": claim.paper,
