@@ -179,28 +179,35 @@ class CodeUsage:
 
 @torch.no_grad()
 def code_space(model: VQRAEModel, features: Tensor) -> dict[str, float]:
-    """Figures for the log on where codes are and where features (B, N, D) are: codes far from all
-    features, or all on one line, are not chosen. Empty where there is not one table of vectors.
+    """Figures for the log on where codes are and where fused features (B, N, D) are. Empty where there is
+    not one table of code vectors.
 
     Returns:
-        code_spread: root mean square distance of the codes from their mean, by that of features.
-        code_offset: distance of both means, by the spread of features.
-        code_rank: dimensions that the codes extend in, (sum of variances)^2 / sum of squares.
-        feature_rank: those of the features.
+        feature_spread: root mean square distance of projected features from their mean.
+        code_spread: that of the codes, by feature_spread.
+        code_offset: distance of both means, by feature_spread.
+        code_error: share of the features' variance that is lost by quantizing them.
+        feature_rank, code_rank: dimensions that they extend in, (sum of variances)^2 / sum of
+            squares.
     """
-    if not isinstance(model.quantizer, CodebookQuantizer) or model.quantizer.num_codebooks > 1:
+    quantizer = model.quantizer
+    if not isinstance(quantizer, CodebookQuantizer) or quantizer.num_codebooks > 1:
         return {}
-    means, spreads, ranks = [], [], []
-    features_ME = model.project(features).flatten(0, 1)
-    for points in (model.quantizer.code_vectors(), model.quantizer.to_code_space(features_ME)):
-        means.append(points.mean(0))
-        centred = points - means[-1]
-        covariance = centred.T @ centred / len(points)
-        spreads.append(covariance.trace().sqrt())
-        ranks.append(covariance.trace().square() / covariance.square().sum())
-    figures = [spreads[0] / spreads[1], (means[0] - means[1]).norm() / spreads[1], *ranks]
-    names = ("code_spread", "code_offset", "code_rank", "feature_rank")
-    return dict(zip(names, torch.stack(figures).tolist(), strict=True))
+    features_ME = quantizer.to_code_space(model.project(features).flatten(0, 1))
+    codes_KE = quantizer.code_vectors()
+    chosen_ME = codes_KE[quantizer.choose(features_ME[None], codes_KE)[0]]
+    covariances = [points.T.cov(correction=0) for points in (features_ME, codes_KE)]
+    variance, code_variance = (covariance.trace() for covariance in covariances)
+    ranks = [each.trace().square() / each.square().sum() for each in covariances]
+    figures = {
+        "feature_spread": variance.sqrt(),
+        "code_spread": (code_variance / variance).sqrt(),
+        "code_offset": (features_ME.mean(0) - codes_KE.mean(0)).norm() / variance.sqrt(),
+        "code_error": (features_ME - chosen_ME).square().sum(-1).mean() / variance,
+        "feature_rank": ranks[0],
+        "code_rank": ranks[1],
+    }
+    return {name: figure.item() for name, figure in figures.items()}
 
 
 @torch.no_grad()

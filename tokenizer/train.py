@@ -435,7 +435,7 @@ def train_stage(
                 row = window.means() | {
                     "grad_norm": float(grad_norm),
                     "learning_rate": optimizer.param_groups[-1]["lr"],
-                    **(usage.summary() | code_space(model, output.features)),
+                    **(usage.summary() | code_space(model, output.fused)),
                     "images_per_second": stage.global_batch_size / seconds,
                 }
                 if stage.contrastive_weight:

@@ -163,6 +163,9 @@ def test_the_log_says_where_the_codes_are(make_tokenizer: Callable[..., VQRAEMod
     assert figures["code_rank"] == pytest.approx(rank.item(), rel=1e-3)
     assert figures["feature_rank"] == pytest.approx(rank.item(), rel=1e-3)
     assert figures["code_spread"] == pytest.approx(2, rel=1e-4)
+    assert figures["feature_spread"] == pytest.approx(spread.item(), rel=1e-4)
+    error = model.quantizer(points[None]).losses["codebook_loss"] * points.shape[1] / spread**2
+    assert figures["code_error"] == pytest.approx(error.item(), rel=1e-4)
     assert figures["code_offset"] == pytest.approx(0, abs=1e-3)
     model.quantizer.codebook += 3 * spread / points.shape[1] ** 0.5
     assert code_space(model, features)["code_offset"] == pytest.approx(3, rel=1e-3)
