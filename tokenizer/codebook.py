@@ -179,8 +179,8 @@ class CodeUsage:
 
 @torch.no_grad()
 def code_space(model: VQRAEModel, features: Tensor) -> dict[str, float]:
-    """Figures for the log on where codes are and where fused features (B, N, D) are. Empty where there is
-    not one table of code vectors.
+    """Figures for the log on where codes are and where fused features (B, N, D) are; none of a
+    quantizer without one table of code vectors.
 
     Returns:
         feature_spread: root mean square distance of projected features from their mean.
