@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from vqrae.common.config import did_you_mean, load_config, shipped_config
 from vqrae.eval.verdicts import Claim
 
-VQRAE_SUITES = ("width", "collapse", "size", "table6", "quantizers", "locality")
+VQRAE_SUITES = ("width", "collapse", "size", "table6", "quantizers", "locality", "layers")
 UNITOK_SUITES = ("codebooks", "residual", "objectives", "systems")
 SUITES = VQRAE_SUITES + UNITOK_SUITES
 
