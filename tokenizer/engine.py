@@ -98,12 +98,8 @@ def prepare(
     optimizer: torch.optim.Optimizer,
     heads: nn.Module | None = None,
 ) -> tuple[Any, Any]:
-    """Wrap a network and its optimizer for the engine `name`.
-
-    Args:
-        heads: trained with the network but no part of it; without parameters they are left out.
-    """
-    if heads is not None and any(True for _ in heads.parameters()):
+    """Wrap a network, heads that have parameters, and their optimizer for the engine `name`."""
+    if heads is not None and list(heads.parameters()):
         model = WithHeads(model, heads)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.select_deepspeed_plugin(name)

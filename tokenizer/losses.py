@@ -35,8 +35,7 @@ class AlignmentHeads(nn.ModuleList):
 
     A map that could do more would find in the codes what nothing else finds there.
 
-    Args:
-        layers: one map for each; none: no parameters.
+    Without layers it has no parameters.
     """
 
     def __init__(self, layers: Sequence[int], width: int) -> None:

@@ -10,7 +10,6 @@ Shapes: B batch, H W pixels, N = G * G visual tokens, D feature width, E codeboo
 each of n codebooks. Codes are (B, N) of one codebook, (B, N, n) of several.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,16 +115,14 @@ class VQRAEModel(PreTrainedModel):
         Raises:
             ValueError: for another size, integers, or values outside [0, 1].
         """
-        return self._encode(images, (), check)
+        return self.encode_fused(images, check=check)[..., : self.config.feature_dim]
 
     def encode_fused(self, images: Tensor, *, check: bool = True) -> Tensor:
         """Images (B, 3, H, W) -> features, then those of `fused_layers`: (B, N, D * (1 + L))."""
-        return self._encode(images, self.config.fused_layers, check)
-
-    def _encode(self, images: Tensor, layers: Sequence[int], check: bool) -> Tensor:
         check_images(images, self.config.image_size, values=check and not self.training)
         pixel_values = self.normalize(images.float()).to(self.encoder.dtype)
-        return encoder_features(self.encoder, pixel_values, self.config.feature_tap, layers)
+        tap, layers = self.config.feature_tap, self.config.fused_layers
+        return encoder_features(self.encoder, pixel_values, tap, layers)
 
     def encode(self, images: Tensor, *, check: bool = True) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> codes, int64; see `encode_features`."""
@@ -193,8 +190,7 @@ class VQRAEModel(PreTrainedModel):
         """What `encode_fused` gives -> what the quantizer searches with (B, N, E), in fp32.
 
         Raises:
-            ValueError: for features without the fused layers, or a model whose projection was cast
-                to half precision.
+            ValueError: for features of another width, or a projection cast to half precision.
         """
         dtype = next(iter(self.in_proj.state_dict().values())).dtype
         if dtype != torch.float32:
