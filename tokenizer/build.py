@@ -1,7 +1,11 @@
 """From the configuration of a run to a tokenizer."""
 
+import math
 from pathlib import Path
 
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from vqrae.tokenizer.config import ModelConfig, TokenizerTrainConfig
@@ -68,8 +72,9 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
                 )
         model_type = {"model_type": encoder.config.model_type}
         encoder_config = encoder.config.to_diff_dict() | model_type | drop_path
+    size = {"image_size": config.image_size} if config.image_size else {}
     tokenizer_config = VQRAEConfig(
-        encoder_config=encoder_config,
+        encoder_config={**(encoder_config or {}), **size},
         feature_tap=config.feature_tap,
         fused_layers=config.fused_layers,
         feature_norm=config.feature_norm,
@@ -91,10 +96,32 @@ def build_tokenizer(config: ModelConfig, attention: str) -> VQRAEModel:
     )
     model = VQRAEModel(tokenizer_config)
     if encoder is not None:
-        model.encoder.load_state_dict(encoder.state_dict())
+        weights = encoder.state_dict()
+        if config.image_size:
+            weights = at_image_size(weights, model.config.grid_size)
+        model.encoder.load_state_dict(weights)
     if config.encoder and config.text_config is not None:
         start_text_side(model, config.encoder)
     return model
+
+
+def at_image_size(weights: dict[str, Tensor], grid_size: int) -> dict[str, Tensor]:
+    """Weights of a SigLIP with its position table (N, D) resampled to `grid_size` tokens a side.
+
+    Bicubic, as for a ViT that is trained on at another resolution (arXiv 2010.11929, section 3.2).
+
+    Raises:
+        ValueError: for the weights of another encoder.
+    """
+    key = "embeddings.position_embedding.weight"
+    if key not in weights:
+        raise ValueError("model.image_size: the encoder is not a SigLIP, leave it empty")
+    side = math.isqrt(len(weights[key]))
+    table_1DHW = rearrange(weights[key], "(h w) d -> 1 d h w", h=side)
+    resampled_1DHW = F.interpolate(
+        table_1DHW, (grid_size, grid_size), mode="bicubic", antialias=True
+    )
+    return weights | {key: rearrange(resampled_1DHW, "1 d h w -> (h w) d")}
 
 
 def start_text_side(model: VQRAEModel, encoder: str) -> None:

@@ -19,6 +19,8 @@ class ModelConfig:
     encoder_config: dict[str, Any] | None = None
     """`model_type` and values of the encoder: what the pretrained one must be (and a dry run builds
     where it is not on this machine), or what the random one is."""
+    image_size: int | None = None
+    """Pixels of a side; None: the encoder's. Another size resamples a SigLIP's position table."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """The encoder's normalisation of images: 0.5 for SigLIP2, ImageNet's for InternViT."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)

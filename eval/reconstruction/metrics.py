@@ -38,7 +38,7 @@ class ReconstructionMetrics:
         self.frechet = frechet
         self.lpips = lpips or {}
         self.usage = CodeUsage(codebook_size, num_codebooks, device)
-        self.names = ["num_images", "psnr", "squared_error", "ssim"]
+        self.names = ["num_images", "psnr", "squared_psnr", "squared_error", "ssim"]
         self.names += [f"lpips_{name}" for name in self.lpips]
         if self.protocol.ssim_data_range != 1:
             self.names.append(f"ssim_range_{self.protocol.ssim_data_range:g}")
@@ -57,9 +57,11 @@ class ReconstructionMetrics:
         target = round_levels(original, protocol.rounding)
         copy = round_levels(reconstruction, protocol.rounding)
         error = (target - copy).square().flatten(1).mean(dim=1)
+        psnr = -10 * error.clamp(min=MIN_SQUARED_ERROR).log10()
         values = {
             "num_images": torch.ones_like(error),
-            "psnr": -10 * error.clamp(min=MIN_SQUARED_ERROR).log10(),
+            "psnr": psnr,
+            "squared_psnr": psnr.double().square(),
             "squared_error": error,
             "ssim": ssim(target, copy, protocol.ssim_window, 1.0),
         }
@@ -89,8 +91,9 @@ class ReconstructionMetrics:
         """All metrics over everything that was added.
 
         Returns:
-            psnr (dB), ssim, lpips_*: means over images. psnr_pooled: of the squared error over all
-            images together. ssim_range_*: at the protocol's data range.
+            psnr (dB), ssim, lpips_*: means over images. psnr_interval: half of the 95 % interval of
+            that mean. psnr_pooled: of the squared error over all images together.
+            ssim_range_*: at the protocol's data range.
             rfid, inception_score, frechet_*: of the sets.
             codebook_usage: share of the K codes that any image used; dead_codes, dead_share: the
             others. perplexity, entropy_bits: of the codes. Of several codebooks, usage and
@@ -112,6 +115,7 @@ class ReconstructionMetrics:
                 "features of a metric's network, hold NaN. Check the weights"
             )
         means = {name: value / count for name, value in means.items()}
+        variance = max(0.0, means.pop("squared_psnr") - means["psnr"] ** 2)
         pooled = -10 * math.log10(max(means.pop("squared_error"), MIN_SQUARED_ERROR))
 
         usages = (self.usage.counts > 0).double().mean(-1)
@@ -127,6 +131,7 @@ class ReconstructionMetrics:
         few = f"Fréchet distances of {count} images are biased upwards; published ones use 50,000"
         return {
             "psnr": means.pop("psnr"),
+            "psnr_interval": 1.96 * math.sqrt(variance / max(count - 1, 1)),
             "psnr_pooled": pooled,
             **means,
             **distances,

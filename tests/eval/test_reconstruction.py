@@ -12,8 +12,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from vqrae.common.images import save_image, tensor_to_image
 from vqrae.data.samples import TooManyBrokenSamples
 from vqrae.data.scenes.dataset import SceneDataset
+from vqrae.eval.reconstruction import compare, networks
 from vqrae.eval.reconstruction import evaluate as reconstruction
-from vqrae.eval.reconstruction import networks
 from vqrae.eval.reconstruction.evaluate import evaluate_reconstruction
 from vqrae.eval.reconstruction.metrics import ReconstructionMetrics
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -231,3 +231,24 @@ def test_inception_is_that_of_torch_fidelity(
     pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     for ours, theirs in zip(network(pixels.float() / 255), whole(pixels), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_tiles_and_their_join_are_inverse() -> None:
+    images = torch.rand(2, 3, 16, 16)
+    tiles = compare.retile(images, 8)
+    assert tiles.shape == (8, 3, 8, 8)
+    assert torch.equal(tiles[1], images[0, :, :8, 8:])
+    assert torch.equal(compare.retile(tiles, 16), images)
+    with pytest.raises(ValueError, match="16 and 12 pixels, expected a multiple"):
+        compare.retile(images, 12)
+
+
+def test_more_bytes_make_a_better_copy() -> None:
+    images = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6), 64, mode="bicubic").clamp(0, 1)
+    for name in ("JPEG", "WEBP"):
+        copies = [compare.by_format(name, count)(images)[0] for count in (60, 600)]
+        coarse, fine = ((copy - images).square().mean() for copy in copies)
+        assert fine < 0.5 * coarse
+    patches, codes = compare.by_patches(compare.retile(images, 8).flatten(1), 8)(images)
+    assert torch.equal(patches, images)
+    assert codes.tolist() == list(range(64))

@@ -62,6 +62,16 @@ def test_a_generator_needs_codes_a_tokenizer_and_its_encoder() -> None:
     assert modules("generation.train", "dry_run=1") == ["generation.train"]
 
 
+def test_photographs_are_unpacked_once(empty_folder: Path) -> None:
+    names = modules("tokenizer.train", "config=photographs")
+    assert names == ["quickstart.pretrain_encoder", "data.photographs", "tokenizer.train"]
+    train = empty_folder / "runs" / "photographs" / "train"
+    train.mkdir(parents=True)
+    (train / "SOURCES.md").touch()
+    names = modules("tokenizer.train", "config=photographs", "encoder=mine")
+    assert names == ["tokenizer.train"]
+
+
 @pytest.mark.parametrize("module", EVALUATIONS)
 def test_an_evaluation_makes_its_model_only_if_none_is_given(module: str) -> None:
     given = [f"{key}=mine" for key in JOBS[module].prepare]

@@ -18,7 +18,7 @@ from transformers import (
     SiglipModel,
 )
 
-from vqrae.tokenizer.build import build_tokenizer
+from vqrae.tokenizer.build import at_image_size, build_tokenizer
 from vqrae.tokenizer.config import ModelConfig
 from vqrae.tokenizer.encoders import encoder_features, load_encoder
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -132,3 +132,23 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "siglip2"}')
     with pytest.raises(ValueError, match="'siglip2' checkpoint, expected an encoder"):
         load_encoder(str(tmp_path), "eager")
+
+
+def test_a_siglip_is_taken_to_another_size(tmp_path: Path) -> None:
+    vision = whole_siglip(tmp_path)
+    table = vision.embeddings.position_embedding.weight
+    with torch.no_grad():  # a plane, which bicubic resampling keeps but for the border
+        steps = torch.arange(8.0)
+        table[:] = (steps[:, None] + 10 * steps).flatten()[:, None]
+    vision.save_pretrained(tmp_path / "vision")
+    config = ModelConfig(encoder=str(tmp_path / "vision"), image_size=128, codebook_dim=16)
+    model = build_tokenizer(config, "eager")
+    assert model.config.grid_size == 16
+    assert model.decode(model.encode(torch.rand(1, 3, 128, 128))).shape == (1, 3, 128, 128)
+    resampled = model.encoder.embeddings.position_embedding.weight[:, 0].view(16, 16)
+    expected = torch.arange(16) / 2 - 0.25
+    inside = slice(4, 12)
+    plane = expected[inside, None] + 10 * expected[inside]
+    torch.testing.assert_close(resampled[inside, inside], plane)
+    with pytest.raises(ValueError, match="not a SigLIP"):
+        at_image_size({"cls_token": table}, 16)
