@@ -125,20 +125,21 @@ class GroundedCollator:
             known.update(*sample["phrases"])
         phrases = sorted(known)
         patches = []
-        truth = []
+        truth = []  # of each object
         for i, sample in enumerate(samples):
             for box, own in zip(sample["boxes"], sample["phrases"], strict=True):
                 left, top, right, bottom = box
                 inside = (self.x_N > left) & (self.x_N < right)
                 inside &= (self.y_N > top) & (self.y_N < bottom)
                 patches.append(inside.nonzero().flatten() + i * len(inside))
-                truth += [[phrase in own for phrase in phrases]] * int(inside.sum())
+                truth.append([phrase in own for phrase in phrases])
+        counts = torch.tensor([len(each) for each in patches])
         return {
             "pixel_values": (images - 0.5) / 0.5,
             "input_ids": self.tokenize([sample["caption"] for sample in samples]),
             "phrase_ids": self.tokenize(phrases),
             "patches": torch.cat(patches),
-            "truth": torch.tensor(truth),
+            "truth": torch.tensor(truth).repeat_interleave(counts, dim=0),
         }
 
     def tokenize(self, texts: list[str]) -> Tensor:
