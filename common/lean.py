@@ -1,0 +1,89 @@
+"""Parts of transformers' models that train faster on a CPU, with the same numbers up to rounding.
+
+There the products of small matrices are cheap, and passes over long tensors are what takes time.
+
+Shapes: B batch, H heads, K heads of keys and values, T tokens, S tokens they see, d head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+
+def use_lean_attention() -> None:
+    """Let `eager` mean `lean_attention` in this process, for all models of transformers."""
+    AttentionInterface.register("eager", lean_attention)
+
+
+def lean_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention of `query` (B, H, T, d) to `key` and `value` (B, K, S, d) -> (B, T, H, d), weights.
+
+    Under autocast the scores (B, H, T, S), the longest tensors of a small model, stay in 16 bits,
+    where the softmax computes in fp32 inside. transformers' own takes them to fp32 and back, and
+    copies keys and values for each of their H / K heads.
+
+    Args:
+        attention_mask: (B, 1, T, S), added to the scores.
+
+    Raises:
+        ValueError: for a model whose attention does more than that.
+    """
+    if options.get("softcap") is not None or hasattr(module, "sinks"):
+        name = type(module).__name__
+        raise ValueError(f"got {name}, whose attention is not plain: set attention to sdpa")
+    (batch, heads, length, width), shared = query.shape, key.shape[1]
+    query = (query * scaling).reshape(batch, shared, -1, width)
+    scores = torch.matmul(query, key.mT).view(batch, heads, length, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask.to(scores.dtype)
+    # Outside of autocast, which would make it fp32.
+    with torch.autocast(scores.device.type, enabled=False):
+        weights = scores.softmax(-1)
+    weights = nn.functional.dropout(weights, dropout, training=module.training)
+    output = torch.matmul(weights.view(batch, shared, -1, weights.shape[-1]), value)
+    return output.view(batch, heads, length, width).transpose(1, 2).contiguous(), weights
+
+
+class LeanRMSNorm(Qwen3RMSNorm):
+    """The norm of Qwen3 with half of the passes, most of them in its backward pass."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        normed = (x * scale).to(x.dtype)
+        ctx.save_for_backward(normed, scale, weight)
+        return weight * normed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, scale, weight = ctx.saved_tensors
+        along = gradient * normed
+        mean = (along @ weight).unsqueeze(-1) / weight.numel()
+        of_x = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        return of_x.to(normed.dtype), along.flatten(0, -2).sum(0), None
+
+
+def use_lean_norms(model: nn.Module) -> None:
+    """Make every norm of a Qwen3 inside `model` a `LeanRMSNorm`, in place."""
+    for module in model.modules():
+        if type(module) is Qwen3RMSNorm:
+            module.__class__ = LeanRMSNorm
