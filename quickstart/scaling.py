@@ -22,7 +22,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from scipy.optimize import curve_fit
+from scipy.optimize import least_squares
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from vqrae.common.checkpoints import load_model, local_model, model_fingerprint
@@ -34,7 +34,7 @@ from vqrae.common.files import markdown_table, weights_fingerprint, write_json, 
 from vqrae.common.run import kept, prune, run_manifest
 from vqrae.common.trainer import checkpoints
 from vqrae.data.code_shards import CodeDataset
-from vqrae.eval.figures import ACCENT, INK, PAPER, RIGHT, SECOND, STYLE, WRONG
+from vqrae.eval.figures import ACCENT, PAPER, RIGHT, SECOND, STYLE, WRONG
 from vqrae.eval.sharding import run_module
 from vqrae.generation import train as generation_training
 from vqrae.generation.data import GenerationCollator, TrainingStream
@@ -44,9 +44,6 @@ from vqrae.generation.train import visual_loss
 
 COLORS = (ACCENT, SECOND, RIGHT, WRONG)
 CHECKPOINTS = 6  # of a run, evenly spaced
-
-Points = Sequence[tuple[float, float]]
-"""(training FLOPs, held-out loss)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +76,10 @@ class ScalingConfig:
         check_range(self, "steps", "batch", "num_images", "nproc", low=1)
         if self.steps % CHECKPOINTS:
             raise ValueError(f"steps: got {self.steps}, expected a multiple of {CHECKPOINTS}")
-        if not self.seeds or not 2 <= len(self.sizes) <= len(COLORS):
+        if not self.seeds or not 3 <= len(self.sizes) <= len(COLORS):
             raise ValueError(
                 f"got {len(self.seeds)} seeds and {len(self.sizes)} sizes, expected a seed or more "
-                f"and 2 to {len(COLORS)} sizes"
+                f"and 3 or {len(COLORS)} sizes"
             )
         for size in self.sizes:
             layers_and_width(size)
@@ -147,17 +144,22 @@ def measure(config: ScalingConfig) -> dict[str, Any]:
         settings = {"model": model_fingerprint(run), "num_images": config.num_images}
         scores = kept(run / "held_out.json", settings, partial(score_run, run, samples))
         prune(checkpoints(run), 1)
-        unit = config.batch * scores["flops"]
-        curve = [(int(step) * unit, loss) for step, loss in scores["losses"].items()]
+        curve = [(int(step) * config.batch, loss) for step, loss in scores["losses"].items()]
         sizes[size]["curves"].append(curve)
         sizes[size] |= {key: scores[key] for key in ("parameters", "tokens", "flops")}
-    by_seed = zip(*(values["curves"] for values in sizes.values()), strict=True)
-    fits = [fit_power_law(frontier(list(itertools.chain(*curves)))) for curves in by_seed]
+    fits = []
+    for place in range(len(config.seeds)):
+        points = []
+        for values in sizes.values():
+            millions = values["parameters"] / 1e6
+            points += [(millions, images / 1e3, loss) for images, loss in values["curves"][place]]
+        fits.append(fit_law(points))
     rows: dict[str, dict[str, list[float]]] = {"frontier": {}, "no scaling": {}}
     rows["frontier"]["exponent"] = [fit["exponent"] for fit in fits]
     rows["no scaling"]["exponent"] = [0.0 for _ in fits]
     for size, values in sizes.items():
         rows[size] = {"loss": [curve[-1][1] for curve in values["curves"]]}
+        rows[size]["compute"] = [curve[-1][0] * values["flops"] for curve in values["curves"]]
     result = {"rows": rows, "fits": fits, "sizes": sizes, "settings": dataclasses.asdict(config)}
     return {**result, "manifest": run_manifest(fingerprints={"tokenizer": fingerprint})}
 
@@ -206,41 +208,35 @@ def training_flops(model: Qwen3ForCausalLM, tokens: float) -> float:
     return 6 * parameters * tokens + 12 * attention * tokens**2 + 6 * logits
 
 
-def frontier(points: Points) -> Points:
-    """The points whose loss no point of less compute reaches, by compute."""
-    best: list[tuple[float, float]] = []
-    for compute, loss in sorted(points):
-        if not best or loss < best[-1][1]:
-            best.append((compute, loss))
-    return best
+def law(millions: Any, images: Any, fit: Sequence[float]) -> Any:
+    """E + A N^-alpha + B D^-beta (arXiv 2203.15556, equation 2), N in millions, D in thousands."""
+    floor, size_scale, size_exponent, data_scale, data_exponent = fit
+    return floor + size_scale * millions**-size_exponent + data_scale * images**-data_exponent
 
 
-def law(compute: Any, floor: float, scale: float, exponent: float, unit: float) -> Any:
-    """floor + scale (compute / unit)^-exponent"""
-    return floor + scale * (compute / unit) ** -exponent
+def fit_law(points: Sequence[tuple[float, float, float]]) -> dict[str, float]:
+    """The law of points (millions of parameters, thousands of images, loss).
 
+    Least squares of logarithms; the floor is below all losses, exponents may have any sign.
 
-def fit_power_law(points: Points) -> dict[str, float]:
-    """The arguments of `law`, by least squares of logarithms; the exponent may have any sign.
-
-    Raises:
-        ValueError: for fewer than four points, which do not determine it.
+    Returns:
+        The five numbers of `law`, and `exponent`, which they imply for the best loss of a compute:
+        alpha beta / (alpha + beta).
     """
-    if len(points) < 4:
-        raise ValueError(f"got {len(points)} points of a power law, expected 4 or more")
-    compute, losses = np.array(points).T
-    unit = float(np.exp(np.log(compute).mean()))
-    lowest = float(losses.min())
+    millions, images, losses = np.array(points).T
+    lowest = losses.min()
 
-    def logarithm(compute: np.ndarray, floor: float, scale: float, exponent: float) -> np.ndarray:
-        return np.log(law(compute, floor, scale, exponent, unit))
+    def residuals(fit: Any) -> np.ndarray:
+        return np.log(law(millions, images, fit) / losses)
 
-    bounds = ([0, 1e-9, -np.inf], [lowest, np.inf, np.inf])
-    start = (lowest / 2, lowest / 2, 0.3)
-    options = {"p0": start, "bounds": bounds, "max_nfev": 10_000}
-    found, _ = curve_fit(logarithm, compute, np.log(losses), **options)
-    floor, scale, exponent = map(float, found)
-    return {"floor": floor, "scale": scale, "exponent": exponent, "unit": unit}
+    bounds = ([0, 0, -2, 0, -2], [lowest, np.inf, 2, np.inf, 2])
+    starts = [(part * lowest, lowest / 4, 0.3, lowest / 4, 0.3) for part in (0.1, 0.5, 0.9)]
+    options: dict[str, Any] = {"bounds": bounds, "x_scale": "jac", "max_nfev": 5000}
+    found = [least_squares(residuals, start, **options) for start in starts]
+    best = min(found, key=lambda each: each.cost).x.tolist()
+    names = ("floor", "size_scale", "size_exponent", "data_scale", "data_exponent")
+    exponent = best[2] * best[4] / (best[2] + best[4])
+    return dict(zip(names, best, strict=True), exponent=exponent)
 
 
 # ---- for people
@@ -249,39 +245,47 @@ def fit_power_law(points: Points) -> dict[str, float]:
 def scaling_table(result: dict[str, Any]) -> str:
     """Sizes with their losses, and the fits."""
     settings, rows = result["settings"], []
-    for size, values in result["sizes"].items():
+    for size, found in result["sizes"].items():
         losses = result["rows"][size]["loss"]
         spread = f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
-        compute = values["curves"][0][-1][0]
-        rows.append([size, f"{values['parameters'] / 1e6:.2f} M", f"{compute:.2e}", spread])
+        compute = result["rows"][size]["compute"][0]
+        rows.append([size, f"{found['parameters'] / 1e6:.2f} M", f"{compute:.2e}", spread])
     header = ["layers x width", "parameters", "training FLOPs", "held-out loss"]
     note = (
         f"{settings['steps']} steps of {settings['batch']} images; nats a code of "
         f"{settings['num_images']} held-out images, mean and range of {len(settings['seeds'])} "
-        "seeds; parameters without embeddings. The frontier of each seed as E + a C^-b:"
+        "seeds; parameters without embeddings. E + A N^-alpha + B D^-beta, fitted to each seed:"
     )
-    found = [f"- E = {fit['floor']:.2f}, b = {fit['exponent']:.3f}" for fit in result["fits"]]
-    lines = ["# Scaling of the generator", "", *markdown_table(header, rows), "", note, "", *found]
+    fits = []
+    for fit in result["fits"]:
+        values = [fit["floor"], fit["size_exponent"], fit["data_exponent"], fit["exponent"]]
+        fits.append([f"{value:.3f}" for value in values])
+    lines = ["# Scaling of the generator", "", *markdown_table(header, rows), "", note, ""]
+    lines += markdown_table(["E", "alpha", "beta", "compute: alpha beta / (alpha + beta)"], fits)
     return "\n".join(lines) + "\n"
 
 
 def draw_scaling(result: dict[str, Any], file: Path) -> None:
-    """Loss against compute, both logarithmic: a colour a size, a line a seed, and the fits."""
+    """Loss against compute, both logarithmic: a colour a size, points of each seed, its fit."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.2), dpi=160, facecolor=PAPER, layout="constrained")
         axes = figure.subplots()
         for (size, values), color in zip(result["sizes"].items(), COLORS, strict=False):
-            for curve in values["curves"]:
-                axes.loglog(*zip(*curve, strict=True), "o-", color=color, markersize=3, linewidth=1)
-            label = f"{size}: {values['parameters'] / 1e6:.2f} M"
-            axes.annotate(label, values["curves"][0][0], color=color)
-        compute = np.geomspace(*axes.get_xlim(), 100)
-        for fit in result["fits"]:
-            axes.plot(compute, law(compute, **fit), color=INK, linewidth=0.8, linestyle=":")
+            millions = values["parameters"] / 1e6
+            for curve, fit in zip(values["curves"], result["fits"], strict=True):
+                images, losses = np.array(curve).T
+                axes.loglog(images * values["flops"], losses, "o", color=color, markersize=3)
+                many = np.geomspace(images[0], images[-1])
+                fitted = law(millions, many / 1e3, list(fit.values())[:5])
+                axes.plot(many * values["flops"], fitted, color=color, linewidth=0.8)
+            place = (images[0] * values["flops"], losses[0])
+            axes.annotate(f"  {size}: {millions:.2f} M", place, color=color)
         exponents = [fit["exponent"] for fit in result["fits"]]
-        spread = f"b = {np.mean(exponents):.2f} ({min(exponents):.2f} to {max(exponents):.2f})"
-        axes.set_title(f"dotted: E + a C^-b on the frontier of a seed, {spread}", fontsize=9)
-        axes.set(xlabel="training FLOPs", ylabel="held-out loss, nats per code")
+        spread = f"{np.mean(exponents):.2f} ({min(exponents):.2f} to {max(exponents):.2f})"
+        axes.set_title(
+            f"lines: E + A N^-alpha + B D^-beta; exponent of compute {spread}", fontsize=9
+        )
+        axes.set(xlabel="training FLOPs", ylabel="held-out loss, nats a code")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
