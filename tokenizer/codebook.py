@@ -53,8 +53,14 @@ def standardize_features(model: VQRAEModel, images: Tensor, batch_size: int = 64
 
 
 @torch.no_grad()
-def initialize_codebook(model: VQRAEModel, images: Tensor, batch_size: int = 64) -> None:
-    """Start the codebook from k-means of the projected features of images (M, 3, H, W) in [0, 1].
+def initialize_codebook(
+    model: VQRAEModel, images: Tensor, batch_size: int = 64, start: str = "features"
+) -> None:
+    """Start the codebook from the projected features of images (M, 3, H, W) in [0, 1].
+
+    Args:
+        start: `features`: their k-means centres; `gaussian`: random vectors with their mean and
+            covariance.
 
     Raises:
         ValueError: when the quantizer has no codebook, or the images have fewer than K tokens.
@@ -67,7 +73,14 @@ def initialize_codebook(model: VQRAEModel, images: Tensor, batch_size: int = 64)
     require_images_for_codebook(model.config, len(images))
     batches = [model.project(model.encode_fused(batch)) for batch in images.split(batch_size)]
     with torch.autocast(images.device.type, enabled=False):
-        quantizer.initialize_from(torch.cat(batches).flatten(0, 1))
+        features_ME = torch.cat(batches).flatten(0, 1)
+        if start == "gaussian":
+            variances, axes_EE = torch.linalg.eigh(features_ME.T.cov())
+            random_KE = torch.randn(quantizer.codebook_size, len(axes_EE), device=images.device)
+            scaled_KE = random_KE * variances.clamp(min=0).sqrt()
+            # As many as there are codes: k-means leaves them where they are.
+            features_ME = features_ME.mean(0) + scaled_KE @ axes_EE.T
+        quantizer.initialize_from(features_ME)
 
 
 def measure_in_pixels(

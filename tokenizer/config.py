@@ -43,8 +43,9 @@ class ModelConfig:
     """Of `attention`."""
     decoder: Literal["vit", "conv"] = "vit"
     """The encoder's blocks, or, for `vitamin`, they and its convolutions in mirrored order."""
-    codebook_init: Literal["random", "features"] = "random"
-    """`random` is the quantizer's published start; `features`: k-means of projected features."""
+    codebook_init: Literal["random", "gaussian", "features"] = "random"
+    """`random` is the quantizer's published start; `features`: k-means of projected features;
+    `gaussian`: random vectors with their mean and covariance."""
     output_patch_size: int | None = None
     """Pixels of a side of a decoded patch; None: the encoder's. 16 makes InternViT's 448 px 512."""
     output_basis: str = "pixels"

@@ -203,7 +203,7 @@ def train_stage(
         return resize(images.sample(sample_size(model.config)), image_size)
 
     from_data = number == 1 and checkpoint is None
-    from_features = config.model.codebook_init == "features"
+    from_features = config.model.codebook_init != "random"
     if stage.bypass_steps or (from_data and from_features):
         require_images_for_codebook(model.config, len(images.training))  # now, not after the bypass
     if from_data:
@@ -211,7 +211,7 @@ def train_stage(
             if model.config.feature_norm == "standardize":
                 standardize_features(model, sample_images())
             if from_features:
-                initialize_codebook(model, sample_images())
+                initialize_codebook(model, sample_images(), start=config.model.codebook_init)
         share_from_main(model)
 
     # Only the main process writes models, so it alone keeps an average.

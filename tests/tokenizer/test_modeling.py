@@ -151,6 +151,19 @@ def test_image_processor_prepares_images_as_the_package_does(
 
 
 @torch.no_grad()
+def test_a_gaussian_start_has_the_features_moments(
+    make_tokenizer: Callable[..., VQRAEModel],
+) -> None:
+    model = make_tokenizer(quantizer="simvq", codebook_size=1024)
+    images = images_for(model, 64)
+    initialize_codebook(model, images, start="gaussian")
+    figures = code_space(model, model.encode_features(images))
+    assert figures["code_spread"] == pytest.approx(1, abs=0.1)
+    assert figures["code_offset"] < 0.1
+    assert figures["code_rank"] == pytest.approx(figures["feature_rank"], rel=0.2)
+
+
+@torch.no_grad()
 def test_the_log_says_where_the_codes_are(make_tokenizer: Callable[..., VQRAEModel]) -> None:
     model = make_tokenizer(quantizer="vq")
     features = model.encode_features(images_for(model, 16)).flatten(0, 1)[None, :64]
