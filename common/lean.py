@@ -12,10 +12,28 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+# Norms whose output several linear layers read, in Qwen3 and SigLIP.
+READ_TWICE = ("input_layernorm", "post_attention_layernorm", "layer_norm1")
 
-def use_lean_attention() -> None:
-    """Let `eager` mean `lean_attention` in this process, for all models of transformers."""
+
+def make_lean(model: nn.Module) -> None:
+    """Prepare a model for training on a CPU, in place; weights and their names stay.
+
+    `eager` means `lean_attention` from now on, for all models of transformers in this process.
+    """
     AttentionInterface.register("eager", lean_attention)
+    for name, module in model.named_modules():
+        if type(module) is Qwen3RMSNorm:
+            module.__class__ = LeanRMSNorm
+        if name.endswith(READ_TWICE):
+            module.register_forward_hook(cast_once)
+
+
+def cast_once(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A forward hook: the cast of autocast, which each linear layer that follows would repeat."""
+    device = output.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return output.to(torch.get_autocast_dtype(device)) if enabled else output
 
 
 def lean_attention(
@@ -48,7 +66,9 @@ def lean_attention(
     query = (query * scaling).reshape(batch, shared, -1, width)
     scores = torch.matmul(query, key.mT).view(batch, heads, length, -1)
     if attention_mask is not None:
-        scores = scores + attention_mask.to(scores.dtype)
+        # In 16 bits the lowest number of fp32 is -inf, and a row that sees nothing would be NaN.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores + attention_mask.clamp(min=lowest).to(scores.dtype)
     # Outside of autocast, which would make it fp32.
     with torch.autocast(scores.device.type, enabled=False):
         weights = scores.softmax(-1)
@@ -80,10 +100,3 @@ class _RMSNorm(torch.autograd.Function):
         mean = (along @ weight).unsqueeze(-1) / weight.numel()
         of_x = (gradient * weight).addcmul_(normed, mean, value=-1).mul_(scale)
         return of_x.to(normed.dtype), along.flatten(0, -2).sum(0), None
-
-
-def use_lean_norms(model: nn.Module) -> None:
-    """Make every norm of a Qwen3 inside `model` a `LeanRMSNorm`, in place."""
-    for module in model.modules():
-        if type(module) is Qwen3RMSNorm:
-            module.__class__ = LeanRMSNorm

@@ -30,7 +30,7 @@ from vqrae.common.distributed import (
     world_size,
 )
 from vqrae.common.files import remove_leftovers
-from vqrae.common.lean import use_lean_attention, use_lean_norms
+from vqrae.common.lean import make_lean
 from vqrae.common.optim import Muon, muon_groups
 from vqrae.common.run import Run, format_duration, mark_trained, prune
 
@@ -185,8 +185,7 @@ class WholeTrainer(Trainer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         if self.args.device.type == "cpu":
-            use_lean_attention()
-            use_lean_norms(self.model)
+            make_lean(self.model)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vqrae.common.distributed import prepare_cpu_deepspeed
-from vqrae.common.lean import use_lean_attention
+from vqrae.common.lean import make_lean
 from vqrae.common.optim import Muon
 from vqrae.tokenizer.config import StageConfig
 
@@ -43,8 +43,6 @@ def build_accelerators(
     They set no precision: parameters stay fp32, and the loop runs forward passes under autocast.
     """
     on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        use_lean_attention()
     if not zero:
         # By default DDP holds all gradients twice, and sends all buffers (the codebook, which is
         # equal everywhere) in every forward pass.
@@ -102,6 +100,8 @@ def prepare(
     heads: nn.Module | None = None,
 ) -> tuple[Any, Any]:
     """Wrap a network, heads that have parameters, and their optimizer for the engine `name`."""
+    if accelerator.device.type == "cpu":
+        make_lean(model)
     if heads is not None and list(heads.parameters()):
         model = WithHeads(model, heads)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
