@@ -12,7 +12,7 @@ from vqrae.common.config import ConfigError, did_you_mean
 from vqrae.common.errors import run_main
 from vqrae.common.files import write_json
 
-NAMES = ("extract", "frechet", "loss", "packing", "quantizer", "sampler")
+NAMES = ("extract", "frechet", "loss", "packing", "quantizer", "sampler", "training")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,6 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "images": 3,
         "batch_size": 2,
     },
+    "training": {"batch": 2, "steps": 2},
 }
 UNITS = {
     "quantizer": ["s", "MiB", "s", "MiB", "s", "s", "s"],
@@ -45,6 +46,7 @@ UNITS = {
     "sampler": ["images/s", "MiB", "positions/s"],
     "loss": ["MiB", "MiB", "s", "s"],
     "extract": ["images/s", "bytes"],
+    "training": ["samples/s"] * 4,
 }
 
 
