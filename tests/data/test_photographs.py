@@ -55,7 +55,7 @@ def test_no_photograph_is_on_both_sides(debian: Path, tmp_path: Path) -> None:
         assert photographs.is_held_out(file.stem)
     with Image.open(files["train"][0]) as image:
         assert image.size == (384, 256)
-    assert "CC-BY" in (output / "SOURCES.md").read_text()
+    assert "Creative Commons" in (output / "SOURCES.md").read_text()
     crops = open_images(str(output), image_size=128, split="all", crop="zoom")
     assert len(crops) == len(files["train"])
     assert crops[0]["image"].shape == (3, 128, 128)
