@@ -181,6 +181,11 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
             trial.folder / RECORD, settings, lambda: train_and_score(trial, original, suite, config)
         )
 
+    def write() -> None:
+        values = summarize(suite, config, results, probes, encoder)
+        write_json(Path(config.output) / f"{name}.json", values)
+        write_text(Path(config.output) / f"{name}.md", ablation_table(values, suite))
+
     # Finished runs come first: where one has other settings, nothing is trained.
     waiting = [trial for trial in trials if not (trial.folder / RECORD).exists()]
     finished = [trial for trial in trials if trial not in waiting]
@@ -190,6 +195,7 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
             left = f", {format_duration(seconds)} left" if number else ""
             if time.monotonic() - begin > 60 * config.minutes:
                 print(f"{len(waiting) - number} runs of {name} are left to a later launch")
+                write()  # there may be no run at all
                 break
             place = f"run {number + 1} of {len(waiting)}{left}: {trial.folder}"
             print(f"===== {name}, {place} =====", flush=True)
@@ -199,9 +205,7 @@ def sweep(name: str, suite: Suite, config: AblationConfig) -> None:
             print(f"{trial.folder} diverged: {error}", flush=True)
             metrics = {"diverged": str(error)}
         trial.result["runs"].append({"seed": trial.seed, "metrics": metrics})
-        values = summarize(suite, config, results, probes, encoder)
-        write_json(Path(config.output) / f"{name}.json", values)
-        write_text(Path(config.output) / f"{name}.md", ablation_table(values, suite))
+        write()
 
 
 def train_and_score(

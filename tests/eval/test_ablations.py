@@ -160,6 +160,11 @@ def test_a_row_that_diverges_leaves_the_others(
     monkeypatch.setattr(ablations, "run_module", train)
     monkeypatch.setattr(ablations, "score_reconstruction", lambda *a: {"psnr": 20.0})
     config = AblationConfig(encoder=str(encoder), output=str(tmp_path), seeds=2, nproc=4)
+    sweep("s", suite(), dataclasses.replace(config, minutes=0))  # the table, but no run
+    assert [row["runs"] for row in json.loads((tmp_path / "s.json").read_text())["rows"]] == [
+        [],
+        [],
+    ]
     sweep("s", suite(), config)
     lines = (tmp_path / "s.md").read_text().splitlines()
     assert "| 1 | 20.00 (1 diverged) |  |" in lines
