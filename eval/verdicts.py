@@ -53,10 +53,18 @@ class Effect:
 
     def text(self, spec: str) -> str:
         """`confirmed (+0.52, 0.31 to 0.73)`, with numbers by the format `spec`, such as `.2f`."""
-        if self.low is None:
-            return f"{self.verdict} ({self.difference:+{spec}}, too few seeds)"
-        interval = f"{self.low:{spec}} to {self.high:{spec}}"
-        return f"{self.verdict} ({self.difference:+{spec}}, {interval})"
+        difference = difference_text(self.difference, f"+{spec}")
+        if self.low is None or self.high is None:
+            return f"{self.verdict} ({difference}, too few seeds)"
+        low = difference_text(self.low, spec).removesuffix(" points")
+        return f"{self.verdict} ({difference}, {low} to {difference_text(self.high, spec)})"
+
+
+def difference_text(value: float, spec: str) -> str:
+    """A difference by a format; that of two percentages is one of points: `+3.1 points`."""
+    if spec.endswith("%"):
+        return f"{100 * value:{spec[:-1]}f} points"
+    return f"{value:{spec}}"
 
 
 def welch_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:

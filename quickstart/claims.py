@@ -32,7 +32,15 @@ from vqrae.eval.ablations import evaluate as ablations
 from vqrae.eval.ablations.suites import METRICS, Metric
 from vqrae.eval.ablations.tables import measurements
 from vqrae.eval.figures import ACCENT, INK, PAPER, RIGHT, SECOND, SOFT, STYLE, WRONG
-from vqrae.eval.verdicts import Claim, Effect, Measurements, Verdict, all_hold, effect
+from vqrae.eval.verdicts import (
+    Claim,
+    Effect,
+    Measurements,
+    Verdict,
+    all_hold,
+    difference_text,
+    effect,
+)
 
 ALL_METRICS = METRICS | {
     "accuracy": Metric("questions answered", ".1%"),
@@ -199,11 +207,12 @@ def comparison_cells(comparison: Mapping[str, Any]) -> list[str]:
     """One line of a claim's table."""
     metric = ALL_METRICS[comparison["metric"]]
     sign = "±" if comparison["kind"] == "equivalent" else ""
-    margin = f"{sign}{comparison['margin']:{metric.format}}" if comparison["margin"] else ""
+    margin = comparison["margin"]
+    least = f"{sign}{difference_text(margin, metric.format)}" if margin else ""
     text = comparison["text"] if comparison["decides"] else f"({comparison['text']})"
     found = comparison["effect"]
     result = Effect(**found).text(metric.format) if found else "missing"
-    return [text, metric.heading, margin, result]
+    return [text, metric.heading, least, result]
 
 
 def draw(name: str, found: Mapping[str, Any], file: Path) -> None:

@@ -37,6 +37,8 @@ def test_a_claim_is_decided_where_the_whole_interval_is_on_one_side() -> None:
     assert judge(claim(margin=1.5), high, low).verdict == "refuted"  # higher, but by too little
     assert judge(claim(margin=1.1), high, low).verdict == "undecided"
     assert judge(claim(), high, low).text(".2f") == "confirmed (+1.00, 0.77 to 1.23)"
+    shares = judge(claim(), [0.5, 0.5], [0.4, 0.4])
+    assert shares.text(".1%") == "confirmed (+10.0 points, 10.0 to 10.0 points)"
 
 
 def test_equality_is_shown_by_an_interval_within_the_margin() -> None:

@@ -95,7 +95,7 @@ def test_what_is_there_is_judged_and_the_rest_is_missing(
     }
     assert found["C2"]["missing"] == ["short/a has 1 of 2 seeds", "long/a has 1 of 2 seeds"]
     text = (output / "claims.md").read_text()
-    line = "| they answer more | questions answered | 10.0% | confirmed (+40.0%, 37.0% to 43.0%) |"
+    line = "| they answer more | questions answered | 10.0 points | confirmed (+40.0 points, "
     assert line in text
     assert "| (and reconstruct as well) | PSNR, dB | ±1.00 | missing |" in text
     assert Image.open(output / "C1.png").width > 500
