@@ -253,8 +253,9 @@ def scaling_table(result: dict[str, Any]) -> str:
     header = ["layers x width", "parameters", "training FLOPs", "held-out loss"]
     note = (
         f"{settings['steps']} steps of {settings['batch']} images; nats a code of "
-        f"{settings['num_images']} held-out images, mean and range of {len(settings['seeds'])} "
-        "seeds; parameters without embeddings. E + A N^-alpha + B D^-beta, fitted to each seed:"
+        f"{settings['num_images']} held-out images, mean and range of seeds "
+        f"{settings['seeds']}; parameters without embeddings. E + A N^-alpha + B D^-beta, fitted "
+        "to each seed:"
     )
     fits = []
     for fit in result["fits"]:
