@@ -37,8 +37,8 @@ REFERENCE_MINUTES = 12
 TRAINING_STEPS = {
     "llm": 100,
     "understanding.pretrain": 30,
-    "understanding.sft": 900,
-    "generation": 2500,
+    "understanding.sft": 1150,
+    "generation": 3000,
 }
 # … up to these factors, where more brings little (docs/quickstart.md). Generation takes the
 # remaining time.
