@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.distributed import is_main_process, sum_over_processes, world_size
 from vqrae.common.files import write_json
+from vqrae.common.lean import make_lean
 from vqrae.tokenizer import train as tokenizer_train
 from vqrae.tokenizer.build import build_tokenizer
 from vqrae.tokenizer.config import TokenizerTrainConfig
@@ -178,6 +179,12 @@ def metrics(output: Path, stage: int) -> list[dict[str, Any]]:
     return rows
 
 
+def of_whole_batches(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of the log without what it says of one micro-batch (`vqrae.tokenizer.codebook`)."""
+    sampled = ("spread", "rank", "code_offset", "code_error")
+    return {name: value for name, value in row.items() if not name.endswith(sampled)}
+
+
 def read(name: str, *overrides: str) -> TokenizerTrainConfig:
     return load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", name), overrides)
 
@@ -211,6 +218,7 @@ def compare_gradients(arguments: list[str]) -> None:
     distances: dict[str, float] = {}
 
     def compare(name: str, module: nn.Module, accelerator: Any, loss: Any) -> None:
+        make_lean(module)  # as `prepare` does, which rounds otherwise
         loss(module).backward()
         parameters = dict(module.named_parameters())
         trained = {key: p.grad.clone() for key, p in parameters.items() if p.grad is not None}

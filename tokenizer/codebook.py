@@ -195,6 +195,9 @@ def code_space(model: VQRAEModel, features: Tensor) -> dict[str, float]:
     """Figures for the log on where codes are and where fused features (B, N, D) are; none of a
     quantizer without one table of code vectors.
 
+    The features are a sample, the newest micro-batch of one process: unlike the rest of the log,
+    these figures depend on how a batch is divided.
+
     Returns:
         feature_spread: root mean square distance of projected features from their mean.
         code_spread: that of the codes, by feature_spread.
