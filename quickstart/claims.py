@@ -11,6 +11,7 @@ claims of earlier launches stay in claims.json and claims.md.
 import dataclasses
 import importlib
 import math
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -218,11 +219,12 @@ def comparison_cells(comparison: Mapping[str, Any]) -> list[str]:
 def draw(name: str, found: Mapping[str, Any], file: Path) -> None:
     """A panel for each metric of a claim: every seed's point, the mean, its 95 % interval."""
     metrics = list(dict.fromkeys(each["metric"] for each in found["comparisons"]))
+    title = textwrap.fill(found["title"], 40 * len(metrics))  # what a panel is wide
     with matplotlib.rc_context(STYLE):
         size = (3.6 * len(metrics), 3.2)
         figure = Figure(figsize=size, dpi=110, facecolor=PAPER, layout="constrained")
         figure.suptitle(
-            f"{name} {found['verdict']}\n{found['title']}",
+            f"{name} {found['verdict']}\n{title}",
             fontsize=10.5,
             weight="bold",
             color=COLORS[found["verdict"]],
