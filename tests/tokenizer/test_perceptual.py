@@ -1,5 +1,6 @@
 """Perceptual losses against references: values, gradients, and weights that cannot be reached."""
 
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -142,6 +143,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
+    # `urlopen` keeps the first proxies that it sees: what follows in this process has its own.
+    monkeypatch.setattr(urllib.request, "_opener", None)
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
