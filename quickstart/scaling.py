@@ -30,7 +30,13 @@ from vqrae.common.cli import parse
 from vqrae.common.config import check_range
 from vqrae.common.distributed import choose_device
 from vqrae.common.errors import run_main
-from vqrae.common.files import markdown_table, weights_fingerprint, write_json, write_text
+from vqrae.common.files import (
+    atomic_path,
+    markdown_table,
+    weights_fingerprint,
+    write_json,
+    write_text,
+)
 from vqrae.common.run import kept, prune, run_manifest
 from vqrae.common.trainer import checkpoints
 from vqrae.data.code_shards import CodeDataset
@@ -290,7 +296,8 @@ def draw_scaling(result: dict[str, Any], file: Path) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
-        figure.savefig(file)
+        with atomic_path(file) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def main(argv: list[str] | None = None) -> None:
