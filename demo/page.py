@@ -185,7 +185,8 @@ def understand_tab(page: gr.Blocks, chat: Chat) -> None:
         question = gr.Textbox(placeholder=example, label="Question", scale=4)
         send = gr.Button("Ask", variant="primary", scale=1)
         clear = gr.Button("New conversation", scale=1)
-    index, images, session, turns = state(0), state([]), state(), state([])
+    index, images = state(0), state([])
+    session, turns = state(), state([])
     shown = [question, images, gallery, session, turns, view]
     listen(another.click, add_scene, [index, images], [index, images, gallery], note)
     listen(upload.upload, add_upload, [images], [images, gallery], note)
@@ -289,7 +290,8 @@ def edit_tab(page: gr.Blocks, model: VQRAEModel) -> None:
         label = "Code to paint with" if number == 1 else f"{number} codes to paint with"
         brush = gr.Textbox(label=label)
     note, view = gr.HTML(), clickable()
-    start, codes, held, index = state(), state(), state(), state(1)
+    index, start = state(1), state()
+    codes, held = state(), state()
     shown = [codes, held, view]
     listen(page.load, show_scene, [index], [index, start, *shown, brush], note)
     listen(another.click, show_scene, [index], [index, start, *shown, brush], note)

@@ -36,8 +36,9 @@ class PreviewCallback(TrainerCallback):
         captions: Sequence[str],
         kind: type[Generator] = Generator,
     ) -> None:
-        self.run, self.captions, self.kind = run, captions, kind
+        self.run, self.kind = run, kind
         self.text_tokenizer, self.tokenizer = text_tokenizer, tokenizer
+        self.captions = captions
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         stopped = control.should_training_stop and state.global_step < state.max_steps

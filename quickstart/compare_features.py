@@ -15,6 +15,7 @@ Each training and each score is an ordinary command; the same command resumes wh
 """
 
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,9 +107,13 @@ def compare(config: FeatureQualityConfig) -> dict[str, Any]:
 
 def numbers_of(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """A number of each seed for each score, those of the kinds of questions among them."""
-    found = {name: [score[name] for score in scores] for name in ("accuracy", "held_out")}
-    kinds = scores[0]["kinds"]
-    return found | {kind: [score["kinds"][kind] for score in scores] for kind in kinds}
+    columns: defaultdict[str, list[float]] = defaultdict(list)
+    for score in scores:
+        for name in ("accuracy", "held_out"):
+            columns[name].append(score[name])
+        for kind, accuracy in score["kinds"].items():
+            columns[kind].append(accuracy)
+    return dict(columns)
 
 
 def find_tokenizers(config: FeatureQualityConfig) -> dict[str, Path]:

@@ -81,8 +81,12 @@ class Evidence:
 
     def curve(self, curve: Curve) -> tuple[list[int], list[float]]:
         """Steps and values of a metric; empty when the run has not logged it."""
-        rows = [row for row in read_metrics(self.directory / curve.folder) if curve.key in row]
-        return [row["step"] for row in rows], [row[curve.key] for row in rows]
+        steps, values = [], []
+        for row in read_metrics(self.directory / curve.folder):
+            if curve.key in row:
+                steps.append(row["step"])
+                values.append(row[curve.key])
+        return steps, values
 
 
 def read_evidence(directory: str | Path) -> Evidence:
@@ -102,8 +106,10 @@ def read_evidence(directory: str | Path) -> Evidence:
         if (step := read(f"steps/{name}.json")) and step["done"]:
             seconds[name] = step["seconds"]
     manifests = {}
-    folders = [curve.folder for system in SYSTEMS.values() for curve in system.curves]
-    for folder in dict.fromkeys(["encoder", "tokenizer", *folders]):
+    folders = ["encoder", "tokenizer"]
+    for system in SYSTEMS.values():
+        folders += [curve.folder for curve in system.curves]
+    for folder in dict.fromkeys(folders):
         if manifest := read(f"{folder}/manifest.json"):
             manifests[folder] = manifest
     unified = {}

@@ -105,7 +105,9 @@ def render_page(
     for example in (evidence.questions or {}).get("examples", []):
         right = is_correct(example["answer"], example["expected"])
         asked.setdefault(example["index"], []).append({**example, "right": right})
+    questions = [(i, scenes.image(i).float() / 255, answers) for i, answers in asked.items()]
     shown = {*asked, *range(len(pairs.originals) if pairs else 0)}
+    held_out = {index for index in shown if is_held_out(scenes.scene(index))}
     counts = count_codes(evidence)
     charts = []
     for i, curve in enumerate(evidence.system.curves):
@@ -122,11 +124,11 @@ def render_page(
         budget=evidence.budget,
         rows=rows,
         pairs=pairs,
-        held_out={index for index in shown if is_held_out(scenes.scene(index))},
+        held_out=held_out,
         counts=None if counts is None else sorted(counts.tolist(), reverse=True),
         usage="" if counts is None else usage_svg(counts),
         understanding=values.get("understanding"),
-        asked=[(i, scenes.image(i).float() / 255, answers) for i, answers in asked.items()],
+        asked=questions,
         generation=values.get("generation"),
         prompts=prompts,
         charts=charts,

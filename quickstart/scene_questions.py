@@ -102,19 +102,17 @@ def is_correct(answer: str, expected: str) -> bool:
 
 def accuracies(asked: Sequence[AskedQuestion], answers: Sequence[str]) -> dict[str, Any]:
     """Shares of right answers: `accuracy` of all, `kinds`, and `held_out` and `seen` scenes."""
+    correct: list[bool] = []
     kinds: defaultdict[str, list[bool]] = defaultdict(list)
-    halves: defaultdict[str, list[bool]] = defaultdict(list)
-    correct = []
+    halves: dict[str, list[bool]] = {"held_out": [], "seen": []}
     for item, answer in zip(asked, answers, strict=True):
         right = is_correct(answer, item.question.answer)
         correct.append(right)
         kinds[item.question.kind].append(right)
         halves["held_out" if item.held_out else "seen"].append(right)
-    return {
-        "accuracy": mean(correct),
-        "kinds": {kind: mean(kinds[kind]) for kind in sorted(kinds)},
-        **{half: mean(halves[half]) for half in ("held_out", "seen") if half in halves},
-    }
+    shares: dict[str, Any] = {half: mean(found) for half, found in halves.items() if found}
+    by_kind = {kind: mean(kinds[kind]) for kind in sorted(kinds)}
+    return {"accuracy": mean(correct), "kinds": by_kind, **shares}
 
 
 def mean(values: Sequence[bool]) -> float:

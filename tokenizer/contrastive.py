@@ -52,7 +52,8 @@ def pair_loss(
     own_B = torch.arange(len(images), device=images.device) + rank * len(images)
     captioned_R = gather_rows(captioned.to(torch.uint8)).bool()
     with torch.autocast(images.device.type, enabled=False):
-        images, texts, scale = images.float(), texts.float(), logit_scale.float().exp()
+        images, texts = images.float(), texts.float()
+        scale = logit_scale.float().exp()
         per_image_BR = scale * images @ gather_rows(texts).T
         if kind == "sigmoid":
             assert logit_bias is not None, "the model of a sigmoid loss has a bias"

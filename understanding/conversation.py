@@ -188,7 +188,8 @@ class ConversationCollator:
         self, processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None
     ) -> None:
         self.broken = BrokenSamples("the conversations")
-        self.processor, self.max_length, self.chat_template = processor, max_length, chat_template
+        self.processor, self.chat_template = processor, chat_template
+        self.max_length = max_length
         size = processor.image_processor.crop_size
         ids = torch.full((num_image_tokens(processor),), processor.image_token_id)
         self.blank = {
@@ -253,7 +254,8 @@ def caption_record(sample: dict[str, Any]) -> dict[str, Any]:
 
 # ---- a batch as text, for people
 
-GREEN, GREY, RESET = "\033[1;32m", "\033[2m", "\033[0m"
+GREEN, GREY = "\033[1;32m", "\033[2m"
+RESET = "\033[0m"
 
 
 def samples_of(batch: dict[str, Any]) -> Iterator[tuple[int, slice]]:

@@ -52,7 +52,8 @@ def graft(model: str | Path, tokenizer: str | Path, out: str | Path) -> Path:
             images, or other features.
         FileExistsError: when `out` exists.
     """
-    source, donor, out = local_model(model), local_model(tokenizer), Path(out)
+    source, donor = local_model(model), local_model(tokenizer)
+    out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists: give another folder, or remove it")
     require_kind(source, {InternVLConfig.model_type}, "'internvl' (a hub id that ends in -hf)")

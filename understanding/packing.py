@@ -26,7 +26,8 @@ def lay_out(lengths: Sequence[int]) -> list[list[int]]:
     layouts = [first_fit(lengths, longest + longest * eighths // 8) for eighths in range(9)]
 
     def cells(rows: list[list[int]]) -> int:
-        return len(rows) * max(sum(lengths[i] for i in row) for row in rows)
+        filled = [sum(map(lengths.__getitem__, row)) for row in rows]
+        return len(rows) * max(filled)
 
     return min(layouts, key=cells)
 

@@ -153,7 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     for source in config.data:
         images = load_images(source, config.image_size, tile, config.num_images)
         spread = torch.linspace(0, len(images) - 1, min(EXAMPLES, len(images))).long()
-        examples, found, rows = [list(images[spread])], {}, []
+        examples = [list(images[spread])]
+        found, rows = {}, []
         for name, method in methods.items():
             copies, codes = method(images)
             metrics = ReconstructionMetrics(first.codebook_size, frechet=[FrechetMetric(encoder)])

@@ -24,7 +24,8 @@ class RVQ(SeveralCodebooks):
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         left_BNE = features
-        codes, codebook_losses, commitment_losses = [], [], []
+        codes: list[Tensor] = []
+        codebook_losses, commitment_losses = [], []
         for table_KE in self.codebook:
             codes_BN = self.choose(left_BNE, table_KE)
             chosen_BNE = nn.functional.embedding(codes_BN, table_KE)
