@@ -52,6 +52,17 @@ _STEPS_FILE = "training.json"
 _locks: dict[Path, IO[str]] = {}  # open as long as the process lives
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training is told."""
+
+    output_dir: str
+    """The run directory."""
+    report_to: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
+    seed: int = 0
+
+
 def open(
     path: str | Path,
     settings: Any = None,

@@ -118,16 +118,10 @@ def claim_folder(folder: str | Path, settings: dict[str, Any], key: str) -> None
 
 
 def generate_missing(
-    generator: "Generator",
-    requests: Sequence[ImageRequest],
-    *,
-    sampling: SamplingConfig | None = None,
-    batch_size: int = 64,
-    progress: Callable[[int, int], None],
+    generator: "Generator", requests: Sequence[ImageRequest], **options: Any
 ) -> None:
-    """Generate the images that do not exist yet; processes share the work, then wait for all."""
-    options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
-    make_images(generator, stride(requests), progress=progress, **options)
+    """`make_images` with these options; processes share the work, then wait for all."""
+    make_images(generator, stride(requests), **options)
     gather([])
 
 

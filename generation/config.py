@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vqrae.common.config import check_range
-from vqrae.common.tracking import TrackerName
+from vqrae.common.run import RunConfig
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.data.samples import Crop
 from vqrae.generation.sampling import SamplingConfig
@@ -117,14 +117,13 @@ class GeneratorModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(RunConfig):
     """Code shards or captioned images -> generator (`vqrae.generation.train`)."""
 
     tokenizer: str
     """The visual tokenizer that made the codes, or makes them while training."""
     data: str
     """Folder of code shards, captioned images as for extraction, or a mixture of both."""
-    output_dir: str
     model: GeneratorModelConfig
     optimization: OptimizationConfig
     full_vocabulary_loss: bool = False
@@ -135,9 +134,6 @@ class TrainingConfig:
     parameters, memory and time."""
     previews: int = 8
     """Images generated next to each checkpoint, for people; none under ZeRO-3."""
-    report_to: tuple[TrackerName, ...] = ("tensorboard",)
-    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_range(self, "dry_run", "previews", low=0)

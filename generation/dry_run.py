@@ -49,26 +49,32 @@ def dry_run(config: TrainingConfig, train: Callable[[TrainingConfig], Any]) -> l
 
 
 def rehearsal(config: TrainingConfig, folder: Path) -> TrainingConfig:
-    """The configuration of a dry run: one micro-batch of every process a step, of random codes.
+    """The configuration of a dry run; `folder` gets what is not on this machine, and the run."""
+    return dataclasses.replace(
+        config,
+        **on_random_codes(config, folder, config.model.max_caption_tokens),
+        data=str(folder / "codes"),
+        model=without_download(config.model),
+    )
 
-    Args:
-        folder: where what is not on this machine is put, and the run.
+
+def on_random_codes(config: Any, folder: Path, caption_tokens: int) -> dict[str, Any]:
+    """What a dry run on codes replaces in a configuration: one micro-batch of every process a step.
+
+    The random codes are written to `folder / "codes"`.
     """
     tokenizer = local_model(stand_in_tokenizer(config.tokenizer, folder / "tokenizer"))
     optimization = shorten(config.optimization, config.dry_run)
     if is_main_process():
         size = max(64, optimization.global_batch_size)
-        write_random_codes(folder / "codes", tokenizer, config.model.max_caption_tokens, size)
-    return dataclasses.replace(
-        config,
-        tokenizer=str(tokenizer),
-        data=str(folder / "codes"),
-        output_dir=str(folder / "run"),
-        model=without_download(config.model),
-        optimization=optimization,
-        previews=0,
-        dry_run=0,
-    )
+        write_random_codes(folder / "codes", tokenizer, caption_tokens, size)
+    return {
+        "tokenizer": str(tokenizer),
+        "output_dir": str(folder / "run"),
+        "optimization": optimization,
+        "previews": 0,
+        "dry_run": 0,
+    }
 
 
 def without_download(model: GeneratorModelConfig) -> GeneratorModelConfig:

@@ -15,9 +15,9 @@ from transformers import (
 
 from vqrae.common.checkpoints import load_model, local_model, require_kind, resolve_model
 from vqrae.common.distributed import choose_device
-from vqrae.common.files import require_same_tokenizer, weights_fingerprint
 from vqrae.generation.modeling import ClassEncoder, PromptEncoder, Prompts, VisualVocabulary
 from vqrae.generation.multi_code import GENERATORS
+from vqrae.generation.own_tokenizer import own_tokenizer
 from vqrae.generation.sampling import (
     SamplingConfig,
     codes_in_turn,
@@ -182,37 +182,3 @@ class Generator:
             seeds,
             compile=self.compile,
         )
-
-
-def own_tokenizer(folder: str, values: dict[str, Any], given: str | Path | None) -> Path:
-    """The folder of the tokenizer that a model was trained with.
-
-    Args:
-        values: of the model's `config.json`.
-        given: where it is, if not where `values` record it.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when it is another one.
-    """
-    recorded, fingerprint = values["vqrae_tokenizer"], values["vqrae_tokenizer_fingerprint"]
-    try:
-        found = local_model(given) if given else find_tokenizer(recorded, folder)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"generator {folder} needs the visual tokenizer {given or recorded} (weights "
-            f"{fingerprint[:16]}), which cannot be found: name its folder with tokenizer=..."
-        ) from error
-    artefact = f"generator {folder} (trained with {recorded}, asked to decode with {found})"
-    require_same_tokenizer(weights_fingerprint(found), fingerprint, artefact)
-    return found
-
-
-def find_tokenizer(recorded: str, folder: str) -> Path:
-    """The tokenizer's folder, from what the generator in `folder` recorded of it.
-
-    Raises:
-        FileNotFoundError: when it is neither there nor at that path, as older generators record it.
-    """
-    relative = Path(folder).resolve() / recorded
-    return local_model(relative if relative.is_dir() else recorded)

@@ -10,7 +10,6 @@ resumes an interrupted run and returns at once from a finished one.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vqrae.common import run as runs
-from vqrae.common.checkpoints import local_model, resolve_model
+from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.dry_run import print_reports
 from vqrae.common.errors import run_main
-from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
 from vqrae.common.trainer import (
     InstrumentCallback,
     WholeTrainer,
     build_optimizers,
     check_launch,
-    checkpoints,
     run_trainer,
     save_model,
     training_arguments,
@@ -60,6 +57,7 @@ from vqrae.generation.modeling import (
     start_from_codebook,
 )
 from vqrae.generation.multi_code import build_multi_code
+from vqrae.generation.own_tokenizer import record_tokenizer, resolve_tokenizer
 from vqrae.generation.preview import PreviewCallback
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -77,9 +75,7 @@ def train(config: TrainingConfig) -> Path:
     """Train or resume, and return the folder of the finished generator."""
     # ---- run: begin, resume, find finished, or refuse other settings
     output, optimization = Path(config.output_dir), config.optimization
-    tokenizer_folder = local_model(config.tokenizer)
-    fingerprint = weights_fingerprint(tokenizer_folder)
-    require_own_tokenizer(output, fingerprint)
+    tokenizer_folder, fingerprint = resolve_tokenizer(config.tokenizer, output)
     run = runs.open(output, config, seed=config.seed, report_to=config.report_to)
     if run.finished(optimization.max_steps):
         return output / "model"
@@ -115,8 +111,7 @@ def train(config: TrainingConfig) -> Path:
         setattr(model.config, name, value)
     model.config.caption_dropout = config.model.caption_dropout
     model.config.sampling = dataclasses.asdict(config.model.sampling)
-    model.config.vqrae_tokenizer = portable_path(config.tokenizer, output / "model")
-    model.config.vqrae_tokenizer_fingerprint = fingerprint
+    record_tokenizer(model.config, config.tokenizer, fingerprint, output / "model")
 
     # ---- loss
     encode = None
@@ -286,29 +281,6 @@ def fit_prompts(
         )
     encode.max_caption_tokens = min(encode.max_caption_tokens, room)
     return encode
-
-
-def require_own_tokenizer(run: Path, fingerprint: str) -> None:
-    """Refuse to continue with a generator that was trained on the codes of another tokenizer.
-
-    Raises:
-        ValueError: naming the model or checkpoint.
-    """
-    for folder in (run / "model", *checkpoints(run)):
-        if (folder / "config.json").is_file():
-            found = read_json(folder / "config.json")["vqrae_tokenizer_fingerprint"]
-            require_same_tokenizer(fingerprint, found, f"generator {folder}")
-
-
-def portable_path(tokenizer: str | Path, folder: Path) -> str:
-    """How a generator in `folder` records its tokenizer: the relative path, or the hub id.
-
-    A tree that holds both may then be moved or copied as a whole.
-    """
-    found = resolve_model(tokenizer)
-    if not Path(found).is_dir():
-        return found
-    return os.path.relpath(Path(found).resolve(), folder.resolve())
 
 
 if __name__ == "__main__":

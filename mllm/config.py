@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from vqrae.common.config import check_range
-from vqrae.common.tracking import TrackerName
+from vqrae.common.run import RunConfig
 from vqrae.common.trainer import OptimizationConfig
 from vqrae.generation.config import DepthConfig
 from vqrae.generation.sampling import SamplingConfig
@@ -30,14 +30,13 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLLMConfig:
+class MLLMConfig(RunConfig):
     """One run."""
 
     tokenizer: str
     """Run directory, folder or hub id of the visual tokenizer."""
     llm: str
     """Folder or hub id of the language model."""
-    output_dir: str
     optimization: OptimizationConfig
     generation: TaskConfig = field(default_factory=TaskConfig)
     captioning: TaskConfig = field(default_factory=TaskConfig)
@@ -65,9 +64,6 @@ class MLLMConfig:
     parameters, memory and time."""
     previews: int = 8
     """Images generated next to each checkpoint, for people; none under ZeRO-3."""
-    report_to: tuple[TrackerName, ...] = ("tensorboard",)
-    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_range(self, "max_caption_tokens", "max_length", low=1)

@@ -15,7 +15,8 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBas
 from vqrae.common.checkpoints import load_model, local_model, require_kind, resolve_model
 from vqrae.common.distributed import choose_device
 from vqrae.generation.data import encode_images, load_encoder
-from vqrae.generation.generator import Generator, own_tokenizer
+from vqrae.generation.generator import Generator
+from vqrae.generation.own_tokenizer import own_tokenizer
 from vqrae.mllm.build import image_prompt
 from vqrae.mllm.modeling import UnifiedConfig, UnifiedModel
 from vqrae.mllm.sequences import ImagePrompt
@@ -42,23 +43,23 @@ class UnifiedChat(Chat):
         cls,
         name: str | Path,
         *,
-        attn_implementation: str = "auto",
+        tokenizer: str | Path | None = None,
         device: str | torch.device | None = None,
         max_new_tokens: int = 128,
-        dtype: str | torch.dtype = "auto",
-        tokenizer: str | Path | None = None,
+        **options: Any,
     ) -> "UnifiedChat":
         """Load a model and its visual tokenizer; see `Chat.from_pretrained`.
 
         Args:
             tokenizer: the visual tokenizer, where it has moved since training.
+            options: `dtype` and `attn_implementation`.
         """
         folder, device = resolve_model(name), choose_device(device)
         values = require_kind(folder, (UnifiedConfig.model_type,), "a unified model")
         folder = str(local_model(folder))  # of a hub id: its tokenizer is a folder inside
         encoder = load_encoder(own_tokenizer(folder, values, tokenizer)).to(device)
-        options = precision(values, dtype, attn_implementation, device)
-        model = load_model(UnifiedModel, folder, **options).to(device)
+        chosen = precision(values, device, **options)
+        model = load_model(UnifiedModel, folder, **chosen).to(device)
         model.encode_images = functools.partial(encode_images, encoder)
         processor = AutoProcessor.from_pretrained(folder)
         return cls(model, processor, max_new_tokens=max_new_tokens)

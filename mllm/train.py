@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from vqrae.common import run as runs
-from vqrae.common.checkpoints import local_model
 from vqrae.common.cli import parse
 from vqrae.common.distributed import (
     attention_implementation,
@@ -28,7 +27,7 @@ from vqrae.common.distributed import (
 )
 from vqrae.common.dry_run import print_reports
 from vqrae.common.errors import run_main
-from vqrae.common.files import printable, weights_fingerprint
+from vqrae.common.files import printable
 from vqrae.common.trainer import (
     InstrumentCallback,
     WholeTrainer,
@@ -42,8 +41,8 @@ from vqrae.data.sources import fingerprint as data_fingerprint
 from vqrae.data.sources import is_encoded, texts_of
 from vqrae.data.word_tokenizer import describe_unknown
 from vqrae.generation.data import TrainingStream, encode_images, load_encoder
+from vqrae.generation.own_tokenizer import record_tokenizer, resolve_tokenizer
 from vqrae.generation.preview import PreviewCallback
-from vqrae.generation.train import portable_path, require_own_tokenizer
 from vqrae.mllm.build import build_model, image_prompt
 from vqrae.mllm.config import MLLMConfig
 from vqrae.mllm.data import captions_of, open_tasks
@@ -65,9 +64,7 @@ def train(config: MLLMConfig) -> Path:
     """Train or resume, and return the folder of the finished model."""
     # ---- run: begin, resume, find finished, or refuse other settings
     output, optimization = Path(config.output_dir), config.optimization
-    tokenizer_folder = local_model(config.tokenizer)
-    fingerprint = weights_fingerprint(tokenizer_folder)
-    require_own_tokenizer(output, fingerprint)
+    tokenizer_folder, fingerprint = resolve_tokenizer(config.tokenizer, output)
     run = runs.open(output, config, seed=config.seed, report_to=config.report_to)
     if run.finished(optimization.max_steps):
         return output / "model"
@@ -97,8 +94,7 @@ def train(config: MLLMConfig) -> Path:
     set_seed(config.seed)  # the depth head's first weights
     attention = attention_implementation(config.attn_implementation, half=optimization.bf16)
     model, processor = build_model(config, tokenizer, texts, attention=attention)
-    model.config.vqrae_tokenizer = portable_path(config.tokenizer, output / "model")
-    model.config.vqrae_tokenizer_fingerprint = fingerprint
+    record_tokenizer(model.config, config.tokenizer, fingerprint, output / "model")
     prompt = image_prompt(model.config, processor.tokenizer)
     end_of_image = model.config.end_of_image
     encode = SequenceEncoder(processor, prompt, end_of_image, max_length=config.max_length)

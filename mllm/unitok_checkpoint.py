@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from vqrae.common.checkpoints import local_model, require_kind
 from vqrae.common.config import load_config, shipped_config
 from vqrae.common.files import atomic_path, weights_fingerprint
-from vqrae.generation.train import portable_path
+from vqrae.generation.own_tokenizer import record_tokenizer
 from vqrae.mllm.build import build_processor, unified_config
 from vqrae.mllm.config import MLLMConfig
 from vqrae.mllm.modeling import UnifiedModel
@@ -87,8 +87,7 @@ def import_mllm(name: str | Path, out: str | Path, tokenizer: str | Path) -> Uni
             f"{folder} has other codebooks than the tokenizer {tokenizer}: give the one that it "
             "was trained with"
         )
-    model.config.vqrae_tokenizer = portable_path(tokenizer, out)
-    model.config.vqrae_tokenizer_fingerprint = weights_fingerprint(visual)
+    record_tokenizer(model.config, tokenizer, weights_fingerprint(visual), out)
     with atomic_path(out) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)

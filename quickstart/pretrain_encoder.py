@@ -28,7 +28,6 @@ from vqrae.common.config import check_range
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
 from vqrae.common.files import atomic_path
-from vqrae.common.tracking import TrackerName
 from vqrae.common.trainer import (
     InstrumentCallback,
     OptimizationConfig,
@@ -46,10 +45,9 @@ from vqrae.tokenizer.contrastive import sigmoid_losses
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderPretrainingConfig:
+class EncoderPretrainingConfig(runs.RunConfig):
     """Image-text pretraining of a small SigLIP on captioned scenes."""
 
-    output_dir: str
     vision: dict[str, Any]
     """`SiglipVisionConfig` values."""
     text: dict[str, Any]
@@ -61,9 +59,6 @@ class EncoderPretrainingConfig:
     """Of the sigmoid loss between patches and phrases."""
     sprites: str = "shapes"
     attention: str = "auto"
-    report_to: tuple[TrackerName, ...] = ("tensorboard",)
-    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_range(self, "grounding_weight", low=0)

@@ -23,7 +23,6 @@ from vqrae.common import run as runs
 from vqrae.common.cli import parse
 from vqrae.common.distributed import attention_implementation
 from vqrae.common.errors import run_main
-from vqrae.common.tracking import TrackerName
 from vqrae.common.trainer import (
     IGNORE_INDEX,
     InstrumentCallback,
@@ -46,19 +45,15 @@ VOCABULARY_MULTIPLE = 64  # matrix shapes that kernels like; also leaves room fo
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyLLMConfig:
+class TinyLLMConfig(runs.RunConfig):
     """One run."""
 
-    output_dir: str
     optimization: OptimizationConfig
     model: dict[str, Any]
     """`Qwen3Config` values; the vocabulary size comes from the text tokenizer."""
     sprites: list[str] = field(default_factory=lambda: list(SPRITE_SETS))
     """Sprites whose words the model knows."""
     attn_implementation: str = "auto"
-    report_to: tuple[TrackerName, ...] = ("tensorboard",)
-    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
-    seed: int = 0
 
 
 class SceneText(Dataset):
@@ -107,7 +102,9 @@ class TextCollator:
 
 def build_tiny_llm(config: TinyLLMConfig) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
     """A language model with random weights, and its word tokenizer with the chatml template."""
-    names = [name for sprites in config.sprites for name in load_sprites(sprites).names]
+    names: list[str] = []
+    for sprites in config.sprites:
+        names += load_sprites(sprites).names
     text_tokenizer = build_word_tokenizer(vocabulary_texts(names))
     text_tokenizer.chat_template = load_template("chatml")
     half = config.optimization.bf16

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from vqrae.common.config import check_range
 from vqrae.common.optim import warmup_cosine
-from vqrae.common.tracking import TrackerName
+from vqrae.common.run import RunConfig
 from vqrae.data.samples import Crop
 
 
@@ -257,10 +257,9 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTrainConfig:
+class TokenizerTrainConfig(RunConfig):
     """A tokenizer run."""
 
-    output_dir: str
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     stage1: StageConfig
@@ -293,13 +292,10 @@ class TokenizerTrainConfig:
     checkpoint is loaded."""
     dry_run: int = 0
     """Run this number of steps on scenes, keep nothing, report parameters, memory and time."""
-    seed: int = 0
     log_steps: int = 10
     save_steps: int = 200
     keep_checkpoints: int = 1
     sample_steps: int = 100
-    report_to: tuple[TrackerName, ...] = ("tensorboard",)
-    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
     """Steps between image grids of validation reconstructions."""
 
     def __post_init__(self) -> None:

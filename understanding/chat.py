@@ -57,7 +57,8 @@ class Chat:
     def __init__(
         self, model: PreTrainedModel, processor: ProcessorMixin, *, max_new_tokens: int = 128
     ) -> None:
-        self.model, self.processor, self.max_new_tokens = model.eval(), processor, max_new_tokens
+        self.model, self.processor = model.eval(), processor
+        self.max_new_tokens = max_new_tokens
 
     @classmethod
     def from_pretrained(
@@ -84,7 +85,7 @@ class Chat:
         config = require_kind(folder, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, expected)
         require_own_features(config, folder)
         device = choose_device(device)
-        options = precision(config, dtype, attn_implementation, device)
+        options = precision(config, device, dtype, attn_implementation)
         model = load_model(AutoModelForImageTextToText, folder, **options)
         processor = AutoProcessor.from_pretrained(folder)
         return cls(model.to(device), processor, max_new_tokens=max_new_tokens)
@@ -193,7 +194,10 @@ class Chat:
 
 
 def precision(
-    config: dict[str, Any], dtype: str | torch.dtype, attn_implementation: str, device: str
+    config: dict[str, Any],
+    device: str,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "auto",
 ) -> dict[str, Any]:
     """`dtype` and `attn_implementation` to load a model with, see `Chat.from_pretrained`.
 

@@ -37,7 +37,6 @@ from vqrae.common.distributed import attention_implementation, is_main_process
 from vqrae.common.dry_run import print_reports
 from vqrae.common.errors import require_package, run_main
 from vqrae.common.files import atomic_path, printable, remove_leftovers
-from vqrae.common.tracking import TrackerName
 from vqrae.common.trainer import (
     InstrumentCallback,
     OptimizationConfig,
@@ -89,14 +88,13 @@ NEW_WORDS = 8192  # a small vocabulary grows by at most the most frequent ones
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(runs.RunConfig):
     """One LLaVA run."""
 
     tokenizer: str
     """Run directory, folder or hub id of the visual tokenizer."""
     llm: str
     """Folder or hub id of the language model."""
-    output_dir: str
     pretrain: OptimizationConfig
     sft: OptimizationConfig
     stage: Literal["pretrain", "sft", "both"] = "both"
@@ -134,9 +132,6 @@ class TrainConfig:
     attn_implementation: str = "auto"
     dry_run: int = 0
     """Take this many steps of the longest dialogues, keep nothing, and report what they took."""
-    report_to: tuple[TrackerName, ...] = ("tensorboard",)
-    """Trackers of the numbers, images and histograms; metrics.jsonl holds the numbers anyway."""
-    seed: int = 0
 
     def __post_init__(self) -> None:
         check_range(self, "max_length", low=1)

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import SiglipImageProcessor
 
 from vqrae.common.files import read_json, write_json, write_text
-from vqrae.generation.generator import own_tokenizer
+from vqrae.generation.own_tokenizer import own_tokenizer
 from vqrae.scripts.publishing.examples import Example, make_example
 from vqrae.scripts.publishing.kinds import ENCODER, Kind, kind_of
 from vqrae.scripts.publishing.origin import Origin

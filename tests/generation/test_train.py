@@ -20,10 +20,11 @@ from vqrae.data.code_shards import CodeDataset
 from vqrae.data.word_tokenizer import build_word_tokenizer
 from vqrae.generation import extract_codes, train
 from vqrae.generation.data import GenerationCollator, TrainingStream
-from vqrae.generation.generator import Generator, find_tokenizer
+from vqrae.generation.generator import Generator
 from vqrae.generation.heads import SingleCodeHead
 from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
 from vqrae.generation.multi_code import MultiCodeModel
+from vqrae.generation.own_tokenizer import find_tokenizer
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.generation.train import Loss, multi_code_loss, visual_loss
 

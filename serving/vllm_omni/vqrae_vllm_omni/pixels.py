@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.files import read_json
 from vqrae.common.images import tensor_to_image
-from vqrae.generation.generator import own_tokenizer
+from vqrae.generation.own_tokenizer import own_tokenizer
 from vqrae.tokenizer.modeling import VQRAEModel
 
 
