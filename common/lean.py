@@ -77,6 +77,13 @@ def lean_attention(
     return output.view(batch, heads, length, width).transpose(1, 2).contiguous(), weights
 
 
+def root_mean_square_norm(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x (…, D) with a mean square of 1, and the scales (…, 1), fp32, that make it so."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return (x * scale).to(x.dtype), scale
+
+
 class LeanRMSNorm(Qwen3RMSNorm):
     """The norm of Qwen3 with half of the passes, most of them in its backward pass."""
 
@@ -87,9 +94,7 @@ class LeanRMSNorm(Qwen3RMSNorm):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        normed = (x * scale).to(x.dtype)
+        normed, scale = root_mean_square_norm(x, epsilon)
         ctx.save_for_backward(normed, scale, weight)
         return weight * normed
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vqrae.generation.lean_decoder import LeanDecoder, has_plain_layers
 from vqrae.generation.modeling import pad_left
 
 
@@ -50,16 +51,21 @@ class CachedRows:
         self.slots_S = torch.arange(num_slots, device=decoder.device)
         self.padding_R1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=decoder.device)
         config = decoder.config
+        head_dim = decoder.layers[0].self_attn.head_dim  # Qwen2 does not configure it
         self.cache = KeyValues(
             config.num_hidden_layers,
-            (num_rows, config.num_key_value_heads, num_slots, config.head_dim),
+            (num_rows, config.num_key_value_heads, num_slots, head_dim),
             like=decoder.get_parameter("norm.weight"),
         )
         # Added to attention scores. The lowest number instead of -inf: rows of padding see nothing,
         # and would become NaN.
         self.blocked = torch.finfo(decoder.dtype).min
         self.mask_RS = torch.empty(num_rows, num_slots, dtype=decoder.dtype, device=decoder.device)
+        self.lean: LeanDecoder | None = None
+        if decoder.device.type == "cpu" and not compile and has_plain_layers(decoder):
+            self.lean = LeanDecoder(decoder, self.cache.layers)
         self.restart()
+        self._prepare_lean()
 
     def restart(self) -> None:
         """Forget everything that was fed."""
@@ -84,9 +90,19 @@ class CachedRows:
         for layer in self.cache.layers:
             layer[:, :, :, :length] = layer[:, chosen_R, :, :length]
         self.padding_R1, self.mask_RS = padding[chosen_R], mask[chosen_R]
+        self._prepare_lean()
+
+    def _prepare_lean(self) -> None:
+        if self.lean is not None:
+            positions_RS = (self.slots_S - self.padding_R1).clamp(min=0) * self.positions
+            padded_RS = self.slots_S < self.padding_R1
+            self.lean.prepare(positions_RS, padded_RS * self.blocked)
 
     def feed(self, vectors: Tensor) -> Tensor:
         """Final-normed states (R, D) of the next input vectors (R, D), which all later ones see."""
+        if self.lean is not None:
+            self.filled += 1
+            return self.lean(vectors, self.filled - 1)
         slot = self.slots_S[self.filled : self.filled + 1]
         self.mask_RS[:, self.filled] = 0
         self.filled += 1

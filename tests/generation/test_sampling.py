@@ -18,6 +18,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from vqrae.generation import decoding
 from vqrae.generation.modeling import VisualVocabulary
 from vqrae.generation.multi_code import generator_parts
 from vqrae.generation.sampling import (
@@ -123,10 +124,15 @@ def test_an_image_does_not_depend_on_its_batch(
 
 @BOTH_SYSTEMS
 def test_prompts_are_computed_once_and_guidance_in_the_same_pass(
-    sample: Callable[..., Tensor], model: PreTrainedModel, vocabulary: VisualVocabulary
+    sample: Callable[..., Tensor],
+    model: PreTrainedModel,
+    vocabulary: VisualVocabulary,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[int, int]] = []
     decoder, _, _ = generator_parts(model, vocabulary)
+    # transformers' own pass, which a hook sees
+    monkeypatch.setattr(decoding, "has_plain_layers", lambda _: False)
     decoder.register_forward_pre_hook(
         lambda _, __, given: seen.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
     )
