@@ -37,7 +37,7 @@ REFERENCE_MINUTES = 12
 TRAINING_STEPS = {
     "llm": 100,
     "understanding.pretrain": 30,
-    "understanding.sft": 1150,
+    "understanding.sft": 1500,
     "generation": 3000,
 }
 # … up to these factors, where more brings little (docs/quickstart.md). Generation takes the
@@ -199,7 +199,7 @@ def pipeline(
     ]
     left = [
         Step("llm", "quickstart.train_llm", llm, 150, "llm"),
-        Step("understanding", "understanding.train", understanding, 1100, "understanding.sft"),
+        Step("understanding", "understanding.train", understanding, 720, "understanding.sft"),
         Step("eval_understanding", "quickstart.scene_questions", questions, 30),
     ]
     right = [

@@ -150,7 +150,17 @@ def encode_conversation(
         ValueError: naming the record, for a bad one (see `to_messages`), when cutting would hit
             image tokens, or when no token is left to train on.
     """
-    input_ids, trained = tokenize(record, processor, chat_template)
+    return as_sample(*tokenize(record, processor, chat_template), record, processor, max_length)
+
+
+def as_sample(
+    input_ids: Tensor,
+    trained: Tensor,
+    record: dict[str, Any],
+    processor: LlavaProcessor,
+    max_length: int,
+) -> dict[str, Tensor]:
+    """What `encode_conversation` returns, of token ids (T,) and which are trained (T,)."""
     if lost := lost_by_cutting(input_ids, trained, processor.image_token_id, max_length):
         raise ValueError(f"record {record.get('id')!r} has {lost}: set a larger max_length")
     labels = input_ids.where(trained, IGNORE_INDEX)
@@ -207,19 +217,23 @@ class ConversationCollator:
         Raises:
             TooManyBrokenSamples: when too many records cannot be trained on.
         """
-        options: Any = {"max_length": self.max_length, "chat_template": self.chat_template}
         samples = []
         for record in records:
             record = caption_record(record) if "caption" in record else record
             self.broken.seen += 1
             try:
-                samples.append(encode_conversation(record, self.processor, **options))
+                samples.append(self.encode(record))
             except ValueError as error:
                 self.broken.note(record.get("id"), error)
         batch = self.collate(samples or [self.blank])
         following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         trained = following != IGNORE_INDEX
         return {**batch, "logits_to_keep": trained, "shift_labels": following[trained]}
+
+    def encode(self, record: dict[str, Any]) -> dict[str, Tensor]:
+        """One sample, see `encode_conversation`."""
+        options: Any = {"max_length": self.max_length, "chat_template": self.chat_template}
+        return encode_conversation(record, self.processor, **options)
 
     def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Batch of input_ids, attention_mask, labels (B, T) and pixel_values (P, 3, H, W)."""
@@ -261,7 +275,7 @@ RESET = "\033[0m"
 def samples_of(batch: dict[str, Any]) -> Iterator[tuple[int, slice]]:
     """(row, columns) of every sample of a padded or packed batch, without padding."""
     for row, ids in enumerate(batch["input_ids"]):
-        if "attention_mask" in batch:
+        if "position_ids" not in batch:
             yield row, slice(0, int(batch["attention_mask"][row].sum()))
             continue
         starts = torch.nonzero(batch["position_ids"][row] == 0).flatten().tolist()

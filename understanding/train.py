@@ -67,7 +67,7 @@ from vqrae.understanding.build import (
 )
 from vqrae.understanding.conversation import ConversationCollator, load_template
 from vqrae.understanding.dry_run import dry_run
-from vqrae.understanding.packing import PackingCollator
+from vqrae.understanding.packing import PackingCollator, SeparateCollator
 from vqrae.understanding.projector import PROJECTOR_FILE, extract_projector, load_projector
 from vqrae.understanding.trainer import LlavaTrainer, LoraSettings, add_lora, merge_lora
 from vqrae.understanding.vision_tower import Features
@@ -122,9 +122,10 @@ class TrainConfig(runs.RunConfig):
     """Another colour of that border, for quantized features (UniTok: [122, 116, 104])."""
     max_length: int = 2048
     """Tokens of a sample, image tokens included."""
-    batching: Literal["random", "grouped", "packed"] = "random"
-    """Samples of one sft step: at random; of one modality and balanced in length, as in LLaVA; or
-    at random in rows without padding, which is fastest and has the loss of random."""
+    batching: Literal["random", "grouped", "packed", "separate"] = "random"
+    """Samples of one sft step: at random; of one modality and balanced in length, as in LLaVA; at
+    random in rows without padding, which is fastest and has the loss of random; or such rows in
+    which the questions of a dialogue do not see each other."""
     projector: str | None = None
     """LLaVA's mm_projector.bin to start from instead of a random projector."""
     lora: LoraSettings | None = None
@@ -136,6 +137,22 @@ class TrainConfig(runs.RunConfig):
     def __post_init__(self) -> None:
         check_range(self, "max_length", low=1)
         check_range(self, "dry_run", low=0)
+
+    def attention(self, *, half: bool) -> str:
+        """The attention of tower and language model.
+
+        Raises:
+            ValueError: for flash-attention with separate questions, whose mask it does not take.
+        """
+        attention = attention_implementation(self.attn_implementation, half=half)
+        if self.batching != "separate" or not attention.startswith("flash_attention"):
+            return attention
+        if self.attn_implementation == "auto":
+            return "sdpa"
+        raise ValueError(
+            f"got attn_implementation={attention} with batching=separate, expected sdpa or eager: "
+            "set attn_implementation=sdpa, or batching=packed"
+        )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -244,7 +261,7 @@ def load_or_build(
     Every process holds a full copy in host memory until DeepSpeed has partitioned it.
     """
     optimization = getattr(config, stage)
-    attention = attention_implementation(config.attn_implementation, half=optimization.bf16)
+    attention = config.attention(half=optimization.bf16)
     # Without DeepSpeed's master weights the optimizer works on the weights themselves, which must
     # be float32. Under LoRA they are frozen.
     frozen = stage == "sft" and config.lora is not None
@@ -331,8 +348,10 @@ def build_collator(
         template = load_template("plain", processor.tokenizer)
         return ConversationCollator(for_pretraining(processor), chat_template=template, **options)
     if config.batching == "packed":
-        attention = attention_implementation(config.attn_implementation, half=config.sft.bf16)
-        return PackingCollator(processor, one_row=attention == "flash_attention_2", **options)
+        one_row = config.attention(half=config.sft.bf16) == "flash_attention_2"
+        return PackingCollator(processor, one_row=one_row, **options)
+    if config.batching == "separate":
+        return SeparateCollator(processor, **options)
     return ConversationCollator(processor, **options)
 
 

@@ -33,8 +33,9 @@ class SceneDataset(Dataset):
             `detailed_pair` -> the same with every colour and relation named; `grounded_pair` ->
             also `boxes` (n, 4) of the objects, (left, top, right, bottom) as shares of the image,
             and `phrases`, what each is called and where it is; `conversation` -> a LLaVA record
-            {id, image, conversations}. Images are uint8 tensors (3, H, W), in a conversation PIL's.
-        num_questions: questions of one conversation.
+            {id, image, conversations}, of scenes that more often hold things to compare. Images
+            are uint8 tensors (3, H, W), in a conversation PIL's.
+        num_questions: at most, of one conversation.
     """
 
     def __init__(
@@ -46,13 +47,15 @@ class SceneDataset(Dataset):
         image_size: int = 64,
         sprites: str = "shapes",
         seed: int = 0,
-        num_questions: int = 8,
+        num_questions: int = 20,
     ) -> None:
         self.split, self.size = split, size
         self.item, self.seed = item, seed
         self.num_questions = num_questions
         self.sprites = load_sprites(sprites)
-        self.sampler = SceneSampler(self.sprites, image_size)
+        is_lesson = item == "conversation"
+        weights = SceneSampler.LESSON_WEIGHTS if is_lesson else SceneSampler.KIND_WEIGHTS
+        self.sampler = SceneSampler(self.sprites, image_size, weights)
         self._latest: tuple[int, Scene] | None = None
 
     def __len__(self) -> int:
@@ -106,19 +109,22 @@ class SceneDataset(Dataset):
             phrases.append((*called, *language.place_phrases(o, size)))
         return {"boxes": torch.tensor(corners) / size, "phrases": phrases}
 
-    def questions(self, index: int, limit: int | None = None) -> list[Question]:
-        """Questions about a scene, with answers; `num_questions` by default."""
+    def questions(self, index: int, limit: int = 8) -> list[Question]:
+        """Questions about a scene, with answers: those that a model is scored on."""
         scene, rng = self.scene(index), self._rng(index, _LANGUAGE_SEED)
-        limit = self.num_questions if limit is None else limit
         return language.questions(scene, self.sprites.names, rng, limit)
 
     def conversation(self, index: int) -> dict[str, Any]:
-        """The scene as a LLaVA record with a PIL image: questions, and at the end a description.
+        """The scene as a LLaVA record with a PIL image: a lesson, in one of ten cases with a
+        description.
 
         The description comes last, for the answers before could be copied from it.
         """
-        pairs = [(question.text, question.answer) for question in self.questions(index)]
-        pairs.append((language.DESCRIBE, self.description(index)))
+        scene, rng = self.scene(index), self._rng(index, _LANGUAGE_SEED, 1)
+        lesson = language.lesson(scene, self.sprites.names, rng, self.sampler.image_size)
+        pairs = [(question.text, question.answer) for question in lesson[: self.num_questions]]
+        if rng.random() < 0.1:
+            pairs.append((language.DESCRIBE, self.description(index)))
         turns = []
         for text, answer in pairs:
             turns.append({"from": "human", "value": text})

@@ -145,7 +145,9 @@ def wording(scene: Scene, names: Sequence[str], rng: np.random.Generator, image_
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its one-word answer; kinds: shape, color, count, relation, yes_no."""
+    """A question and its answer, one word for all kinds but the last: shape, color, count,
+    relation, yes_no, place.
+    """
 
     kind: str
     text: str
@@ -174,6 +176,24 @@ def questions(
     return [asked[i] for i in rng.permutation(len(asked))][:limit]
 
 
+def lesson(
+    scene: Scene, names: Sequence[str], rng: np.random.Generator, image_size: int
+) -> list[Question]:
+    """What a model is taught of a scene: `questions` and more of them, in random order.
+
+    Relations are the hardest, and only pairs of things have one: all pairs are compared. Every
+    second thing is asked for its place, which a comparison needs.
+    """
+    asked = [
+        *_attribute_questions(scene, names),
+        *_count_questions(scene, rng),
+        *_relation_questions(scene, names, rng, most=None),
+        *_place_questions(scene, names, rng, image_size),
+    ]
+    asked += [_yes_no_question(scene, names, rng) for _ in range(2)]
+    return [asked[i] for i in rng.permutation(len(asked))]
+
+
 def _unique(scene: Scene, attribute: str) -> list[SceneObject]:
     values = [getattr(o, attribute) for o in scene.objects]
     return [o for o in scene.objects if values.count(getattr(o, attribute)) == 1]
@@ -196,14 +216,26 @@ def _count_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def _relation_questions(
-    scene: Scene, names: Sequence[str], rng: np.random.Generator
+    scene: Scene, names: Sequence[str], rng: np.random.Generator, most: int | None = 2
 ) -> list[Question]:
     pairs = [(a, b) for a, b in permutations(_unique(scene, "name"), 2) if relation(a, b)]
     asked = []
-    for i in rng.permutation(len(pairs))[:2]:
+    for i in rng.permutation(len(pairs))[:most]:
         a, b = pairs[i]
         text = f"where is the {names[a.name]} seen from the {names[b.name]} ?"
         asked.append(Question("relation", text, dominant_relation(a, b).split()[0]))
+    return asked
+
+
+def _place_questions(
+    scene: Scene, names: Sequence[str], rng: np.random.Generator, image_size: int
+) -> list[Question]:
+    asked = []
+    for o in _unique(scene, "name"):
+        if rng.random() < 0.5:
+            column, row = place(o, image_size)
+            text = f"where is the {names[o.name]} ?"
+            asked.append(Question("place", text, f"{COLUMNS[column]} {ROWS[row]}"))
     return asked
 
 

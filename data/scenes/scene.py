@@ -117,13 +117,20 @@ def is_held_out(scene: Scene) -> bool:
 class SceneSampler:
     """Random scenes: single objects, pairs of different things, groups of one thing, mixtures.
 
-    Sizes and positions scale with `image_size`, the pixels of a side.
+    Sizes and positions scale with `image_size`, the pixels of a side. `weights` are the shares of
+    the kinds.
     """
 
     KINDS = ("single", "pair", "group", "mixture")
     KIND_WEIGHTS = (0.25, 0.35, 0.2, 0.2)
+    LESSON_WEIGHTS = (0.1, 0.5, 0.1, 0.3)  # only pairs and mixtures hold things to compare
 
-    def __init__(self, sprites: SpriteSet, image_size: int = 64) -> None:
+    def __init__(
+        self,
+        sprites: SpriteSet,
+        image_size: int = 64,
+        weights: tuple[float, ...] = KIND_WEIGHTS,
+    ) -> None:
         if image_size % CELLS:
             raise ValueError(
                 f"got image_size {image_size}, expected a multiple of {CELLS}: "
@@ -131,6 +138,7 @@ class SceneSampler:
             )
         self.sprites = sprites
         self.image_size = image_size
+        self.weights = weights
 
     def sample(self, rng: np.random.Generator, *, held_out: bool | None = False) -> Scene:
         """One scene; `held_out`: whether it holds combinations not in training, None: either."""
@@ -140,7 +148,7 @@ class SceneSampler:
                 return scene
 
     def _any_scene(self, rng: np.random.Generator) -> Scene:
-        kind = self.KINDS[np.searchsorted(np.cumsum(self.KIND_WEIGHTS), rng.random())]
+        kind = self.KINDS[np.searchsorted(np.cumsum(self.weights), rng.random())]
         low, high = {"single": (1, 1), "pair": (2, 2), "group": (2, 4), "mixture": (3, 4)}[kind]
         count = low if low == high else int(rng.integers(low, high + 1))
         num_names = len(self.sprites.names)

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from vqrae.data.scenes import language
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import (
     COLUMNS,
@@ -111,6 +112,23 @@ def test_answers_are_true_and_balanced() -> None:
         assert max(counts.values()) / counts.total() < limits[kind], (kind, counts)
 
 
+def test_a_lesson_compares_all_pairs_both_ways_and_tells_true_places() -> None:
+    dataset, rng = SceneDataset(), np.random.default_rng(0)
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    answers: dict[str, list[int]] = {}
+    for index in range(200):
+        scene, names = dataset.scene(index), dataset.sprites.names
+        asked = language.lesson(scene, names, rng, 64)
+        words = {tuple(q.text.split()[3::4]): q.answer for q in asked if q.kind == "relation"}
+        for (a, b), answer in words.items():
+            assert words[b, a] == opposite[answer]
+        for question in asked:
+            if question.kind == "place":
+                (item,) = (o for o in scene.objects if names[o.name] == question.text.split()[3])
+                answers.setdefault(question.answer.split(" at the ")[0], []).append(item.center[0])
+    assert max(answers["on the far left"]) < min(answers["on the far right"])
+
+
 @pytest.mark.parametrize("sprites", SPRITE_SETS)
 def test_every_word_is_in_the_vocabulary(sprites: str) -> None:
     dataset = SceneDataset("validation", sprites=sprites)
@@ -119,8 +137,8 @@ def test_every_word_is_in_the_vocabulary(sprites: str) -> None:
     for index in range(200):
         texts += [dataset.caption(index), dataset.caption(index, detailed=True)]
         texts.append(dataset.description(index))
-        for question in dataset.questions(index):
-            texts += [question.text, question.answer]
+        turns = dataset.conversation(index)["conversations"]
+        texts += [turn["value"].removeprefix("<image>\n") for turn in turns]
     ids = text_tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert text_tokenizer.unk_token_id not in itertools.chain.from_iterable(ids)
 

@@ -322,7 +322,7 @@ def run(tokenizer_folder: Path, llm_folder: Path, tmp_path: Path) -> list[str]:
     return ["--config", "tiny", *words]
 
 
-@pytest.mark.parametrize("batching", ["random", "packed"])
+@pytest.mark.parametrize("batching", ["random", "packed", "separate"])
 def test_a_batch_is_printed_with_its_trained_tokens(
     batching: str, run: list[str], vqrae: Run
 ) -> None:

@@ -10,7 +10,13 @@ from vqrae.common.trainer import IGNORE_INDEX
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.understanding.build import build_llava
 from vqrae.understanding.conversation import ConversationCollator, samples_of
-from vqrae.understanding.packing import PackingCollator, lay_out
+from vqrae.understanding.packing import (
+    PackingCollator,
+    SeparateCollator,
+    encode_turns,
+    lay_out,
+    visible,
+)
 
 
 def _text(words, name="text"):
@@ -104,3 +110,47 @@ def test_a_batch_without_images_still_runs_the_projector(tokenizer_folder, llm_f
     loss.backward()
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().max() == 0
     torch.testing.assert_close(loss, model(**ConversationCollator(processor)(texts)).loss)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_separate_questions_have_the_loss_that_each_has_alone(
+    attention, tokenizer_folder, llm_folder, records
+):
+    torch.manual_seed(0)
+    model, processor = build_llava(tokenizer_folder, llm_folder, attention)
+    alone = []
+    for record in records:
+        turns = record["conversations"]
+        head = "<image>\n" if "image" in record else ""
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            text = head + question["value"].removeprefix(head)
+            asked = [{"from": "human", "value": text}, answer]
+            alone.append({**record, "conversations": asked})
+    separate = SeparateCollator(processor)(records)
+    expected = ConversationCollator(processor)(alone)
+    assert separate["input_ids"].numel() < 0.8 * expected["input_ids"].numel()
+    with torch.no_grad():
+        losses = [model(**batch).loss for batch in (separate, expected)]
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+    assert abs(losses[0] - model(**PackingCollator(processor)(records)).loss) > 1e-4
+
+
+def test_a_token_sees_its_question_and_what_all_share():
+    #               sample of two questions | another sample
+    seen = visible(torch.tensor([[0, 1, 2, 1, 2, 0, 1]]))[0].int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0, 0],
+        [1, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_an_image_of_a_later_question_is_refused(tokenizer_folder, llm_folder, records):
+    processor = build_llava(tokenizer_folder, llm_folder)[1]
+    late = _text(1)["conversations"] + records[1]["conversations"]
+    with pytest.raises(ValueError, match="after its first question"):
+        encode_turns({**records[1], "conversations": late}, processor)
