@@ -56,18 +56,24 @@ def run_backward(
         known = arrived.pop(node)
         if wanted and not any(following in needed for following, _ in node.next_functions):
             continue
-        values = []
-        for place, meta in enumerate(node._input_metadata):
-            value = known.get(place)
-            if value is None and not callable(node):  # a function of ours gets zeros
-                value = torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device)
-            values.append(value)
+        values = _inputs_of(node, known)
         del known
         outputs = node(*values) if callable(node) else node.apply(*values)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         for (following, place), gradient in zip(node.next_functions, outputs, strict=False):
             send(following, place, gradient)
     return results
+
+
+def _inputs_of(node: Any, known: dict[int, Tensor]) -> list[Tensor | None]:
+    """What a node of the graph is called with, of the gradients that arrived."""
+    values = []
+    for place, meta in enumerate(node._input_metadata):
+        value = known.get(place)
+        if value is None and not callable(node):  # a function of ours gets zeros
+            value = torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device)
+        values.append(value)
+    return values
 
 
 def _leading_to(wanted: Sequence[Any], roots: Sequence[Tensor]) -> set[Any]:

@@ -174,13 +174,7 @@ class FakeGPU(TorchDispatchMode):
                 return zeros if new else args[0].copy_(zeros)
         if not is_on_gpu(source) and target.type == "cuda" and source.numel():
             non_blocking = kwargs.get("non_blocking") or (not new and len(args) > 2 and args[2])
-            if not source.is_pinned():
-                why = "from pageable memory"
-            elif dtype != source.dtype:
-                why = "converted on the host"
-            else:
-                why = "" if non_blocking else "blocking"
-            if why:
+            if why := _why_blocking(source, dtype, bool(non_blocking)):
                 self.note(f"copy {tuple(source.shape)} {source.dtype} to the device, {why},")
         result = func(*args, **kwargs)
         if source.dtype == torch.bool and not _any_fake((source,)):
@@ -204,6 +198,15 @@ class FakeGPU(TorchDispatchMode):
 def is_on_gpu(value: Any) -> bool:
     """Whether a value is a tensor of the fake device."""
     return isinstance(value, FakeTensor) and value.fake_device.type == "cuda"
+
+
+def _why_blocking(source: Tensor, dtype: torch.dtype, non_blocking: bool) -> str:
+    """Why the host waits for a copy to the device; empty where it does not."""
+    if not source.is_pinned():
+        return "from pageable memory"
+    if dtype != source.dtype:
+        return "converted on the host"
+    return "" if non_blocking else "blocking"
 
 
 def _any_fake(values: Sequence[Any]) -> bool:

@@ -1,16 +1,17 @@
 """What the steps of a quickstart run left in its folder, read for the report.
 
-    DIR/plan.json, DIR/steps/NAME.json      budget in minutes and optimizer steps; seconds of each
-    step DIR/{encoder,tokenizer,llm,…}           run directories
-    DIR/evaluation/                         reconstruction.json, questions.json, generation.json,
-    images/
+    DIR/plan.json                       budget in minutes and optimizer steps
+    DIR/steps/NAME.json                 seconds of each step
+    DIR/{encoder,tokenizer,llm,…}       run directories
+    DIR/evaluation/                     reconstruction, questions, generation .json; images/
 
 A step that has not run leaves None or nothing. Examples are always the first ones.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -200,95 +201,70 @@ def figure_rows(
 
 
 def _figure_rows(values: dict[str, Any], budget: int | None) -> list[FigureRow]:
-    tokenizer, understanding = values.get("tokenizer", {}), values.get("understanding", {})
-    generation = values.get("generation", {})
-    ceiling = generation.get("ceiling", {})
-    accuracy, blind = understanding.get("accuracy"), understanding.get("blind_accuracy")
-    gain = None if accuracy is None or blind is None else 100 * (accuracy - blind)
-    size, codebooks = tokenizer.get("codebook_size"), tokenizer.get("num_codebooks", 1)
+    figures = [*_tokenizer_figures(values), *_model_figures(values)]
+    return [figure.row(budget) for figure in figures]
+
+
+class Figure(NamedTuple):
+    """A figure of `report.json`, with its targets at each of the `BUDGETS`."""
+
+    label: str
+    value: float | None
+    form: str
+    note: str
+    expected: tuple[float, ...] = ()
+    tile: str = ""
+
+    def row(self, budget: int | None) -> FigureRow:
+        """The figure as text; it is met, or not, at the budget that the run reached."""
+        value, expected = self.value, self.expected
+        met = None if budget is None or value is None or not expected else value >= expected[budget]
+        bounds = tuple(f"≥ {self.form.format(bound).replace('.0', '')}" for bound in expected)
+        text = "—" if value is None else self.form.format(value)
+        bounds = bounds or ("",) * len(BUDGETS)
+        return FigureRow(self.label, text, bounds, met, self.note, self.tile)
+
+
+def _tokenizer_figures(values: dict[str, Any]) -> Iterator[Figure]:
+    found = values.get("tokenizer", {})
+    psnr, ssim, usage = found.get("psnr"), found.get("ssim"), found.get("codebook_usage")
+    size, codebooks = found.get("codebook_size"), found.get("num_codebooks", 1)
     codes = f"share of the {size} codes" if size else "share of the codebook"
     if codebooks > 1:
         codes += f" of each of {codebooks} codebooks"
+    note, tile = "distance of scenes and reconstructions", "PSNR of reconstructions"
+    yield Figure("Reconstruction, PSNR", psnr, "{:.1f} dB", note, (24, 29), tile)
+    yield Figure("Reconstruction, SSIM", ssim, "{:.3f}", "likeness of structure, 1 is identical")
+    note, tile = f"{codes} chosen at least once", "of the codebook in use"
+    yield Figure("Codebook usage", usage, "{:.0%}", note, (0.9, 0.95), tile)
 
-    def row(
-        label: str,
-        value: float | None,
-        form: str,
-        note: str,
-        expected: tuple[float, ...] = (),
-        tile: str = "",
-    ) -> FigureRow:
-        met = None if budget is None or value is None or not expected else value >= expected[budget]
-        bounds = tuple(f"≥ {form.format(bound).replace('.0', '')}" for bound in expected)
-        text = "—" if value is None else form.format(value)
-        return FigureRow(label, text, bounds or ("",) * len(BUDGETS), met, note, tile)
 
-    rows = [
-        row(
-            "Reconstruction, PSNR",
-            tokenizer.get("psnr"),
-            "{:.1f} dB",
-            "distance of scenes and reconstructions",
-            (24, 29),
-            "PSNR of reconstructions",
-        ),
-        row(
-            "Reconstruction, SSIM",
-            tokenizer.get("ssim"),
-            "{:.3f}",
-            "likeness of structure, 1 is identical",
-        ),
-        row(
-            "Codebook usage",
-            tokenizer.get("codebook_usage"),
-            "{:.0%}",
-            f"{codes} chosen at least once",
-            (0.9, 0.95),
-            "of the codebook in use",
-        ),
-        row(
-            "Questions answered",
-            accuracy,
-            "{:.1%}",
-            "about validation scenes",
-            (0.75, 0.95),
-            "of questions answered right",
-        ),
-        row("… more than blind", gain, "{:+.1f} points", "what seeing adds", (25, 25)),
-        row(
-            "Prompts followed",
-            generation.get("overall"),
-            "{:.1%}",
-            "mean of six families of prompts",
-            (0.4, 0.8),
-            "of images show what was asked for",
-        ),
-        row(
-            "… ceiling of the codes",
-            ceiling.get("reconstruction", {}).get("overall"),
-            "{:.1%}",
-            "true scenes, tokenized",
-        ),
-        row(
-            "… ceiling of the detector",
-            ceiling.get("truth", {}).get("overall"),
-            "{:.1%}",
-            "true scenes as they are",
-        ),
-    ]
-    stages = list(values.get("zero_shot", {}).get("stages", {}).values())
-    for kind in ("continuous", "quantized"):
-        if stages:
-            named = stages[-1][kind]["object"]["top1"]
+def _model_figures(values: dict[str, Any]) -> Iterator[Figure]:
+    understanding, generation = values.get("understanding", {}), values.get("generation", {})
+    accuracy, blind = understanding.get("accuracy"), understanding.get("blind_accuracy")
+    note, tile = "about validation scenes", "of questions answered right"
+    yield Figure("Questions answered", accuracy, "{:.1%}", note, (0.75, 0.95), tile)
+    gain = None if accuracy is None or blind is None else 100 * (accuracy - blind)
+    yield Figure("… more than blind", gain, "{:+.1f} points", "what seeing adds", (25, 25))
+    note, tile = "mean of six families of prompts", "of images show what was asked for"
+    yield Figure("Prompts followed", generation.get("overall"), "{:.1%}", note, (0.4, 0.8), tile)
+    ceiling = generation.get("ceiling", {})
+    for name, label, note in (
+        ("reconstruction", "… ceiling of the codes", "true scenes, tokenized"),
+        ("truth", "… ceiling of the detector", "true scenes as they are"),
+    ):
+        yield Figure(label, ceiling.get(name, {}).get("overall"), "{:.1%}", note)
+    for scores in list(values.get("zero_shot", {}).get("stages", {}).values())[-1:]:
+        for kind in ("continuous", "quantized"):
             note = "colour and shape of one thing, among all; no training for it"
-            rows.append(row(f"Named zero-shot, {kind}", named, "{:.1%}", note))
+            named = scores[kind]["object"]["top1"]
+            yield Figure(f"Named zero-shot, {kind}", named, "{:.1%}", note)
     for job, measure, label in (
         ("understanding", "accuracy", "Unified model, questions"),
         ("generation", "overall", "Unified model, prompts"),
     ):
         if found := values.get(f"unified_{job}"):
-            rows.append(row(label, found[measure], "{:.1%}", "one model does both"))
-    return rows
+            yield Figure(label, found[measure], "{:.1%}", "one model does both")
 
 
 # ---- examples
