@@ -122,7 +122,7 @@ class GroupedSampler(Sampler[int]):
     """LLaVA-1.5's `group_by_modality_length`, drawn from one seed.
 
     The micro-batches of an optimizer step hold one modality, which pads less and never runs the
-    vision tower in vain, and have about the same total length, so that no process waits for
+    vision tower for nothing, and have about the same total length, so that no process waits for
     another. What does not fill a step comes last, mixed.
 
     Args:

@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(config.seed)
     model, text_tokenizer = build_tiny_llm(config)
     print_parameters(model)
+    # The loss is Qwen3ForCausalLM's own, over all tokens.
     trainer = WholeTrainer(
         model=model,
         args=training_arguments(optimization, output, seed=config.seed),

@@ -220,7 +220,8 @@ def run_stage(config: TrainConfig, stage: Stage) -> None:
         if unknown := describe_unknown(processor.tokenizer, texts_of(dataset)):
             print(printable(f"text: {unknown}"), flush=True)
 
-    # ---- trainer
+    # ---- trainer: the loss is LlavaForConditionalGeneration's own, the mean cross entropy of the
+    # labels that are not IGNORE_INDEX, which the collator sets: answers alone
     trainer = LlavaTrainer(
         model=trained,
         args=training_arguments(optimization, run.path, seed=config.seed),

@@ -96,7 +96,7 @@ def test_models_that_cannot_answer_are_refused(chat, tokenizer_folder, llm_folde
 
 @pytest.fixture
 def questions(tmp_path):
-    """Seven questions in both formats, one of them about a file that is no image."""
+    """Seven questions in both formats, one of them about a file that is not an image."""
     images = [image for image, _ in _conversations() if isinstance(image, Image.Image)]
     for i, image in enumerate(images):
         image.save(tmp_path / f"{i}.png")

@@ -100,7 +100,7 @@ def test_masks_with_byte_level_bpe(qwen_like):
     user, assistant, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
     first = f"{user}<image>\nwhat color is the star ?{end}{assistant}red{end}"
     assert text == f"{first}{user}and the circle ?{end}{assistant}two blue stars{end}"
-    assert sample["labels"][-1] == IGNORE_INDEX  # the newline behind the end token
+    assert sample["labels"][-1] == IGNORE_INDEX  # the newline after the end token
 
 
 def test_vicuna_masks_and_a_single_bos(vicuna_like):
