@@ -97,7 +97,7 @@ def thumbnail(image: Image.Image) -> np.ndarray:
     return grey / max(float(np.linalg.norm(grey)), 1e-6)
 
 
-def is_held_out(name: str) -> bool:
+def is_held_out_photograph(name: str) -> bool:
     """Whether a photograph is for tests: a function of its name alone."""
     return name_hash(name) % 5 == 0
 
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         seen = np.vstack([seen, small])
         scale = min(1.0, EDGE / min(image.size))
         width, height = (round(edge * scale) for edge in image.size)
-        folder = folders[is_held_out(name)]
+        folder = folders[is_held_out_photograph(name)]
         folder.mkdir(parents=True, exist_ok=True)
         save_image(image.resize((width, height), Image.Resampling.LANCZOS), folder / f"{name}.png")
     for folder in folders:

@@ -76,7 +76,7 @@ class GenerationCollator:
 
 
 def fill_codes(batch: dict[str, Tensor], encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """A batch of `GenerationCollator` in which images, if any, have become codes.
+    """A batch of a collator in which images, if any, have become codes.
 
     Args:
         encode: images uint8 (M, 3, H, W) -> codes int64 (M, N), or (M, N, n).
@@ -89,7 +89,7 @@ def fill_codes(batch: dict[str, Tensor], encode: Callable[[Tensor], Tensor]) -> 
     return batch
 
 
-def load_encoder(folder: Path) -> VQRAEModel:
+def load_frozen_tokenizer(folder: Path) -> VQRAEModel:
     """The tokenizer in fp32, frozen; without its decoder, which halves the memory."""
     model = VQRAEModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     model.decoder = nn.Identity()

@@ -29,7 +29,7 @@ from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.sources import open_pairs
 from vqrae.data.stream import Draw
 from vqrae.generation.config import ExtractionConfig, GeneratorConfig
-from vqrae.generation.data import encode_images, load_encoder
+from vqrae.generation.data import encode_images, load_frozen_tokenizer
 from vqrae.tokenizer.modeling import VQRAEModel
 
 REPORT_SECONDS = 5.0
@@ -45,7 +45,7 @@ def extract(config: ExtractionConfig) -> None:
     rank, processes = int(os.environ.get("RANK", "0")), world_size()
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     folder = local_model(config.tokenizer)
-    model = load_encoder(folder).to(device)
+    model = load_frozen_tokenizer(folder).to(device)
     pairs = open_pairs(
         config.source,
         image_size=model.config.image_size,

@@ -44,7 +44,7 @@ from vqrae.generation.data import (
     TrainingStream,
     encode_images,
     fill_codes,
-    load_encoder,
+    load_frozen_tokenizer,
 )
 from vqrae.generation.dry_run import dry_run
 from vqrae.generation.heads import SingleCodeHead
@@ -100,7 +100,7 @@ def train(config: TrainingConfig) -> Path:
 
     # ---- models
     # The tokenizer before the arguments: under ZeRO-3 these decide how later models are built.
-    tokenizer = load_encoder(tokenizer_folder)
+    tokenizer = load_frozen_tokenizer(tokenizer_folder)
     arguments = training_arguments(optimization, output, seed=config.seed)
     arguments.train_sampling_strategy = "sequential"
     run.begin({"tokenizer": fingerprint, "data": data_fingerprint(config.data)})

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedTokenizerBas
 
 from vqrae.common.checkpoints import load_model, local_model, require_kind, resolve_model
 from vqrae.common.distributed import choose_device
-from vqrae.generation.data import encode_images, load_encoder
+from vqrae.generation.data import encode_images, load_frozen_tokenizer
 from vqrae.generation.generator import Generator
 from vqrae.generation.own_tokenizer import own_tokenizer
 from vqrae.mllm.build import image_prompt
@@ -57,7 +57,7 @@ class UnifiedChat(Chat):
         folder, device = resolve_model(name), choose_device(device)
         values = require_kind(folder, (UnifiedConfig.model_type,), "a unified model")
         folder = str(local_model(folder))  # of a hub id: its tokenizer is a folder inside
-        encoder = load_encoder(own_tokenizer(folder, values, tokenizer)).to(device)
+        encoder = load_frozen_tokenizer(own_tokenizer(folder, values, tokenizer)).to(device)
         chosen = precision(values, device, **options)
         model = load_model(UnifiedModel, folder, **chosen).to(device)
         model.encode_images = functools.partial(encode_images, encoder)

@@ -11,7 +11,7 @@ Shapes: T ids of a row, B rows, P images of a batch, D of them generated, N plac
 place, M trained text tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ class UnifiedCollator:
             those whose next token is trained; text_targets (M,) are these tokens.
             generated (D,): indices of the images with loss; num_image_codes (): their codes, or 0;
             num_targets (): these codes and M.
-            Where samples show pixels, also `pixels` uint8 (Q, 3, H, W) and `pixel_rows` (Q,), the
+            Where samples show pixels, also `images` uint8 (Q, 3, H, W) and `image_rows` (Q,), the
             images whose codes `fill_codes` has yet to put in.
         """
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
@@ -199,7 +199,7 @@ class UnifiedCollator:
             if row["generates"]:
                 generated.append(len(images))
             images += row["images"]
-        pixel_rows = [i for i, image in enumerate(images) if image.dtype == torch.uint8]
+        image_rows = [i for i, image in enumerate(images) if image.dtype == torch.uint8]
         codes = [self.blank if image.dtype == torch.uint8 else image for image in images]
         num_image_codes = len(generated) * self.blank.numel()
         batch = {
@@ -213,21 +213,7 @@ class UnifiedCollator:
             "num_image_codes": torch.tensor(num_image_codes),
             "num_targets": torch.tensor(num_image_codes + len(text_places)),
         }
-        if pixel_rows:
-            batch["pixels"] = torch.stack([images[i] for i in pixel_rows])
-            batch["pixel_rows"] = torch.tensor(pixel_rows)
+        if image_rows:
+            batch["images"] = torch.stack([images[i] for i in image_rows])
+            batch["image_rows"] = torch.tensor(image_rows)
         return batch
-
-
-def fill_codes(batch: dict[str, Tensor], encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """A batch of `UnifiedCollator` in which pixels, if any, have become codes.
-
-    Args:
-        encode: images uint8 (Q, 3, H, W) -> codes (Q, N) or (Q, N, n).
-    """
-    if "pixels" not in batch:
-        return batch
-    batch = dict(batch)
-    pixels, rows = batch.pop("pixels"), batch.pop("pixel_rows")
-    batch["codes"] = batch["codes"].index_copy(0, rows, encode(pixels))
-    return batch

@@ -40,7 +40,7 @@ from vqrae.common.trainer import (
 from vqrae.data.sources import fingerprint as data_fingerprint
 from vqrae.data.sources import is_encoded, texts_of
 from vqrae.data.word_tokenizer import describe_unknown
-from vqrae.generation.data import TrainingStream, encode_images, load_encoder
+from vqrae.generation.data import TrainingStream, encode_images, fill_codes, load_frozen_tokenizer
 from vqrae.generation.own_tokenizer import record_tokenizer, resolve_tokenizer
 from vqrae.generation.preview import PreviewCallback
 from vqrae.mllm.build import build_model, image_prompt
@@ -48,7 +48,7 @@ from vqrae.mllm.config import MLLMConfig
 from vqrae.mllm.data import captions_of, open_tasks
 from vqrae.mllm.dry_run import dry_run
 from vqrae.mllm.inference import UnifiedGenerator
-from vqrae.mllm.sequences import SequenceEncoder, UnifiedCollator, fill_codes
+from vqrae.mllm.sequences import SequenceEncoder, UnifiedCollator
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,7 +72,7 @@ def train(config: MLLMConfig) -> Path:
 
     # ---- data: samples in order
     # The tokenizer before the arguments: under ZeRO-3 these decide how later models are built.
-    tokenizer = load_encoder(tokenizer_folder)
+    tokenizer = load_frozen_tokenizer(tokenizer_folder)
     arguments = training_arguments(optimization, output, seed=config.seed)
     arguments.train_sampling_strategy = "sequential"
     samples = open_tasks(
@@ -128,6 +128,8 @@ def train(config: MLLMConfig) -> Path:
 
 class UnifiedTrainer(WholeTrainer):
     """A `Trainer` whose loss is the mean over the targets of a step, and that logs its two parts.
+
+    `UnifiedModel.forward` computes both: cross entropy of codes, by the depth head, and of text.
 
     Args:
         encode: images uint8 (Q, 3, H, W) -> codes.

@@ -96,7 +96,7 @@ def training_steps(system: System) -> dict[str, int]:
     return TRAINING_STEPS | system.steps
 
 
-def plan(minutes: float, system: System = SYSTEMS["vqrae"]) -> dict[str, int]:
+def steps_within(minutes: float, system: System = SYSTEMS["vqrae"]) -> dict[str, int]:
     """Optimizer steps of every training for this many minutes on two cores."""
     scale = minutes / REFERENCE_MINUTES
     steps = {}
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: --minutes, --system, --output, --sprites."""
     config = parse(QuickstartConfig, argv, program="bash scripts/quickstart.sh")
     output, system = config.directory, SYSTEMS[config.system]
-    steps = plan(config.minutes, system)
+    steps = steps_within(config.minutes, system)
     chosen = {
         "system": config.system,
         "minutes": config.minutes,

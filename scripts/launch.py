@@ -102,7 +102,7 @@ JOBS = {
 # ---- what to run
 
 
-def plan(module: str, arguments: Sequence[str]) -> list[Command]:
+def plan_commands(module: str, arguments: Sequence[str]) -> list[Command]:
     """The commands to run in order: those that make what is missing, then the job itself."""
     if module not in JOBS:
         raise ConfigError(f"unknown module {module!r}. {did_you_mean(module, JOBS)}")
@@ -178,7 +178,7 @@ def prepare_key(
     configured = value_of(settings, key)
     if configured:
         arguments.append(f"output={configured}")
-    commands = plan(module, arguments)
+    commands = plan_commands(module, arguments)
     folder = Path(commands[-1].output)
     # The quickstart makes the same models, in a folder of its own.
     for place in (folder, folder.parent / "quickstart" / folder.name):
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     module, *keys = arguments[only_extras:]
     if "--help" in keys or "-h" in keys:
         show_help(module)
-    *before, job = plan(module, keys)
+    *before, job = plan_commands(module, keys)
     if only_extras:
         print(*sorted(job.extras.union(*(command.extras for command in before))))
         return

@@ -72,7 +72,7 @@ def _rehearse_stage(config: TokenizerTrainConfig, number: int, train_stage: Trai
 
         def train(watch: Watch) -> None:
             set_seed(config.seed)
-            for done in train_stage(short, number, initial_model(short), run):
+            for done in train_stage(short, number, random_model(short), run):
                 watch.step() if done else watch.on_step_begin()
 
         return rehearse(train, report, config.dry_run)
@@ -123,7 +123,7 @@ def _rehearse_checkpoint(
 ) -> None:
     run = open_run(folder, config, seed=config.seed)
     run.begin()
-    model = initial_model(config)
+    model = random_model(config)
     before = features_at_taps(model, bf16=config.bf16)
     steps = train_stage(config, number, model, run)
     next(steps)
@@ -133,7 +133,7 @@ def _rehearse_checkpoint(
     after = features_at_taps(model, bf16=config.bf16)
     del steps, model
     gc.collect()  # the next model takes its place
-    resumed = train_stage(config, number, initial_model(config), run)
+    resumed = train_stage(config, number, random_model(config), run)
     assert next(resumed) == saved, "the resume starts after another step than the saved one"
     resumed.close()
     if is_main_process():
@@ -165,7 +165,7 @@ def features_at_taps(model: VQRAEModel, *, bf16: bool) -> dict[str, Tensor]:
     return found
 
 
-def initial_model(config: TokenizerTrainConfig) -> VQRAEModel:
+def random_model(config: TokenizerTrainConfig) -> VQRAEModel:
     """The tokenizer as it enters stage 1; its encoder is the pretrained one where that is here."""
     return first_model(config, attention_implementation(config.attention, half=config.bf16))
 

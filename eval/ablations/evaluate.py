@@ -134,21 +134,21 @@ def plan_trials(
                 arguments.append(f"model.encoder={config.encoder}")
             arguments += [f"data.train={config.data}", f"seed={seed}", *config.overrides]
             folder = Path(config.output) / name / recipe.name / row.name / f"seed-{seed}"
-            resolved = tokenizer_config(base, [*arguments, f"output_dir={folder}"])
+            resolved = parse_tokenizer(base, [*arguments, f"output_dir={folder}"])
             check_quantizer(resolved)
             overrides = dict(argument.split("=", 1) for argument in arguments)
             trials.append(Trial(result, seed, folder, base, overrides, resolved))
     return results, trials
 
 
-def tokenizer_config(base: str, overrides: list[str]) -> TokenizerTrainConfig:
+def parse_tokenizer(base: str, overrides: list[str]) -> TokenizerTrainConfig:
     """The configuration of a shipped name or of a YAML file."""
     return load_config(TokenizerTrainConfig, shipped_config("vqrae.tokenizer", base), overrides)
 
 
 def has_encoder(base: str) -> bool:
     """Whether trainings of a configuration start from a pretrained encoder."""
-    return tokenizer_config(base, []).model.encoder is not None
+    return parse_tokenizer(base, []).model.encoder is not None
 
 
 def sweep(name: str, suite: Suite, config: AblationConfig) -> None:

@@ -24,7 +24,7 @@ BINS = 50  # of the histogram of margins
 EXAMPLES = 8  # patches that are kept for each code
 
 
-def write_report(
+def write_codebook_report(
     model: VQRAEModel, batches: Iterable[Tensor], out: str | Path, *, source: str, tokenizer: str
 ) -> str:
     """Write codebook.html and codebook.json into `out`.

@@ -27,7 +27,7 @@ from vqrae.common.errors import run_main
 from vqrae.common.files import read_json, sha256, write_json
 from vqrae.common.images import IMAGE_SUFFIXES, open_image, save_image, tile
 from vqrae.common.run import hold_folder, quiet_libraries, run_manifest
-from vqrae.eval.dpg_bench.questions import Item, read_questions, write_questions
+from vqrae.eval.dpg_bench.questions import DPGItem, read_questions, write_questions
 from vqrae.eval.dpg_bench.scenes import scene_items, true_images
 from vqrae.eval.dpg_bench.scores import Answers, official_scores, summarize
 from vqrae.eval.generated import ImageRequest, claim_folder, image_seed
@@ -77,7 +77,7 @@ class DPGConfig(JudgedConfig):
 # ---- images
 
 
-def generate_grids(config: DPGConfig, items: Sequence[Item], device: str) -> None:
+def generate_grids(config: DPGConfig, items: Sequence[DPGItem], device: str) -> None:
     """Generate the images that `output` lacks, and arrange them in grids."""
     output = Path(config.output)
     prompts = {"prompts": [item.prompt for item in items]}
@@ -138,7 +138,7 @@ def split_grid(
 
 
 def judge_folder(
-    items: Sequence[Item], folder: Path, judge: Judge, config: DPGConfig
+    items: Sequence[DPGItem], folder: Path, judge: Judge, config: DPGConfig
 ) -> tuple[dict[str, Answers], dict[str, str]]:
     """Answers by item, and the reason for each item that has none; processes share the work."""
     texts: dict[str, list[str]] = {}
@@ -163,7 +163,7 @@ def judge_folder(
     return ask_all({item.id: images.get(item.id) for item in items}, ask, answers)
 
 
-def scene_ceiling(judge: Judge, items: Sequence[Item], sprites: str) -> float:
+def scene_ceiling(judge: Judge, items: Sequence[DPGItem], sprites: str) -> float:
     """What true scenes score: the part that the judge itself loses."""
     answers = {}
     for item, image in zip(items, true_images(sprites, len(items)), strict=True):

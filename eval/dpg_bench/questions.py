@@ -27,7 +27,7 @@ SOURCE = "https://github.com/TencentQQGYLab/ELLA/blob/main/dpg_bench/dpg_bench.c
 
 
 @dataclass(frozen=True)
-class Question:
+class DPGQuestion:
     """A question about an image; `parents` are the numbers of the questions that it depends on."""
 
     number: int
@@ -42,12 +42,12 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Item:
+class DPGItem:
     """A prompt with its questions, in the order of the table; image files are named after `id`."""
 
     id: str
     prompt: str
-    questions: tuple[Question, ...]
+    questions: tuple[DPGQuestion, ...]
 
 
 def broad(category: str) -> str:
@@ -55,7 +55,7 @@ def broad(category: str) -> str:
     return category.split("-")[0].strip()
 
 
-def read_questions(path: str | Path) -> tuple[list[Item], list[str]]:
+def read_questions(path: str | Path) -> tuple[list[DPGItem], list[str]]:
     """The items of the table, and a line for each oddity; empty rows are skipped.
 
     Oddities: rows without a number (left out), questions that appear twice (the later one is taken,
@@ -78,7 +78,7 @@ def read_questions(path: str | Path) -> tuple[list[Item], list[str]]:
         )
     problems: list[str] = []
     prompts: dict[str, str] = {}
-    table: dict[str, dict[int, Question]] = {}  # item -> number -> question
+    table: dict[str, dict[int, DPGQuestion]] = {}  # item -> number -> question
     for line, row in enumerate(reader, start=1):
         if not any(row[name].strip() for name in NEEDED):
             continue
@@ -102,20 +102,20 @@ def read_questions(path: str | Path) -> tuple[list[Item], list[str]]:
             if unknown := sorted(set(question.parents) - questions.keys()):
                 which = f"question {number} depends on {unknown}"
                 problems.append(f"item {name}: {which}, which do not exist")
-    items = [Item(name, prompts[name], tuple(found.values())) for name, found in table.items()]
+    items = [DPGItem(name, prompts[name], tuple(found.values())) for name, found in table.items()]
     return items, problems
 
 
-def _question(row: dict[str, str]) -> Question:
+def _question(row: dict[str, str]) -> DPGQuestion:
     # Spreadsheets make 1.0 of 1.
     numbers = [int(part.strip().removesuffix(".0")) for part in row["dependency"].split(",")]
     number = int(row["proposition_id"].strip().removesuffix(".0"))
     parents = tuple(parent for parent in numbers if parent)
     text, proposition = row["question_natural_language"].strip(), row["tuple"].strip()
-    return Question(number, text, proposition, parents)
+    return DPGQuestion(number, text, proposition, parents)
 
 
-def write_questions(path: str | Path, items: Sequence[Item]) -> None:
+def write_questions(path: str | Path, items: Sequence[DPGItem]) -> None:
     """Write the table; keywords stay empty."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")

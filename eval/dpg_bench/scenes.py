@@ -8,16 +8,16 @@ from PIL import Image
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import NUMBER_WORDS, plural, relation, with_article
 from vqrae.data.scenes.scene import COLOR_NAMES, Scene
-from vqrae.eval.dpg_bench.questions import Item, Question
+from vqrae.eval.dpg_bench.questions import DPGItem, DPGQuestion
 
 
-def scene_items(sprites: str, count: int) -> list[Item]:
+def scene_items(sprites: str, count: int) -> list[DPGItem]:
     """Detailed captions of the first validation scenes, with the questions that they answer."""
     scenes = SceneDataset("validation", count, sprites=sprites)
     items = []
     for i in range(count):
         questions = scene_questions(scenes.scene(i), scenes.sprites.names)
-        items.append(Item(f"scene{i}", scenes.caption(i, detailed=True), questions))
+        items.append(DPGItem(f"scene{i}", scenes.caption(i, detailed=True), questions))
     return items
 
 
@@ -27,12 +27,12 @@ def true_images(sprites: str, count: int, image_size: int = 64) -> list[Image.Im
     return [Image.fromarray(scenes.pixels(i)) for i in range(count)]
 
 
-def scene_questions(scene: Scene, names: Sequence[str]) -> tuple[Question, ...]:
+def scene_questions(scene: Scene, names: Sequence[str]) -> tuple[DPGQuestion, ...]:
     """Questions that a scene answers with yes: things, colours, how many, and where if two."""
-    asked: list[Question] = []
+    asked: list[DPGQuestion] = []
 
     def ask(text: str, proposition: str, *parents: int) -> int:
-        asked.append(Question(len(asked) + 1, f"{text} ?", proposition, parents))
+        asked.append(DPGQuestion(len(asked) + 1, f"{text} ?", proposition, parents))
         return len(asked)
 
     counts = Counter(names[item.name] for item in scene.objects)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from vqrae.eval.dpg_bench.questions import Item, broad
+from vqrae.eval.dpg_bench.questions import DPGItem, broad
 
 Answers = Sequence[Sequence[str]]
 """What a judge says: for each image of a prompt, one answer per question in the table's order."""
@@ -37,7 +37,7 @@ def first_word(answer: str) -> str:
     return match.group() if match else ""
 
 
-def ancestors(item: Item) -> dict[int, set[int]]:
+def ancestors(item: DPGItem) -> dict[int, set[int]]:
     """The existing questions that each one depends on, also indirectly, without itself."""
     parents = {question.number: question.parents for question in item.questions}
     found: dict[int, set[int]] = {}
@@ -53,7 +53,7 @@ def ancestors(item: Item) -> dict[int, set[int]]:
     return found
 
 
-def image_score(item: Item, answers: Sequence[str]) -> float:
+def image_score(item: DPGItem, answers: Sequence[str]) -> float:
     """Share of an item's questions that count on one image."""
     yes = {}
     for question, answer in zip(item.questions, answers, strict=True):
@@ -64,7 +64,7 @@ def image_score(item: Item, answers: Sequence[str]) -> float:
     return float(np.mean(counts))
 
 
-def summarize(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, Any]:
+def summarize(items: Sequence[DPGItem], answers: Mapping[str, Answers]) -> dict[str, Any]:
     """Scores over the prompts that have answers (by item id).
 
     Returns `dpg`, 0 to 100; its `interval`, 95 % by the spread of prompts; `categories` and
@@ -86,7 +86,7 @@ def summarize(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str
     return {**_result(len(items), prompts, by_category), "unclear_answers": unclear}
 
 
-def official_scores(items: Sequence[Item], answers: Mapping[str, Answers]) -> dict[str, Any]:
+def official_scores(items: Sequence[DPGItem], answers: Mapping[str, Answers]) -> dict[str, Any]:
     """As `summarize`, by the published script's formulas, faults included; see the module.
 
     `dropped` has the prompts that the script loses, with the reason.
@@ -115,7 +115,7 @@ def official_scores(items: Sequence[Item], answers: Mapping[str, Answers]) -> di
     return {**result, "unclear_answers": unclear, "dropped": dropped}
 
 
-def _official_image_score(item: Item, answers: Sequence[str]) -> float:
+def _official_image_score(item: DPGItem, answers: Sequence[str]) -> float:
     counts = {}
     for question, answer in zip(item.questions, answers, strict=True):
         counts[question.number] = answer == "yes"

@@ -39,7 +39,7 @@ from vqrae.common.run import hold_folder, kept, quiet_libraries, run_manifest
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.eval.generated import ImageRequest, claim_folder, image_seed
 from vqrae.eval.geneval.scenes import BATCH, reconstruct
-from vqrae.eval.geneval2.prompts import Item, read_prompts, write_prompts
+from vqrae.eval.geneval2.prompts import GenEval2Item, read_prompts, write_prompts
 from vqrae.eval.geneval2.scenes import scene_items
 from vqrae.eval.geneval2.scores import summarize
 from vqrae.eval.judges.answers import ask_all
@@ -74,7 +74,7 @@ class GenEval2Config(JudgedConfig):
             raise ValueError(f"images={images} is not a file, expected JSON: prompt -> image file")
 
     @cached_property
-    def items(self) -> list[Item]:
+    def items(self) -> list[GenEval2Item]:
         """The prompts."""
         if self.prompts == "scenes":
             return scene_items(self.sprites, self.num_prompts or NUM_SCENES)
@@ -84,7 +84,7 @@ class GenEval2Config(JudgedConfig):
 # ---- images
 
 
-def given_images(file: Path, items: Sequence[Item]) -> dict[str, Path | None]:
+def given_images(file: Path, items: Sequence[GenEval2Item]) -> dict[str, Path | None]:
     """Image files by item id, of a JSON file as GenEval 2 takes it; None where there is none.
 
     Paths are relative to where the command runs, or else to the file.
@@ -130,7 +130,7 @@ def true_images(config: GenEval2Config, image_size: int = 64) -> dict[str, Image
 # ---- scores
 
 
-def atom_scores(judge: SoftJudge, item: Item, image: Image.Image) -> list[float]:
+def atom_scores(judge: SoftJudge, item: GenEval2Item, image: Image.Image) -> list[float]:
     """The probability of the right answer about each atom."""
     return judge.probabilities([(image, atom.question, atom.ways) for atom in item.atoms])
 
@@ -248,7 +248,7 @@ def _count(number: int, unit: str) -> str:
     return f"{number} {unit if number != 1 else unit.removesuffix('s')}"
 
 
-def draw_examples(values: dict[str, Any], items: Sequence[Item]) -> Image.Image:
+def draw_examples(values: dict[str, Any], items: Sequence[GenEval2Item]) -> Image.Image:
     """Images in equal steps from the best prompt to the worst, with GM and prompt."""
     score = {name: float(gmean(atoms)) for name, atoms in values["atoms"].items()}
     prompts = {item.id: item.prompt for item in items}

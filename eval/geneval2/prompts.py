@@ -40,7 +40,7 @@ class Atom:
 
 
 @dataclass(frozen=True)
-class Item:
+class GenEval2Item:
     """A prompt and its atoms; `atom_count` leaves out those that only check that "a" is one."""
 
     id: str
@@ -49,7 +49,7 @@ class Item:
     atoms: tuple[Atom, ...]
 
 
-def read_prompts(path: str | Path) -> list[Item]:
+def read_prompts(path: str | Path) -> list[GenEval2Item]:
     """The prompts of a file, in order, numbered from `00000`.
 
     Raises FileNotFoundError when there is none, with where to get it; ValueError, naming the line,
@@ -61,7 +61,7 @@ def read_prompts(path: str | Path) -> list[Item]:
             f"{path} does not exist: get geneval2_data.jsonl from {SOURCE} (CC BY-NC 4.0), or set "
             "prompts=scenes"
         )
-    items: list[Item] = []
+    items: list[GenEval2Item] = []
     lines: dict[str, int] = {}
     for line, value in json_lines(path):
         try:
@@ -83,7 +83,7 @@ def read_prompts(path: str | Path) -> list[Item]:
     return items
 
 
-def _item(identity: str, value: dict[str, Any]) -> Item:
+def _item(identity: str, value: dict[str, Any]) -> GenEval2Item:
     atoms = []
     for (question, answer), skill in zip(value["vqa_list"], value["skills"], strict=True):
         is_number = question.startswith("How many")
@@ -95,10 +95,10 @@ def _item(identity: str, value: dict[str, Any]) -> Item:
         atoms.append(Atom(question, answer, skill))
     if not atoms:
         raise ValueError("got no questions, expected one or more")
-    return Item(identity, str(value["prompt"]), int(value["atom_count"]), tuple(atoms))
+    return GenEval2Item(identity, str(value["prompt"]), int(value["atom_count"]), tuple(atoms))
 
 
-def write_prompts(path: str | Path, items: Sequence[Item]) -> None:
+def write_prompts(path: str | Path, items: Sequence[GenEval2Item]) -> None:
     """Write a file that GenEval 2's own scripts read."""
     lines = []
     for item in items:

@@ -13,12 +13,14 @@ import numpy as np
 from scipy.stats import gmean
 
 from vqrae.eval.geneval.rules import wilson_interval
-from vqrae.eval.geneval2.prompts import SKILLS, Item
+from vqrae.eval.geneval2.prompts import SKILLS, GenEval2Item
 
 INTERVAL_METHOD = "95 % Wilson, with as many trials as prompts, as clusters of atoms, are worth"
 
 
-def summarize(items: Sequence[Item], scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def summarize(
+    items: Sequence[GenEval2Item], scores: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
     """Scores over the prompts that have them; `scores` are those of the atoms by item id.
 
     Returns `soft_tifa_gm` and `soft_tifa_am`, 0 to 100, with `intervals`; `skills` and
@@ -52,7 +54,7 @@ def summarize(items: Sequence[Item], scores: Mapping[str, Sequence[float]]) -> d
     }
 
 
-def _of_skill(item: Item, scores: Sequence[float], skill: str) -> list[float]:
+def _of_skill(item: GenEval2Item, scores: Sequence[float], skill: str) -> list[float]:
     pairs = zip(item.atoms, scores, strict=True)
     return [score for atom, score in pairs if atom.skill == skill]
 

@@ -85,7 +85,7 @@ class ZeroShotConfig:
         check_range(self, "num_images", "batch_size", low=1)
 
 
-class Judge:
+class Scored:
     """A tokenizer with its text side, and how they are asked.
 
     Attributes:
@@ -135,17 +135,17 @@ class Judge:
         return embed_all(self.side, texts).cpu()
 
 
-def classify(judge: Judge, labelled: Labelled) -> Scores:
+def classify(scored: Scored, labelled: Labelled) -> Scores:
     """Top-1 and top-5 accuracy."""
-    images, labels = judge.embed(labelled.dataset, lambda batch: batch["label"])
-    texts = judge.embed_texts(labelled.texts)
+    images, labels = scored.embed(labelled.dataset, lambda batch: batch["label"])
+    texts = scored.embed_texts(labelled.texts)
     table = texts.view(labelled.rows, -1, texts.shape[-1])
     scores: Scores = {kind: {} for kind in KINDS}
     for task, part in labelled.asked.items():
         classes = class_vectors(prompts_of(table, part))
         asked = labels_of(torch.stack(labels), labelled.columns, part)
         right = asked[:, None] == torch.arange(len(classes))
-        judge.tasks[task] = {"chance": 1 / len(classes), "count": len(asked)}
+        scored.tasks[task] = {"chance": 1 / len(classes), "count": len(asked)}
         for kind in KINDS:
             scores[kind][task] = recalls(ranks(images[kind], classes, right), "top", 1, 5)
     return scores
@@ -157,12 +157,12 @@ def caption_and_pixels(batch: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield caption, hashlib.md5(image.numpy().tobytes()).hexdigest()
 
 
-def retrieve(judge: Judge, dataset: Dataset) -> Scores:
+def retrieve(scored: Scored, dataset: Dataset) -> Scores:
     """Recall at 1, 5 and 10 in both directions.
 
     Equal captions are one, and equal images: all their partners are right.
     """
-    images, pairs = judge.embed(dataset, caption_and_pixels)
+    images, pairs = scored.embed(dataset, caption_and_pixels)
     columns: dict[str, int] = {}
     rows: dict[str, int] = {}
     first: list[int] = []  # the place of each image that is not equal to one before
@@ -174,10 +174,10 @@ def retrieve(judge: Judge, dataset: Dataset) -> Scores:
     right = torch.zeros(len(rows), len(columns), dtype=torch.bool)
     for caption, pixels in pairs:
         right[rows[pixels], columns[caption]] = True
-    texts = judge.embed_texts(list(columns))
+    texts = scored.embed_texts(list(columns))
     chance = right.double().mean().item()
-    judge.tasks["image_to_text"] = {"chance": chance, "count": len(rows)}
-    judge.tasks["text_to_image"] = {"chance": chance, "count": len(columns)}
+    scored.tasks["image_to_text"] = {"chance": chance, "count": len(rows)}
+    scored.tasks["text_to_image"] = {"chance": chance, "count": len(columns)}
     scores: Scores = {}
     for kind in KINDS:
         unique = images[kind][first]
@@ -188,18 +188,18 @@ def retrieve(judge: Judge, dataset: Dataset) -> Scores:
     return scores
 
 
-def evaluate(judge: Judge) -> Scores:
+def evaluate(scored: Scored) -> Scores:
     """All scores of a tokenizer."""
-    config, size = judge.config, judge.model.config.image_size
+    config, size = scored.config, scored.model.config.image_size
     split: FileSplit = "validation" if config.split == "validation" else "all"
     count = config.num_images
     if source_kind(config.data) in ("scenes", "emoji"):
         split, count = "validation", count or SCENES
     parts = []
     if (labelled := open_labelled(config.data, size, count, config.class_names)) is not None:
-        parts.append(classify(judge, labelled))
+        parts.append(classify(scored, labelled))
     if (captioned := open_captions(config.data, size, count, split)) is not None:
-        parts.append(retrieve(judge, captioned))
+        parts.append(retrieve(scored, captioned))
     scores: Scores = {}
     for kind in KINDS:
         scores[kind] = dict(chain.from_iterable(part[kind].items() for part in parts))
@@ -250,14 +250,14 @@ def main(argv: list[str] | None = None) -> None:
         def score() -> dict[str, Any]:
             stages = {}
             for stage, folder in folders.items():
-                judge = Judge(folder, text_model, config, device)
-                stages[stage] = {"tokenizer": tokenizers[stage], **evaluate(judge)}
+                scored = Scored(folder, text_model, config, device)
+                stages[stage] = {"tokenizer": tokenizers[stage], **evaluate(scored)}
             return {
                 "benchmark": "zero-shot",
                 "stages": stages,
-                "tasks": judge.tasks,
+                "tasks": scored.tasks,
                 "text_side": text_model or "the tokenizer's own",
-                "notes": sorted(set(judge.notes)),
+                "notes": sorted(set(scored.notes)),
                 "data": settings["data"],
                 "packages": package_versions(),
             }

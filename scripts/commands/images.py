@@ -32,7 +32,7 @@ from vqrae.common.images import (
     tensor_to_image,
 )
 from vqrae.data.image_files import list_images
-from vqrae.eval.codebook.evaluate import write_report
+from vqrae.eval.codebook.evaluate import write_codebook_report
 from vqrae.tokenizer.modeling import VQRAEModel
 
 BATCH_SIZE = 32
@@ -176,7 +176,7 @@ class Codebook(WithTokenizer):
         reader = ImageReader(self.images, model.config.image_size)
         batches = (images for _, images in reader)
         source = {"source": self.images, "tokenizer": fingerprint}
-        text = write_report(model, batches, self.out, **source)
+        text = write_codebook_report(model, batches, self.out, **source)
         print(f"{reader.summary()}; {text}")
 
 

@@ -52,7 +52,7 @@ def test_no_photograph_is_on_both_sides(debian: Path, tmp_path: Path) -> None:
         assert len(files["train"]) + len(files["test"]) == 40  # each once
     assert 2 <= len(files["test"]) <= 16
     for file in files["test"]:
-        assert photographs.is_held_out(file.stem)
+        assert photographs.is_held_out_photograph(file.stem)
     with Image.open(files["train"][0]) as image:
         assert image.size == (384, 256)
     assert "Creative Commons" in (output / "SOURCES.md").read_text()

@@ -113,7 +113,7 @@ def test_page_of_several_codebooks(
 ) -> None:
     model = make_tokenizer(quantizer="mcq", num_codebooks=2)
     images = torch.stack([SceneDataset("validation", 3).image(i) for i in range(3)]).float() / 255
-    codebook.write_report(model, [images], tmp_path, source="scenes", tokenizer="a" * 64)
+    codebook.write_codebook_report(model, [images], tmp_path, source="scenes", tokenizer="a" * 64)
     values = json.loads((tmp_path / "codebook.json").read_text())
     assert [sum(counts) for counts in values["counts"]] == [3 * 64] * 2
     assert values["usage"] == pytest.approx(np.mean([v["usage"] for v in values["codebooks"]]))

@@ -17,38 +17,40 @@ from vqrae.common.files import read_json
 from vqrae.common.images import image_to_tensor, tile
 from vqrae.eval.dpg_bench import evaluate
 from vqrae.eval.dpg_bench.evaluate import DPGConfig, find_images, split_grid
-from vqrae.eval.dpg_bench.questions import Item, Question, read_questions, write_questions
+from vqrae.eval.dpg_bench.questions import DPGItem, DPGQuestion, read_questions, write_questions
 from vqrae.eval.dpg_bench.scenes import scene_items, true_images
 from vqrae.eval.dpg_bench.scores import first_word, image_score, summarize
 from vqrae.eval.judges.judge import EndpointJudge, JudgeError, build_judge
 from vqrae.eval.judges.scenes import SceneJudge
 from vqrae.generation.generator import Generator
 
-CAR = Item(
+CAR = DPGItem(
     "car",
     "a red car left of a tree",
     (
-        Question(1, "Is there a car?", "entity - whole (car)"),
-        Question(2, "Is it red?", "attribute - color (car, red)", (1,)),
-        Question(3, "Is there a tree?", "entity - whole (tree)"),
-        Question(4, "Is it left of the tree?", "relation - spatial (car, tree, left of)", (1, 3)),
+        DPGQuestion(1, "Is there a car?", "entity - whole (car)"),
+        DPGQuestion(2, "Is it red?", "attribute - color (car, red)", (1,)),
+        DPGQuestion(3, "Is there a tree?", "entity - whole (tree)"),
+        DPGQuestion(
+            4, "Is it left of the tree?", "relation - spatial (car, tree, left of)", (1, 3)
+        ),
     ),
 )
-SKY = Item(
+SKY = DPGItem(
     "sky",
     "a blue sky",
     (
-        Question(1, "Is there a sky?", "entity - whole (sky)"),
-        Question(2, "Is it blue?", "global ()", (1,)),
+        DPGQuestion(1, "Is there a sky?", "entity - whole (sky)"),
+        DPGQuestion(2, "Is it blue?", "global ()", (1,)),
     ),
 )
 YES, NO = "yes", "no"
 
 
-def item(name: str, **parents: tuple[int, ...]) -> Item:
+def item(name: str, **parents: tuple[int, ...]) -> DPGItem:
     """Questions `_1`, `_2` … with their parents, in the order given."""
-    questions = [Question(int(key[1:]), "q", "a ()", given) for key, given in parents.items()]
-    return Item(name, "", tuple(questions))
+    questions = [DPGQuestion(int(key[1:]), "q", "a ()", given) for key, given in parents.items()]
+    return DPGItem(name, "", tuple(questions))
 
 
 class TestScores:
@@ -64,7 +66,7 @@ class TestScores:
         ],
     )
     def test_a_question_counts_with_everything_that_it_depends_on(
-        self, asked: Item, answers: list[str], score: float
+        self, asked: DPGItem, answers: list[str], score: float
     ) -> None:
         assert image_score(asked, answers) == pytest.approx(score)
 

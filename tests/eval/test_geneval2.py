@@ -26,14 +26,14 @@ from vqrae.common.files import read_json
 from vqrae.common.images import image_to_tensor
 from vqrae.eval.geneval2 import evaluate
 from vqrae.eval.geneval2.evaluate import GenEval2Config, atom_scores, true_images
-from vqrae.eval.geneval2.prompts import Atom, Item, read_prompts, write_prompts
+from vqrae.eval.geneval2.prompts import Atom, GenEval2Item, read_prompts, write_prompts
 from vqrae.eval.geneval2.scores import summarize
 from vqrae.eval.judges.judge import ChatJudge, EndpointJudge, JudgeError
 from vqrae.eval.judges.scenes import SceneJudge
 from vqrae.generation.generator import Generator
 from vqrae.understanding.chat import user_message
 
-CUPS = Item(
+CUPS = GenEval2Item(
     "00000",
     "two red cups",
     3,
@@ -43,7 +43,7 @@ CUPS = Item(
         Atom("Are there cups?", "Yes", "object"),
     ),
 )
-DOG = Item("00001", "a dog", 1, (Atom("Is there a dog?", "Yes", "object"),))
+DOG = GenEval2Item("00001", "a dog", 1, (Atom("Is there a dog?", "Yes", "object"),))
 
 
 def test_golden() -> None:
@@ -69,7 +69,7 @@ class TestScores:
             summarize([DOG], {})
 
     def test_an_interval_knows_clusters_and_promises_no_certainty(self) -> None:
-        many = [Item(f"{i:05d}", f"{i}", 1, DOG.atoms * 4) for i in range(50)]
+        many = [GenEval2Item(f"{i:05d}", f"{i}", 1, DOG.atoms * 4) for i in range(50)]
         together = {item.id: [float(i % 2)] * 4 for i, item in enumerate(many)}
         apart = {item.id: [0.0, 1.0, 0.0, 1.0] for item in many}
         apart |= {many[0].id: [0.0] * 4, many[1].id: [1.0] * 4}

@@ -16,7 +16,7 @@ from vqrae.generation.data import (
     TrainingStream,
     encode_images,
     fill_codes,
-    load_encoder,
+    load_frozen_tokenizer,
 )
 from vqrae.generation.modeling import PromptEncoder, VisualVocabulary
 
@@ -64,7 +64,7 @@ def test_images_become_codes_in_their_rows(
     live = open_pairs(str(pairs), **options)
     assert (is_encoded(codes), is_encoded(live)) == (True, False)
     assert len(codes) == len(live) == 11  # one is held back
-    encoder = load_encoder(tokenizer_path)
+    encoder = load_frozen_tokenizer(tokenizer_path)
     expected = collate([codes[i] for i in range(5)])
     mixed = collate([(live if i in (1, 4) else codes)[i] for i in range(5)])
     assert mixed["image_rows"].tolist() == [1, 4]

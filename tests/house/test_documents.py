@@ -9,7 +9,7 @@ import pytest
 from launched import read
 
 from vqrae.scripts import cli
-from vqrae.scripts.launch import JOBS, plan
+from vqrae.scripts.launch import JOBS, plan_commands
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -27,7 +27,7 @@ def commands(document: Path) -> list[list[str]]:
 def unknown_keys(module: str, arguments: list[str]) -> str:
     """What a module says of keys that it does not know."""
     try:
-        launched = plan(module, arguments)[-1].arguments if module in JOBS else arguments
+        launched = plan_commands(module, arguments)[-1].arguments if module in JOBS else arguments
         read(module, launched)
     except ValueError as error:
         return str(error) if "unknown key" in str(error) else ""  # RUN and FILE do not exist

@@ -11,13 +11,13 @@ from llama_tokenizer import train_llama_tokenizer
 from PIL import Image
 
 from vqrae.common.trainer import IGNORE_INDEX
+from vqrae.generation.data import fill_codes
 from vqrae.mllm.build import build_processor
 from vqrae.mllm.sequences import (
     ImagePrompt,
     ImageVocabulary,
     SequenceEncoder,
     UnifiedCollator,
-    fill_codes,
 )
 from vqrae.tokenizer.configuration import VQRAEConfig
 
@@ -108,13 +108,13 @@ def test_a_batch_knows_the_places_of_images_and_targets(
     assert ids[batch["image_places"][1, 0] - 1] == encode.boi
     # Facts of UniTok, check 8: the codes of the images to generate, and the trained text.
     assert (batch["num_image_codes"], batch["num_targets"]) == (8, 8 + len(batch["text_places"]))
-    assert batch["pixel_rows"].tolist() == [0, 2]
-    assert batch["pixels"][0].equal(pixels)
-    border = batch["pixels"][1, :, 0, 0].tolist()
-    assert (border, batch["pixels"][1, :, 8, 8].tolist()) == ([122, 116, 104], [255, 255, 255])
+    assert batch["image_rows"].tolist() == [0, 2]
+    assert batch["images"][0].equal(pixels)
+    border = batch["images"][1, :, 0, 0].tolist()
+    assert (border, batch["images"][1, :, 8, 8].tolist()) == ([122, 116, 104], [255, 255, 255])
     filled = fill_codes(batch, lambda images: torch.full((len(images), 4, 2), 7))
     assert filled["codes"].tolist() == [[[7, 7]] * 4, CODES.tolist(), [[7, 7]] * 4]
-    assert "pixels" not in filled
+    assert "images" not in filled
     assert batch["codes"][0].eq(0).all()  # as it was
 
 

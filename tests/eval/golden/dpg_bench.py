@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqrae.eval.dpg_bench.questions import Item, Question, write_questions
+from vqrae.eval.dpg_bench.questions import DPGItem, DPGQuestion, write_questions
 from vqrae.eval.dpg_bench.scores import official_scores
 
 CATEGORIES = (
@@ -30,7 +30,7 @@ Said = dict[str, list[list[str]]]
 """By item, for each image, one answer per question."""
 
 
-def tables(count: int, seed: int = 0) -> Iterator[tuple[list[Item], Said]]:
+def tables(count: int, seed: int = 0) -> Iterator[tuple[list[DPGItem], Said]]:
     """Tables of one to six prompts, questions in any order, answers of one to four images."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
@@ -41,10 +41,10 @@ def tables(count: int, seed: int = 0) -> Iterator[tuple[list[Item], Said]]:
                 parents = tuple(parent for parent in range(1, number) if rng.random() < 0.3)
                 category = CATEGORIES[rng.integers(len(CATEGORIES))]
                 text = f"item{i} q{number} ?"
-                questions.append(Question(number, text, f"{category} (x, y)", parents))
+                questions.append(DPGQuestion(number, text, f"{category} (x, y)", parents))
             if rng.random() < 0.3:
                 questions = [questions[place] for place in rng.permutation(len(questions))]
-            items.append(Item(f"item{i}", f"prompt {i}", tuple(questions)))
+            items.append(DPGItem(f"item{i}", f"prompt {i}", tuple(questions)))
             kinds = ("yes", "yes", "yes", "no", "Yes", "maybe")
             said[f"item{i}"] = [[str(rng.choice(kinds)) for _ in questions] for _ in range(images)]
         yield items, said
@@ -60,7 +60,7 @@ def outcome(
     return {"dpg": round(dpg, 6), **rounded, "dropped": dropped}
 
 
-def ours(items: list[Item], said: Said) -> dict[str, Any] | None:
+def ours(items: list[DPGItem], said: Said) -> dict[str, Any] | None:
     """Our scores; None where no prompt is left."""
     try:
         found = official_scores(items, said)
@@ -70,7 +70,7 @@ def ours(items: list[Item], said: Said) -> dict[str, Any] | None:
     return outcome(found["dpg"], *categories, len(found["dropped"]))
 
 
-def official(checkout: Path, items: list[Item], said: Said) -> dict[str, Any] | None:
+def official(checkout: Path, items: list[DPGItem], said: Said) -> dict[str, Any] | None:
     """The published script's scores, its model replaced by the given answers."""
     source = (checkout / "dpg_bench" / "compute_dpg_bench.py").read_text()
     source = source.replace("time.sleep(3)", "")

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vqrae.eval.geneval2.prompts import DIGITS, SKILLS, Atom, Item, write_prompts
+from vqrae.eval.geneval2.prompts import DIGITS, SKILLS, Atom, GenEval2Item, write_prompts
 from vqrae.eval.geneval2.scores import summarize
 from vqrae.eval.judges.judge import ChatJudge
 
@@ -45,11 +45,11 @@ def tokens(text: str) -> list[int]:
     return ids
 
 
-def benchmarks(count: int, seed: int = 0) -> Iterator[tuple[list[Item], Logits]]:
+def benchmarks(count: int, seed: int = 0) -> Iterator[tuple[list[GenEval2Item], Logits]]:
     """Two prompts of each number of atoms from 3 to 10, and the judge's logits."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        items: list[Item] = []
+        items: list[GenEval2Item] = []
         logits: Logits = {}
         for number in range(16):
             atoms = []
@@ -63,7 +63,9 @@ def benchmarks(count: int, seed: int = 0) -> Iterator[tuple[list[Item], Logits]]
                 values = rng.normal(scale=rng.uniform(0.5, 5), size=len(VOCABULARY))
                 text = f"{question} Answer in one word."
                 logits[number, text] = torch.tensor(values, dtype=torch.float32)
-            items.append(Item(f"{number:05d}", f"prompt {number}", atom_count, tuple(atoms)))
+            items.append(
+                GenEval2Item(f"{number:05d}", f"prompt {number}", atom_count, tuple(atoms))
+            )
         yield items, logits
 
 
@@ -72,7 +74,7 @@ def outcome(am: float, gm: float, skills: dict[str, float], counts: dict[str, fl
     return {"am": am, "gm": gm, "skills": skills, "atom_counts": counts}
 
 
-def ours(items: list[Item], logits: Logits) -> Any:
+def ours(items: list[GenEval2Item], logits: Logits) -> Any:
     """Our scores, with the judge that reads first tokens."""
 
     def probabilities(chats: Any) -> Tensor:
@@ -110,7 +112,7 @@ class Inputs(dict):
         return self
 
 
-def official(checkout: Path, items: list[Item], logits: Logits) -> Any:
+def official(checkout: Path, items: list[GenEval2Item], logits: Logits) -> Any:
     """The published scripts' scores, their model replaced by the logits."""
 
     def template(messages: Any, **options: Any) -> Inputs:
