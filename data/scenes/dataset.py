@@ -84,7 +84,8 @@ class SceneDataset(Dataset):
         """A detailed caption, or what a generator is trained on, see `language.wording`."""
         scene, rng = self.scene(index), self._rng(index, _LANGUAGE_SEED)
         if detailed:
-            return language.caption(scene, self.sprites.names, rng, detailed=True)
+            objects = language.shuffled(scene.objects, rng)
+            return language.caption(objects, self.sprites.names, rng, detailed=True)
         return language.wording(scene, self.sprites.names, rng, self.sampler.image_size)
 
     def wordings(self, index: int, count: int) -> list[str]:
@@ -96,8 +97,8 @@ class SceneDataset(Dataset):
 
     def description(self, index: int) -> str:
         """The objects of a scene and their places."""
-        scene, rng = self.scene(index), self._rng(index, _LANGUAGE_SEED)
-        return language.description(scene, self.sprites.names, rng, self.sampler.image_size)
+        objects = language.shuffled(self.scene(index).objects, self._rng(index, _LANGUAGE_SEED))
+        return language.description(objects, self.sprites.names, self.sampler.image_size)
 
     def grounding(self, index: int) -> dict[str, Any]:
         """Boxes and phrases of the objects of a scene, see `item`."""

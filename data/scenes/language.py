@@ -94,14 +94,29 @@ def vocabulary_texts(names: Sequence[str]) -> list[str]:
 # ---- captions
 
 
+def shuffled(objects: Sequence[SceneObject], rng: np.random.Generator) -> list[SceneObject]:
+    """The objects in random order."""
+    return [objects[i] for i in rng.permutation(len(objects))]
+
+
+def reading_order(objects: Sequence[SceneObject]) -> list[SceneObject]:
+    """The objects from top to bottom, then from left to right."""
+    return sorted(objects, key=lambda item: (item.top, item.left))
+
+
 def caption(
-    scene: Scene, names: Sequence[str], rng: np.random.Generator, *, detailed: bool = False
+    objects: Sequence[SceneObject],
+    names: Sequence[str],
+    rng: np.random.Generator,
+    *,
+    detailed: bool = False,
 ) -> str:
     """A true caption that mentions every object, in one of GenEval's forms where one fits.
 
+    Lists keep the order of the objects.
+
     A `detailed` one always names the relation of a pair, and the colours.
     """
-    objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     plain, rich = zip(*(object_phrases(o, names) for o in objects), strict=True)
     forms = [_enumerate(plain), _enumerate(rich)]
     if len(objects) > 1 and len({o.name for o in objects}) == 1:
@@ -110,22 +125,22 @@ def caption(
         colored = f"{number} {COLOR_NAMES[objects[0].color]} {name}"
         counted = f"{number} {name}"
         forms = [counted, counted, colored if one_color else _enumerate(rich)]
-    elif len(objects) == 2 and (where := relation(*objects)):
-        # Twice: a relation is said in every third caption of a pair.
-        forms = [*forms * 2, f"{plain[0]} {where} {plain[1]}", f"{rich[0]} {where} {rich[1]}"]
+    elif len(objects) == 2 and relation(*objects):
+        # Twice: a relation is said in every third caption of a pair, and from either object.
+        a, b = rng.permutation(2)
+        where = relation(objects[a], objects[b])
+        forms = [*forms * 2, f"{plain[a]} {where} {plain[b]}", f"{rich[a]} {where} {rich[b]}"]
     if detailed:
         forms = forms[-1:]
     return f"a photo of {forms[rng.integers(len(forms))]}"
 
 
-def description(
-    scene: Scene, names: Sequence[str], rng: np.random.Generator, image_size: int
-) -> str:
+def description(objects: Sequence[SceneObject], names: Sequence[str], image_size: int) -> str:
     """Each object once, with its place: `a photo of a red star on the left at the top and …`."""
     phrases = []
-    for i in rng.permutation(len(scene.objects)):
-        column, row = place(scene.objects[i], image_size)
-        colored = object_phrases(scene.objects[i], names)[1]
+    for item in objects:
+        column, row = place(item, image_size)
+        colored = object_phrases(item, names)[1]
         phrases.append(f"{colored} {COLUMNS[column]} {ROWS[row]}")
     return f"a photo of {_enumerate(phrases)}"
 
@@ -133,11 +148,13 @@ def description(
 def wording(scene: Scene, names: Sequence[str], rng: np.random.Generator, image_size: int) -> str:
     """Text for a generator: a short caption, or as often a description of one or two objects.
 
-    Descriptions of more would make the text as long as the image.
+    Descriptions of more would make the text as long as the image. The first object that it names is
+    the first that the codes of an image reach: a generator need not find out which one is left.
     """
-    if len(scene.objects) <= 2 and rng.random() < 0.5:
-        return description(scene, names, rng, image_size)
-    return caption(scene, names, rng)
+    objects = reading_order(scene.objects)
+    if len(objects) <= 2 and rng.random() < 0.5:
+        return description(objects, names, image_size)
+    return caption(objects, names, rng)
 
 
 # ---- questions
