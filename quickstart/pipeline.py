@@ -37,7 +37,7 @@ REFERENCE_MINUTES = 12
 TRAINING_STEPS = {
     "llm": 100,
     "understanding.pretrain": 30,
-    "understanding.sft": 1500,
+    "understanding.sft": 1100,
     "generation": 3000,
 }
 # … up to these factors, where more brings little (docs/quickstart.md). Generation takes the
