@@ -34,6 +34,8 @@ from vqrae.tokenizer.modeling import VQRAEModel
 # Reconstructions are scored on these prompts of each family, and images of each prompt.
 PROMPTS = 25
 IMAGES = 4
+# Patches with exactly the same pixels are compared when there are so many of them.
+REPEATED = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +65,17 @@ def conditional_entropy(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
     return float(-sum(n * np.log(n / given[b]) for (_, b), n in joint.items()) / len(pairs))
 
 
+def patches_of(scenes: SceneDataset, index: int, grid_size: int) -> np.ndarray:
+    """The patches of a scene in raster order, uint8 (patches, pixels, 3)."""
+    side = scenes.sampler.image_size // grid_size
+    pixels = scenes.pixels(index).reshape(grid_size, side, grid_size, side, 3)
+    return pixels.swapaxes(1, 2).reshape(grid_size**2, side**2, 3)
+
+
 def plain_patches(scenes: SceneDataset, index: int, grid_size: int) -> list[tuple[int, int, int]]:
     """(patch, name, colour) of the patches of a scene that show the colour of one object only."""
     side = scenes.sampler.image_size // grid_size
-    pixels = scenes.pixels(index).reshape(grid_size, side, grid_size, side, 3)
-    pixels = pixels.swapaxes(1, 2).reshape(grid_size**2, side**2, 3)
+    pixels = patches_of(scenes, index, grid_size)
     plain = np.ptp(pixels, axis=1).max(-1) <= 1
     centers = side * (np.indices((grid_size, grid_size)).reshape(2, -1) + 0.5)
     found = []
@@ -91,7 +99,8 @@ def object_knowledge(
     Returns:
         name_given_color: H(name | colour) in nats; known_share: the share of it that the code takes
         away, 0 for codes that know their patch alone and 1 for codes that know the object;
-        codes_per_color; num_patches.
+        codes_per_color; num_patches; code_given_patch: H(code | pixels of the patch) in nats over
+        all patches that repeat often, 0 for codes that depend on nothing else.
 
     Raises:
         ValueError: for several codebooks, whose codes of a token seldom occur together again.
@@ -99,21 +108,28 @@ def object_knowledge(
     several = model.config.num_codebooks
     if several > 1:
         raise ValueError(f"got a tokenizer with {several} codebooks, expected one: give another")
-    found = []
+    found, seen = [], []
     for batch in batch_indices(len(scenes), batch_size):
         images = torch.stack([scenes.image(i) for i in batch]).to(model.device).float() / 255
         rows: list[tuple[int, int, int]] = []  # name, colour, code
+        pairs: list[tuple[int, bytes]] = []  # code, pixels
         for i, codes in zip(batch, model.encode(images).tolist(), strict=True):
             patches = plain_patches(scenes, i, model.config.grid_size)
             rows += [(name, color, codes[patch]) for patch, name, color in patches]
+            pixels = patches_of(scenes, i, model.config.grid_size)
+            pairs += [(code, patch.tobytes()) for code, patch in zip(codes, pixels, strict=True)]
         found.append(rows)
+        seen.append(pairs)
     rows = list(itertools.chain(*gather(found)))
+    pairs = list(itertools.chain(*gather(seen)))
     if not rows:
         raise ValueError(
             f"{len(scenes)} scenes hold no patch of one colour: take more, or smaller patches"
         )
     by_color = conditional_entropy([(name, color) for name, color, _ in rows])
     by_code = conditional_entropy([(name, (color, code)) for name, color, code in rows])
+    times = Counter(pixels for _, pixels in pairs)
+    repeated = [pair for pair in pairs if times[pair[1]] >= REPEATED]
     codes = {(color, code) for _, color, code in rows}
     colors = {color for color, _ in codes}
     return {
@@ -121,6 +137,7 @@ def object_knowledge(
         "known_share": 1 - by_code / by_color if by_color else 0.0,
         "codes_per_color": len(codes) / len(colors),
         "num_patches": len(rows),
+        "code_given_patch": conditional_entropy(repeated) if repeated else 0.0,
     }
 
 
@@ -156,7 +173,9 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"codes of one-coloured patches know {scores['known_share']:.0%} of the name of their "
             f"object ({scores['codes_per_color']:.1f} codes a colour, {scores['num_patches']:,} "
-            f"patches)\nreconstructions satisfy GenEval's rules: {halves['seen']:.0%} of "
+            "patches)\n"
+            f"equal patches leave {scores['code_given_patch']:.2f} nats of their codes open\n"
+            f"reconstructions satisfy GenEval's rules: {halves['seen']:.0%} of "
             f"combinations seen in training, {halves['held_out']:.0%} of others  "
             f"->  {config.output}"
         )

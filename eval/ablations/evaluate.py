@@ -228,7 +228,8 @@ def train_and_score(
         sprites = f"sprites={config.data.partition(':')[2] or 'shapes'}"
         evaluator = importlib.import_module(suite.codes_evaluator)
         values = run_evaluation(evaluator, model, "locality", sprites)
-        metrics |= {"known_share": values["known_share"], **values["reconstruction"]}
+        metrics |= {key: values[key] for key in ("known_share", "code_given_patch")}
+        metrics |= values["reconstruction"]
     return {"metrics": metrics}
 
 

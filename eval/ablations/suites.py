@@ -40,6 +40,7 @@ METRICS = {
     "object_quantized": Metric("zero-shot objects, quantized", ".1%", "zeroshot"),
     "caption_quantized": Metric("captions found, quantized", ".1%", "zeroshot"),
     "known_share": Metric("what codes know of the thing", ".1%", "codes"),
+    "code_given_patch": Metric("nats of a code, given its patch", ".2f", "codes"),
     "seen": Metric("GenEval's rules, seen combinations", ".1%", "codes"),
     "held_out": Metric("GenEval's rules, unseen combinations", ".1%", "codes"),
 }

@@ -123,7 +123,9 @@ def test_a_sweep_ends_in_a_table_and_is_not_repeated(
         assert "sprites=emoji" in arguments
         shares = {"seen": 0.9, "held_out": 0.8}
         target = next(text for text in arguments if text.startswith("output="))
-        write_json(target[7:], {"known_share": 0.5, "reconstruction": shares})
+        write_json(
+            target[7:], {"known_share": 0.5, "code_given_patch": 1.5, "reconstruction": shares}
+        )
 
     monkeypatch.setattr(locality, "main", pretend)
     ablations.main(arguments)

@@ -61,7 +61,8 @@ def test_plain_patches_show_nothing_but_their_paint() -> None:
     assert found > 50
 
 
-def test_what_codes_know_of_the_thing_around_their_patch() -> None:
+def test_what_codes_know_of_the_thing_around_their_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locality, "REPEATED", 5)
     scenes = SceneDataset(size=150)
     nothing: Any = Codes(scenes, know_names=False)
     everything: Any = Codes(scenes, know_names=True)
@@ -69,6 +70,7 @@ def test_what_codes_know_of_the_thing_around_their_patch() -> None:
     assert blind["known_share"] == pytest.approx(0, abs=1e-9)
     assert blind["codes_per_color"] == 1
     assert seeing["known_share"] == 1
+    assert blind["code_given_patch"] == 0 < seeing["code_given_patch"]
     assert blind["name_given_color"] == seeing["name_given_color"] > 0.5
     with pytest.raises(ValueError, match="no patch of one colour"):
         object_knowledge(nothing, SceneDataset(size=0))

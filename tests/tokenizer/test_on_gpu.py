@@ -113,6 +113,7 @@ ADAMW = ("ema_decay=0.9", "stage2.optimizer=adamw", "activation_checkpointing=tr
 PIXELS = ("stage2.revival_interval=3", "stage2.bypass_steps=1")
 DINO = (
     "model.quantizer=ibq",
+    "model.quantizer_options={}",
     "stage2.entropy_weight=0.05",
     "stage2.perceptual_weight=0.1",
     "stage2.adversarial_weight=0.1",
@@ -121,12 +122,16 @@ DINO = (
 )
 
 
-MCQ = ("model.quantizer=mcq", "model.num_codebooks=4", "stage2.revival_interval=3")
-
-
-@pytest.mark.parametrize(
-    "options", [PIXELS, (SEARCH_BF16, *ADAMW), ("model.quantizer=ema_vq",), DINO, MCQ]
+EMA = ("model.quantizer=ema_vq", "model.quantizer_options={}")
+MCQ = (
+    "model.quantizer=mcq",
+    "model.quantizer_options={}",
+    "model.num_codebooks=4",
+    "stage2.revival_interval=3",
 )
+
+
+@pytest.mark.parametrize("options", [PIXELS, (SEARCH_BF16, *ADAMW), EMA, DINO, MCQ])
 def test_a_stage_runs_saves_and_resumes(
     options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

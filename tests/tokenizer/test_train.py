@@ -131,6 +131,7 @@ def test_zero_goes_on_with_the_processes_that_it_was_saved_from(tmp_path: Path) 
 
 # ---- refusals
 
+NO_OPTIONS = "model.quantizer_options={}"
 FSQ = ["model.quantizer_options.levels=[8, 8]", "model.codebook_dim=2"]
 
 
@@ -141,14 +142,11 @@ FSQ = ["model.quantizer_options.levels=[8, 8]", "model.codebook_dim=2"]
         (["stage1.max_step=3"], r"stage1\.max_step: unknown key\. Did you mean 'max_steps'"),
         (["stage=2"], "run stage=1 first"),
         (["stage1.micro_batch_size=3"], "set micro_batch_size to"),
-        (["model.quantizer=l2_vq"], r"set stage2\.codebook_metric=features"),
+        (["model.quantizer=l2_vq"], r"rate_weight: unknown option of l2_vq"),
+        (["model.quantizer=l2_vq", NO_OPTIONS], r"set stage2\.codebook_metric=features"),
         (["stage2.entropy_weight=0.1"], r"set stage2\.entropy_weight=0"),
         (
-            [
-                "model.quantizer=fsq",
-                "model.quantizer_options.levels=[8, 8]",
-                "model.codebook_dim=2",
-            ],
+            ["model.quantizer=fsq", NO_OPTIONS, *FSQ],
             r"stage1\.revival_interval=0 .*stage2\.bypass_steps=0 model\.codebook_init=random",
         ),
     ],
@@ -201,7 +199,7 @@ def test_every_quantizer_trains_through_both_stages(name: str, tmp_path: Path) -
     options, losses = EVERY_QUANTIZER[name]
     steps = ["stage1.max_steps=2", "stage2.max_steps=2", "stage2.adversarial_weight=0"]
     steps += ["save_steps=9", "ema_decay=0"]
-    train(tmp_path, f"model.quantizer={name}", *steps, *options)
+    train(tmp_path, f"model.quantizer={name}", NO_OPTIONS, *steps, *options)
     expected = losses | {"reconstruction_loss"} | ({"commitment_loss"} if name != "fsq" else set())
     row = metrics(tmp_path, 1)[-1]
     assert {key for key in row if key.endswith("_loss")} == expected

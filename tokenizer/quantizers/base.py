@@ -115,10 +115,15 @@ class CodebookQuantizer(Quantizer):
     def code_vectors(self) -> Tensor:
         return self.table()
 
+    def prices(self) -> Tensor | None:
+        """What each code (K,) adds to its squared distance, float64; None: nothing."""
+        return None
+
     def choose(self, features: Tensor, table: Tensor) -> Tensor:
         """Codes of features (B, N, E) in code space."""
         # Training skips exact tie-breaking, which makes the host wait for the device.
-        return nearest_codes(features, table, precision=self.search, exact=not self.training)
+        exact = not self.training
+        return nearest_codes(features, table, self.prices(), precision=self.search, exact=exact)
 
     def lookup(self, codes: Tensor) -> Tensor:
         return self.rows(codes, self.table())

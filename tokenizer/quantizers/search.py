@@ -43,14 +43,25 @@ Scorer = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def nearest_codes(
-    features: Tensor, table: Tensor, *, precision: Precision = "fp32", exact: bool = True
+    features: Tensor,
+    table: Tensor,
+    prices: Tensor | None = None,
+    *,
+    precision: Precision = "fp32",
+    exact: bool = True,
 ) -> Tensor:
     """Codes of the rows of a table, or of n, nearest to features by Euclidean distance.
 
     argmin |z - e|^2 = argmax (z.e - |e|^2 / 2); see `best_codes`.
+
+    Args:
+        prices: (K,), float64, added to the squared distances.
     """
     halves = [part.double().square().sum(-1) / 2 for part in _split_wide(table)]
-    return best_codes(features, table, torch.cat(halves, dim=-1), precision=precision, exact=exact)
+    offsets = torch.cat(halves, dim=-1)
+    if prices is not None:
+        offsets = offsets + prices / 2
+    return best_codes(features, table, offsets, precision=precision, exact=exact)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from vqrae.common.distributed import FullPrecisionLinear
 from vqrae.tokenizer.quantizers.base import CodebookQuantizer, QuantizerOutput
 from vqrae.tokenizer.quantizers.projection import ProjectedRows, ProjectedTable
+from vqrae.tokenizer.quantizers.rates import CodeRates
 from vqrae.tokenizer.quantizers.search import Precision
 
 
@@ -18,6 +19,7 @@ class SimVQ(CodebookQuantizer):
 
     Args:
         train_codebook: C is a parameter and learns too (the reference reports both ways).
+        rate_weight: makes rare codes cost more, see `CodeRates`; 0: the nearest code.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class SimVQ(CodebookQuantizer):
         codebook_dim: int,
         *,
         train_codebook: bool = False,
+        rate_weight: float = 0.0,
         search: Precision = "fp32",
     ) -> None:
         super().__init__(codebook_size, codebook_dim, search=search)
@@ -36,12 +39,15 @@ class SimVQ(CodebookQuantizer):
             self.register_buffer("codebook", codebook_KE)
         self.projection = FullPrecisionLinear(codebook_dim, codebook_dim)  # W
         self.projected = ProjectedTable()
+        self.rates = CodeRates(codebook_size, rate_weight) if rate_weight else None
         self.reset_parameters()
 
     def forward(self, features_BNE: Tensor) -> QuantizerOutput:
         table_KE = self.table()
-        # k* = argmin_k |z - W c_k|^2 (VQRAE Eq. 1)
+        # k* = argmin_k |z - W c_k|^2 (VQRAE Eq. 1), plus the code's price where there are rates
         codes_BN = self.choose(features_BNE, table_KE)
+        if self.rates is not None and self.training:
+            self.rates.collect(features_BNE.flatten(0, 1), codes_BN.flatten())
         # q = W c_k*; the gradient of W goes through the chosen rows alone
         quantized_BNE = ProjectedRows.apply(
             table_KE, codes_BN, self.codebook, self.projection.weight, self.projection.bias
@@ -52,6 +58,13 @@ class SimVQ(CodebookQuantizer):
         }
         quantized_BNE = self.straight_through(features_BNE, quantized_BNE)
         return QuantizerOutput(quantized_BNE, codes_BN, losses)
+
+    def prices(self) -> Tensor | None:
+        return None if self.rates is None else self.rates.prices()
+
+    def after_step(self, taken: Tensor) -> None:
+        if self.rates is not None:
+            self.rates.after_step(taken)
 
     def table(self) -> Tensor:
         """W(C) (K, E), without gradient."""
@@ -73,9 +86,13 @@ class SimVQ(CodebookQuantizer):
         super().initialize_from(features)
         self.projection.weight.copy_(torch.eye(self.codebook_dim))
         self.projection.bias.zero_()
+        if self.rates is not None:
+            self.rates.restart()
 
     @torch.no_grad()
     def reinitialize(self, codes: Tensor, vectors: Tensor) -> None:
         """Solve W c + b = z, so that the projected vectors, not c, are those given."""
         shifted = (vectors - self.projection.bias).T
         self.codebook[codes] = torch.linalg.lstsq(self.projection.weight, shifted).solution.T
+        if self.rates is not None:
+            self.rates.shares[codes] = 1 / self.codebook_size
