@@ -7,7 +7,7 @@ Shapes: R rows, S slots, D width, H heads, K heads of keys and values, d their w
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def has_plain_layers(decoder: PreTrainedModel) -> bool:
     return True
 
 
-def linear_layers(layer: nn.Module) -> list[nn.Linear]:
+def linear_layers(layer: Any) -> list[nn.Linear]:
     """Of queries, keys, values and output; of gate, up and down."""
     attention, mlp = layer.self_attn, layer.mlp
     found = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
