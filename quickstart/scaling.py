@@ -5,8 +5,8 @@
 VQRAE's abstract speaks of a "promising scaling property in the autoregressive paradigm"; the paper
 trains one size and leaves "efficient model scaling" to future work (appendix D). The sizes take the
 same batches at a constant rate (Table 9), so that every checkpoint is a training of its own length;
-a cosine's would not be (arXiv 2203.15556). No image is seen twice, and the loss is that of images
-which the seed's order would have shown next.
+a cosine's would not be (arXiv 2203.15556). No image is seen twice, and all are scored on the same
+held-out images, so that these do not add to what differs between seeds.
 """
 
 import dataclasses
@@ -42,8 +42,9 @@ from vqrae.common.trainer import checkpoints
 from vqrae.data.code_shards import CodeDataset
 from vqrae.eval.figures import ACCENT, PAPER, RIGHT, SECOND, STYLE, WRONG
 from vqrae.eval.sharding import run_module
+from vqrae.generation import extract_codes
 from vqrae.generation import train as generation_training
-from vqrae.generation.data import GenerationCollator, TrainingStream
+from vqrae.generation.data import GenerationCollator
 from vqrae.generation.generator import Generator
 from vqrae.generation.heads import SingleCodeHead
 from vqrae.generation.train import visual_loss
@@ -57,9 +58,11 @@ class ScalingConfig:
     """Train generators of several sizes on one code set and fit their loss against compute."""
 
     codes: str
-    """Folder of code shards, with more images than a training shows."""
+    """Folder of code shards, with as many images as a training shows."""
     tokenizer: str
     """The tokenizer that made them."""
+    held_out: str = "scenes"
+    """Captioned images whose validation split is held out; OUTPUT/held_out gets their codes."""
     output: str
     """Folder of all runs, scaling.json, scaling.md and scaling.png."""
     config: str = "tiny"
@@ -128,26 +131,27 @@ def measure(config: ScalingConfig) -> dict[str, Any]:
     """Train and score what is missing; returns the content of scaling.json.
 
     Raises:
-        ValueError: when the code set is of another tokenizer, has several codebooks, or is too
-            small to hold images out.
+        ValueError: when the code set is of another tokenizer, has several codebooks, or holds fewer
+            images than a training shows.
     """
     fingerprint = weights_fingerprint(local_model(config.tokenizer))
     codes = CodeDataset(config.codes, tokenizer_fingerprint=fingerprint)
     if codes.manifest.num_codebooks > 1:
         raise ValueError(f"{config.codes} has several codes a position, expected one")
     shown = config.steps * config.batch
-    if shown + config.num_images > len(codes):
+    if shown > len(codes):
         raise ValueError(
-            f"{config.codes} holds {len(codes)} images, expected {shown} to train on and "
-            f"{config.num_images} held out: extract more, or set fewer steps"
+            f"{config.codes} holds {len(codes)} images, expected {shown} to train on, each once: "
+            "extract more, or set fewer steps"
         )
+    held_out = held_out_codes(config, fingerprint)
+    samples = [held_out[i] for i in range(len(held_out))]
     sizes: dict[str, Any] = {size: {"curves": []} for size in config.sizes}
     for seed, size in itertools.product(config.seeds, config.sizes):
         run_module(generation_training, config.arguments(size, seed), config.nproc)
         run = Path(config.output) / f"{size}-{seed}"
-        stream = TrainingStream(codes, len(codes), caption_dropout=0, seed=seed)
-        samples = [stream[shown + i] for i in range(config.num_images)]
-        settings = {"model": model_fingerprint(run), "num_images": config.num_images}
+        settings = {"model": model_fingerprint(run)}
+        settings["held_out"] = CodeDataset.fingerprint(held_out.folder)
         scores = kept(run / "held_out.json", settings, partial(score_run, run, samples))
         prune(checkpoints(run), 1)
         curve = [(int(step) * config.batch, loss) for step, loss in scores["losses"].items()]
@@ -168,6 +172,15 @@ def measure(config: ScalingConfig) -> dict[str, Any]:
         rows[size]["compute"] = [curve[-1][0] * values["flops"] for curve in values["curves"]]
     result = {"rows": rows, "fits": fits, "sizes": sizes, "settings": dataclasses.asdict(config)}
     return {**result, "manifest": run_manifest(fingerprints={"tokenizer": fingerprint})}
+
+
+def held_out_codes(config: ScalingConfig, fingerprint: str) -> CodeDataset:
+    """The images that all runs are scored on, as codes of the tokenizer with this fingerprint."""
+    folder = Path(config.output) / "held_out"
+    arguments = [f"tokenizer={config.tokenizer}", f"source={config.held_out}", "split=validation"]
+    arguments += [f"size={config.num_images}", f"output_dir={folder}"]
+    run_module(extract_codes, ["tiny", *arguments], nproc=1)
+    return CodeDataset(folder, tokenizer_fingerprint=fingerprint)
 
 
 @torch.inference_mode()

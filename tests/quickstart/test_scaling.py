@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqrae.common.files import read_json
+from vqrae.data.code_shards import read_manifest
 from vqrae.generation import extract_codes
 from vqrae.generation.heads import SingleCodeHead
 from vqrae.generation.modeling import VisualVocabulary, build_generator
@@ -41,6 +42,8 @@ def test_a_curve_for_each_size_that_is_not_measured_again(
     assert result["rows"]["2x16"]["loss"] == [large["curves"][0][-1][1]]
     assert len(result["rows"]["frontier"]["exponent"]) == 1
     assert "| 2x16 | 0.01 M |" in (tmp_path / "scaling.md").read_text()
+    held_out = read_manifest(tmp_path / "held_out")
+    assert (held_out.source, held_out.num_images) == ("scenes (validation, seed 0)", 4)
     assert Image.open(tmp_path / "scaling.png").width > 800
     assert len([*tmp_path.glob("*/checkpoint-*")]) == 3  # the last of each run
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
@@ -51,9 +54,9 @@ def test_a_curve_for_each_size_that_is_not_measured_again(
     assert read_json(tmp_path / "scaling.json")["sizes"] == result["sizes"]
 
 
-def test_a_code_set_must_hold_images_out(command: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds 16 images, expected 12 to train on and 5 held"):
-        scaling.main([*command, "num_images=5", f"output={tmp_path}"])
+def test_no_image_is_shown_twice(command: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds 16 images, expected 24 to train on, each once"):
+        scaling.main([*command, "steps=12", f"output={tmp_path}"])
 
 
 @pytest.mark.parametrize(
