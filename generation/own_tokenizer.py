@@ -6,24 +6,27 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from vqrae.common import run as runs
 from vqrae.common.checkpoints import local_model, resolve_model
 from vqrae.common.files import read_json, require_same_tokenizer, weights_fingerprint
+from vqrae.common.run import Run, RunConfig
 from vqrae.common.trainer import checkpoints
 
 
-def resolve_tokenizer(name: str | Path, run: Path) -> tuple[Path, str]:
-    """The folder and the fingerprint of the tokenizer that a run trains with.
+def open_run(config: RunConfig, name: str | Path) -> tuple[Run, Path, str]:
+    """A generator's run, with the folder and the fingerprint of the tokenizer that it trains with.
 
     Raises:
-        ValueError: when the run holds a model of another tokenizer's codes.
+        ValueError: when the run holds a model of another tokenizer's codes, or other settings.
     """
-    tokenizer = local_model(name)
+    tokenizer, output = local_model(name), Path(config.output_dir)
     fingerprint = weights_fingerprint(tokenizer)
-    for folder in (run / "model", *checkpoints(run)):
+    for folder in (output / "model", *checkpoints(output)):
         if (folder / "config.json").is_file():
             found = read_json(folder / "config.json")["vqrae_tokenizer_fingerprint"]
             require_same_tokenizer(fingerprint, found, f"generator {folder}")
-    return tokenizer, fingerprint
+    run = runs.open(output, config, seed=config.seed, report_to=config.report_to)
+    return run, tokenizer, fingerprint
 
 
 def record_tokenizer(

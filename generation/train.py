@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from vqrae.common import run as runs
 from vqrae.common.checkpoints import resolve_model
 from vqrae.common.cli import parse
 from vqrae.common.distributed import attention_implementation
@@ -57,7 +56,7 @@ from vqrae.generation.modeling import (
     start_from_codebook,
 )
 from vqrae.generation.multi_code import build_multi_code
-from vqrae.generation.own_tokenizer import record_tokenizer, resolve_tokenizer
+from vqrae.generation.own_tokenizer import open_run, record_tokenizer
 from vqrae.generation.preview import PreviewCallback
 from vqrae.tokenizer.configuration import VQRAEConfig
 from vqrae.tokenizer.modeling import VQRAEModel
@@ -75,8 +74,7 @@ def train(config: TrainingConfig) -> Path:
     """Train or resume, and return the folder of the finished generator."""
     # ---- run: begin, resume, find finished, or refuse other settings
     output, optimization = Path(config.output_dir), config.optimization
-    tokenizer_folder, fingerprint = resolve_tokenizer(config.tokenizer, output)
-    run = runs.open(output, config, seed=config.seed, report_to=config.report_to)
+    run, tokenizer_folder, fingerprint = open_run(config, config.tokenizer)
     if run.finished(optimization.max_steps):
         return output / "model"
     check_launch(optimization, output)

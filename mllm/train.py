@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
-from vqrae.common import run as runs
 from vqrae.common.cli import parse
 from vqrae.common.distributed import (
     attention_implementation,
@@ -41,7 +40,7 @@ from vqrae.data.sources import fingerprint as data_fingerprint
 from vqrae.data.sources import is_encoded, texts_of
 from vqrae.data.word_tokenizer import describe_unknown
 from vqrae.generation.data import TrainingStream, encode_images, fill_codes, load_frozen_tokenizer
-from vqrae.generation.own_tokenizer import record_tokenizer, resolve_tokenizer
+from vqrae.generation.own_tokenizer import open_run, record_tokenizer
 from vqrae.generation.preview import PreviewCallback
 from vqrae.mllm.build import build_model, image_prompt
 from vqrae.mllm.config import MLLMConfig
@@ -51,21 +50,11 @@ from vqrae.mllm.inference import UnifiedGenerator
 from vqrae.mllm.sequences import SequenceEncoder, UnifiedCollator
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line: CONFIG [key.path=value …]."""
-    config = parse(MLLMConfig, argv, package="vqrae.mllm")
-    if config.dry_run:
-        print_reports(dry_run(config, train))
-    else:
-        train(config)
-
-
 def train(config: MLLMConfig) -> Path:
     """Train or resume, and return the folder of the finished model."""
     # ---- run: begin, resume, find finished, or refuse other settings
     output, optimization = Path(config.output_dir), config.optimization
-    tokenizer_folder, fingerprint = resolve_tokenizer(config.tokenizer, output)
-    run = runs.open(output, config, seed=config.seed, report_to=config.report_to)
+    run, tokenizer_folder, fingerprint = open_run(config, config.tokenizer)
     if run.finished(optimization.max_steps):
         return output / "model"
     check_launch(optimization, output)
@@ -163,6 +152,15 @@ class UnifiedTrainer(WholeTrainer):
                 logs |= {name: loss / count} if count else {}
             self.sums.zero_()
         super().log(logs, *args, **options)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: CONFIG [key.path=value …]."""
+    config = parse(MLLMConfig, argv, package="vqrae.mllm")
+    if config.dry_run:
+        print_reports(dry_run(config, train))
+    else:
+        train(config)
 
 
 if __name__ == "__main__":
