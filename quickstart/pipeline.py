@@ -199,7 +199,7 @@ def pipeline(
     ]
     left = [
         Step("llm", "quickstart.train_llm", llm, 150, "llm"),
-        Step("understanding", "understanding.train", understanding, 720, "understanding.sft"),
+        Step("understanding", "understanding.train", understanding, 530, "understanding.sft"),
         Step("eval_understanding", "quickstart.scene_questions", questions, 30),
     ]
     right = [
