@@ -9,6 +9,7 @@ that its codes group textures where its continuous features group objects.
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from vqrae.common.errors import run_main
 from vqrae.common.run import kept, quiet_libraries, run_manifest
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.language import benchmark_prompts
-from vqrae.data.scenes.scene import COLOR_VALUES
+from vqrae.data.scenes.scene import COLOR_VALUES, Scene
 from vqrae.data.scenes.sprites import load_sprites
 from vqrae.eval.geneval.scenes import ceilings
 from vqrae.eval.sharding import batch_indices, gather, processes
@@ -72,14 +73,17 @@ def patches_of(scenes: SceneDataset, index: int, grid_size: int) -> np.ndarray:
     return pixels.swapaxes(1, 2).reshape(grid_size**2, side**2, 3)
 
 
-def plain_patches(scenes: SceneDataset, index: int, grid_size: int) -> list[tuple[int, int, int]]:
-    """(patch, name, colour) of the patches of a scene that show the colour of one object only."""
-    side = scenes.sampler.image_size // grid_size
-    pixels = patches_of(scenes, index, grid_size)
+def plain_patches(scene: Scene, pixels: np.ndarray) -> list[tuple[int, int, int]]:
+    """(patch, name, colour) of the patches of a scene that show the colour of one object only.
+
+    Args:
+        pixels: of `patches_of`.
+    """
+    grid_size, side = (math.isqrt(count) for count in pixels.shape[:2])
     plain = np.ptp(pixels, axis=1).max(-1) <= 1
     centers = side * (np.indices((grid_size, grid_size)).reshape(2, -1) + 0.5)
     found = []
-    for item in scenes.scene(index).objects:
+    for item in scene.objects:
         distance = np.abs(pixels[:, 0] / 255 - COLOR_VALUES[item.color]).max(-1)
         y, x = (centers - [[item.top], [item.left]]) / item.size
         inside = (x > 0) & (x < 1) & (y > 0) & (y < 1)
@@ -114,9 +118,9 @@ def object_knowledge(
         rows: list[tuple[int, int, int]] = []  # name, colour, code
         pairs: list[tuple[int, bytes]] = []  # code, pixels
         for i, codes in zip(batch, model.encode(images).tolist(), strict=True):
-            patches = plain_patches(scenes, i, model.config.grid_size)
-            rows += [(name, color, codes[patch]) for patch, name, color in patches]
             pixels = patches_of(scenes, i, model.config.grid_size)
+            patches = plain_patches(scenes.scene(i), pixels)
+            rows += [(name, color, codes[patch]) for patch, name, color in patches]
             pairs += [(code, patch.tobytes()) for code, patch in zip(codes, pixels, strict=True)]
         found.append(rows)
         seen.append(pairs)

@@ -12,7 +12,16 @@ from vqrae.common.files import read_json
 from vqrae.data.scenes.dataset import SceneDataset
 from vqrae.data.scenes.scene import COLOR_VALUES
 from vqrae.quickstart import locality
-from vqrae.quickstart.locality import conditional_entropy, object_knowledge, plain_patches
+from vqrae.quickstart.locality import (
+    conditional_entropy,
+    object_knowledge,
+    patches_of,
+    plain_patches,
+)
+
+
+def found_in(scenes: SceneDataset, index: int) -> list[tuple[int, int, int]]:
+    return plain_patches(scenes.scene(index), patches_of(scenes, index, 8))
 
 
 class Codes:
@@ -28,7 +37,7 @@ class Codes:
         corners = images[:, :, 3::8, 3::8].flatten(2)
         codes = (corners * torch.tensor([100, 10, 1])[:, None]).sum(1).mul(1000).long()
         for row in codes if self.know_names else ():
-            for patch, name, _ in plain_patches(self.scenes, self.next, 8):
+            for patch, name, _ in found_in(self.scenes, self.next):
                 row[patch] += (name + 1) * 1_000_000
             self.next += 1
         return codes
@@ -52,7 +61,7 @@ def test_plain_patches_show_nothing_but_their_paint() -> None:
             scenes.pixels(index) / 255,
             {(o.name, o.color) for o in scenes.scene(index).objects},
         )
-        for patch, name, color in plain_patches(scenes, index, 8):
+        for patch, name, color in found_in(scenes, index):
             y, x = divmod(patch, 8)
             shown = pixels[8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
             assert np.abs(shown - COLOR_VALUES[color]).max() < 0.01
