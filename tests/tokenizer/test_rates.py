@@ -57,16 +57,6 @@ def test_rates_start_again_with_the_codebook_and_with_a_code() -> None:
     assert quantizer.rates.variance == 0
 
 
-def test_rates_stay_when_the_step_is_skipped() -> None:
-    quantizer = make(rate_weight=0.1).train()
-    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
-    features = features_for(quantizer, 1, 50)
-    features[0, 3] = torch.nan
-    quantizer(features)
-    quantizer.after_step(~TAKEN)
-    torch.testing.assert_close(quantizer.state_dict(), before, atol=0, rtol=0)
-
-
 def test_rates_of_micro_batches_and_processes_equal_those_of_one_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
