@@ -194,6 +194,9 @@ class ConversationCollator:
     labels: they change neither loss nor gradients.
     """
 
+    encode = staticmethod(encode_conversation)
+    """Record -> sample; what else is collated replaces it."""
+
     def __init__(
         self, processor: LlavaProcessor, *, max_length: int = 2048, chat_template: str | None = None
     ) -> None:
@@ -217,23 +220,19 @@ class ConversationCollator:
         Raises:
             TooManyBrokenSamples: when too many records cannot be trained on.
         """
+        options: Any = {"max_length": self.max_length, "chat_template": self.chat_template}
         samples = []
         for record in records:
             record = caption_record(record) if "caption" in record else record
             self.broken.seen += 1
             try:
-                samples.append(self.encode(record))
+                samples.append(self.encode(record, self.processor, **options))
             except ValueError as error:
                 self.broken.note(record.get("id"), error)
         batch = self.collate(samples or [self.blank])
         following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
         trained = following != IGNORE_INDEX
         return {**batch, "logits_to_keep": trained, "shift_labels": following[trained]}
-
-    def encode(self, record: dict[str, Any]) -> dict[str, Tensor]:
-        """One sample, see `encode_conversation`."""
-        options: Any = {"max_length": self.max_length, "chat_template": self.chat_template}
-        return encode_conversation(record, self.processor, **options)
 
     def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Batch of input_ids, attention_mask, labels (B, T) and pixel_values (P, 3, H, W)."""

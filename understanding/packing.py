@@ -164,9 +164,7 @@ class SeparateCollator(PackingCollator):
     Answers cannot be inferred from earlier ones, and every question has the form of a first one.
     """
 
-    def encode(self, record: dict[str, Any]) -> dict[str, Tensor]:
-        options: Any = {"max_length": self.max_length, "chat_template": self.chat_template}
-        return encode_turns(record, self.processor, **options)
+    encode = staticmethod(encode_turns)
 
     def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Any]:
         """What `PackingCollator` makes, and attention_mask (R, 1, T, T), added to the scores."""
